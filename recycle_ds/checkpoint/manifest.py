@@ -1,0 +1,124 @@
+"""The manifest: what a checkpoint holds, where, and the checksum of every file. Validated before anything is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recycle_ds.checkpoint.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "recycle_ds checkpoint"
+VERSION = 1
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+"""A plain name: no separator, so that nothing outside the folder can be reached."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Record):
+    """A file of the checkpoint."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Slice(_Record):
+    """`length` rows from `start` along `axis` of one kind of one canonical tensor, under `key` in `file`."""
+
+    kind: Literal["weight", "exp_avg", "exp_avg_sq"]
+    file: FileName
+    key: str
+    axis: Annotated[int, Field(ge=0)]
+    start: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(gt=0)]
+
+
+class TensorEntry(_Record):
+    """A canonical tensor: its full shape, and the slices that tile it."""
+
+    shape: list[Annotated[int, Field(gt=0)]]
+    slices: list[Slice]
+
+
+class Manifest(_Record):
+    """Everything about a checkpoint but the numbers."""
+
+    format: Literal["recycle_ds checkpoint"]
+    version: Literal[1]
+    step: Annotated[int, Field(ge=0)]
+    next_sample: Annotated[int, Field(ge=0)]
+    skipped: Annotated[int, Field(ge=0)]
+    adam_step: Annotated[int, Field(ge=0)]
+    config: dict[str, Any]
+    tokenizer_fingerprint: str | None
+    layout: dict[str, int]
+    provenance: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    files: dict[FileName, FileEntry]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a manifest: its form, that slices lie in listed files, and that they tile every tensor exactly.
+
+    Raises CheckpointError.
+    """
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or one that was never completed") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a manifest of a {FORMAT}")
+    if tree.get("version") != VERSION:
+        raise CheckpointError(f"{path}: version {tree.get('version')!r}; this release reads version {VERSION}")
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+    for name, entry in manifest.tensors.items():
+        _check_tensor(path, name, entry, manifest.files)
+    return manifest
+
+
+def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, FileEntry]) -> None:
+    kinds: dict[str, list[Slice]] = {}
+    for piece in entry.slices:
+        if piece.file not in files:
+            raise CheckpointError(f"{path}: {name} lies in {piece.file!r}, which is not among the listed files")
+        if piece.axis >= len(entry.shape):
+            raise CheckpointError(f"{path}: {name}: axis {piece.axis} of a tensor of shape {entry.shape}")
+        kinds.setdefault(piece.kind, []).append(piece)
+    if "weight" not in kinds:
+        raise CheckpointError(f"{path}: {name} has no weight")
+    for kind, slices in kinds.items():
+        if len({piece.axis for piece in slices}) != 1:
+            raise CheckpointError(f"{path}: {kind} of {name} is split along more than one axis")
+        end = 0
+        for piece in sorted(slices, key=lambda piece: piece.start):
+            if piece.start != end:
+                raise CheckpointError(f"{path}: {kind} of {name}: rows {end} to {piece.start} are missing or doubled")
+            end = piece.start + piece.length
+        if end != entry.shape[slices[0].axis]:
+            raise CheckpointError(f"{path}: {kind} of {name} ends at {end} of {entry.shape[slices[0].axis]}")
+
+
+def slice_shape(entry: TensorEntry, piece: Slice) -> tuple[int, ...]:
+    """Shape that a slice's stored tensor must have."""
+    return tuple(piece.length if axis == piece.axis else size for axis, size in enumerate(entry.shape))
+
+
+def parameter_count(manifest: Manifest) -> int:
+    """Weights in the checkpoint."""
+    return sum(math.prod(entry.shape) for entry in manifest.tensors.values())

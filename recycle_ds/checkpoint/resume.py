@@ -1,0 +1,176 @@
+"""Going on from a checkpoint, at any layout, and beginning a new run from another's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import verify
+from recycle_ds.checkpoint.folders import completed, find_checkpoint
+from recycle_ds.checkpoint.manifest import Manifest, read_manifest
+from recycle_ds.checkpoint.reading import TensorReader
+from recycle_ds.config import RunConfig
+from recycle_ds.model.sharding import canonical_shapes, pieces
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.engine import TrainingEngine
+from recycle_ds.training.state import TrainingState
+
+# What must be as it was: another model, other data, another order of the data or another batch is another run.
+_FIXED = ("data.train", "data.tokenizer", "model", "recycle", "training.seed", "training.global_batch_size", "training.seq_length")
+# What may change at a resume without a word.
+_FREE = (
+    "run_dir", "deepspeed", "init_from", "parallel", "data.prepare", "data.validation", "training.steps", "training.stop_at",
+    "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
+    "training.keep_checkpoints", "training.tensorboard", "training.profile", "training.dry_run", "training.compile",
+    "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
+)  # fmt: skip
+
+
+def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint of the run whose files all hold, or None where there is none at all.
+
+    Damaged ones are named through `say` and passed over. Raises CheckpointError when there are some and none is whole.
+    Collective: ranks share the checksums and agree.
+    """
+    found = completed(Path(config.run_dir))
+    for folder in found:
+        manifest, fault = None, None
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            fault = str(error)
+        if manifest is not None:
+            fault = _share_verification(folder, manifest, mesh, device)
+        if fault is None and manifest is not None:
+            return folder, manifest
+        say(f"warning: {folder} is damaged ({fault}); falling back to the one before")
+    if found:
+        raise CheckpointError(
+            f"{Path(config.run_dir) / 'checkpoints'}: {len(found)} checkpoints and none is whole; restore one, or start anew in "
+            "another run_dir"
+        )
+    return None
+
+
+def check_same_run(config: RunConfig, manifest: Manifest, folder: Path) -> list[str]:
+    """Refuses, by name, a resume with another model, data, seed or batch. Returns notes on other changes.
+
+    Raises CheckpointError.
+    """
+    now, then = _flat(config.model_dump(mode="json")), _flat(manifest.config)
+    notes = []
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) == then.get(key):
+            continue
+        change = f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        if _under(key, _FIXED):
+            raise CheckpointError(f"{folder}: cannot go on: {change}; put it back, or use another run_dir (init_from keeps weights)")
+        if not _under(key, _FREE):
+            notes.append(f"note: resuming with a change: {change}")
+    return notes
+
+
+def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
+    """Loads weights, moments, Adam's step and, at the same number of ranks, the random generators. Collective."""
+    _load_tensors(engine, TensorReader(folder, manifest), moments=True)
+    engine.master.adam_step = manifest.adam_step
+    if manifest.layout.get("world_size") == engine.mesh.world_size:
+        _restore_generators(folder / f"rng-{engine.mesh.rank:05d}.safetensors", device)
+    else:
+        torch.manual_seed(int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + engine.mesh.rank)
+    return TrainingState(manifest.step, manifest.next_sample, manifest.skipped)
+
+
+def initialise_from(engine: TrainingEngine, source: str, device: torch.device) -> tuple[Path, list[str]]:
+    """Loads another run's weights only. Returns its folder and the recycle module's tensors that it lacks and that keep
+    their initial values. Raises CheckpointError for any other difference in names or shapes. Collective."""
+    folder = find_checkpoint(source)
+    manifest = read_manifest(folder)
+    fault = _share_verification(folder, manifest, engine.mesh, device)
+    if fault is not None:
+        raise CheckpointError(f"init_from={source}: {fault}")
+    missing = _load_tensors(engine, TensorReader(folder, manifest), moments=False, may_lack="recycle.")
+    return folder, missing
+
+
+def _load_tensors(engine: TrainingEngine, reader: TensorReader, *, moments: bool, may_lack: str | None = None) -> list[str]:
+    master = engine.master
+    table = pieces(engine.model, engine.mesh)
+    missing = check_tensors(canonical_shapes(table), reader, may_lack)
+    master.prepare()
+    lacking = set(missing)
+    for name in sorted(master.parameters):
+        if any(piece.name in lacking for piece in table[name]):
+            continue
+        for kind in master.kinds(name) if moments else ("weight",):
+            present = kind == "weight" or all(_has(reader.manifest, piece.name, kind) for piece in table[name])
+            if present:  # moments are absent for what was frozen at the time
+                master.write(name, kind, reader.local(table[name], master.shape(name), kind))  # type: ignore[arg-type]
+    master.refresh()
+    return missing
+
+
+def check_tensors(wanted: dict[str, tuple[int, ...]], reader: TensorReader, may_lack: str | None) -> list[str]:
+    """Compares names and shapes before a weight changes. Returns what is lacking and may be. Raises CheckpointError."""
+    held = {name: tuple(entry.shape) for name, entry in reader.manifest.tensors.items()}
+    missing = sorted(set(wanted) - set(held))
+    extra = sorted(name for name in set(held) - set(wanted) if not (may_lack and name.startswith(may_lack)))
+    shapes = [f"{n} {list(held[n])} instead of {list(wanted[n])}" for n in sorted(wanted) if n in held and held[n] != wanted[n]]
+    faults = []
+    if not (may_lack and all(name.startswith(may_lack) for name in missing)):
+        faults += [f"missing: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"] if missing else []
+    faults += [f"not in this model: {', '.join(extra[:4])}{' ...' if len(extra) > 4 else ''}"] if extra else []
+    faults += [f"other shape: {'; '.join(shapes[:4])}{' ...' if len(shapes) > 4 else ''}"] if shapes else []
+    if faults:
+        raise CheckpointError(f"{reader.folder} does not fit the model: {'; '.join(faults)}")
+    return missing
+
+
+def _share_verification(folder: Path, manifest: Manifest, mesh: Mesh, device: torch.device) -> str | None:
+    """Each rank checks its share of the files; the same verdict on all of them."""
+    names = sorted(manifest.files)
+    fault = None
+    for number, name in enumerate(names):
+        if number % mesh.world_size == mesh.rank:
+            fault = fault or verify(folder, name, manifest.files[name])
+    votes = torch.tensor([mesh.rank + 1 if fault else 0], dtype=torch.int64, device=device)
+    if mesh.world_size > 1:
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    culprit = int(votes.item()) - 1
+    if culprit < 0:
+        return None
+    if mesh.world_size > 1:
+        told = [fault]
+        dist.broadcast_object_list(told, src=culprit, device=device)
+        fault = told[0]
+    return fault
+
+
+def _restore_generators(path: Path, device: torch.device) -> None:
+    try:
+        generators = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    torch.set_rng_state(generators["cpu"])
+    if device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], device)
+
+
+def _has(manifest: Manifest, name: str, kind: str) -> bool:
+    return any(piece.kind == kind for piece in manifest.tensors[name].slices)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _under(key: str, roots: tuple[str, ...]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)

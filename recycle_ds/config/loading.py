@@ -1,0 +1,202 @@
+"""YAML and dotted overrides to a `RunConfig`, with errors that name the dotted path and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from recycle_ds.config.errors import ConfigError
+from recycle_ds.config.schema import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (YAML 1.1 keeps the last silently) and reads 1e-4 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    """YAML 1.1 reads `3e-4` as a string; every person who types it means a number."""
+    text = loader.construct_scalar(node)
+    if node.style is None and text[:1] in "+-.0123456789":
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a YAML file, applies `section.key=value` overrides in order and validates the result.
+
+    Raises ConfigError for an unreadable file, broken YAML, an unknown key or a value that does not fit.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file; shipped ones are in ds_configs/runs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from None
+    return parse_config(_read_yaml(text, str(path)), overrides)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Validates a mapping with overrides applied. Raises ConfigError."""
+    merged = _copy(tree)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved tree as YAML, atomically."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_copy(value) for value in tree]
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key. A list element is addressed by its number: `data.train.0.weight=2`."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else ""  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_element(node, parent, dotted)]
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{dotted}: {parent!r} is a value, not a section")
+    if isinstance(node, list):
+        node[_element(node, last, dotted)] = value
+    else:
+        node[last] = value
+
+
+def _element(node: list[Any], key: str, dotted: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"{dotted}: {key!r} is not an element of a list of {len(node)}")
+    return int(key)
+
+
+def _one_line(error: ValidationError) -> str:
+    """All faults of a ValidationError on one line, the keys' neighbours suggested."""
+    faults = [dict(fault) for fault in error.errors(include_url=False)]
+    places = [tuple(fault["loc"]) for fault in faults]
+    # A section that fails because something inside it does adds nothing to the inner fault.
+    inner = [f for f, at in zip(faults, places, strict=True) if not any(o[: len(at)] == at and o != at for o in places)]
+    return "; ".join(_describe(fault) for fault in inner)
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    location = tuple(fault["loc"])
+    dotted = ".".join(str(part) for part in location)
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"{dotted}={value!r}: unknown key{_suggestion(location)}"
+    if kind == "missing":
+        return f"{dotted}: required, not given"
+    if kind == "value_error":
+        message = str(fault["ctx"]["error"])
+        return f"{dotted}: {message}" if dotted else message
+    message = fault["msg"]
+    message = message[:1].lower() + message[1:]
+    return f"{dotted}={value!r}: {message}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    """Nearest valid key: in the same section first, then anywhere in the tree."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = _section_of(section, part)
+        if section is None:
+            return ""
+    wrong = str(location[-1])
+    prefix = "".join(f"{part}." for part in location[:-1])
+    siblings = list(section.model_fields)
+    near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6)
+    if near:
+        return f", did you mean {prefix}{near[0]}?"
+    leaves = {path.rsplit(".", 1)[-1]: path for path in _paths(RunConfig)}
+    near = difflib.get_close_matches(wrong, list(leaves), n=1, cutoff=0.75)
+    if near:
+        return f", did you mean {leaves[near[0]]}?"
+    return f"; valid here: {', '.join(siblings)}"
+
+
+def _section_of(section: type[BaseModel], part: Any) -> type[BaseModel] | None:
+    if isinstance(part, int):  # an element of a tuple of sections: the section was resolved with the field
+        return section
+    field = section.model_fields.get(str(part))
+    return _model_in(field.annotation) if field else None
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section type inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
+        for inner in typing.get_args(annotation):
+            found = _model_in(inner)
+            if found:
+                return found
+    return None
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        inner = _model_in(field.annotation)
+        yield f"{prefix}{name}"
+        if inner is not None:
+            yield from _paths(inner, f"{prefix}{name}.")

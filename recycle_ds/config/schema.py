@@ -1,0 +1,305 @@
+"""The configuration tree of a run.
+
+Every section is frozen and refuses unknown keys. Checks that need only the configuration live here, as validators; checks
+that need the world size live in `recycle_ds.parallel.mesh`, those that need data in `recycle_ds.data`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """One mapping of the YAML file. Immutable; unknown keys are errors; field docs are the lines under the fields."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        coerce_numbers_to_str=False,
+    )
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length the model was first trained on."""
+
+    kind: Literal["linear", "llama3"]
+    """`linear`: positions divided by `factor`. `llama3`: low frequencies divided by `factor`, high ones kept, a ramp between."""
+    factor: Annotated[float, Field(ge=1.0)]
+    """How many times longer the context becomes."""
+    low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
+    """llama3: wavelengths above original_positions / this are divided by `factor`."""
+    high_frequency_factor: Annotated[float, Field(gt=0)] = 4.0
+    """llama3: wavelengths below original_positions / this are kept."""
+    original_positions: Positive = 8192
+    """llama3: context length, in tokens, before scaling."""
+
+    @model_validator(mode="after")
+    def _ramp_has_a_width(self) -> RopeScaling:
+        if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor ({self.high_frequency_factor}) must be above "
+                f"low_frequency_factor ({self.low_frequency_factor})"
+            )
+        return self
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated as in LLaMA."""
+
+    theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: RopeScaling | None = None
+    """Context extension, none by default."""
+
+
+class ModelConfig(Section):
+    """The backbone: a LLaMA-type decoder. Sizes are those of the whole model, before any sharding."""
+
+    layers: Positive
+    """Transformer blocks."""
+    hidden: Positive
+    """Width of the residual stream."""
+    heads: Positive
+    """Query heads."""
+    kv_heads: Positive
+    """Key and value heads; fewer than `heads` means grouped-query attention."""
+    head_dim: Positive | None = None
+    """Width of a head; hidden / heads if not given."""
+    ffn: Positive
+    """Inner width of the SwiGLU feed-forward."""
+    vocab_size: Positive | None = None
+    """Tokens in the vocabulary; taken from the tokenizer if not given."""
+    vocab_multiple: Positive = 64
+    """The embedding is padded to a multiple of this times parallel.tensor; padding is never predicted nor saved."""
+    max_positions: Positive = 2048
+    """Longest context, in tokens."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary embedding."""
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of initial weights; projections back into the residual stream get init_std / sqrt(2 layers)."""
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width of one head, in channels."""
+        return self.head_dim if self.head_dim is not None else self.hidden // self.heads
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be divisible by heads ({self.heads}), or head_dim given")
+        if self.dim_per_head % 2:
+            raise ValueError(f"the head width ({self.dim_per_head}) must be even for rotary embeddings; change head_dim")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})")
+        return self
+
+
+class RecycleConfig(Section):
+    """The recycle module (RecycleGPT, arXiv 2308.03421): its size, and how it is trained."""
+
+    layers: NonNegative = 1
+    """Blocks in the module; 0 trains a plain language model."""
+    depth: Positive = 1
+    """K: tokens ahead that the module is unrolled for in training. 1 is the paper."""
+    loss_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Lambda: weight of the mean recycle loss against the backbone's."""
+    depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Depth k weighs depth_decay^(k-1), normalised over depths."""
+    gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
+    """`joint`: both losses train everything. `detached`: the recycle loss reaches only the module. `frozen_backbone`: only the module trains."""
+    start_step: NonNegative = 0
+    """Steps before the recycle loss begins to count."""
+    warmup_steps: NonNegative = 0
+    """Steps over which its weight then rises linearly to `loss_weight`."""
+
+
+class ParallelConfig(Section):
+    """How one model is laid over ranks. Data parallelism takes what is left of the world."""
+
+    tensor: Positive = 1
+    """Tensor-parallel degree; divides heads, kv_heads and ffn."""
+    pipeline: Positive = 1
+    """Pipeline stages."""
+    sequence: bool = False
+    """Megatron sequence parallelism: norms and residuals sharded over the tensor group."""
+    ulysses: Positive = 1
+    """DeepSpeed Ulysses degree: attention over sequences split across ranks."""
+
+
+class ProfileConfig(Section):
+    """A torch profiler trace of steps `start` to `end`, both included, in run_dir/profile/."""
+
+    start: Positive
+    """First step traced."""
+    end: Positive
+    """Last step traced."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProfileConfig:
+        if self.end < self.start:
+            raise ValueError(f"end ({self.end}) must not be before start ({self.start})")
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimisation of a run."""
+
+    steps: Positive
+    """Optimizer steps; also the length of the learning-rate schedule."""
+    stop_at: Positive | None = None
+    """Save and leave after this step; the schedule stays that of `steps`."""
+    micro_batch_size: Positive
+    """Sequences in one forward pass of one data-parallel rank."""
+    global_batch_size: Positive
+    """Sequences in one optimizer step, over all ranks."""
+    seq_length: Positive
+    """Tokens in a sequence."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; master weights and optimizer moments are fp32 always."""
+    seed: NonNegative = 1234
+    """Source of initial weights and data order."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_learning_rate_ratio: Fraction = 0.1
+    """Where the decay ends, as a share of the peak."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up; longer than `steps` is cut with a warning."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, then linear decay over `decay_steps`."""
+    decay_steps: NonNegative | None = None
+    """wsd: length of the decay; a tenth of `steps` if not given."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decay, on matrices only: norms and biases have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second-moment decay."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 clips nothing. With detached gradients module and backbone are clipped apart."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full`: blocks keep only their input and recompute in the backward pass."""
+    loss_chunk: Positive = 1024
+    """Rows (tokens) of logits held at once by the output head."""
+    compile: bool = False
+    """Compile the model through `engine.compile` (needs a working compiler; the first step is slow)."""
+    dry_run: bool = True
+    """One untraced forward and backward before step 1, so that an out-of-memory error comes at once."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What all ranks do when a loss or the gradient norm is not finite on any of them."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: NonNegative = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0 never evaluates."""
+    eval_batches: Positive = 8
+    """Global batches in one evaluation."""
+    tensorboard: bool = True
+    """Write TensorBoard events to run_dir/tensorboard/."""
+    profile: ProfileConfig | None = None
+    """Steps to trace."""
+
+
+class TokenSource(Section):
+    """One tokenised corpus: the prefix of a .bin/.idx pair."""
+
+    path: str
+    """Prefix of the pair, without the suffix."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of samples drawn from it, relative to the other sources."""
+
+
+class PrepareConfig(Section):
+    """How pretrain makes the token files when they are missing. One rank works, the others wait."""
+
+    source: str
+    """`shipped` (the corpus in the package), or a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset's name."""
+    output: str
+    """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
+    tokenizer_vocab: Positive | None = None
+    """Vocabulary of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
+    text_column: str = "text"
+    """Column that holds the document, in jsonl, parquet and datasets."""
+    validation_fraction: Fraction = 0.02
+    """Share of documents held out."""
+
+
+class DataConfig(Section):
+    """What is read, and with which tokenizer."""
+
+    train: Annotated[tuple[TokenSource, ...], Field(min_length=1)]
+    """Weighted blend of token files."""
+    validation: tuple[TokenSource, ...] = ()
+    """Token files of the evaluations."""
+    tokenizer: str
+    """tokenizer.json, or a folder that holds one."""
+    prepare: PrepareConfig | None = None
+    """How to make missing token files; without it they are an error."""
+
+
+class RunConfig(Section):
+    """A whole run. `recycle_ds.pretrain --config FILE section.key=value` reads this."""
+
+    run_dir: str
+    """Everything that the run writes: metrics, checkpoints, the resolved configuration."""
+    deepspeed: str
+    """DeepSpeed's JSON file; the values that this tree owns are "auto" in it."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose weights the run begins with. A recycle module it lacks is initialised."""
+    data: DataConfig
+    """Data."""
+    model: ModelConfig
+    """Backbone."""
+    recycle: RecycleConfig = RecycleConfig()
+    """Recycle module."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout."""
+    training: TrainingConfig
+    """Optimisation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        model, training, recycle, tensor = self.model, self.training, self.recycle, self.parallel.tensor
+        if training.seq_length > model.max_positions:
+            raise ValueError(
+                f"training.seq_length ({training.seq_length}) exceeds model.max_positions ({model.max_positions})"
+            )
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+                f"training.micro_batch_size ({training.micro_batch_size})"
+            )
+        if recycle.depth >= training.seq_length:
+            raise ValueError(f"recycle.depth ({recycle.depth}) must be below training.seq_length ({training.seq_length})")
+        if recycle.layers == 0 and recycle.gradient != "joint":
+            raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
+        for name in ("heads", "kv_heads", "ffn"):
+            if getattr(model, name) % tensor:
+                raise ValueError(
+                    f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tensor ({tensor})"
+                )
+        if self.parallel.sequence and training.seq_length % tensor:
+            raise ValueError(
+                f"training.seq_length ({training.seq_length}) must be divisible by parallel.tensor ({tensor}) "
+                "when parallel.sequence is on"
+            )
+        return self

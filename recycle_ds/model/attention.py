@@ -1,0 +1,117 @@
+"""Grouped-query self-attention over megatron-core's tensor-parallel projections."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import ModelParallelConfig as MegatronConfig
+from torch import Tensor, nn
+
+from recycle_ds.config import ModelConfig
+from recycle_ds.model.cache import LayerCache
+from recycle_ds.model.layers import ColumnLinear, RowLinear
+from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.rope import rotate
+from recycle_ds.parallel.mesh import Mesh
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with fewer key/value heads than query heads (Ainslie et al., arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig) -> None:
+        super().__init__()
+        self.channels = config.dim_per_head
+        self.heads = config.heads // mesh.tensor.size
+        self.kv_heads = config.kv_heads // mesh.tensor.size
+        query, kv = config.heads * self.channels, config.kv_heads * self.channels
+        self.query_key_value = ColumnLinear(
+            config.hidden, {"query": query, "key": kv, "value": kv}, mesh, megatron, bias=config.qkv_bias
+        )
+        self.output = RowLinear(query, config.hidden, mesh, megatron)
+
+    def forward(
+        self, x_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
+    ) -> tuple[Tensor, KeysValues]:
+        """Attends within packed sequences; `past` holds the keys and values of the chain's earlier steps.
+
+        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each.
+        """
+        query, key, value = self._project(x_SBD, rotary)
+        keys = torch.cat([k for k, _ in past] + [key], dim=2) if past else key
+        values = torch.cat([v for _, v in past] + [value], dim=2) if past else value
+        return self._merge(attend(query, keys, values, mask)), (key, value)
+
+    def decode(self, x_SBD: Tensor, rotary: KeysValues, mask: CachedMask, cache: LayerCache) -> Tensor:
+        """Attends over a cache, which the new keys and values join. Returns [S, B, D]."""
+        query, key, value = self._project(x_SBD, rotary)
+        keys, values = cache.extend(key, value, mask.past)
+        return self._merge(attend_cached(query, keys, values, mask))
+
+    def _project(self, x_SBD: Tensor, rotary: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, C], keys and values [B, H_kv, S, C], rotated."""
+        length, batch, _ = x_SBD.shape
+        heads, kv_heads = self.heads, self.kv_heads
+        mixed = self.query_key_value(x_SBD).view(length, batch, heads + 2 * kv_heads, self.channels)
+        turned = rotate(mixed[:, :, : heads + kv_heads], rotary).permute(1, 2, 0, 3)
+        return turned[:, :heads], turned[:, heads:], mixed[:, :, heads + kv_heads :].permute(1, 2, 0, 3)
+
+    def _merge(self, mixed_BHSC: Tensor) -> Tensor:
+        batch, heads, length, channels = mixed_BHSC.shape
+        return self.output(mixed_BHSC.permute(2, 0, 1, 3).reshape(length, batch, heads * channels))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v under a packed mask: FlexAttention on CUDA, dense-mask SDPA elsewhere. [B, H, S, C]."""
+    if query.is_cuda:
+        return flex(query, keys, values, mask, compiled=True)
+    return dense(query, keys, values, mask)
+
+
+def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    """The reference back end: scaled_dot_product_attention with a dense mask."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:  # repeating is cheaper on CPU than SDPA's own grouped path
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    if mask.plain_causal:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.dense)
+
+
+def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:
+    """The CUDA back end: FlexAttention visits only the blocks the mask leaves. Uncompiled it runs anywhere, slowly."""
+    function = _compiled_flex() if compiled else _plain_flex()
+    grouped = query.shape[1] != keys.shape[1]
+    return function(query, keys, values, block_mask=mask.block_mask, enable_gqa=grouped)
+
+
+def _plain_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(_plain_flex(), dynamic=False)
+
+
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: CachedMask) -> Tensor:
+    """Attention of a few new tokens over a cache.
+
+    The query heads that share a key/value head become extra query rows: one pass over the cache serves them all.
+    """
+    batch, heads, count, channels = query.shape
+    kv_heads = keys.shape[1]
+    groups = heads // kv_heads
+    if mask.past == 0 and count > 1:
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    rows = query.reshape(batch, kv_heads, groups * count, channels)
+    mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask.dense(groups, query.device))
+    return mixed.view(batch, heads, count, channels)

@@ -1,0 +1,39 @@
+"""A pre-norm transformer block, used by the backbone and by the recycle module alike."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import ModelParallelConfig as MegatronConfig
+from torch import Tensor, nn
+
+from recycle_ds.config import ModelConfig
+from recycle_ds.model.attention import Attention, KeysValues
+from recycle_ds.model.cache import LayerCache
+from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.mlp import MLP
+from recycle_ds.model.norm import RMSNorm
+from recycle_ds.parallel.mesh import Mesh
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.attention = Attention(config, mesh, megatron)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.mlp = MLP(config, mesh, megatron)
+
+    def forward(
+        self, x_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
+    ) -> tuple[Tensor, KeysValues]:
+        """Training and evaluation over packed sequences; see Attention.forward."""
+        mixed, keys_values = self.attention(self.attention_norm(x_SBD), rotary, mask, past)
+        x_SBD = x_SBD + mixed
+        return x_SBD + self.mlp(self.mlp_norm(x_SBD)), keys_values
+
+    def decode(self, x_SBD: Tensor, rotary: KeysValues, mask: CachedMask, cache: LayerCache) -> Tensor:
+        """A few new tokens over a cache. [S, B, D] to [S, B, D]."""
+        x_SBD = x_SBD + self.attention.decode(self.attention_norm(x_SBD), rotary, mask, cache)
+        return x_SBD + self.mlp(self.mlp_norm(x_SBD))

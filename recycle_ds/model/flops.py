@@ -1,0 +1,50 @@
+"""Floating-point operations of a training step, counted from the shapes (a multiply-add is two)."""
+
+from __future__ import annotations
+
+from recycle_ds.config import ModelConfig, RecycleConfig
+
+
+def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
+    """Weights of the whole model without vocabulary padding; a tied head counts once."""
+    assert config.vocab_size is not None
+    embedding = config.vocab_size * config.hidden * (1 if config.tied_embeddings else 2)
+    total = embedding + config.layers * _block(config) + config.hidden
+    if recycle.layers:
+        total += 2 * config.hidden**2 + 3 * config.hidden + recycle.layers * _block(config)
+    return total
+
+
+def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
+    """Forward and backward of one token, causal attention counted at its mean length; recomputation not counted.
+
+    Under detached gradients the head's weight gradient is not formed for the recycle losses; with a frozen backbone the
+    backbone runs forward only.
+    """
+    assert config.vocab_size is not None
+    head = config.vocab_size * config.hidden
+    backbone = config.layers * (_block_matrices(config) + _attention(config, seq_length / 2)) + head
+    frozen = recycle.layers > 0 and recycle.gradient == "frozen_backbone"
+    total = 2.0 * backbone if frozen else 6.0 * backbone
+    if recycle.layers:
+        stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
+        head_passes = 6 if recycle.gradient == "joint" else 4
+        for step in range(recycle.depth):
+            attention = recycle.layers * _attention(config, seq_length / 2 + step)
+            total += 6.0 * (stack + attention) + head_passes * head
+    return total
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    query, kv = config.heads * config.dim_per_head, config.kv_heads * config.dim_per_head
+    return config.hidden * (2 * query + 2 * kv) + 3 * config.hidden * config.ffn
+
+
+def _block(config: ModelConfig) -> int:
+    bias = (config.heads + 2 * config.kv_heads) * config.dim_per_head if config.qkv_bias else 0
+    return _block_matrices(config) + 2 * config.hidden + bias
+
+
+def _attention(config: ModelConfig, keys: float) -> float:
+    """Multiply-adds of q k^T and of the weighted sum of values, for one query over `keys` keys."""
+    return 2 * config.heads * config.dim_per_head * keys

@@ -1,0 +1,47 @@
+"""Initial weights as a function of (seed, canonical name): equal at every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from recycle_ds.config import ModelConfig
+from recycle_ds.model.sharding import Piece, pieces
+from recycle_ds.parallel.mesh import Mesh
+
+# Projections back into the residual stream, whose sum grows with depth (GPT-2, section 2.3).
+_RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
+    """Fills every parameter: norms with 1, biases and vocabulary padding with 0, matrices from N(0, init_std^2)."""
+    table = pieces(model, mesh)
+    for name, parameter in model.named_parameters():
+        fill(parameter, table[name], config, seed)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, row: tuple[Piece, ...], config: ModelConfig, seed: int) -> None:
+    """Fills one local parameter from its canonical tensors."""
+    parameter.zero_()
+    for piece in row:
+        full = initial_tensor(piece.name, piece.shape, config, seed)
+        part = full.narrow(piece.axis, piece.start, piece.length)
+        parameter.narrow(piece.axis, piece.local_start, piece.length).copy_(part)
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The whole canonical tensor `name`, fp32, drawn on the CPU so that no device's generator matters."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    deviation = config.init_std / math.sqrt(2 * config.layers) if _RESIDUAL.search(name) else config.init_std
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)

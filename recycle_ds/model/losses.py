@@ -1,0 +1,188 @@
+"""Output head and cross entropy in chunks of rows: all logits never exist at once.
+
+The gradient of the mean-free cross entropy, (softmax - onehot) scaled per row, is known as soon as a chunk's logits are, so
+the forward pass forms the gradients of states and head as well and the logits are dropped at once. That is three products per
+chunk (logits, gradient of the states, gradient of the head); recomputing logits in the backward pass would be four.
+
+The vocabulary may be split over the tensor axis (Megatron-LM, arXiv 1909.08053, section 3): only the row's maximum, its sum of
+exponentials and its target's logit travel. Rows added to the vocabulary as padding are never predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from recycle_ds.parallel.mesh import Axis
+
+IGNORE = -100
+"""Target of a row that counts for nothing."""
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The rows of the output head on this rank: vocabulary [first, first + rows), of which `valid` are no padding."""
+
+    first: int
+    valid: int
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class ChunkLogits:
+    """One chunk after its softmax: exponentials [n, V_local] over a row's sum [n], loss [n], local target columns."""
+
+    rows: slice
+    exponentials: Tensor
+    total: Tensor
+    loss: Tensor
+    column: Tensor
+    owned: Tensor
+    best: Tensor | None
+
+
+def head_losses(
+    hiddens: Sequence[Tensor],
+    weight: Tensor,
+    targets: Tensor,
+    scales: Tensor,
+    shard: HeadShard,
+    *,
+    chunk: int,
+    train_head: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Cross entropies of several states under one head.
+
+    hiddens: J tensors [N, D], the backbone's states and those of each recycle depth. weight: [V_local, D]. targets: [J, N],
+    IGNORE where nothing is predicted. scales: [J], the weight of one row's loss in the total. train_head: J flags, whether
+    these rows reach the head's gradient. chunk: rows of logits held at once.
+
+    Returns the weighted total (scalar, differentiable) and the plain sums over rows [J] (no gradient), both fp32.
+    """
+    total, sums = _HeadLosses.apply(weight, targets, scales, shard, chunk, tuple(train_head), *hiddens)
+    return total, sums
+
+
+@torch.no_grad()
+def head_predictions(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: HeadShard, *, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """For evaluation: the sum of the cross entropy over rows that have a target (scalar), and the argmax of each row [N]."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    best = torch.empty_like(targets)
+    for part in _chunks(hidden, weight, targets, shard, chunk, want_best=True):
+        total += part.loss.sum()
+        assert part.best is not None
+        best[part.rows] = part.best
+    return total, best
+
+
+class _HeadLosses(torch.autograd.Function):
+    """Forms the gradients in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        weight: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        shard: HeadShard,
+        chunk: int,
+        train_head: tuple[bool, ...],
+        *hiddens: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        want_weight = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        want_hidden = ctx.needs_input_grad[6:]  # type: ignore[attr-defined]
+        sums = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
+        # fp32 even for bf16 weights: many chunks are added up
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
+        grads: list[Tensor | None] = []
+        for index, hidden in enumerate(hiddens):
+            into_weight = grad_weight if train_head[index] else None
+            grad = torch.empty_like(hidden) if want_hidden[index] else None
+            for part in _chunks(hidden, weight, targets[index], shard, chunk, want_best=False):
+                sums[index] += part.loss.sum()
+                if grad is not None or into_weight is not None:
+                    _chunk_gradients(part, hidden, weight, scales[index], grad, into_weight)
+            if grad is not None and shard.axis.size > 1:
+                dist.all_reduce(grad, group=shard.axis.group)
+            grads.append(grad)
+        ctx.save_for_backward(None if grad_weight is None else grad_weight.to(weight.dtype), *grads)
+        ctx.mark_non_differentiable(sums)
+        return torch.dot(sums, scales), sums
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_weight, *grads = ctx.saved_tensors  # type: ignore[attr-defined]
+        scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in (grad_weight, *grads)]
+        return (scaled[0], None, None, None, None, None, *scaled[1:])
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: HeadShard, chunk: int, *, want_best: bool
+) -> Iterator[ChunkLogits]:
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, min(start + chunk, hidden.shape[0]))
+        logits = F.linear(hidden[rows], weight).float()
+        if shard.valid < logits.shape[1]:
+            logits[:, shard.valid :] = float("-inf")
+        yield _softmax(logits, targets[rows], rows, shard, want_best)
+
+
+def _softmax(logits: Tensor, targets: Tensor, rows: slice, shard: HeadShard, want_best: bool) -> ChunkLogits:
+    """Cross entropy of a chunk; `logits` is overwritten by its exponentials."""
+    if logits.shape[1] and shard.valid:
+        peak, local_best = logits.max(dim=1)
+    else:  # a rank that holds padding only
+        peak, local_best = logits.new_full((logits.shape[0],), float("-inf")), torch.zeros_like(targets)
+    best = None
+    if want_best:
+        best = _global_argmax(peak, local_best + shard.first, shard.axis)
+    _reduce(peak, dist.ReduceOp.MAX, shard.axis)
+    column = targets - shard.first
+    owned = (column >= 0) & (column < shard.valid)
+    column = column.clamp(0, max(shard.valid - 1, 0))
+    target_logit = (logits.gather(1, column[:, None]).squeeze(1) - peak).masked_fill(~owned, 0.0)
+    exponentials = logits.sub_(peak[:, None]).exp_()
+    total = exponentials.sum(dim=1)
+    _reduce(total, dist.ReduceOp.SUM, shard.axis)
+    _reduce(target_logit, dist.ReduceOp.SUM, shard.axis)
+    loss = (total.log() - target_logit).masked_fill(targets == IGNORE, 0.0)
+    return ChunkLogits(rows, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best)
+
+
+def _chunk_gradients(
+    part: ChunkLogits, hidden: Tensor, weight: Tensor, scale: Tensor, grad: Tensor | None, into_weight: Tensor | None
+) -> None:
+    """Adds a chunk's share to the gradients. A row without a target has total = inf: its softmax is zero."""
+    error = part.exponentials.mul_((scale / part.total)[:, None])
+    error.scatter_add_(1, part.column[:, None], (-scale * part.owned.to(error.dtype))[:, None])
+    error = error.to(hidden.dtype)
+    if grad is not None:
+        torch.mm(error, weight, out=grad[part.rows])
+    if into_weight is not None:
+        if into_weight.dtype == error.dtype:
+            into_weight.addmm_(error.t(), hidden[part.rows])
+        else:
+            into_weight += error.t() @ hidden[part.rows]
+
+
+def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:
+    """The lowest token with the highest logit over the tensor axis, as argmax on one rank would say."""
+    if axis.size == 1:
+        return token
+    highest = peak.clone()
+    _reduce(highest, dist.ReduceOp.MAX, axis)
+    candidate = torch.where(peak == highest, token, torch.iinfo(token.dtype).max)
+    dist.all_reduce(candidate, op=dist.ReduceOp.MIN, group=axis.group)
+    return candidate
+
+
+def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, axis: Axis) -> None:
+    if axis.size > 1:
+        dist.all_reduce(values, op=operation, group=axis.group)

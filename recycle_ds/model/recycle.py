@@ -1,0 +1,64 @@
+"""The recycle module: a short stack that re-uses the states just computed to guess the token after next.
+
+RecycleGPT (arXiv 2308.03421), unrolled to depth K with shared weights:
+
+    r^1_t = norm_r(Stack(W [norm_h(h_t);       norm_e(E x_{t+1})]))       p(x_{t+2})   = softmax Head(r^1_t)
+    r^k_t = norm_r(Stack(W [norm_h(r^{k-1}_t); norm_e(E x_{t+k})]))       p(x_{t+k+1}) = softmax Head(r^k_t)
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import ModelParallelConfig as MegatronConfig
+from torch import Tensor, nn
+
+from recycle_ds.config import ModelConfig
+from recycle_ds.model.attention import KeysValues
+from recycle_ds.model.block import Block
+from recycle_ds.model.cache import KVCache
+from recycle_ds.model.layers import ColumnLinear
+from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.norm import RMSNorm
+from recycle_ds.parallel.mesh import Mesh
+
+Chain = tuple[tuple[KeysValues, ...], ...]
+"""Keys and values of the steps so far, [layer][step]."""
+
+
+class RecycleModule(nn.Module):
+    """W [norm_h(h); norm_e(e)], a stack of blocks and a final norm; embedding and head are the backbone's."""
+
+    def __init__(
+        self, layers: int, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.hidden_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.embedding_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.projection = ColumnLinear(2 * config.hidden, {"": config.hidden}, mesh, megatron, gather_output=True)
+        self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(layers)])
+        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+
+    def join(self, hidden_SBD: Tensor, embedded_SBD: Tensor) -> Tensor:
+        """The stack's input from the states (h, or r of the step before) and the embedding of the token that followed."""
+        pair = torch.cat((self.hidden_norm(hidden_SBD), self.embedding_norm(embedded_SBD)), dim=-1)
+        return self.projection(pair)
+
+    def forward(
+        self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, chain: Chain
+    ) -> tuple[Tensor, Chain]:
+        """One unrolled step: r^k [S, B, D], and the chain with this step's keys and values added."""
+        x = self.join(hidden_SBD, embedded_SBD)
+        steps = []
+        for block, past in zip(self.blocks, chain or ((),) * len(self.blocks), strict=True):
+            x, keys_values = block(x, rotary, mask, past)
+            steps.append((*past, keys_values))
+        return self.final_norm(x), tuple(steps)
+
+    def decode(self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: KeysValues, cache: KVCache) -> Tensor:
+        """The same over a cache, for S entries at the cache's end: true ones, or one of a draft. [S, B, D]."""
+        mask = CachedMask(cache.length, hidden_SBD.shape[0])
+        cache.advance(mask.count)
+        x = self.join(hidden_SBD, embedded_SBD)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block.decode(x, rotary, mask, layer)
+        return self.final_norm(x)

@@ -1,0 +1,205 @@
+"""RecycleGPT: a LLaMA-type decoder with a recycle module. One class trains, converts and decodes.
+
+Activations are [S, B, D], sequence first, as megatron-core's sequence parallelism needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.data.loader import Batch
+from recycle_ds.model.attention import KeysValues
+from recycle_ds.model.block import Block
+from recycle_ds.model.cache import DecodingCache, KVCache
+from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
+from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
+from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.norm import RMSNorm
+from recycle_ds.model.recycle import Chain, RecycleModule
+from recycle_ds.model.rope import Rotary
+from recycle_ds.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class EvaluationSums:
+    """Sums over a batch, [K+1] each, index 0 the backbone. `agreed[k]` counts chains that agree with the backbone's argmax at
+    depths 1..k, out of `judged[k]`: those that agree at 1..k-1 and whose depth k has a target."""
+
+    loss: Tensor
+    count: Tensor
+    agreed: Tensor
+    judged: Tensor
+
+
+class RecycleGPT(nn.Module):
+    """Backbone, recycle module and the head they share."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        recycle: RecycleConfig,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype = torch.float32,
+        checkpoint_blocks: bool = False,
+        loss_chunk: int = 1024,
+    ) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the tokenizer's vocabulary is filled in before a model is built"
+        self.config, self.recycle_config = config, recycle
+        self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+        self.recycle_layers = recycle.layers
+        self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
+        megatron = parallel_config(mesh, dtype)
+        padded = padded_vocabulary(config.vocab_size, config.vocab_multiple, mesh.tensor.size)
+        self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
+        self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
+        self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(config.layers)])
+        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.head = None if config.tied_embeddings else OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
+        self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype) if recycle.layers else None
+        rows = padded // mesh.tensor.size
+        first = rows * mesh.tensor.rank
+        self.shard = HeadShard(first, max(0, min(config.vocab_size - first, rows)), mesh.tensor)
+
+    @property
+    def depth(self) -> int:
+        """Depths the module is unrolled for; 0 without a module."""
+        return self.recycle_config.depth if self.recycle is not None else 0
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V_local, D]: the output head, which is the embedding when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(self, batch: Batch, scales: Tensor | None) -> tuple[Tensor, Tensor] | EvaluationSums:
+        """Training: the weighted total loss (scalar) and the plain sums of cross entropy [K+1], backbone first.
+
+        scales [K+1] is the weight of one target's loss in the total, by depth (see `training.batches`). Without scales the
+        batch is evaluated: one entry for both, since ZeRO-3 gathers weights where the root module is called.
+        """
+        if scales is None:
+            return self.evaluate(batch)
+        states = self._states(batch)
+        targets = batch.targets_KBS[: len(states)].transpose(1, 2).flatten(1)
+        joint = self.recycle_config.gradient == "joint"
+        train_head = [index == 0 or joint for index in range(len(states))]
+        return head_losses(
+            [state.flatten(0, 1) for state in states],
+            self.head_weight,
+            targets,
+            scales,
+            self.shard,
+            chunk=self.loss_chunk,
+            train_head=train_head,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> EvaluationSums:
+        """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data."""
+        states = self._states(batch)
+        targets = batch.targets_KBS[: len(states)].transpose(1, 2)
+        results = [
+            head_predictions(state.flatten(0, 1), self.head_weight, target.flatten(), self.shard, chunk=self.loss_chunk)
+            for state, target in zip(states, targets, strict=True)
+        ]
+        loss = torch.stack([total for total, _ in results])
+        valid = targets >= 0
+        best = [tokens.view_as(target) for (_, tokens), target in zip(results, targets, strict=True)]
+        agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
+        chain = torch.ones_like(valid[0])
+        for depth in range(1, len(states)):
+            # r^k_t and h_{t+k} both predict x_{t+k+1}
+            chain = chain & valid[depth]
+            judged[depth] = chain.sum()
+            ahead = torch.full_like(best[0], -1)
+            ahead[:-depth] = best[0][depth:]
+            chain = chain & (best[depth] == ahead)
+            agreed[depth] = chain.sum()
+        return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
+
+    def _states(self, batch: Batch) -> list[Tensor]:
+        """The backbone's states h and the module's r^1..r^K, each [S, B, D]."""
+        gradient = self.recycle_config.gradient
+        mask = AttentionMask(batch.documents_BS)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "frozen_backbone"):
+            hidden = self._backbone(batch.inputs_KBS[0].t(), batch.positions_BS.t(), mask)
+        states = [hidden]
+        if self.recycle is None:
+            return states
+        state = hidden if gradient == "joint" else hidden.detach()
+        chain: Chain = ()
+        for step in range(1, self.depth + 1):
+            embedded = self.embedding(batch.inputs_KBS[step].t())
+            # a packed document's positions restart, so the chain's run past them by step - 1, never past the last position
+            positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
+            rotary = self.rotary(positions, hidden.dtype)
+            embedded = embedded if gradient == "joint" else embedded.detach()
+            arguments = (state, embedded, rotary, mask.chained(step), chain)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                state, chain = checkpoint(self.recycle, *arguments, use_reentrant=False)
+            else:
+                state, chain = self.recycle(*arguments)
+            states.append(state)
+        return states
+
+    def _backbone(self, tokens_SB: Tensor, positions_SB: Tensor, mask: AttentionMask) -> Tensor:
+        x = self.embedding(tokens_SB)
+        rotary = self.rotary(positions_SB, x.dtype)
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, _ = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x, _ = block(x, rotary, mask)
+        return self.final_norm(x)
+
+    def new_cache(self, batch_size: int, capacity: int) -> DecodingCache:
+        """Empty caches for `capacity` positions, in the model's type and on its device."""
+        weight = self.final_norm.weight
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        shape = (batch_size, block.attention.kv_heads, capacity, block.attention.channels)
+        return DecodingCache(
+            KVCache(len(self.blocks), *shape, dtype=weight.dtype, device=weight.device),
+            KVCache(self.recycle_layers, *shape, dtype=weight.dtype, device=weight.device),
+        )
+
+    def decode(self, tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
+        """Runs the backbone over T new tokens, which join its cache. Returns the states after the final norm, [T, B, D]."""
+        x = self.embedding(tokens_BT.t())
+        mask = CachedMask(cache.backbone.length, tokens_BT.shape[1])
+        cache.backbone.advance(mask.count)
+        rotary = self._rotary_at(mask, x)
+        for block, layer in zip(self.blocks, cache.backbone.layers, strict=True):
+            x = block.decode(x, rotary, mask, layer)
+        return self.final_norm(x)
+
+    def recycle_decode(self, hidden_TBD: Tensor, next_tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
+        """Runs the module over T entries (h_p, E x_{p+1}), which join its cache. Returns r [T, B, D].
+
+        For a draft's step k > 1 pass r^{k-1} of the last entry and the token it drafted.
+        """
+        assert self.recycle is not None, "callers ask recycle_layers first"
+        mask = CachedMask(cache.recycle.length, next_tokens_BT.shape[1])
+        rotary = self._rotary_at(mask, hidden_TBD)
+        return self.recycle.decode(hidden_TBD, self.embedding(next_tokens_BT.t()), rotary, cache.recycle)
+
+    def logits(self, hidden_TBD: Tensor) -> Tensor:
+        """fp32 logits [T, B, V] over the true vocabulary, gathered from the tensor axis."""
+        logits = F.linear(hidden_TBD, self.head_weight).float()
+        axis = self.shard.axis
+        if axis.size > 1:
+            parts = [torch.empty_like(logits) for _ in range(axis.size)]
+            torch.distributed.all_gather(parts, logits.contiguous(), group=axis.group)
+            logits = torch.cat(parts, dim=-1)
+        return logits[..., : self.vocab_size]
+
+    def _rotary_at(self, mask: CachedMask, like: Tensor) -> KeysValues:
+        positions = torch.arange(mask.past, mask.past + mask.count, device=like.device)
+        return self.rotary(positions[:, None], like.dtype)

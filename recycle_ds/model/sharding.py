@@ -1,0 +1,82 @@
+"""Canonical names: what each local parameter is of the whole, unsharded model.
+
+A checkpoint, a conversion and the initial weights all speak of canonical tensors (query, key and value apart, gate and up
+apart, no vocabulary padding). A `Piece` says which slice of which canonical tensor lies where in a local parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from recycle_ds.model.layers import ColumnLinear, OutputHead, RowLinear, VocabEmbedding
+from recycle_ds.parallel.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Piece:
+    """canonical `name`[start : start + length] along `axis` = local[local_start : local_start + length] along `axis`."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    start: int
+    length: int
+    local_start: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the canonical tensor is not split."""
+        return self.length == self.shape[self.axis]
+
+
+def pieces(model: nn.Module, mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of every local parameter, by parameter name. Parameters of ZeRO-3 are described by their full shape."""
+    table: dict[str, tuple[Piece, ...]] = {}
+    for prefix, module in model.named_modules():
+        for suffix, parameter in module.named_parameters(recurse=False):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            table[f"{prefix}.{suffix}"] = _describe(module, prefix, suffix, shape, mesh.tensor)
+    return table
+
+
+def canonical_shapes(table: dict[str, tuple[Piece, ...]]) -> dict[str, tuple[int, ...]]:
+    """Full shape of each canonical tensor mentioned in a table of pieces."""
+    return {piece.name: piece.shape for row in table.values() for piece in row}
+
+
+def is_sharded(module: nn.Module, suffix: str) -> bool:
+    """Whether tensor ranks hold different parts of this parameter (rather than copies)."""
+    return isinstance(module, ColumnLinear | VocabEmbedding) or (isinstance(module, RowLinear) and suffix == "weight")
+
+
+def _describe(module: nn.Module, prefix: str, suffix: str, shape: tuple[int, ...], axis: Axis) -> tuple[Piece, ...]:
+    if isinstance(module, VocabEmbedding | OutputHead):
+        return _vocabulary(f"{prefix}.{suffix}", module.vocab_size, shape, axis)
+    if isinstance(module, ColumnLinear):
+        return _column(prefix, suffix, module.parts, shape, axis)
+    if isinstance(module, RowLinear):
+        columns = shape[1]
+        full = (shape[0], columns * axis.size)
+        return (Piece(f"{prefix}.{suffix}", full, 1, columns * axis.rank, columns, 0),)
+    return (Piece(f"{prefix}.{suffix}", shape, 0, 0, shape[0], 0),)
+
+
+def _column(prefix: str, suffix: str, parts: dict[str, int], shape: tuple[int, ...], axis: Axis) -> tuple[Piece, ...]:
+    parent = prefix.rpartition(".")[0]
+    found, local = [], 0
+    for part, rows in parts.items():
+        name = f"{parent}.{part}.{suffix}" if part else f"{prefix}.{suffix}"
+        length = rows // axis.size
+        found.append(Piece(name, (rows, *shape[1:]), 0, length * axis.rank, length, local))
+        local += length
+    return tuple(found)
+
+
+def _vocabulary(name: str, vocab_size: int, shape: tuple[int, ...], axis: Axis) -> tuple[Piece, ...]:
+    first = shape[0] * axis.rank
+    length = min(vocab_size - first, shape[0])
+    if length <= 0:  # padding only
+        return ()
+    return (Piece(name, (vocab_size, *shape[1:]), 0, first, length, 0),)

@@ -1,0 +1,68 @@
+"""The device and the collective backend, decided in one place for CPU (gloo) and CUDA (NCCL) alike."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+# Dense peak of the tensor cores in FLOP/s (vendors' data sheets, without sparsity), by a part of the device's name.
+_CUDA_PEAKS = {
+    "bf16": {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40": 181e12, "V100": 125e12},
+    "fp32": {"H200": 67e12, "H100": 67e12, "A100": 19.5e12, "A800": 19.5e12, "L40": 90e12, "V100": 15.7e12},
+}
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """This rank's device: the CUDA device of its local rank, or the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Name of the collective backend that belongs to `device()`."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's type for the configuration's "fp32" or "bf16"."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def peak_flops(dtype: str, device: torch.device) -> float:
+    """FLOP/s that model FLOP utilisation is measured against, for one rank.
+
+    On CUDA the data sheet's dense figure; on a CPU, or a GPU not listed, the rate of a square matrix product timed here.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in _CUDA_PEAKS[dtype].items():
+            if part in name:
+                return peak
+    return _matmul_rate(torch_dtype(dtype), device)
+
+
+def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 4) -> float:
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    torch.mm(a, a)
+    best = float("inf")
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device's queued work; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, in GiB: the allocator's peak on CUDA, the process's resident peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,124 @@
+"""How this process finds the others: deepspeed, torchrun, mpirun, or alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from recycle_ds.config import RecycleError
+from recycle_ds.parallel.device import backend
+
+# The first of these that is set tells an MPI process its rank, world size and rank on its host.
+_MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+)
+
+
+class LaunchError(RecycleError):
+    """The environment does not say consistently which process this is."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is among those started together."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def detect_launch(environment: Mapping[str, str]) -> Launch:
+    """Reads the launcher's variables. A pure function of the environment.
+
+    Raises LaunchError when a variable is missing or not a number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed"
+        return _launch(environment, launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for rank, size, local in _MPI_VARIABLES:
+        if rank in environment and size in environment:
+            return _launch(environment, "mpi", rank, size, local)
+    return Launch("single", 0, 1, 0)
+
+
+def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str, local: str) -> Launch:
+    values = []
+    for name in (rank, size, local):
+        text = environment.get(name, "0" if name == local else "")
+        if not text.isdigit():
+            raise LaunchError(f"{name}={text!r} is not a number: start with deepspeed, torchrun, mpirun or plain python")
+        values.append(int(text))
+    if values[0] >= values[1]:
+        raise LaunchError(f"{rank}={values[0]} must be below {size}={values[1]}")
+    return Launch(launcher, *values)
+
+
+def start(launch: Launch) -> None:
+    """Sets up torch.distributed through DeepSpeed, on the backend of this machine's device. Idempotent.
+
+    DeepSpeed's shared-memory collective would be compiled on first use (and ignores process groups): it is switched off.
+    """
+    if torch.distributed.is_initialized():
+        return
+    if launch.launcher == "mpi":
+        _share_mpi_address(launch)
+    elif launch.launcher == "single":
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank)
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend(), auto_mpi_discovery=False, verbose=False, rank=launch.rank, world_size=launch.world_size
+    )
+
+
+def stop() -> None:
+    """Leaves the process group, so that no rank warns about a group left behind."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Keeps DeepSpeed's and megatron's chatter at warnings."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+
+
+def _share_mpi_address(launch: Launch) -> None:
+    """Rank 0 picks a free port on its host and tells the others through MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise LaunchError(f"started by mpirun, but mpi4py cannot be loaded ({error}): pip install mpi4py") from None
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
+        raise LaunchError(
+            f"mpirun says rank {launch.rank} of {launch.world_size}, mpi4py says {world.Get_rank()} of "
+            f"{world.Get_size()}: mpi4py was built for another MPI than this mpirun"
+        )
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    address, port = world.bcast((address, _free_port()) if launch.rank == 0 else None, root=0)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,193 @@
+"""Entry point: pretrains a RecycleGPT. `deepspeed --num_gpus 2 --module recycle_ds.pretrain --config FILE [key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recycle_ds.config import ConfigError, RunConfig, load_config, resolve_deepspeed, save_config
+from recycle_ds.config.command import user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from recycle_ds.parallel.mesh import Mesh
+    from recycle_ds.training.engine import TrainingEngine
+    from recycle_ds.training.state import TrainingState
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[str, typer.Option(help="Run configuration (YAML); shipped ones are in ds_configs/runs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Pretrain a RecycleGPT. A run resumes by itself from the newest whole checkpoint in run_dir."""
+    import os
+
+    first = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))) == "0"
+    with user_errors(speak=first):
+        run(load_config(config, overrides or ()))
+
+
+def run(config: RunConfig) -> str:
+    """Sets up ranks, data, engine and state, trains, and says why it ended. Raises RecycleError for what the user can mend."""
+    import os
+
+    import torch
+
+    from recycle_ds.parallel import rendezvous
+    from recycle_ds.parallel.agree import on_first_rank
+    from recycle_ds.parallel.device import device
+    from recycle_ds.parallel.mesh import build_mesh, check_layout
+
+    rendezvous.quiet_libraries()
+    launch = rendezvous.detect_launch(os.environ)
+    deepspeed_config = resolve_deepspeed(config, check_layout(config.parallel, launch.world_size))
+    rendezvous.start(launch)
+    try:
+        mesh = build_mesh(config.parallel)
+        place = device(launch.local_rank)
+        torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
+        on_first_rank(lambda: _prepare(config), mesh, place)
+        return _train(config, deepspeed_config, mesh, place)
+    finally:
+        rendezvous.stop()
+
+
+def _prepare(config: RunConfig) -> None:
+    """Rank 0: token files, if they are missing, and a run folder without an earlier run's leftovers."""
+    from recycle_ds.checkpoint.folders import remove_unfinished
+    from recycle_ds.data.prepare import prepare_if_missing
+
+    prepare_if_missing(config.data)
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: cannot be made ({error.strerror})") from None
+    remove_unfinished(run_dir)
+
+
+def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device) -> str:
+    from recycle_ds.checkpoint.writing import PortableCheckpointer
+    from recycle_ds.data.loader import BatchLoader, open_dataset
+    from recycle_ds.data.tokenizer import Tokenizer
+    from recycle_ds.training.engine import build_engine
+    from recycle_ds.training.loop import Trainer
+    from recycle_ds.training.metrics import MetricsLog
+    from recycle_ds.training.signals import StopRequest
+
+    training = config.training
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    config = _with_vocabulary(config, tokenizer.vocab_size)
+    if mesh.is_first and training.warmup_steps > training.steps:
+        print(f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})", flush=True)
+
+    def loader(sources: tuple) -> BatchLoader:  # type: ignore[type-arg]
+        return BatchLoader(
+            open_dataset(sources, tokenizer, training.seq_length, training.seed),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            depth=config.recycle.depth if config.recycle.layers else 0,
+            data_rank=mesh.data.rank,
+            data_size=mesh.data.size,
+        )
+
+    train = loader(config.data.train)
+    validation = loader(config.data.validation) if config.data.validation and training.eval_every else None
+    with StopRequest() as stop:
+        engine = build_engine(config, dict(deepspeed_config), mesh, place)
+        state, source = _begin(config, engine, place)
+        metrics = None
+        if mesh.is_first:
+            save_config(config, Path(config.run_dir) / "config.yaml")
+            metrics = MetricsLog(Path(config.run_dir), tensorboard=training.tensorboard, resumed_step=state.step)
+            if source is not None:
+                metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+        _describe_run(config, engine, place)
+        checkpointer = PortableCheckpointer(config, engine, place, tokenizer.fingerprint)
+        try:
+            return Trainer(config, engine, train, validation, checkpointer, metrics, place).run(state, stop)
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+def _begin(config: RunConfig, engine: TrainingEngine, place: torch.device) -> tuple[TrainingState, Path | None]:
+    """Resumes from run_dir, else takes weights from init_from, else keeps the initial weights. Collective."""
+    from recycle_ds.checkpoint import resume
+    from recycle_ds.training.state import TrainingState
+
+    def say(text: str) -> None:
+        if engine.mesh.is_first:
+            print(text, flush=True)
+
+    found = resume.newest_whole(config, engine.mesh, place, say)
+    if found is not None:
+        folder, manifest = found
+        for note in resume.check_same_run(config, manifest, folder):
+            say(note)
+        state = resume.restore(engine, folder, manifest, place)
+        say(f"resuming from {folder}")
+        return state, folder
+    if config.init_from is not None:
+        weights, missing = resume.initialise_from(engine, config.init_from, place)
+        say(f"weights from {weights}" + (f"; {len(missing)} tensors of the recycle module are new" if missing else ""))
+    return TrainingState(), None
+
+
+def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The tokenizer's vocabulary where the model's is not given. Raises ConfigError when the model's is too small."""
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise ConfigError(f"model.vocab_size ({given}) is smaller than the tokenizer's vocabulary ({vocab_size})")
+    model = config.model.model_copy(update={"vocab_size": given or vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device) -> None:
+    """Writes run_dir/run.json from the groups really built. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    from recycle_ds.checkpoint.files import write_json
+    from recycle_ds.model.flops import parameters
+    from recycle_ds.training.engine import local_parameters
+
+    mesh = engine.mesh
+    counts = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(mesh.world_size)]
+    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=place))
+    total = parameters(config.model, config.recycle)
+    if not mesh.is_first:
+        return
+    record = {
+        "world_size": mesh.world_size,
+        "tensor": mesh.tensor.size,
+        "pipeline": 1,
+        "data": mesh.data.size,
+        "sequence": False,
+        "ulysses": 1,
+        "zero_stage": engine.zero_stage,
+        "dtype": config.training.dtype,
+        "parameters": total,
+        "parameters_per_rank": [int(count) for count in counts],
+    }
+    write_json(Path(config.run_dir) / "run.json", record)
+    layout = f"tensor {mesh.tensor.size} x data {mesh.data.size}, ZeRO {engine.zero_stage}, {config.training.dtype}"
+    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {place.type}: {layout}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command with `argv`, or the process's own arguments."""
+    app(args=argv)
+
+
+if __name__ == "__main__":
+    main()

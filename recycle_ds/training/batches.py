@@ -1,0 +1,46 @@
+"""One optimizer step's micro-batches with the scales that make losses and gradients independent of how they are split.
+
+The cross entropy of depth k is the sum over the unmasked targets of the global batch divided by their number in the global
+batch. The numbers are known before the first backward pass, since masks are a function of the data: each micro-batch's sum is
+scaled to them. A mean of means would depend on micro-batch size, data-parallel size and packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recycle_ds.data.loader import Batch
+from recycle_ds.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """A rank's micro-batches, on its device. counts [K+1]: targets of the global batch by depth, float64."""
+
+    micro: list[Batch]
+    counts: Tensor
+
+    def scales(self, weights: Sequence[float], data_size: int) -> Tensor:
+        """[K+1] fp32: weight of one target in the total. DeepSpeed averages gradients over data ranks: hence data_size."""
+        weight = torch.tensor(weights, dtype=torch.float64, device=self.counts.device)
+        return (weight * data_size / self.counts.clamp_min(1)).float()
+
+    def means(self, sums: Tensor) -> list[float]:
+        """Mean loss by depth from the global batch's sums; 0 where a depth has no target."""
+        return (sums / self.counts.clamp_min(1)).tolist()
+
+
+def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:
+    """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis."""
+    counts = torch.zeros(losses, dtype=torch.float64)
+    for batch in micro:
+        counts += (batch.targets_KBS[:losses] >= 0).flatten(1).sum(1)
+    counts = counts.to(device)
+    if mesh.data.size > 1:
+        dist.all_reduce(counts, group=mesh.data.group)
+    return StepBatches([batch.to(device) for batch in micro], counts)

@@ -1,0 +1,90 @@
+"""Builds the DeepSpeed engine of a run, and the pieces around it that hide the ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model import RecycleGPT, build_model
+from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
+from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.gradients import GradientControl
+from recycle_ds.training.master import MasterState
+from recycle_ds.training.optimizer import AdamW, parameter_groups, part_of
+
+
+@dataclass(frozen=True)
+class TrainingEngine:
+    """DeepSpeed's engine with the model in it, its gradient control and its master state."""
+
+    engine: Any
+    model: RecycleGPT
+    optimizer: AdamW
+    gradients: GradientControl
+    master: MasterState
+    mesh: Mesh
+    zero_stage: int
+
+
+def build_engine(config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device) -> TrainingEngine:
+    """Builds the model with its initial weights and wraps it. Collective over all ranks.
+
+    Raises TrainingError for combinations that DeepSpeed computes wrongly.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    training = config.training
+    stage = (deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
+    if stage == 0 and mesh.tensor.size > 1 and training.dtype == "bf16":
+        raise TrainingError(
+            f"ZeRO 0 with bf16 at parallel.tensor={mesh.tensor.size} gives wrong gradient norms in DeepSpeed: use zero1.json"
+        )
+    model = build_model(
+        config.model,
+        config.recycle,
+        mesh,
+        seed=training.seed,
+        checkpoint_blocks=training.activation_checkpointing == "full",
+        loss_chunk=training.loss_chunk,
+    ).to(device)
+    freeze(model, config.recycle.gradient)
+    optimizer = AdamW(parameter_groups(model, training.weight_decay), training)
+    if stage == 3:
+        # used by the root module (the head) as well as by its own: ZeRO-3 must gather it for both
+        deepspeed.zero.register_external_parameter(model, model.head_weight)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config,
+        mpu=ModelParallelUnit(mesh),
+        dist_init_required=False,
+    )
+    if training.compile:
+        engine.compile()
+    separate = config.recycle.gradient == "detached"
+    control = GradientControl(engine, optimizer, mesh, training.gradient_clipping, separate=separate)
+    return TrainingEngine(engine, model, optimizer, control, MasterState(engine, optimizer), mesh, stage)
+
+
+def freeze(model: RecycleGPT, gradient: str) -> None:
+    """Leaves only the module trainable under `frozen_backbone`; the head is frozen with the backbone."""
+    if gradient == "frozen_backbone":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) == "recycle")
+
+
+def local_parameters(engine: TrainingEngine) -> int:
+    """Weights that this rank holds between steps: its tensor shard, and of that its ZeRO-3 partition."""
+    count = 0
+    for parameter in engine.model.parameters():
+        partition = getattr(parameter, "ds_tensor", None)
+        count += parameter.numel() if partition is None else partition.ds_numel
+    return count
+
+
+__all__ = ["TrainingEngine", "build_engine", "freeze", "local_parameters"]

@@ -1,0 +1,7 @@
+"""Errors of a run that the user can act on."""
+
+from recycle_ds.config import RecycleError
+
+
+class TrainingError(RecycleError):
+    """The run cannot go on; the message says why and what to do."""

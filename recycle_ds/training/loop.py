@@ -1,0 +1,211 @@
+"""The training loop: it sequences; schedules, clipping, metrics, checkpoints and signals live beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recycle_ds.config import RunConfig
+from recycle_ds.data.loader import BatchLoader
+from recycle_ds.model.flops import training_flops_per_token
+from recycle_ds.parallel.device import peak_flops, peak_memory_gib, synchronise
+from recycle_ds.training.batches import StepBatches, assemble
+from recycle_ds.training.console import RunConsole, describe_evaluation
+from recycle_ds.training.dry_run import dry_run
+from recycle_ds.training.engine import TrainingEngine
+from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.evaluation import evaluate
+from recycle_ds.training.gradients import GradientReport
+from recycle_ds.training.metrics import MetricsLog
+from recycle_ds.training.profiling import StepProfiler
+from recycle_ds.training.schedule import learning_rate, loss_weights
+from recycle_ds.training.signals import StopRequest
+from recycle_ds.training.state import Checkpointer, TrainingState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step as all ranks see it."""
+
+    losses: list[float]
+    total: float
+    gradients: GradientReport
+    stop: bool
+
+
+class Trainer:
+    """Runs a built engine from a state to the end of its schedule, to `stop_at`, or to an agreed stop request."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: TrainingEngine,
+        loader: BatchLoader,
+        validation: BatchLoader | None,
+        checkpointer: Checkpointer,
+        metrics: MetricsLog | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
+        self.checkpointer, self.metrics, self.device = checkpointer, metrics, device
+        self.state = TrainingState()
+        self._seconds, self._steps_timed = 0.0, 0
+        training = config.training
+        self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
+        self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
+        self._saved_step = -1
+
+    def run(self, state: TrainingState, stop: StopRequest) -> str:
+        """Trains from `state` on. Returns why it ended: "finished", "stop_at" or the signal's name on all ranks alike."""
+        training = self.config.training
+        self.state = state
+        self._saved_step = state.step
+        last = min(training.steps, training.stop_at or training.steps)
+        console = RunConsole(first=self.engine.mesh.is_first, steps=training.steps, begun=state.step)
+        profiler = StepProfiler(training.profile, Path(self.config.run_dir), self.engine.mesh.rank)
+        ended = "finished" if last == training.steps else "stop_at"
+        try:
+            if training.dry_run and state.step < last:
+                self._dry_run()
+            while self.state.step < last:
+                profiler.before(self.state.step + 1)
+                result = self._step(stop)
+                profiler.after(self.state.step)
+                self._after_step(result, console, last)
+                if result.stop and self.state.step < last:
+                    ended = stop.reason or "a stop request on another rank"
+                    break
+            if self._saved_step != self.state.step:
+                self._save(console)
+        finally:
+            profiler.close()
+            console.close()
+        console.say(f"{ended} at step {self.state.step}")
+        return ended
+
+    def _draw(self) -> StepBatches:
+        losses = 1 + self.engine.model.depth
+        return assemble(self.loader.step(self.state.next_sample), losses, self.engine.mesh, self.device)
+
+    def _dry_run(self) -> None:
+        weights = loss_weights(self.config.training.steps, self.config.recycle)
+        batches = self._draw()
+        dry_run(self.engine, batches, batches.scales(weights, self.engine.mesh.data.size))
+
+    def _step(self, stop: StopRequest) -> StepResult:
+        """One optimizer step: draw, forward and backward by micro-batch, agree, update."""
+        begun = time.perf_counter()
+        step = self.state.step + 1
+        engine, mesh = self.engine.engine, self.engine.mesh
+        batches = self._draw()
+        weights = loss_weights(step, self.config.recycle)
+        scales = batches.scales(weights, mesh.data.size)
+        sums = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches.micro):
+            engine.set_gradient_accumulation_boundary(index == len(batches.micro) - 1)
+            total, partial = engine(batch, scales)
+            engine.backward(total, scale_wrt_gas=False)
+            sums += partial
+        sums, stopping = self._agree(sums, stop.reason is not None)
+        losses = batches.means(sums)
+        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config.training)
+        finite = math.isfinite(sum(losses))
+        report = self.engine.gradients.step(skip=not finite)
+        if not report.applied and self.config.training.nonfinite == "stop":
+            raise TrainingError(
+                f"step {step}: loss {total_loss} with gradient norm {report.norm} is not finite; no weight was changed. "
+                "Lower training.learning_rate, or set training.nonfinite=skip to pass over such steps"
+            )
+        synchronise(self.device)
+        self.state = replace(
+            self.state,
+            step=step,
+            next_sample=self.state.next_sample + self.config.training.global_batch_size,
+            skipped=self.state.skipped + (not report.applied),
+        )
+        self._seconds += time.perf_counter() - begun
+        self._steps_timed += 1
+        return StepResult(losses, total_loss, report, stopping)
+
+    def _agree(self, sums: Tensor, stop: bool) -> tuple[Tensor, bool]:
+        """Sums of the global batch, and whether any rank was asked to stop: one collective over all ranks."""
+        mesh = self.engine.mesh
+        vote = torch.tensor([float(stop)], dtype=torch.float64, device=self.device)
+        shared = torch.cat((sums if mesh.tensor.rank == 0 else torch.zeros_like(sums), vote))
+        if mesh.world_size > 1:
+            dist.all_reduce(shared)
+        return shared[:-1], bool(shared[-1].item() > 0)
+
+    def _after_step(self, result: StepResult, console: RunConsole, last: int) -> None:
+        """Log, evaluate and save when they are due."""
+        training, step = self.config.training, self.state.step
+        console.step(step)
+        if not result.gradients.applied:
+            self._event(console, "skipped_step", f"step {step} skipped: loss or gradient norm is not finite")
+        if step % training.log_every == 0 or step in (1, last):
+            self._log(result, console)
+        if self.validation is not None and training.eval_every and step % training.eval_every == 0:
+            self._evaluate(console)
+        if training.save_every and step % training.save_every == 0:
+            self._save(console)
+
+    def _log(self, result: StepResult, console: RunConsole) -> None:
+        training = self.config.training
+        tokens_a_step = training.global_batch_size * training.seq_length
+        rate = tokens_a_step * self._steps_timed / max(self._seconds, 1e-9)
+        self._seconds, self._steps_timed = 0.0, 0
+        record: dict[str, Any] = {
+            "step": self.state.step,
+            "loss": result.total,
+            "backbone_loss": result.losses[0],
+            "recycle_loss": result.losses[1:],
+            "grad_norm": result.gradients.norm,
+            "learning_rate": learning_rate(self.state.step, training),
+            "tokens": self.state.step * tokens_a_step,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak,
+            "memory_gib": peak_memory_gib(self.device),
+            "time": time.time(),
+        }
+        if len(result.gradients.by_part) > 1:
+            record["grad_norm_by_part"] = result.gradients.by_part
+        if self.metrics is not None:
+            self.metrics.write(record)
+            console.metrics(record)
+
+    def _evaluate(self, console: RunConsole) -> None:
+        assert self.validation is not None
+        batches = min(self.config.training.eval_batches, max(1, self.validation.samples // self.validation.global_batch_size))
+        result = evaluate(self.engine, self.validation, batches, self.device)
+        record = {
+            "step": self.state.step,
+            "eval_loss": result.loss,
+            "eval_recycle_loss": result.recycle_loss,
+            "eval_acceptance": result.acceptance,
+        }
+        if self.metrics is not None:
+            self.metrics.write(record)
+            console.say(describe_evaluation(record))
+
+    def _save(self, console: RunConsole) -> None:
+        begun = time.perf_counter()
+        folder = self.checkpointer.save(self.state)
+        if folder is None:
+            self._event(console, "save_failed", f"step {self.state.step}: the checkpoint could not be written; training goes on")
+            return
+        self._saved_step = self.state.step
+        console.say(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
+
+    def _event(self, console: RunConsole, event: str, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.write({"event": event, "step": self.state.step, "time": time.time()})
+        console.say(f"warning: {text}")

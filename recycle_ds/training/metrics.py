@@ -1,0 +1,65 @@
+"""metrics.jsonl and TensorBoard: what rank 0 leaves on disk while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends lines to run_dir/metrics.jsonl, each flushed, and mirrors numbers to TensorBoard."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, resumed_step: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        trim(self._path, resumed_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line: floats unrounded. Non-finite numbers are written as JSON's extension NaN, as Python reads it back."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None and "step" in record and "event" not in record:
+            self._mirror(record)
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key in ("step", "time"):
+                continue
+            values = value if isinstance(value, list) else [value]
+            for depth, number in enumerate(values, start=1):
+                tag = f"{key}/{depth}" if isinstance(value, list) else key
+                if isinstance(number, int | float):
+                    self._board.add_scalar(tag, number, record["step"])
+
+
+def trim(path: Path, step: int) -> None:
+    """Drops a partial last line and everything after `step`, so that a resumed run's log reads like one run's."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if line.endswith("\n") and isinstance(record, dict) and record.get("step", 0) <= step:
+            kept.append(line)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,80 @@
+"""AdamW over parameter groups that say which part of the model they belong to.
+
+DeepSpeed drives the optimizer through flat fp32 partitions, a group at a time. Clipping by part (module and backbone apart) and
+skipping a bad step therefore live in the groups: the factor and the flag travel with them into whatever order DeepSpeed uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from recycle_ds.config import TrainingConfig
+
+BACKBONE, RECYCLE = "backbone", "recycle"
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a clipping factor per group and a skip flag.
+
+    `group["clip"]` multiplies the group's gradients. While `hold` is set, step() allocates state and changes nothing: some
+    DeepSpeed optimizers call it during construction, where weight decay would already move the weights.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: TrainingConfig) -> None:
+        super().__init__(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
+        self.hold = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of the groups present. closure must be None: DeepSpeed has none."""
+        assert closure is None
+        if self.hold:
+            self.allocate()
+            return
+        for group in self.param_groups:
+            factor = group.get("clip")
+            if factor is not None:
+                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], factor)
+        super().step()
+
+    def allocate(self) -> None:
+        """Creates the moments of every parameter that has none, zero, at step 0."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups, part x decay; norms and biases have no decay.
+
+    The module's parameters never share a group (and so never a flat partition) with the backbone's.
+    """
+    groups: list[dict[str, Any]] = []
+    for part in (BACKBONE, RECYCLE):
+        for decayed in (True, False):
+            members = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and part_of(name) == part and (_dimensions(parameter) > 1) == decayed
+            ]
+            if members:
+                decay = weight_decay if decayed else 0.0
+                groups.append({"params": members, "weight_decay": decay, "part": part, "clip": None})
+    return groups
+
+
+def part_of(name: str) -> str:
+    """The part of the model a parameter belongs to, by its name."""
+    return RECYCLE if name.startswith("recycle.") else BACKBONE
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))

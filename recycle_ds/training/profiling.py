@@ -1,0 +1,41 @@
+"""torch profiler traces of chosen steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from recycle_ds.config import ProfileConfig
+
+
+class StepProfiler:
+    """Traces steps start..end of `config` to run_dir/profile/rank-00000.json; does nothing without one."""
+
+    def __init__(self, config: ProfileConfig | None, run_dir: Path, rank: int) -> None:
+        self._config = config
+        self._path = run_dir / "profile" / f"rank-{rank:05d}.json"
+        self._profiler: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """Starts tracing ahead of the first step asked for, or of a later one that a resume begins with."""
+        if self._config is not None and self._profiler is None and self._config.start <= step <= self._config.end:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+
+    def after(self, step: int) -> None:
+        """Stops behind the last step asked for and writes the trace."""
+        if self._config is not None and step >= self._config.end:
+            self.close()
+
+    def close(self) -> None:
+        """Writes a trace that is under way."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self._path))
+            self._profiler = None
+            self._config = None
