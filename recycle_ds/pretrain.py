@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from recycle_ds.training.engine import TrainingEngine
     from recycle_ds.training.state import TrainingState
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -50,7 +50,7 @@ def run(config: RunConfig) -> str:
     rendezvous.quiet_libraries()
     launch = rendezvous.detect_launch(os.environ)
     deepspeed_config = resolve_deepspeed(config, check_layout(config.parallel, launch.world_size))
-    rendezvous.start(launch)
+    begun_here = rendezvous.start(launch)
     try:
         mesh = build_mesh(config.parallel)
         place = device(launch.local_rank)
@@ -58,7 +58,8 @@ def run(config: RunConfig) -> str:
         on_first_rank(lambda: _prepare(config), mesh, place)
         return _train(config, deepspeed_config, mesh, place)
     finally:
-        rendezvous.stop()
+        if begun_here:
+            rendezvous.stop()
 
 
 def _prepare(config: RunConfig) -> None:
@@ -88,7 +89,10 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
     tokenizer = Tokenizer.load(config.data.tokenizer)
     config = _with_vocabulary(config, tokenizer.vocab_size)
     if mesh.is_first and training.warmup_steps > training.steps:
-        print(f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})", flush=True)
+        print(
+            f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})",
+            flush=True,
+        )
 
     def loader(sources: tuple) -> BatchLoader:  # type: ignore[type-arg]
         return BatchLoader(

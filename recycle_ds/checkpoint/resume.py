@@ -22,7 +22,15 @@ from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
 
 # What must be as it was: another model, other data, another order of the data or another batch is another run.
-_FIXED = ("data.train", "data.tokenizer", "model", "recycle", "training.seed", "training.global_batch_size", "training.seq_length")
+_FIXED = (
+    "data.train",
+    "data.tokenizer",
+    "model",
+    "recycle",
+    "training.seed",
+    "training.global_batch_size",
+    "training.seq_length",
+)
 # What may change at a resume without a word.
 _FREE = (
     "run_dir", "deepspeed", "init_from", "parallel", "data.prepare", "data.validation", "training.steps", "training.stop_at",
@@ -70,7 +78,9 @@ def check_same_run(config: RunConfig, manifest: Manifest, folder: Path) -> list[
             continue
         change = f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         if _under(key, _FIXED):
-            raise CheckpointError(f"{folder}: cannot go on: {change}; put it back, or use another run_dir (init_from keeps weights)")
+            raise CheckpointError(
+                f"{folder}: cannot go on: {change}; put it back, or use another run_dir (init_from keeps weights)"
+            )
         if not _under(key, _FREE):
             notes.append(f"note: resuming with a change: {change}")
     return notes
@@ -83,7 +93,9 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
     if manifest.layout.get("world_size") == engine.mesh.world_size:
         _restore_generators(folder / f"rng-{engine.mesh.rank:05d}.safetensors", device)
     else:
-        torch.manual_seed(int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + engine.mesh.rank)
+        torch.manual_seed(
+            int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + engine.mesh.rank
+        )
     return TrainingState(manifest.step, manifest.next_sample, manifest.skipped)
 
 
@@ -99,11 +111,12 @@ def initialise_from(engine: TrainingEngine, source: str, device: torch.device) -
     return folder, missing
 
 
-def _load_tensors(engine: TrainingEngine, reader: TensorReader, *, moments: bool, may_lack: str | None = None) -> list[str]:
+def _load_tensors(
+    engine: TrainingEngine, reader: TensorReader, *, moments: bool, may_lack: str | None = None
+) -> list[str]:
     master = engine.master
     table = pieces(engine.model, engine.mesh)
     missing = check_tensors(canonical_shapes(table), reader, may_lack)
-    master.prepare()
     lacking = set(missing)
     for name in sorted(master.parameters):
         if any(piece.name in lacking for piece in table[name]):
@@ -121,7 +134,11 @@ def check_tensors(wanted: dict[str, tuple[int, ...]], reader: TensorReader, may_
     held = {name: tuple(entry.shape) for name, entry in reader.manifest.tensors.items()}
     missing = sorted(set(wanted) - set(held))
     extra = sorted(name for name in set(held) - set(wanted) if not (may_lack and name.startswith(may_lack)))
-    shapes = [f"{n} {list(held[n])} instead of {list(wanted[n])}" for n in sorted(wanted) if n in held and held[n] != wanted[n]]
+    shapes = [
+        f"{n} {list(held[n])} instead of {list(wanted[n])}"
+        for n in sorted(wanted)
+        if n in held and held[n] != wanted[n]
+    ]
     faults = []
     if not (may_lack and all(name.startswith(may_lack) for name in missing)):
         faults += [f"missing: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"] if missing else []
@@ -169,7 +186,11 @@ def _has(manifest: Manifest, name: str, kind: str) -> bool:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        key: value
+        for name, part in tree.items()
+        for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def _under(key: str, roots: tuple[str, ...]) -> bool:

@@ -96,7 +96,6 @@ class PortableCheckpointer:
     def _write_share(self, writer: _ShardWriter) -> str | None:
         """Gathers every parameter (all ranks take part even after a local fault) and writes this rank's share."""
         mesh, master = self._engine.mesh, self._engine.master
-        master.prepare()
         table = pieces(self._engine.model, mesh)
         fault: str | None = None
         for number, name in enumerate(sorted(master.parameters)):

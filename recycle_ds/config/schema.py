@@ -103,7 +103,9 @@ class ModelConfig(Section):
         if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(f"hidden ({self.hidden}) must be divisible by heads ({self.heads}), or head_dim given")
         if self.dim_per_head % 2:
-            raise ValueError(f"the head width ({self.dim_per_head}) must be even for rotary embeddings; change head_dim")
+            raise ValueError(
+                f"the head width ({self.dim_per_head}) must be even for rotary embeddings; change head_dim"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})")
         return self
@@ -289,7 +291,9 @@ class RunConfig(Section):
                 f"training.micro_batch_size ({training.micro_batch_size})"
             )
         if recycle.depth >= training.seq_length:
-            raise ValueError(f"recycle.depth ({recycle.depth}) must be below training.seq_length ({training.seq_length})")
+            raise ValueError(
+                f"recycle.depth ({recycle.depth}) must be below training.seq_length ({training.seq_length})"
+            )
         if recycle.layers == 0 and recycle.gradient != "joint":
             raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
         for name in ("heads", "kv_heads", "ffn"):

@@ -22,9 +22,7 @@ def build_model(
 ) -> RecycleGPT:
     """This rank's part of a model. mesh None is a single process; seed None leaves weights to a checkpoint."""
     mesh = mesh or Mesh()
-    model = RecycleGPT(
-        config, recycle, mesh, dtype=dtype, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk
-    )
+    model = RecycleGPT(config, recycle, mesh, dtype=dtype, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk)
     if seed is not None:
         initialise(model, config, mesh, seed)
     return model

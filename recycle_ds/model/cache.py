@@ -26,7 +26,14 @@ class KVCache:
     """The caches of a stack of layers that advance together. `length` entries are valid."""
 
     def __init__(
-        self, layers: int, batch: int, heads: int, capacity: int, channels: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         # Uninitialised on purpose: an entry is written before it is read.
         storage = torch.empty(layers, 2, batch, heads, capacity, channels, dtype=dtype, device=device)

@@ -101,9 +101,7 @@ class VocabEmbedding(VocabParallelEmbedding):
     """Token embedding with the (padded) vocabulary split over the tensor axis; also the weight of a tied head."""
 
     def __init__(self, vocab_size: int, padded_vocab: int, width: int, mesh: Mesh, config: ModelParallelConfig) -> None:
-        super().__init__(
-            padded_vocab, width, init_method=_no_initialisation, config=config, tp_group=mesh.tensor.group
-        )
+        super().__init__(padded_vocab, width, init_method=_no_initialisation, config=config, tp_group=mesh.tensor.group)
         self.vocab_size = vocab_size
         self.whole = mesh.tensor.size == 1
 

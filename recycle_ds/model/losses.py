@@ -153,7 +153,9 @@ def _softmax(logits: Tensor, targets: Tensor, rows: slice, shard: HeadShard, wan
     _reduce(total, dist.ReduceOp.SUM, shard.axis)
     _reduce(target_logit, dist.ReduceOp.SUM, shard.axis)
     loss = (total.log() - target_logit).masked_fill(targets == IGNORE, 0.0)
-    return ChunkLogits(rows, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best)
+    return ChunkLogits(
+        rows, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best
+    )
 
 
 def _chunk_gradients(

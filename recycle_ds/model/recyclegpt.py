@@ -62,7 +62,9 @@ class RecycleGPT(nn.Module):
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
         self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(config.layers)])
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
-        self.head = None if config.tied_embeddings else OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
+        self.head = (
+            None if config.tied_embeddings else OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
+        )
         self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype) if recycle.layers else None
         rows = padded // mesh.tensor.size
         first = rows * mesh.tensor.rank

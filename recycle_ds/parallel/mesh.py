@@ -39,7 +39,9 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel size that a layout leaves in a world. Raises ConfigError with all numbers when it does not fit."""
     for name, value in (("pipeline", parallel.pipeline), ("ulysses", parallel.ulysses)):
         if value > 1:
-            raise ConfigError(f"parallel.{name}={value}: only 1 is available in this version; use parallel.tensor and ZeRO")
+            raise ConfigError(
+                f"parallel.{name}={value}: only 1 is available in this version; use parallel.tensor and ZeRO"
+            )
     if parallel.sequence:
         raise ConfigError("parallel.sequence=true: not available in this version; leave it false")
     if world_size % parallel.tensor:
@@ -59,6 +61,8 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
 
     world_size = torch.distributed.get_world_size()
     data_size = check_layout(parallel, world_size)
+    if parallel_state.model_parallel_is_initialized():  # an earlier run in this process
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
     return Mesh(
         rank=torch.distributed.get_rank(),

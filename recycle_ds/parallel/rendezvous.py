@@ -53,27 +53,27 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
     for name in (rank, size, local):
         text = environment.get(name, "0" if name == local else "")
         if not text.isdigit():
-            raise LaunchError(f"{name}={text!r} is not a number: start with deepspeed, torchrun, mpirun or plain python")
+            raise LaunchError(
+                f"{name}={text!r} is not a number: start with deepspeed, torchrun, mpirun or plain python"
+            )
         values.append(int(text))
     if values[0] >= values[1]:
         raise LaunchError(f"{rank}={values[0]} must be below {size}={values[1]}")
     return Launch(launcher, *values)
 
 
-def start(launch: Launch) -> None:
-    """Sets up torch.distributed through DeepSpeed, on the backend of this machine's device. Idempotent.
+def start(launch: Launch) -> bool:
+    """Sets up torch.distributed through DeepSpeed, on the backend of this machine's device. False where it already was.
 
     DeepSpeed's shared-memory collective would be compiled on first use (and ignores process groups): it is switched off.
     """
     if torch.distributed.is_initialized():
-        return
+        return False
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
     elif launch.launcher == "single":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    os.environ.update(
-        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank)
-    )
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
     import deepspeed
@@ -82,6 +82,7 @@ def start(launch: Launch) -> None:
     deepspeed.init_distributed(
         dist_backend=backend(), auto_mpi_discovery=False, verbose=False, rank=launch.rank, world_size=launch.world_size
     )
+    return True
 
 
 def stop() -> None:

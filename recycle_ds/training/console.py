@@ -17,7 +17,12 @@ class RunConsole:
         self._progress: Progress | None = None
         self._task: Any = None
         if first and sys.stdout.isatty():
-            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            columns = (
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             self._progress = Progress(*columns, console=Console(file=sys.stdout))
             self._task = self._progress.add_task("starting", total=steps, completed=begun)
             self._progress.start()

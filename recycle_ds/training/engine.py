@@ -29,7 +29,9 @@ class TrainingEngine:
     zero_stage: int
 
 
-def build_engine(config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device) -> TrainingEngine:
+def build_engine(
+    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device
+) -> TrainingEngine:
     """Builds the model with its initial weights and wraps it. Collective over all ranks.
 
     Raises TrainingError for combinations that DeepSpeed computes wrongly.
@@ -68,7 +70,9 @@ def build_engine(config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh
         engine.compile()
     separate = config.recycle.gradient == "detached"
     control = GradientControl(engine, optimizer, mesh, training.gradient_clipping, separate=separate)
-    return TrainingEngine(engine, model, optimizer, control, MasterState(engine, optimizer), mesh, stage)
+    master = MasterState(engine, optimizer)
+    master.allocate_moments()
+    return TrainingEngine(engine, model, optimizer, control, master, mesh, stage)
 
 
 def freeze(model: RecycleGPT, gradient: str) -> None:

@@ -102,7 +102,9 @@ class GradientControl:
         norms = []
         for group, members in zip(self._groups, self._low_precision_groups(), strict=True):
             kept = [
-                p.grad.float() for p in members if p.grad is not None and (p in self._sharded or self._mesh.tensor.rank == 0)
+                p.grad.float()
+                for p in members
+                if p.grad is not None and (p in self._sharded or self._mesh.tensor.rank == 0)
             ]
             device = members[0].device
             square = torch.zeros((), device=device)

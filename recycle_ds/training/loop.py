@@ -111,7 +111,8 @@ class Trainer:
         for index, batch in enumerate(batches.micro):
             engine.set_gradient_accumulation_boundary(index == len(batches.micro) - 1)
             total, partial = engine(batch, scales)
-            engine.backward(total, scale_wrt_gas=False)
+            # not the model's own output: a hook on that would divide by the accumulation steps at stage 0 all the same
+            engine.backward(total * 1.0, scale_wrt_gas=False)
             sums += partial
         sums, stopping = self._agree(sums, stop.reason is not None)
         losses = batches.means(sums)
@@ -184,7 +185,9 @@ class Trainer:
 
     def _evaluate(self, console: RunConsole) -> None:
         assert self.validation is not None
-        batches = min(self.config.training.eval_batches, max(1, self.validation.samples // self.validation.global_batch_size))
+        # no sample twice in one evaluation, unless the file holds less than one batch
+        available = sum(self.validation.dataset.samples_per_epoch) // self.validation.global_batch_size
+        batches = min(self.config.training.eval_batches, max(1, available))
         result = evaluate(self.engine, self.validation, batches, self.device)
         record = {
             "step": self.state.step,
@@ -200,7 +203,9 @@ class Trainer:
         begun = time.perf_counter()
         folder = self.checkpointer.save(self.state)
         if folder is None:
-            self._event(console, "save_failed", f"step {self.state.step}: the checkpoint could not be written; training goes on")
+            self._event(
+                console, "save_failed", f"step {self.state.step}: the checkpoint could not be written; training goes on"
+            )
             return
         self._saved_step = self.state.step
         console.say(f"saved {folder} in {time.perf_counter() - begun:.1f} s")

@@ -34,15 +34,17 @@ class MasterState:
         parameter = self.parameters[name]
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
-    def prepare(self) -> None:
-        """Allocates the moments, which stages 1 and 2 otherwise do at the first step."""
-        hold, self._optimizer.hold = self._optimizer.hold, True
+    def allocate_moments(self) -> None:
+        """Creates all moments before the first step.
+
+        Stages 1 and 2 would link them to parameters after the first group's step, when the other groups have none yet, and
+        never find those again. It also lets a lack of memory show at once.
+        """
+        if self._stage == 3:
+            return  # created with the partitions
+        self._optimizer.allocate()
         if self._stage in (1, 2):
-            self._optimizer.allocate()
             self._zero._lazy_init_hp_params_optimizer_state()
-        elif self._stage == 0 and not self._has_copies:
-            self._optimizer.allocate()
-        self._optimizer.hold = hold
 
     @torch.no_grad()
     def read(self, name: str, kind: Kind) -> Tensor:
@@ -55,9 +57,7 @@ class MasterState:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         value = (
-            safe_get_full_fp32_param(parameter)
-            if kind == "weight"
-            else safe_get_full_optimizer_state(parameter, kind)
+            safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
         )
         assert value is not None, f"DeepSpeed holds no {kind} of {name}"
         return value.view(self.shape(name))

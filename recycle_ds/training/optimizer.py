@@ -25,7 +25,9 @@ class AdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: TrainingConfig) -> None:
-        super().__init__(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
+        super().__init__(
+            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+        )
         self.hold = True
 
     @torch.no_grad()
@@ -37,8 +39,9 @@ class AdamW(torch.optim.AdamW):
             return
         for group in self.param_groups:
             factor = group.get("clip")
-            if factor is not None:
-                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], factor)
+            present = [p.grad for p in group["params"] if p.grad is not None]
+            if factor is not None and present:  # DeepSpeed empties the groups whose turn it is not
+                torch._foreach_mul_(present, factor)
         super().step()
 
     def allocate(self) -> None:

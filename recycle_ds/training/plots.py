@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycle_ds.plot_style import BACKBONE, DEPTH_COLOURS, GRID, MUTED, save, two_panels
 from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.plot_style import BACKBONE, DEPTH_COLOURS, GRID, MUTED, save, two_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,8 +96,13 @@ def _acceptance(axes: Axes, run: _Run) -> None:
         axes.plot(steps, values, "o-", color=colour, markersize=4.5, label=f"depth {depth + 1}")
         if math.isfinite(values[-1]):
             axes.annotate(
-                f"{values[-1]:.0%}", (steps[-1], values[-1]), (7, 0), textcoords="offset points", va="center",
-                fontsize=9, color=colour,
+                f"{values[-1]:.0%}",
+                (steps[-1], values[-1]),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=colour,
             )
     axes.set_xlim(0, max(steps[-1], run.steps[-1]["step"]) * 1.1)
     axes.legend(fontsize=9)

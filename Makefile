@@ -1,0 +1,82 @@
+# `make help` lists the targets. Everything runs in .venv, which is made and filled once and reused while requirements.txt and
+# pyproject.toml are unchanged.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# The environment of every command below, in one place. DeepSpeed builds none of its ops, neither when it is installed nor
+# later; should a run ask for one, it lands inside .venv.
+export DS_BUILD_OPS := 0
+export DS_SKIP_CUDA_CHECK := 1
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-clean test test-all check format venv clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+
+demo: $(STAMP) ## pretrain on the shipped corpus with 2 ranks, decode in three modes, print a table, leave runs/demo
+	@exec $(PY) -m recycle_ds.demo
+
+demo-clean: ## forget the demo's data and run, so that the next `make demo` starts from nothing
+	rm -rf runs/demo data/demo
+
+test: $(STAMP) ## the test suite, in the size that CI runs
+	@exec $(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## the test suite with every long case
+	@RECYCLE_TEST_ALL=1 exec $(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## ruff, formatting, mypy and the order of imports
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/unit/test_layering.py
+
+format: $(STAMP) ## apply ruff's fixes and formatting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+venv: $(STAMP) ## make .venv and install everything into it
+
+clean: ## remove .venv, caches and build leftovers; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find recycle_ds tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lock lets two `make` started at once share one installation. On a terminal pip shows its progress bars, in a log it is
+# quiet. A .venv that an interrupted call left half-made is made anew.
+$(STAMP): requirements.txt pyproject.toml
+	@fail() { echo "error: $$*" >&2; exit 1; }; \
+	command -v "$(PYTHON)" >/dev/null || fail "'$(PYTHON)' not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || fail "Python 3.10 or newer is needed, '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1): name a newer one: make PYTHON=python3.11"; \
+	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	  || fail "'$(PYTHON)' cannot make virtual environments: install the package python3-venv (Debian, Ubuntu: apt-get install python3-venv)"; \
+	command -v "$${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null \
+	  || fail "no C compiler found: install gcc (Debian, Ubuntu: apt-get install gcc), or name one: make CC=/path/to/cc"; \
+	mkdir -p $(VENV); exec 9>$(VENV)/.lock; \
+	if command -v flock >/dev/null; then flock -n 9 || { echo "waiting for another make that is installing"; flock 9; }; fi; \
+	if [ $@ -nt requirements.txt ] && [ $@ -nt pyproject.toml ]; then exit 0; fi; \
+	quiet=-q; [ ! -t 1 ] || quiet=; \
+	torch="$$(sed -n 's/^\(torch==[^ ;#]*\).*/\1/p' requirements.txt)"; \
+	echo "[1/4] virtual environment: $(VENV) ($$("$(PYTHON)" -V))"; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  rm -rf $(VENV)/bin $(VENV)/lib $(VENV)/lib64 $(VENV)/include $(VENV)/pyvenv.cfg; "$(PYTHON)" -m venv $(VENV); \
+	fi; \
+	echo "[2/4] $$torch (the largest part: 0.2 GB for CPU, some 3 GB for CUDA)"; \
+	$(PY) -m pip install $$quiet "$$torch"; \
+	echo "[3/4] the other packages of requirements.txt"; \
+	$(PY) -m pip install $$quiet -r requirements.txt; \
+	echo "[4/4] recycle_ds itself, editable"; \
+	$(PY) -m pip install $$quiet --no-deps -e .; \
+	touch $@

@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+"""How the name of every unfinished file begins."""
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for the unfinished file; unique, so that two writers of one path never share it."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flush `temporary` to disk and give it its final name, replacing an older file; flush the rename too."""
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a small UTF-8 file through a temporary name, which is removed if anything goes wrong, Ctrl-C included."""
+    temporary = temporary_name(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,9 @@
+"""The data room's error."""
+
+from __future__ import annotations
+
+from recycle_ds.config.errors import RecycleError
+
+
+class DataError(RecycleError):
+    """A corpus, tokenizer or token file that cannot be used as it is."""

@@ -1,0 +1,130 @@
+"""Micro-batches of one data-parallel rank, as tensors.
+
+Shapes: B sequences of a micro-batch, S positions, K recycle depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recycle_ds.config.schema import TokenSource
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.sampling import PackedDataset
+from recycle_ds.data.targets import make_targets
+from recycle_ds.data.token_files import open_token_file
+from recycle_ds.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All tensors are int64."""
+
+    tokens_BS: Tensor
+    """[B, S] what the backbone reads."""
+    positions_BS: Tensor
+    """[B, S] rotary positions, from 0 at the start of each sample and of each document."""
+    documents_BS: Tensor
+    """[B, S] number of the document within its sample, from 0; attention stays within equal numbers."""
+    inputs_KBS: Tensor
+    """[K+1, B, S] token read at each depth; depth 0 is `tokens_BS`."""
+    targets_KBS: Tensor
+    """[K+1, B, S] token predicted at each depth, `targets.IGNORE` where none counts."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
+            positions_BS=self.positions_BS.to(device, non_blocking=True),
+            documents_BS=self.documents_BS.to(device, non_blocking=True),
+            inputs_KBS=self.inputs_KBS.to(device, non_blocking=True),
+            targets_KBS=self.targets_KBS.to(device, non_blocking=True),
+        )
+
+
+class BatchLoader:
+    """Cuts global batches of consecutive samples into the micro-batches of one data-parallel rank.
+
+    Micro-batch m of rank r begins at sample first + (m * data_size + r) * micro_batch_size, so the samples of a global
+    batch are the same whatever the layout. The loader has no state: the position in the data is the caller's
+    `first_sample`.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        depth: int,
+        data_rank: int,
+        data_size: int,
+    ) -> None:
+        """Args:
+            dataset: where samples come from.
+            global_batch_size: sequences in one optimizer step, over all ranks.
+            micro_batch_size: sequences in one forward pass of one rank.
+            depth: K.
+            data_rank: this rank's place among the data-parallel ranks, from 0.
+            data_size: data-parallel ranks.
+
+        Raises:
+            DataError: the global batch does not divide into equal micro-batches over the ranks.
+        """
+        together = micro_batch_size * data_size
+        if global_batch_size <= 0 or global_batch_size % together:
+            raise DataError(
+                f"training.global_batch_size ({global_batch_size}) must be a multiple of training.micro_batch_size "
+                f"({micro_batch_size}) x data-parallel ranks ({data_size}) = {together}"
+            )
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data_rank ({data_rank}) must be in [0, data_size ({data_size}))")
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.micro_batches = global_batch_size // together
+        """Micro-batches that each rank works through in one step."""
+        self._depth, self._data_rank, self._data_size = depth, data_rank, data_size
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch that begins at global sample number `first_sample`."""
+        starts = (
+            first_sample + (m * self._data_size + self._data_rank) * self.micro_batch_size
+            for m in range(self.micro_batches)
+        )
+        return [self._batch(range(start, start + self.micro_batch_size)) for start in starts]
+
+    def _batch(self, numbers: Sequence[int]) -> Batch:
+        samples = [self.dataset.sample(number) for number in numbers]
+        tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        documents_BT = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+        positions_BT = torch.from_numpy(np.stack([sample.positions for sample in samples]))
+        targets = make_targets(tokens_BT, documents_BT, self._depth)
+        return Batch(
+            tokens_BS=targets.inputs[0],
+            positions_BS=positions_BT[:, :-1].contiguous(),
+            documents_BS=documents_BT[:, :-1].contiguous(),
+            inputs_KBS=targets.inputs,
+            targets_KBS=targets.targets,
+        )
+
+
+def open_dataset(sources: Sequence[TokenSource], tokenizer: Tokenizer, seq_length: int, seed: int) -> PackedDataset:
+    """Open the token files of a configuration, check them against the tokenizer, and blend them.
+
+    Args:
+        sources: paths and weights, as in `data.train`.
+        tokenizer: the one that all of them must have been made with.
+        seq_length: S, tokens in a sequence.
+        seed: determines the order of the samples.
+
+    Raises:
+        DataError: a file is unusable, of another tokenizer, or too short for one sample.
+    """
+    return PackedDataset(
+        [(open_token_file(source.path, tokenizer), source.weight) for source in sources], seq_length, seed
+    )

@@ -1,0 +1,275 @@
+"""From a source of documents to a train and a validation token file, the same for every number of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recycle_ds.data.encoding import encode_in_order, usable_cores
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.sources import read_documents
+from recycle_ds.data.token_files import TokenFileWriter, pair_paths, read_sidecar
+from recycle_ds.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from recycle_ds.config.schema import DataConfig, PrepareConfig
+
+TRAIN, VALIDATION = "train", "validation"
+"""Prefixes of the two token files in the output folder."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One token file that was written."""
+
+    prefix: str
+    """Its path, without the suffix."""
+    documents: int
+    """Documents in it."""
+    tokens: int
+    """Tokens in it, end-of-document tokens included."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` made."""
+
+    source: str
+    """What was tokenised."""
+    train: SplitReport
+    """Documents to train on."""
+    validation: SplitReport | None
+    """Documents held out; None if the fraction is 0."""
+    blank: int
+    """Documents without text, which were left out."""
+
+
+def is_validation(number: int, fraction: float, seed: int) -> bool:
+    """Whether document `number` (from 0) is held out: a pure function, so other documents do not matter.
+
+    Of the first two documents one goes to each side, so that neither is empty; the others are drawn independently.
+    """
+    if fraction <= 0:
+        return False
+    digest = hashlib.blake2b(f"{seed}/{0 if number < 2 else number}".encode(), digest_size=8).digest()
+    draw = int.from_bytes(digest, "little")
+    return draw % 2 == number if number < 2 else draw < fraction * 2**64
+
+
+def prepare(
+    source: str,
+    output: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    text_column: str = "text",
+    validation_fraction: float = 0.02,
+    workers: int | None = None,
+    streaming: bool = False,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> PrepareReport:
+    """Tokenise a source into the token files `output`/train and, unless the fraction is 0, `output`/validation.
+
+    Each file appears whole or not at all, and is the same for every number of workers.
+
+    Args:
+        source, text_column, streaming, split: as in `sources.read_documents`.
+        output: folder, made if missing.
+        tokenizer: whose ids are written.
+        validation_fraction: share of documents held out, 0 to 1; above 0, at least one document is on each side.
+        workers: processes that tokenise; as many as this process may use cores if not given.
+        seed: draws the held-out documents.
+        progress: show a bar on standard error, if that is a terminal.
+
+    Raises:
+        DataError: the source cannot be read or split, or the files cannot be written.
+    """
+    if not 0 <= validation_fraction <= 1:
+        raise DataError(f"the validation fraction is {validation_fraction}; it must be from 0 to 1")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}; at least 1 process has to tokenise")
+    recipe = _recipe(text_column, validation_fraction) | {"seed": seed, "split": split}
+    names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
+    documents = blank = tokens = 0
+    try:
+        with _Bar(source, progress) as bar, contextlib.ExitStack() as stack:
+            texts = read_documents(source, text_column, streaming=streaming, split=split, progress=bar.read)
+            first = next(texts)  # a source that cannot be read is told before the writers' slow imports
+            writers = [
+                stack.enter_context(TokenFileWriter(Path(output) / name, tokenizer, source, recipe)) for name in names
+            ]
+            encoded = encode_in_order(itertools.chain([first], texts), tokenizer, workers or usable_cores())
+            for ids in stack.enter_context(contextlib.closing(encoded)):
+                if len(ids):
+                    writers[is_validation(documents, validation_fraction, seed)].add(ids)
+                    documents, tokens = documents + 1, tokens + len(ids) + 1
+                else:
+                    blank += 1
+                bar.wrote(documents, tokens)
+            _check_sides(source, documents, validation_fraction)
+    except OSError as error:
+        raise DataError(f"cannot write to {output}: {error.strerror or error}; free or choose a folder") from error
+    made = [SplitReport(str(Path(output) / n), w.documents, w.tokens) for n, w in zip(names, writers, strict=True)]
+    return PrepareReport(source, made[0], made[1] if len(made) > 1 else None, blank)
+
+
+def prepare_if_missing(
+    config: DataConfig, *, workers: int | None = None, progress: bool = False
+) -> PrepareReport | None:
+    """Make the tokenizer and token files that a run names, by its `data.prepare`, if any of them is missing.
+
+    Call it on one rank while the others wait. A tokenizer that exists is used, not trained again.
+
+    Returns:
+        What was made, or None if nothing was missing.
+
+    Raises:
+        DataError: something is missing that `data.prepare` does not make, or what exists was made with other settings.
+    """
+    tokenizer_file = _tokenizer_file(config.tokenizer)
+    missing = [] if tokenizer_file.is_file() else [tokenizer_file]
+    for source in (*config.train, *config.validation):
+        missing += [path for path in pair_paths(source.path) if not path.is_file()]
+    recipe = config.prepare
+    if recipe is None:
+        if missing:
+            raise DataError(
+                f"no such file: {missing[0]}; make it with {_command(missing[0], config)}, or set data.prepare"
+            )
+        return None
+    made = _made_by(recipe)
+    for path in missing:
+        if path.resolve() not in made:
+            raise DataError(
+                f"no such file: {path}; data.prepare makes only {recipe.output}/{TRAIN}, {recipe.output}/{VALIDATION} "
+                f"and, with tokenizer_vocab, the tokenizer there; make it with {_command(path, config)}"
+            )
+    if tokenizer_file.is_file():
+        tokenizer = Tokenizer.load(tokenizer_file)
+        if recipe.tokenizer_vocab is not None and tokenizer.vocab_size != recipe.tokenizer_vocab:
+            raise DataError(
+                f"{tokenizer_file} has {tokenizer.vocab_size} tokens, data.prepare.tokenizer_vocab is "
+                f"{recipe.tokenizer_vocab}; change one of them, or remove the file to train it again"
+            )
+    if not missing:
+        _check_recipe(config, recipe)
+        return None
+    if not tokenizer_file.is_file():
+        assert recipe.tokenizer_vocab is not None  # else its absence was refused above
+        tokenizer = Tokenizer.train(read_documents(recipe.source, recipe.text_column), recipe.tokenizer_vocab)
+        tokenizer.save(recipe.output)
+    return prepare(
+        recipe.source,
+        recipe.output,
+        tokenizer,
+        text_column=recipe.text_column,
+        validation_fraction=recipe.validation_fraction,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _tokenizer_file(path: str) -> Path:
+    return Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
+
+
+def _made_by(recipe: PrepareConfig) -> set[Path]:
+    """Resolved paths of all files that a recipe makes."""
+    names = [TRAIN, VALIDATION] if recipe.validation_fraction > 0 else [TRAIN]
+    files = {path.resolve() for name in names for path in pair_paths(Path(recipe.output) / name)}
+    if recipe.tokenizer_vocab is not None:
+        files.add((Path(recipe.output) / "tokenizer.json").resolve())
+    return files
+
+
+def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
+    """Refuse files that `data.prepare` would have made otherwise: a run must not ignore what its configuration says."""
+    made = _made_by(recipe)
+    wanted = {"source": recipe.source} | _recipe(recipe.text_column, recipe.validation_fraction)
+    for source in (*config.train, *config.validation):
+        if pair_paths(source.path)[0].resolve() not in made:
+            continue
+        sidecar = read_sidecar(source.path)
+        found = {"source": sidecar.source, **sidecar.recipe}
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise DataError(
+                    f"{source.path} was made with {key} {found.get(key)!r}, data.prepare.{key} is {value!r}; remove "
+                    f"{recipe.output} to make it again, or choose another data.prepare.output"
+                )
+
+
+def _command(path: Path, config: DataConfig) -> str:
+    """The command that makes a missing file."""
+    if path.name == "tokenizer.json":
+        return f"`python tools/train_tokenizer.py SOURCE --output {path.parent} --vocab-size N`"
+    return f"`python tools/prepare_data.py SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
+
+
+def _recipe(text_column: str, validation_fraction: float) -> dict[str, Any]:
+    """The settings of `data.prepare`, besides the source, that decide what a token file holds."""
+    return {"text_column": text_column, "validation_fraction": validation_fraction}
+
+
+def _check_sides(source: str, documents: int, fraction: float) -> None:
+    if documents == 0:
+        raise DataError(f"{source} holds only blank documents; give a source with text")
+    if fraction > 0 and documents < 2:
+        raise DataError(
+            f"{source} is a single document, which cannot be split into train and validation; "
+            "set the validation fraction to 0 or give more documents"
+        )
+
+
+class _Bar:
+    """A progress bar with counts of documents and tokens, redrawn a few times a second whatever it is told."""
+
+    def __init__(self, source: str, shown: bool) -> None:
+        self._source, self._shown = source, shown and sys.stderr.isatty()
+        self._fraction: float | None = None
+        self._next = 0.0
+
+    def __enter__(self) -> _Bar:
+        if self._shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._progress: Progress = Progress(
+                TextColumn("tokenising {task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+            self._task: TaskID = self._progress.add_task(self._source, total=None, documents=0, tokens=0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._shown:
+            if kind is None:
+                self._progress.update(self._task, total=1.0, completed=1.0)
+            self._progress.stop()
+
+    def read(self, fraction: float) -> None:
+        """Take note of the share of the source that has been read."""
+        self._fraction = fraction
+
+    def wrote(self, documents: int, tokens: int) -> None:
+        """Take note of what has been written, and draw."""
+        now = time.monotonic()
+        if self._shown and now >= self._next:
+            self._next = now + 0.2
+            total = None if self._fraction is None else 1.0
+            self._progress.update(
+                self._task, total=total, completed=self._fraction or 0.0, documents=documents, tokens=tokens
+            )

@@ -1,0 +1,224 @@
+"""Text to token ids and back, on the `tokenizers` library: loading, training, fingerprints, streams of text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from recycle_ds.data.atomic import write_atomically
+from recycle_ds.data.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+"""End-of-document token of the tokenizers trained here."""
+_KNOWN_EOS = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|eos|>", "[EOS]")
+_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]")
+_BYTES = 256
+_REPLACEMENT = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer: vocabulary, merges, and the ids that begin and end a document."""
+
+    def __init__(self, tokenizer_json: str, config: dict[str, Any] | None = None, *, name: str = "tokenizer") -> None:
+        """Build from the content of a tokenizer.json and, if there is one, of the tokenizer_config.json beside it.
+
+        Args:
+            tokenizer_json: the file's text. It is kept, and `save` writes it back unchanged.
+            config: names the end and beginning tokens (`eos_token`, `bos_token`); other keys are only carried along.
+            name: what messages call this tokenizer.
+
+        Raises:
+            DataError: it is no tokenizer, or has no token that ends a document.
+        """
+        try:
+            content = json.loads(tokenizer_json)
+            tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises plain Exception for everything it cannot read
+            raise DataError(f"{name} is not a tokenizer.json that can be read: {_one_line(error)}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.name = name
+        self._json, self._config, self._tokenizer = tokenizer_json, dict(config or {}), tokenizer
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Ids run from 0 to this minus one, added tokens included."""
+        self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        """Ids that are marks (end of text, roles of a chat), not text."""
+        eos_id = self._special("eos_token", _KNOWN_EOS)
+        if eos_id is None:
+            raise DataError(
+                f"{name} has no end-of-document token: name it as eos_token in a tokenizer_config.json beside it, "
+                f"or add one of {', '.join(_KNOWN_EOS)}"
+            )
+        self.eos_id: int = eos_id
+        """Token that ends a document."""
+        self.bos_id = self._special("bos_token", _KNOWN_BOS)
+        """Token that begins a document, or None."""
+        # How a batch is cut and padded changes no id, so it does not tell tokenizers apart.
+        identity = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+        """SHA-256, in hex, of the tokenizer's canonical JSON."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, or the one in a folder, and the tokenizer_config.json beside it if there is one.
+
+        Raises:
+            DataError: there is no such file, or it cannot be read.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"no such tokenizer: {file}; make one with tools/train_tokenizer.py, or give its path")
+        config_file = file.with_name("tokenizer_config.json")
+        try:
+            text = file.read_text(encoding="utf-8")
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"cannot read the tokenizer {file} and its tokenizer_config.json: {_one_line(error)}"
+            ) from error
+        if not isinstance(config, dict):
+            raise DataError(f"{config_file} must hold a JSON object, not a {type(config).__name__}")
+        return cls(text, config, name=str(file))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train a byte-level BPE with `<|endoftext|>`; the same texts always give the same tokenizer.
+
+        Args:
+            texts: documents, read once.
+            vocab_size: tokens wanted, at least 257: every byte, and the end of text.
+
+        Raises:
+            DataError: `vocab_size` is too small, or larger than the text can fill.
+        """
+        smallest = _BYTES + 1
+        if vocab_size < smallest:
+            raise DataError(f"a byte-level vocabulary needs at least {smallest} tokens, not {vocab_size}; ask for more")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        if tokenizer.get_vocab_size() < vocab_size:
+            raise DataError(
+                f"the text fills a vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
+                "ask for fewer, or give more text"
+            )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": None}
+        return cls(tokenizer.to_str(pretty=True), config, name="the trained tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. No special token is added; those written in the text are recognised."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in order, worked on by as many threads as the library takes.
+
+        Raises:
+            DataError: a text cannot be expressed (a vocabulary without bytes and without an unknown token).
+        """
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{self.name} cannot encode a text: {_one_line(error)}") from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def to_json(self) -> str:
+        """Content of the tokenizer.json: what another process needs to build this tokenizer."""
+        return self._json
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A copy of the tokenizer_config.json."""
+        return dict(self._config)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json (unchanged, so the fingerprint stays) and tokenizer_config.json, each whole or not."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        config = {"eos_token": self._tokenizer.id_to_token(self.eos_id), **self._config}
+        write_atomically(target / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(target / "tokenizer.json", self._json)
+
+    def _special(self, key: str, known: Sequence[str]) -> int | None:
+        """Id of the token the configuration names, else of the first well-known one; None if there is neither."""
+        if key in self._config:
+            entry = self._config[key]
+            token = entry.get("content") if isinstance(entry, dict) else entry
+            if token is None and key == "bos_token":
+                return None  # said outright: documents have no beginning token
+            if token is not None:
+                found = self._tokenizer.token_to_id(str(token))
+                if found is None:
+                    raise DataError(
+                        f"{self.name}: its tokenizer_config.json names {key} {token!r}, not in the vocabulary"
+                    )
+                return int(found)
+        ids: Iterator[int | None] = (self._tokenizer.token_to_id(token) for token in known)
+        return next((token_id for token_id in ids if token_id is not None), None)
+
+
+class TextStream:
+    """Text of a growing sequence of tokens, a piece at a time, each piece fit to print at once.
+
+    The pieces joined are `decode` of all ids. Ids are decoded together with those of the last piece, because decoders
+    treat the first token of what they get differently (SentencePiece drops its leading space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._context: list[int] = []  # ids of the last piece, printed in full
+        self._pending: list[int] = []  # ids since
+        self._shown = 0  # characters of the pending ids' text already returned
+
+    def feed(self, token_id: int) -> str:
+        """Take one more id and return the text that it completes: none inside a character of several bytes."""
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""  # as in decode: dropped before its neighbours are looked at
+        self._pending.append(token_id)
+        text = self._pending_text()
+        held = len(text) - len(text.rstrip(_REPLACEMENT))
+        # A trailing U+FFFD may be the beginning of a character. When four tokens did not complete it, it is not (or was
+        # meant), and only as many are held back as could still begin another one.
+        if len(self._pending) > _LONGEST_CHARACTER:
+            held = min(held, _LONGEST_CHARACTER - 1)
+        end = len(text) - held
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        if text and not held:
+            self._context, self._pending, self._shown = self._pending, [], 0
+        return piece
+
+    def flush(self) -> str:
+        """Return what was held back, at the end of the text, and start anew."""
+        piece = self._pending_text()[self._shown :]
+        self._context, self._pending, self._shown = [], [], 0
+        return piece
+
+    def _pending_text(self) -> str:
+        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
+        both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
+        return both[len(before) :]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,9 @@
+"""Decoding: autoregressive, alternate (the paper) and verified (lossless)."""
+
+from recycle_ds.inference.decoder import MODES, Decoder
+from recycle_ds.inference.errors import DecodingError, DecodingInterrupted
+from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.sampling import SamplingParams
+from recycle_ds.inference.stopping import TextFilter
+
+__all__ = ["MODES", "Decoder", "DecodingError", "DecodingInterrupted", "Generation", "SamplingParams", "TextFilter"]

@@ -1,0 +1,198 @@
+"""Decoding of one stream in the three modes of RecycleGPT (arXiv 2308.03421): autoregressive, alternate, verified.
+
+The modes differ only in the loops below; choosing a token, reading tokens and ending a generation are shared, so that
+`verified` ends where `autoregressive` ends. Shapes: W = 1 + drafts, the width of a full call; see drafting.py for
+offsets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from recycle_ds.inference import draft_length
+from recycle_ds.inference.drafting import Drafts
+from recycle_ds.inference.errors import DecodingError, DecodingInterrupted
+from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.protocol import DecodableModel, TextSource
+from recycle_ds.inference.sampling import SamplingParams
+from recycle_ds.inference.stopping import FinishReason, StopCondition, TextFilter, check_stop_strings
+from recycle_ds.inference.stream import OnTokens, Stream
+
+MODES = ("autoregressive", "alternate", "verified")
+_GREEDY = SamplingParams()
+_NO_DRAFTS = Drafts(0, None)
+
+
+class Decoder:
+    """Decodes prompts with one model, one at a time. What it learns about draft lengths serves later prompts.
+
+    eos_id: token or tokens that end a sequence. text_source: makes a fresh detokeniser; needed for stop strings only.
+    clock: seconds, monotonic; the only source of time.
+    """
+
+    def __init__(
+        self,
+        model: DecodableModel,
+        eos_id: int | Iterable[int] | None = None,
+        text_source: Callable[[], TextSource] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = model
+        self._eos_ids = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
+        self._text_source = text_source
+        self._clock = clock
+        self._draft_statistics = draft_length.initial()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        mode: str = "verified",
+        params: SamplingParams = _GREEDY,
+        *,
+        max_new_tokens: int,
+        draft_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        on_tokens: OnTokens | None = None,
+    ) -> Generation:
+        """Continues a prompt.
+
+        draft_tokens: recycled tokens per full call. None is 1 in `alternate` (the paper) and adapts in `verified`: to
+        measured cost and acceptance, or to acceptance alone when a seed asks for repeatable sampling, since timing is
+        not repeatable.
+        on_tokens: called with each cycle's new ids and, for each, whether it was recycled.
+
+        Raises DecodingError for a request that cannot be decoded, DecodingInterrupted on Ctrl-C.
+        """
+        self._check(prompt_ids, mode, max_new_tokens, draft_tokens, stop)
+        if mode == "alternate" and draft_tokens is None:
+            draft_tokens = 1
+        drafts = mode != "autoregressive" and draft_tokens != 0
+        with torch.inference_mode():
+            stream = Stream(
+                self.model,
+                prompt_ids,
+                params,
+                self._stopping(len(prompt_ids), max_new_tokens, stop),
+                self._eos_ids,
+                on_tokens,
+                self._clock,
+            )
+            try:
+                stream.prefill(with_module=drafts)
+                if not drafts:
+                    _autoregressive(stream)
+                elif mode == "alternate":
+                    assert draft_tokens is not None
+                    _alternate(stream, draft_tokens)
+                elif draft_tokens is not None:
+                    _verified(stream, draft_tokens)
+                elif params.seed is not None and not params.greedy:
+                    _verified_adaptive(stream, draft_length.initial(measured=False), self._clock)
+                else:
+                    self._draft_statistics = _verified_adaptive(stream, self._draft_statistics, self._clock)
+            except KeyboardInterrupt:
+                raise DecodingInterrupted(stream.result("interrupted")) from None
+            assert stream.stopping.reason is not None
+            return stream.result(stream.stopping.reason)
+
+    def _check(
+        self, prompt_ids: Sequence[int], mode: str, max_new_tokens: int, draft_tokens: int | None, stop: Sequence[str]
+    ) -> None:
+        check_mode(mode)
+        model = self.model
+        if mode != "autoregressive" and not model.recycle_layers:
+            raise DecodingError(
+                f"mode={mode}: the model has no recycle module; use --mode autoregressive, or train one"
+            )
+        if max_new_tokens < 1:
+            raise DecodingError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        if draft_tokens is not None and draft_tokens < 0:
+            raise DecodingError(f"draft_tokens={draft_tokens}: must be 0 (no drafts) or more")
+        if len(prompt_ids) == 0:
+            raise DecodingError("the prompt is empty: give at least one token")
+        if len(prompt_ids) >= model.max_positions:
+            raise DecodingError(
+                f"the prompt has {len(prompt_ids)} tokens, the model's context holds {model.max_positions}, a new one "
+                f"included: shorten the prompt to at most {model.max_positions - 1} tokens"
+            )
+        wrong = [token for token in prompt_ids if not 0 <= token < model.vocab_size]
+        if wrong:
+            raise DecodingError(
+                f"the prompt has the token {wrong[0]}, outside the model's vocabulary of {model.vocab_size}: "
+                "encode it with the model's own tokenizer"
+            )
+        check_stop_strings(stop)
+        if stop and self._text_source is None:
+            raise DecodingError(
+                f"stop={list(stop)!r}: stop strings need a tokenizer, and this decoder was built without one"
+            )
+
+    def _stopping(self, prompt_tokens: int, max_new_tokens: int, stop: Sequence[str]) -> StopCondition:
+        room = self.model.max_positions - prompt_tokens
+        reason: FinishReason = "length" if max_new_tokens <= room else "context"
+        text = TextFilter(self._text_source(), stop) if stop and self._text_source is not None else None
+        return StopCondition(self._eos_ids, min(max_new_tokens, room), reason, text)
+
+
+def check_mode(mode: str) -> None:
+    """Raises DecodingError for an unknown decoding mode, naming the valid ones and the nearest."""
+    if mode not in MODES:
+        near = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise DecodingError(f"mode={mode!r}: must be one of {', '.join(MODES)}{hint}")
+
+
+def _autoregressive(stream: Stream) -> None:
+    """One full call per token; the module is not run."""
+    while stream.open:
+        stream.keep([stream.choose(stream.read(stream.length))], [False])
+
+
+def _alternate(stream: Stream, draft_tokens: int) -> None:
+    """The paper's mode: recycled tokens are kept as they are; a full call reads them and adds a token of its own."""
+    while True:
+        drafts = stream.chain.draft(stream.length, min(draft_tokens, stream.stopping.remaining))
+        stream.tally.add(drafts.count, 0, 0)
+        stream.keep(stream.ids(drafts.count), [True] * drafts.count)
+        if not stream.open:
+            return
+        hidden_TBD = stream.read(stream.length)
+        stream.chain.add(hidden_TBD)
+        stream.keep([stream.choose(hidden_TBD)], [False])
+        if not stream.open:
+            return
+
+
+def _verified(stream: Stream, draft_tokens: int) -> None:
+    """Drafts of one length; the full call that reads them judges them."""
+    while stream.open:
+        # The full call adds a token of its own: drafting the last token allowed would be in vain.
+        count = min(draft_tokens, stream.stopping.remaining - 1)
+        stream.judge(stream.chain.draft(stream.length, count) if count else _NO_DRAFTS)
+
+
+def _verified_adaptive(
+    stream: Stream, statistics: draft_length.DraftStatistics, clock: Callable[[], float]
+) -> draft_length.DraftStatistics:
+    """The same with lengths chosen cycle by cycle. Returns what was learnt."""
+    while stream.open:
+        count = draft_length.choose(statistics, stream.stopping.remaining - 1)
+        # After a stretch without drafts the module reads all of it at once: not the cost of a call to come.
+        usual = stream.chain.pending <= statistics.max_draft + 1
+        start = clock()
+        drafts = stream.chain.draft(stream.length, count) if count else _NO_DRAFTS
+        if statistics.measured:
+            stream.wait()
+        middle = clock()
+        tested, accepted = stream.judge(drafts)
+        if statistics.measured:
+            module = (middle - start) / drafts.count if drafts.count and usual else None
+            full = clock() - middle
+        else:
+            module = full = None
+        statistics = draft_length.update(statistics, drafts.count, tested, accepted, full, module)
+    return statistics

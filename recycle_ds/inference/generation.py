@@ -1,0 +1,88 @@
+"""What a generation produced, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recycle_ds.inference.stopping import FinishReason
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of `Decoder.generate`.
+
+    Speeds exclude the prefill, which ends with the first token: `tokens_per_second` is the number of tokens *after the
+    first* over `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens and all
+    full calls, the prefill among both: exactly 1 for `autoregressive`.
+    """
+
+    token_ids: tuple[int, ...]
+    """New tokens. An end-of-sequence token is the last of them; so are the tokens that completed a stop string."""
+    recycled: tuple[bool, ...]
+    """Per token: whether the recycle module produced it (an accepted draft, or an unverified token of `alternate`)."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    full_calls: int
+    """Calls of the backbone, the prefill included."""
+    module_calls: int
+    """Calls of the recycle module, the prompt's included."""
+    drafted: tuple[int, ...]
+    """Tokens the module proposed, by draft position (`alternate` keeps them all, `verified` judges them)."""
+    tested: tuple[int, ...]
+    """`verified`: drafts judged, by position: those whose predecessors had all been accepted."""
+    accepted: tuple[int, ...]
+    """`verified`: drafts accepted, by position."""
+    prefill_seconds: float
+    """From the start to the first token; in the modes with drafts, the module's pass over the prompt included."""
+    decode_seconds: float
+    """From the first token to the last."""
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Probability that draft i is accepted given that all before it were; ends where no draft was judged."""
+        return [accepted / tested for accepted, tested in zip(self.accepted, self.tested, strict=True) if tested]
+
+    @property
+    def tokens_per_full_call(self) -> float:
+        """New tokens per call of the backbone."""
+        return len(self.token_ids) / self.full_calls if self.full_calls else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first, per second of decoding."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if len(self.token_ids) > 1 else 0.0
+
+    def figures(self) -> dict[str, object]:
+        """Everything but the tokens, for JSON."""
+        return {
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "recycled_tokens": sum(self.recycled),
+            "full_calls": self.full_calls,
+            "module_calls": self.module_calls,
+            "tokens_per_full_call": self.tokens_per_full_call,
+            "drafted": list(self.drafted),
+            "tested": list(self.tested),
+            "accepted": list(self.accepted),
+            "acceptance": self.acceptance,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass
+class Tally:
+    """Counts by draft position, growing with the longest draft seen."""
+
+    drafted: list[int] = field(default_factory=list)
+    tested: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, tested: int, accepted: int) -> None:
+        """Adds a cycle: its first `drafted`, `tested`, `accepted` positions."""
+        for counts, number in ((self.drafted, drafted), (self.tested, tested), (self.accepted, accepted)):
+            counts.extend([0] * (drafted - len(counts)))
+            for position in range(number):
+                counts[position] += 1

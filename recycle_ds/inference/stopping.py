@@ -1,0 +1,123 @@
+"""When a generation ends: end-of-sequence tokens, stop strings, the number of tokens asked for, the context.
+
+All are decided token by token, in order, on the kept tokens alone; so every decoding mode is cut at the same place,
+however many tokens a cycle brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.protocol import TextSource
+
+FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
+
+
+class TextFilter:
+    """Text of a growing token sequence, cut before the first stop string and safe to print as it comes.
+
+    Text that may turn out to be the beginning of a stop string is held back until it cannot be. Each piece carries the
+    tag of the token that completed it, so that a caller can print tokens in different colours.
+    """
+
+    def __init__(self, source: TextSource, stop: Sequence[str] = ()) -> None:
+        check_stop_strings(stop)
+        self._source = source
+        self._stop = tuple(stop)
+        self._held: list[tuple[str, bool]] = []
+        self.stopped = False
+        """Whether a stop string has been completed."""
+
+    def feed(self, token_id: int, tag: bool = False) -> list[tuple[str, bool]]:
+        """Adds a token, returns the (text, tag) pieces now certain to be part of the text; none after a stop."""
+        return [] if self.stopped else self._take(self._source.feed(token_id), tag, final=False)
+
+    def flush(self, tag: bool = False) -> list[tuple[str, bool]]:
+        """The rest, at the end of the sequence; none after a stop."""
+        return [] if self.stopped else self._take(self._source.flush(), tag, final=True)
+
+    def _take(self, text: str, tag: bool, final: bool) -> list[tuple[str, bool]]:
+        if not self._stop:
+            return [(text, tag)] if text else []
+        if text:
+            self._held.append((text, tag))
+        held = "".join(piece for piece, _ in self._held)
+        starts = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        if starts:
+            self.stopped = True
+            return self._release(min(starts))
+        return self._release(len(held) if final else self._safe_length(held))
+
+    def _safe_length(self, held: str) -> int:
+        """Length of the longest beginning of `held` that no stop string completed later can reach into."""
+        longest = max(map(len, self._stop)) - 1
+        for start in range(max(0, len(held) - longest), len(held)):
+            tail = held[start:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return start
+        return len(held)
+
+    def _release(self, length: int) -> list[tuple[str, bool]]:
+        """Takes the first `length` characters out of what is held."""
+        released: list[tuple[str, bool]] = []
+        while length > 0:
+            piece, tag = self._held.pop(0)
+            released.append((piece[:length], tag))
+            if len(piece) > length:
+                self._held.insert(0, (piece[length:], tag))
+            length -= len(piece)
+        return released
+
+
+class StopCondition:
+    """Decides, token by token, where a generation ends.
+
+    eos_ids: token ids that end it (they are kept). limit: most new tokens, `limit_reason` saying what set it: "length",
+    what was asked for, or "context", what fits behind the prompt. text: filter with the stop strings, None when there
+    are none.
+    """
+
+    def __init__(
+        self, eos_ids: frozenset[int], limit: int, limit_reason: FinishReason, text: TextFilter | None = None
+    ) -> None:
+        self._eos_ids = eos_ids
+        self._limit_reason = limit_reason
+        self._text = text
+        self.remaining = limit
+        """Tokens that may still be kept."""
+        self.reason: FinishReason | None = None
+        """Why the generation ended; None while it goes on."""
+
+    def take(self, ids: Sequence[int]) -> int:
+        """How many of these tokens, the next of the sequence, are kept. Sets `reason` when one of them is the last."""
+        for kept, token_id in enumerate(ids, start=1):
+            self.remaining -= 1
+            self.reason = self._judge(token_id)
+            if self.reason is not None:
+                return kept
+        return len(ids)
+
+    def _judge(self, token_id: int) -> FinishReason | None:
+        if token_id in self._eos_ids:
+            return self._at_the_end("eos")
+        if self._text is not None:
+            self._text.feed(token_id)
+            if self._text.stopped:
+                return "stop"
+        return self._at_the_end(self._limit_reason) if self.remaining == 0 else None
+
+    def _at_the_end(self, reason: FinishReason) -> FinishReason:
+        """`reason`, unless the text still held back by the tokenizer completes a stop string."""
+        if self._text is not None:
+            self._text.flush()
+            if self._text.stopped:
+                return "stop"
+        return reason
+
+
+def check_stop_strings(stop: Sequence[str]) -> None:
+    """Raises DecodingError for an empty stop string, which every text contains."""
+    if any(not one for one in stop):
+        raise DecodingError(f"stop={list(stop)!r}: a stop string must not be empty; leave it out")

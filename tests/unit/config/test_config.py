@@ -1,0 +1,130 @@
+"""The configuration tree: what it accepts, and what it says when it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.config import ConfigError, load_config, load_deepspeed_json, resolve_deepspeed, save_config
+
+RUNS = Path(__file__).parents[3] / "ds_configs" / "runs"
+DEEPSPEED = Path(__file__).parents[3] / "ds_configs" / "deepspeed"
+
+
+def refusal(*overrides: str) -> str:
+    """The message of the demo configuration with `overrides`."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(RUNS / "demo.yaml", overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_runs_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipped configuration that its own schema refuses, or whose DeepSpeed file is missing."""
+    monkeypatch.chdir(RUNS.parents[1])
+    config = load_config(path)
+    assert load_deepspeed_json(config.deepspeed)
+
+
+def test_overrides_are_applied_in_order_and_typed() -> None:
+    """3e-4 read as text (YAML 1.1), or an earlier override winning over a later one."""
+    config = load_config(
+        RUNS / "demo.yaml",
+        ["training.learning_rate=3e-4", "training.steps=5", "training.steps=7", "data.train.0.weight=2"],
+    )
+    assert config.training.learning_rate == 3e-4
+    assert config.training.steps == 7
+    assert config.data.train[0].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.stps=4", ["training.stps=4", "did you mean training.steps?"]),
+        ("data.train.0.wieght=3", ["data.train.0.wieght=3", "did you mean data.train.0.weight?"]),
+        ("learning_rate=3", ["did you mean training.learning_rate?"]),
+        ("training.steps=abc", ["training.steps='abc'", "valid integer"]),
+        ("training.steps=2.5", ["training.steps=2.5"]),
+        ("training.steps=0", ["training.steps=0", "greater than 0"]),
+        ("training.learning_rate=.nan", ["training.learning_rate=nan"]),
+        ("model.hidden=130", ["hidden (130)", "heads (4)"]),
+        ("model.kv_heads=3", ["heads (4)", "kv_heads (3)"]),
+        ("training.global_batch_size=12", ["global_batch_size (12)", "micro_batch_size (8)"]),
+        ("training.seq_length=4096", ["seq_length (4096)", "max_positions (512)"]),
+        ("parallel.tensor=3", ["heads (4)", "tensor (3)"]),
+        ("recycle.gradient=both", ["recycle.gradient='both'", "'detached'"]),
+        ("training", ["expected section.key=value"]),
+        ("data.train.5.weight=1", ["'5' is not an element of a list of 1"]),
+        ("training.steps.x=1", ["'steps' is a value, not a section"]),
+    ],
+)
+def test_refusals_name_path_values_and_neighbour(override: str, expected: list[str]) -> None:
+    """A refusal that does not say which key, which value, or what was meant."""
+    message = refusal(override)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_the_inner_fault_alone_is_reported() -> None:
+    """A list blamed for being too short when one of its elements has a wrong key."""
+    assert "at least 1 item" not in refusal("data.train.0.wieght=3")
+
+
+def test_saved_config_loads_equal(tmp_path: Path) -> None:
+    """A resolved configuration saved with the run that can't be loaded again or differs."""
+    config = load_config(RUNS / "demo.yaml", ["recycle.depth=2"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("run_dir: a\nrun_dir: b", "given twice")],
+)
+def test_broken_files(tmp_path: Path, text: str, part: str) -> None:
+    """A broken file reported by a traceback, or a doubled key of which one value is silently dropped."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def deepspeed_file(tmp_path: Path, **changes: object) -> str:
+    tree = json.loads((DEEPSPEED / "zero1.json").read_text()) | changes
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, ["unknown key 'zero_optimisation'", "'zero_optimization'"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer' is not set here", "training.learning_rate"]),
+        ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "16"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "training.dtype"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
+    ],
+)
+def test_deepspeed_file_has_one_route(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:
+    """A DeepSpeed setting that is silently ignored, or that quietly overrules the run's configuration."""
+    config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path, **changes)}"])
+    with pytest.raises(ConfigError) as caught:
+        resolve_deepspeed(config, 2)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_auto_values_are_filled(tmp_path: Path) -> None:
+    """An "auto" left for DeepSpeed to misread, or an accumulation that does not add up to the global batch."""
+    config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path)}", "training.micro_batch_size=2"])
+    tree = resolve_deepspeed(config, 2)
+    assert "auto" not in json.dumps(tree)
+    assert tree["gradient_accumulation_steps"] * 2 * 2 == tree["train_batch_size"] == 16
+    with pytest.raises(ConfigError, match=r"global_batch_size \(16\).*micro_batch_size \(2\).*ranks \(3\) = 6"):
+        resolve_deepspeed(config, 3)

@@ -1,0 +1,164 @@
+"""Documents from files, folders and datasets, and what is said when they cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.sources import read_documents, rows_of
+
+LINES = b'{"text": "one"}\n\n{"text": "two\\nlines", "id": 7}\n'
+
+
+def fault(source: Path | str, **options: str) -> str:
+    """The message of the error that reading the whole source ends in."""
+    with pytest.raises(DataError) as caught:
+        list(read_documents(str(source), **options))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_shipped_corpus_is_whole_and_clean() -> None:
+    """Prevents a corpus that was cut, re-encoded or left with debris of the page it came from."""
+    documents = list(read_documents("shipped"))
+    assert len(documents) == 140
+    assert 7_900_000 < sum(len(text.encode()) for text in documents) < 8_000_000
+    assert documents[0].startswith("Fellow-Citizens of the Senate and House of Representatives:")
+    for text in documents:
+        assert text == text.strip()
+        assert text == unicodedata.normalize("NFC", text)
+        for debris in ("\r", "\t", "  ", "\n\n\n", "\n ", " \n", "\ufffd", "\u00a0", "<p", "&amp;"):
+            assert debris not in text
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_text_and_jsonl_files(tmp_path: Path, suffix: str) -> None:
+    """Prevents a compressed file from being read as something else than the plain one."""
+    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(LINES))
+    (tmp_path / f"b.txt{suffix}").write_bytes(pack("\ufeffwhole\n\nfile".encode()))
+    assert list(read_documents(str(tmp_path / f"a.jsonl{suffix}"))) == ["one", "two\nlines"]
+    assert list(read_documents(str(tmp_path / f"b.txt{suffix}"))) == ["whole\n\nfile"]
+
+
+def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
+    """Prevents an order that depends on the file system, and with it another split and other samples elsewhere."""
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "deep.md").write_text("last")
+    (tmp_path / "b.txt").write_text("middle")
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "ignored.py").write_text("not a document")
+    shares: list[float] = []
+    documents = list(read_documents(str(tmp_path), progress=shares.append))
+    assert documents == ["one", "two\nlines", "middle", "last"]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Prevents rows from being lost between batches of a columnar file."""
+    rows = [f"row {number}" for number in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(1000), "body": rows}), tmp_path / "a.parquet")
+    assert list(read_documents(str(tmp_path / "a.parquet"), "body")) == rows
+    assert "no column 'text'; its columns are: id, body" in fault(tmp_path / "a.parquet")
+    assert "row 1: column 'id' is of type int, not text" in fault(tmp_path / "a.parquet", text_column="id")
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    assert "cannot read" in fault(tmp_path / "broken.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
+    """Prevents an empty upload from becoming an empty corpus."""
+    (tmp_path / name).touch()
+    assert f"{name} is empty" in fault(tmp_path / name)
+
+
+def test_sources_without_documents(tmp_path: Path) -> None:
+    """Prevents a token file of no tokens from a source that exists but says nothing."""
+    assert "holds no file that can be read" in fault(tmp_path)
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    assert "holds no documents" in fault(tmp_path / "blank.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "a.jsonl:2 is not JSON"),
+        (b'["text"]', "a.jsonl:2 holds a JSON list, not an object"),
+        (b'{"body": "x", "id": 1}', "a.jsonl:2 has no column 'text'; its columns are: body, id"),
+        (b'{"text": null}', "a.jsonl:2: column 'text' is empty (null), not text"),
+        (b'{"text": 3}', "a.jsonl:2: column 'text' is of type int, not text"),
+        (b'{"text": "x\\ud800"}', "a.jsonl:2: column 'text' holds half a surrogate pair at character 1"),
+        (b'{"text": "caf\xe9"}', "a.jsonl is not UTF-8: byte 0xe9 at offset 29"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    """Prevents a search through millions of lines for the one that stopped the job."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b"\n")
+    assert message in fault(tmp_path / "a.jsonl")
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """Prevents Latin-1 from being read as replacement characters."""
+    (tmp_path / "a.txt").write_bytes("naïve café".encode("latin-1"))
+    assert "not UTF-8: byte 0xef at offset 2; convert" in fault(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
+    """Prevents half a download from being read as a short corpus."""
+    packed = {".gz": gzip.compress, ".xz": lzma.compress}[suffix](LINES * 500)
+    for name, content in (("cut", packed[: len(packed) // 2]), ("other", b"plain text")):
+        path = tmp_path / f"{name}.jsonl{suffix}"
+        path.write_bytes(content)
+        assert f"cannot read {path}" in fault(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/folder/file", "no such file: no/such/folder/file"),
+        ("./missing", "no such file"),
+        ("missing.jsonl.gz", "no such file"),
+        ("nobody/nothing:english", "cannot load 'nobody/nothing:english', split 'train', which is no local file"),
+    ],
+)
+def test_sources_that_do_not_exist(source: str, message: str) -> None:
+    """Prevents a mistyped path from being looked for on the hub, and a mistyped name from ending in a traceback."""
+    assert message in fault(source)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    """Prevents a binary file from being tokenised as text."""
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    assert "is of no kind that can be read; give .txt, .md, .jsonl, .parquet" in fault(tmp_path / "a.pdf")
+
+
+def test_datasets_streaming_or_not() -> None:
+    """Prevents a stream, which may not know its columns, from being read otherwise than the whole dataset."""
+    dataset = datasets.Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+    unaware = datasets.IterableDataset.from_generator(lambda: iter([{"text": "one"}, {"text": "two"}]))
+    for form in (dataset, dataset.to_iterable_dataset(), unaware):
+        assert list(rows_of(form, "d", "text")) == ["one", "two"]
+        with pytest.raises(DataError, match="has no column 'body'; its columns are"):
+            list(rows_of(form, "d", "body"))
+    with pytest.raises(DataError, match="d row 1: column 'id' is of type int"):
+        list(rows_of(dataset, "d", "id"))
+    shares: list[float] = []
+    list(rows_of(dataset, "d", "text", shares.append))
+    assert shares == [0.5, 1.0]
+
+
+def test_a_deeply_nested_line(tmp_path: Path) -> None:
+    """Prevents a recursion error from a line that nests too deep for the parser."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"})[:-1] + ', "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert "a.jsonl:1 is not JSON" in fault(tmp_path / "a.jsonl")

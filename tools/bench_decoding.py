@@ -1,0 +1,54 @@
+"""Compares the decoding modes on a file of prompts: a table on stdout, figures in a JSON file, a plot if asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import user_errors
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench_decoding(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Run folder or checkpoint.")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help='.jsonl file, objects with "prompt".')],
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated; autoregressive is always run, as the reference.")
+    ] = "autoregressive,alternate,verified",
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to add to each prompt.")] = 128,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Recycled tokens per full call; by default 1 in alternate, adaptive in verified."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Times everything is run; speeds are medians.")] = 3,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures here (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Decode every prompt in every mode, interleaved, and print one table."""
+    with user_errors():
+        from recycle_ds.parallel.rendezvous import quiet_libraries
+
+        quiet_libraries()  # before what warns on import
+        from recycle_ds.inference.bench import BenchSettings, bench_model, print_result, write_report
+
+        settings = BenchSettings(tuple(modes.replace(" ", "").split(",")), max_new_tokens, draft_tokens, repeats)
+        result = bench_model(model, prompts, settings, dtype=dtype, threads=threads)
+        print_result(result)
+        if json_path is not None:
+            write_report(result.report, json_path)
+        if plot is not None:
+            from recycle_ds.inference.plots import plot_decoding
+
+            plot_decoding(result.report, plot)
+
+
+if __name__ == "__main__":
+    app()
