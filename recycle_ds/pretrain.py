@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recycle_ds.config import ConfigError, RunConfig, load_config, resolve_deepspeed, save_config
-from recycle_ds.config.command import user_errors
+from recycle_ds.config.command import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,7 @@ def pretrain(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a RecycleGPT. A run resumes by itself from the newest whole checkpoint in run_dir."""
-    import os
-
-    first = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))) == "0"
-    with user_errors(speak=first):
-        run(load_config(config, overrides or ()))
+    run(load_config(config, overrides or ()))
 
 
 def run(config: RunConfig) -> str:
@@ -189,8 +185,11 @@ def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments."""
-    app(args=argv)
+    """Runs the command with `argv`, or the process's own arguments. Ranks fail alike, so the first alone says why."""
+    import os
+
+    rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ), "0")
+    run_command(app, argv, speak=rank == "0")
 
 
 if __name__ == "__main__":

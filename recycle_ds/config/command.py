@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from recycle_ds.config.errors import RecycleError
+
+if TYPE_CHECKING:
+    import typer
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -22,3 +26,22 @@ def user_errors(*, speak: bool = True) -> Iterator[None]:
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def run_command(application: typer.Typer, argv: list[str] | None, *, speak: bool = True) -> None:
+    """Runs a typer command so that wrong options and every RecycleError are one line on stderr. Exits the process."""
+    import typer
+
+    # typer exports this error but not its base, which every wrong option or value belongs to
+    usage_error = cast(type[Exception], typer.BadParameter.__mro__[1])
+    with user_errors(speak=speak):
+        try:
+            code = application(args=argv, standalone_mode=False)
+        except usage_error as error:
+            if speak:
+                message: str = cast(Any, error).format_message()
+                print(f"error: {' '.join(message.split())} (--help lists all options)", file=sys.stderr, flush=True)
+            sys.exit(USER_ERROR)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)

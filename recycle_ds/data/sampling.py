@@ -120,8 +120,8 @@ class _Blend:
         shares = values / values.sum()
         helpers_cpp.build_blending_indices(self._sources, self._ranks, shares, len(weights), _BLEND_PERIOD, False)
         self._per_period = np.bincount(self._sources, minlength=len(weights))
-        for (name, weight), drawn in zip(weights, self._per_period, strict=True):
-            if drawn == 0:
+        for (name, weight), share in zip(weights, shares, strict=True):
+            if share * _BLEND_PERIOD < 1:
                 raise DataError(
                     f"the weight of {name} is {weight} of {values.sum()} in all, below the smallest share that can be "
                     f"drawn, 1/{_BLEND_PERIOD}; raise it or drop the source"

@@ -154,7 +154,7 @@ def _autoregressive(stream: Stream) -> None:
 
 def _alternate(stream: Stream, draft_tokens: int) -> None:
     """The paper's mode: recycled tokens are kept as they are; a full call reads them and adds a token of its own."""
-    while True:
+    while stream.open:
         drafts = stream.chain.draft(stream.length, min(draft_tokens, stream.stopping.remaining))
         stream.tally.add(drafts.count, 0, 0)
         stream.keep(stream.ids(drafts.count), [True] * drafts.count)
@@ -163,8 +163,6 @@ def _alternate(stream: Stream, draft_tokens: int) -> None:
         hidden_TBD = stream.read(stream.length)
         stream.chain.add(hidden_TBD)
         stream.keep([stream.choose(hidden_TBD)], [False])
-        if not stream.open:
-            return
 
 
 def _verified(stream: Stream, draft_tokens: int) -> None:

@@ -12,28 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 MAX_DRAFT = 8
 """Longest draft tried."""
 START = 4
-"""Length of the first drafts, before anything is known."""
+"""Length of the first drafts, and of probes."""
 
-# Measurements of a cost that are kept; their median stands for it, so that one hiccup of the machine changes nothing.
-_WINDOW = 5
-# Measurements of the start length and of no drafting that are wanted before their costs are compared.
-_TRUSTED = 3
+# Newest measurements of a cost that are kept, and those of no drafting that are wanted before costs are compared.
+_WINDOW, _TRUSTED = 7, 3
+# Cycles after which a measurement says nothing any more: calls grow dearer as the context fills.
+_STALE = 256
 # What is forgotten of older acceptances with every new one: the estimate follows about the last fifty.
 _FORGET = 0.98
 # Acceptance believed in before the first draft, and the number of observations this belief is worth.
-_BELIEF = 0.75
-_BELIEF_WEIGHT = 2.0
+_BELIEF, _BELIEF_WEIGHT = 0.75, 2.0
 # Where costs are not to be measured: a full call's growth with each further token, and a module call, in full calls.
-_NOMINAL_SLOPE = 0.05
-_NOMINAL_MODULE = 0.1
-# Cycles without drafts before the first probe and, after failed probes, at most.
-_FIRST_PROBE = 32
-_LAST_PROBE = 512
+_NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
+# A probe: cycles it lasts; what acceptances from before it still weigh; cycles without drafts before the first one and,
+# after failed ones, at most.
+_PROBE, _PROBE_MEMORY, _FIRST_PROBE, _LAST_PROBE = 3, 8.0, 32, 512
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,18 @@ class DraftStatistics:
     """Those of them that were accepted."""
     full: tuple[tuple[float, ...], ...]
     """Newest measurements of a full call, seconds."""
+    measured_at: tuple[int, ...]
+    """Cycle of the newest measurement in `full`."""
     module: tuple[float, ...] = ()
     """Newest measurements of a module call, seconds."""
+    cycle: int = 0
+    """Cycles so far."""
     idle: int = 0
     """Cycles without drafts since the last one with."""
     patience: int = _FIRST_PROBE
-    """Idle cycles after which a draft is tried again."""
+    """Idle cycles after which drafts are tried again."""
+    probe: int = _PROBE
+    """Cycles left of the probe under way."""
     measured: bool = True
     """Whether costs come in; otherwise nominal ones are used, and choices depend on acceptance alone."""
 
@@ -60,10 +63,21 @@ class DraftStatistics:
         """Longest draft considered."""
         return len(self.tested)
 
+    def fresh(self, drafted: int) -> tuple[float, ...]:
+        """Measurements of a full call with that many drafts, none if they are too old."""
+        return self.full[drafted] if self.cycle - self.measured_at[drafted] <= _STALE else ()
+
 
 def initial(max_draft: int = MAX_DRAFT, measured: bool = True) -> DraftStatistics:
     """Nothing known yet."""
-    return DraftStatistics((0.0,) * max_draft, (0.0,) * max_draft, ((),) * (max_draft + 1), measured=measured)
+    return DraftStatistics(
+        tested=(0.0,) * max_draft,
+        accepted=(0.0,) * max_draft,
+        full=((),) * (max_draft + 1),
+        measured_at=(0,) * (max_draft + 1),
+        probe=_PROBE if measured else 0,
+        measured=measured,
+    )
 
 
 def update(
@@ -78,22 +92,16 @@ def update(
 
     full_seconds: the full call over 1 + drafted tokens. module_seconds: one module call. None: not measured.
     """
+    stats = replace(stats, cycle=stats.cycle + 1)
     if drafted == 0:
         stats = replace(stats, idle=stats.idle + 1)
     else:
-        failed_probe = stats.idle > 0
-        patience = min(2 * stats.patience, _LAST_PROBE) if failed_probe else _FIRST_PROBE
-        stats = replace(
-            stats,
-            tested=_observe(stats.tested, tested, tested),
-            accepted=_observe(stats.accepted, tested, accepted),
-            idle=0,
-            patience=patience,
-        )
+        stats = _add_drafts(stats, tested, accepted)
     if full_seconds is not None and drafted < len(stats.full):
-        full = list(stats.full)
-        full[drafted] = (*full[drafted][1 - _WINDOW :], full_seconds)
-        stats = replace(stats, full=tuple(full))
+        full, measured_at = list(stats.full), list(stats.measured_at)
+        full[drafted] = (*stats.fresh(drafted)[1 - _WINDOW :], full_seconds)
+        measured_at[drafted] = stats.cycle
+        stats = replace(stats, full=tuple(full), measured_at=tuple(measured_at))
     if module_seconds is not None:
         stats = replace(stats, module=(*stats.module[1 - _WINDOW :], module_seconds))
     return stats
@@ -104,17 +112,13 @@ def choose(stats: DraftStatistics, limit: int) -> int:
     limit = min(limit, stats.max_draft)
     if limit <= 0:
         return 0
-    if stats.measured:
-        start = min(START, stats.max_draft)
-        if len(stats.full[start]) < _TRUSTED and limit >= start:
-            return start
-        if len(stats.full[0]) < _TRUSTED:
-            return 0
+    if stats.probe > 0:
+        return min(START, limit)
+    if stats.measured and len(stats.fresh(0)) < _TRUSTED:
+        return 0
     speeds = _speeds(stats, limit)
     best = max(range(limit + 1), key=speeds.__getitem__)
-    if best == 0 and stats.idle >= stats.patience:
-        return max(range(1, limit + 1), key=speeds.__getitem__)
-    return best
+    return min(START, limit) if best == 0 and stats.idle >= stats.patience else best
 
 
 def acceptance(stats: DraftStatistics) -> list[float]:
@@ -128,8 +132,9 @@ def acceptance(stats: DraftStatistics) -> list[float]:
 
 
 def full_costs(stats: DraftStatistics) -> list[float]:
-    """Seconds of a full call by number of drafts: medians, lines between them, the last slope (never down) beyond."""
-    known = [(n, median(seconds)) for n, seconds in enumerate(stats.full) if seconds]
+    """Seconds of a full call by number of drafts: measured, lines between, the last slope (never down) beyond."""
+    windows = [stats.fresh(n) for n in range(stats.max_draft + 1)]
+    known = [(n, _typical(seconds)) for n, seconds in enumerate(windows) if seconds]
     if not stats.measured or not known:
         return [1 + _NOMINAL_SLOPE * n for n in range(stats.max_draft + 1)]
     if len(known) == 1:
@@ -141,9 +146,12 @@ def full_costs(stats: DraftStatistics) -> list[float]:
             segment += 1
         (left, left_cost), (right, right_cost) = known[segment : segment + 2]
         slope = (right_cost - left_cost) / (right - left)
-        if not left <= n <= right:
-            slope = max(slope, 0.0)
-        costs.append(max(left_cost + slope * (n - left), 0.0))
+        if n > right:
+            costs.append(right_cost + max(slope, 0.0) * (n - right))
+        elif n < left:
+            costs.append(max(left_cost - max(slope, 0.0) * (left - n), 0.0))
+        else:
+            costs.append(left_cost + slope * (n - left))
     return costs
 
 
@@ -153,7 +161,7 @@ def _speeds(stats: DraftStatistics, limit: int) -> list[float]:
     if not stats.measured:
         module = _NOMINAL_MODULE
     else:
-        module = median(stats.module) if stats.module else 0.0
+        module = _typical(stats.module) if stats.module else 0.0
     speeds: list[float] = []
     tokens, reached = 1.0, 1.0
     for n, chance in enumerate([1.0, *acceptance(stats)][: limit + 1]):
@@ -163,6 +171,33 @@ def _speeds(stats: DraftStatistics, limit: int) -> list[float]:
         seconds = costs[n] + n * module
         speeds.append(tokens / seconds if seconds > 0 else math.inf)
     return speeds
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The lower quartile: other programs make calls slower, never faster, and often several in a row."""
+    return sorted(seconds)[(len(seconds) - 1) // 4]
+
+
+def _add_drafts(stats: DraftStatistics, tested: int, accepted: int) -> DraftStatistics:
+    """Adds judged drafts, and moves the probe on: one begins with the first drafts after `patience` idle cycles."""
+    hits, trials = stats.accepted, stats.tested
+    probe, patience = max(stats.probe - 1, 0), stats.patience
+    if stats.idle >= stats.patience:
+        probe, patience = _PROBE - 1, min(2 * stats.patience, _LAST_PROBE)
+        # What was seen before the pause counts for little: the text has moved on.
+        weights = [min(1.0, _PROBE_MEMORY / total) if total else 1.0 for total in trials]
+        trials = tuple(weight * total for weight, total in zip(weights, trials, strict=True))
+        hits = tuple(weight * total for weight, total in zip(weights, hits, strict=True))
+    elif stats.probe == 0:
+        patience = _FIRST_PROBE
+    return replace(
+        stats,
+        tested=_observe(trials, tested, tested),
+        accepted=_observe(hits, tested, accepted),
+        idle=0,
+        probe=probe,
+        patience=patience,
+    )
 
 
 def _observe(sums: Sequence[float], tested: int, hits: int) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycle_ds.training.plot_style import GRID, INK, MODE_COLOURS, MUTED, save, two_panels
+from recycle_ds.training.plot_style import GRID, INK, MODE_COLOURS, MUTED, two_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 def plot_decoding(report: dict[str, Any], path: Path) -> None:
     """Draws tokens per second by mode, with speedups, and acceptance by draft position, of a report of `run_bench`."""
     subtitle = f"{report['model']}  ·  {report['dtype']}, {report['threads']} threads  ·  {report['machine']}"
-    figure, left, right = two_panels("Decoding speed and draft acceptance", subtitle)
-    _speeds(left, report["modes"])
-    _acceptance(right, report["modes"])
-    save(figure, path)
+    with two_panels(path, "Decoding speed and draft acceptance", subtitle) as (left, right):
+        _speeds(left, report["modes"])
+        _acceptance(right, report["modes"])
 
 
 def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
@@ -43,7 +42,7 @@ def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
     """Bars: a draft's chance given that those before it were accepted. Line: the chance that all up to it are."""
     acceptance = modes.get("verified", {}).get("acceptance", [])
     axes.set_title("Acceptance by draft position (verified)")
-    axes.set_ylim(0, 1.12)
+    axes.set_ylim(0, 1.18)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.grid(axis="y", color=GRID)
     if not acceptance:
@@ -51,12 +50,12 @@ def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
         axes.text(0.5, 0.45, "no draft was judged", transform=axes.transAxes, ha="center", color=MUTED)
         return
     positions = range(1, len(acceptance) + 1)
-    axes.bar(positions, acceptance, width=0.62, color=MODE_COLOURS["verified"], label="given that those before it were")
+    axes.bar(positions, acceptance, width=0.62, color=MODE_COLOURS["verified"], label="if all before it were accepted")
     kept, product = [], 1.0
     for chance in acceptance:
         product *= chance
         kept.append(product)
-    axes.plot(positions, kept, color=INK, marker="o", markersize=4, label="this and all before it")
+    axes.plot(positions, kept, color=INK, marker="o", markersize=4, label="it and all before it")
     for position, chance in zip(positions, acceptance, strict=True):
         axes.annotate(
             f"{chance:.2f}", (position, chance), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK

@@ -40,8 +40,9 @@ class MasterState:
         Stages 1 and 2 would link them to parameters after the first group's step, when the other groups have none yet, and
         never find those again. It also lets a lack of memory show at once.
         """
-        if self._stage == 3:
-            return  # created with the partitions
+        if self._stage == 3:  # the groups stand empty between steps
+            self._optimizer.allocate(self._zero.fp32_partitioned_groups_flat)
+            return
         self._optimizer.allocate()
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()

@@ -6,11 +6,11 @@ skipping a bad step therefore live in the groups: the factor and the flag travel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recycle_ds.config import TrainingConfig
 
@@ -44,15 +44,16 @@ class AdamW(torch.optim.AdamW):
                 torch._foreach_mul_(present, factor)
         super().step()
 
-    def allocate(self) -> None:
-        """Creates the moments of every parameter that has none, zero, at step 0."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    def allocate(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Creates moments, zero and at step 0, where there are none: of the groups' parameters, or of those given."""
+        if parameters is None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

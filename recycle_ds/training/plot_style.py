@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recycle_ds.data.atomic import publish, temporary_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 INK = "#1f2933"
 MUTED = "#7b8794"
@@ -41,33 +44,28 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def two_panels(title: str, subtitle: str) -> tuple[Figure, Axes, Axes]:
-    """An empty figure, 11 x 4.4 inches, with a heading over two panels."""
+@contextmanager
+def two_panels(path: Path, title: str, subtitle: str) -> Iterator[tuple[Axes, Axes]]:
+    """Two empty panels under a heading, to be drawn on; then the figure, 11 x 4.4 inches, is written to `path`.
+
+    The suffix chooses the format (png without one). The file appears whole or not at all.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 4.4))
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.15, 1]})
-    figure.subplots_adjust(left=0.07, right=0.975, top=0.77, bottom=0.13, wspace=0.2)
-    figure.text(0.02, 0.95, title, fontsize=14, fontweight="bold", color=INK, va="center")
-    figure.text(0.02, 0.885, subtitle, fontsize=9.5, color=MUTED, va="center")
-    return figure, left, right
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes the figure, in the format of the suffix; it appears whole or not at all."""
-    import matplotlib
-
-    from recycle_ds.data.atomic import publish, temporary_name
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        with matplotlib.rc_context(_STYLE):
+        figure.set_layout_engine("constrained", rect=(0.01, 0.02, 0.98, 0.81), wspace=0.06)
+        figure.text(0.02, 0.945, title, fontsize=14, fontweight="bold", va="center")
+        figure.text(0.02, 0.88, subtitle, fontsize=9.5, color=MUTED, va="center")
+        yield left, right
+        try:
             figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

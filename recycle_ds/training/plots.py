@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recycle_ds.training.errors import TrainingError
-from recycle_ds.training.plot_style import BACKBONE, DEPTH_COLOURS, GRID, MUTED, save, two_panels
+from recycle_ds.training.plot_style import BACKBONE, DEPTH_COLOURS, GRID, MUTED, two_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +34,9 @@ def plot_loss(metrics_jsonl: Path, path: Path) -> None:
     run = _read(metrics_jsonl)
     last = run.steps[-1]
     tokens = f", {last['tokens'] / 1e6:.1f} M tokens" if "tokens" in last else ""
-    figure, left, right = two_panels("Pretraining", f"{metrics_jsonl.parent}  ·  {last['step']} steps{tokens}")
-    _losses(left, run)
-    _acceptance(right, run)
-    save(figure, path)
+    with two_panels(path, "Pretraining", f"{metrics_jsonl.parent}  ·  {last['step']} steps{tokens}") as (left, right):
+        _losses(left, run)
+        _acceptance(right, run)
 
 
 def _read(path: Path) -> _Run:

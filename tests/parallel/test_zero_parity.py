@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
+from tests.parallel.ranks import run_all
 from tests.runs import figures, make_corpus, tiny_run, zero
 
 Cases = list[tuple[str, dict[str, Any]]]
@@ -36,18 +36,6 @@ REFERENCES: Cases = [
     ("bf16", {"training__dtype": "bf16", "deepspeed": zero(0)}),
     ("no_module", {"recycle__layers": 0, "deepspeed": zero(0)}),
 ]
-
-
-def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> None:
-    """Runs several configurations in one set of processes."""
-    import os
-
-    from recycle_ds.parallel import rendezvous
-    from recycle_ds.pretrain import run
-
-    rendezvous.start(rendezvous.detect_launch(os.environ))
-    for config in runs:
-        run(config)
 
 
 @pytest.fixture(scope="module")

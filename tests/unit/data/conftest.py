@@ -33,8 +33,16 @@ def tokenizer(texts: list[str]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> Tokenizer:
-    """A tokenizer that is built as LLaMA's: spaces as ▁ with one in front, and bytes for characters it does not know."""
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁t"]
+    """A tokenizer built as LLaMA's: spaces as ▁ with one in front, and bytes for characters it does not know."""
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "▁t",
+    ]
     model = models.BPE(
         vocab={token: number for number, token in enumerate(vocabulary)},
         merges=[("▁", "t")],

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ import pytest
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.sources import read_documents, rows_of
 
+PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 LINES = b'{"text": "one"}\n\n{"text": "two\\nlines", "id": 7}\n'
 
 
@@ -40,10 +42,10 @@ def test_the_shipped_corpus_is_whole_and_clean() -> None:
             assert debris not in text
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", PACK)
 def test_text_and_jsonl_files(tmp_path: Path, suffix: str) -> None:
     """Prevents a compressed file from being read as something else than the plain one."""
-    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    pack = PACK[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(LINES))
     (tmp_path / f"b.txt{suffix}").write_bytes(pack("\ufeffwhole\n\nfile".encode()))
     assert list(read_documents(str(tmp_path / f"a.jsonl{suffix}"))) == ["one", "two\nlines"]
@@ -116,7 +118,7 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
     """Prevents half a download from being read as a short corpus."""
-    packed = {".gz": gzip.compress, ".xz": lzma.compress}[suffix](LINES * 500)
+    packed = PACK[suffix](LINES * 500)
     for name, content in (("cut", packed[: len(packed) // 2]), ("other", b"plain text")):
         path = tmp_path / f"{name}.jsonl{suffix}"
         path.write_bytes(content)
@@ -160,5 +162,7 @@ def test_datasets_streaming_or_not() -> None:
 
 def test_a_deeply_nested_line(tmp_path: Path) -> None:
     """Prevents a recursion error from a line that nests too deep for the parser."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"})[:-1] + ', "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "x"})[:-1] + ', "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
+    )
     assert "a.jsonl:1 is not JSON" in fault(tmp_path / "a.jsonl")

@@ -33,7 +33,7 @@ def test_nothing_is_predicted_across_a_boundary() -> None:
 
 
 def test_nothing_is_predicted_through_a_document() -> None:
-    """Prevents comparing only the two ends: a number that comes back after another document is not the same document."""
+    """Prevents comparing only the two ends: a number that comes back later is not the same document."""
     made = make_targets(torch.tensor([[A, B, C, D]]), torch.tensor([[0, 1, 0, 0]]), depth=1)
     assert made.targets[0, 0].tolist() == [IGNORE, IGNORE, D]
     assert made.targets[1, 0].tolist() == [IGNORE, IGNORE, IGNORE]
@@ -76,5 +76,5 @@ def test_every_entry_follows_the_definition(data: st.DataObject) -> None:
 )
 def test_shapes_that_make_no_sense(tokens: tuple[int, ...], documents: tuple[int, ...], depth: int) -> None:
     """Prevents silent broadcasting of documents that belong to other tokens."""
-    with pytest.raises(ValueError, match="need at least|must both be"):
+    with pytest.raises(ValueError, match=r"need at least|must both be"):
         make_targets(torch.zeros(tokens, dtype=torch.int64), torch.zeros(documents, dtype=torch.int64), depth)

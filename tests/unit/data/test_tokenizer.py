@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,15 +108,15 @@ def test_vocabulary_sizes_that_cannot_be(vocab_size: int, message: str) -> None:
         Tokenizer.train(["a short text, a short text"], vocab_size)
 
 
-def test_an_error_of_the_source_survives_training(tmp_path: Path) -> None:
+def test_an_error_of_the_source_survives_training() -> None:
     """Prevents the trainer from hiding which line of the corpus is broken."""
 
-    def broken() -> object:
+    def broken() -> Iterator[str]:
         yield "fine"
         raise DataError("line 2 is broken")
 
     with pytest.raises(DataError, match="line 2 is broken"):
-        Tokenizer.train(broken(), 300)  # type: ignore[arg-type]
+        Tokenizer.train(broken(), 300)
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from recycle_ds.inference.verification import Verdict, residual, verify_greedy, 
 # distributions do not depend on the first token, so the joint distribution of two tokens is a product.
 P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
 Q = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.5, 0.0]])
-TRIALS = 12_000
+TRIALS = 4_000
 
 Verify = Callable[[list[int], Tensor, Tensor, torch.Generator], Verdict]
 
@@ -64,12 +64,12 @@ def test_the_bonus_token_has_the_full_models_distribution() -> None:
     """Prevents a token after fully accepted drafts that is drawn from the wrong position."""
     generator = torch.Generator().manual_seed(1)
     counts: Counter[int] = Counter()
-    while counts.total() < 3000:
+    while counts.total() < 2000:
         drafts = [int(sample(row, generator)) for row in Q]
         verdict = verify_sampled(drafts, Q, P, generator)
         if verdict.accepted == 2:
             counts[verdict.token] += 1
-    assert chisquare([counts[i] for i in range(3)], (3000 * P[2].double() / P[2].double().sum()).tolist()).pvalue > 1e-4
+    assert chisquare([counts[i] for i in range(3)], (2000 * P[2].double() / P[2].double().sum()).tolist()).pvalue > 1e-4
 
 
 def _always_accepting(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
@@ -81,11 +81,11 @@ def _without_residual(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, ge
     return Verdict(verdict.accepted, int(sample(target_WV[verdict.accepted], generator)))
 
 
-def _by_sampling_p_on_p(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
+def _with_rows_mixed_up(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
     return verify_sampled(drafts, draft_NV.roll(1, 0), target_WV, generator)
 
 
-@pytest.mark.parametrize("wrong", [_always_accepting, _without_residual, _by_sampling_p_on_p])
+@pytest.mark.parametrize("wrong", [_always_accepting, _without_residual, _with_rows_mixed_up])
 def test_a_wrong_rule_fails_the_test(wrong: Verify) -> None:
     """Prevents a chi-squared test too weak to see a wrong rule."""
     assert _p_value(wrong) < 1e-4
@@ -94,8 +94,8 @@ def test_a_wrong_rule_fails_the_test(wrong: Verify) -> None:
 def test_without_drafts_the_token_is_drawn_from_the_full_model() -> None:
     """Prevents a cycle without drafts from being treated as one with rejected drafts."""
     generator = torch.Generator().manual_seed(2)
-    counts = Counter(verify_sampled([], None, P[:1], generator).token for _ in range(3000))
-    assert chisquare([counts[i] for i in range(3)], (3000 * P[0].double() / P[0].double().sum()).tolist()).pvalue > 1e-4
+    counts = Counter(verify_sampled([], None, P[:1], generator).token for _ in range(2000))
+    assert chisquare([counts[i] for i in range(3)], (2000 * P[0].double() / P[0].double().sum()).tolist()).pvalue > 1e-4
 
 
 def test_equal_distributions_always_accept() -> None:

@@ -1,0 +1,60 @@
+"""Entry point: perplexity and acceptance of a model. `python -m recycle_ds.evaluate --model DIR --data FILE`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Run folder or checkpoint.")],
+    data: Annotated[str, typer.Option(help="Text, jsonl or parquet file, a folder of them, or a dataset's name.")],
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    seq_length: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences evaluated at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents evaluated at most.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the perplexity of a model's backbone on a text, and the losses and acceptance of its recycle module."""
+    from itertools import islice
+
+    from recycle_ds.checkpoint import load_model
+    from recycle_ds.config import ConfigError
+    from recycle_ds.data.sources import read_documents
+    from recycle_ds.evaluation.perplexity import evaluate_documents
+
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16")
+    loaded = load_model(model, dtype)
+    length = seq_length or loaded.config.training.seq_length
+    if length > loaded.model.max_positions:
+        raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
+    texts = islice(read_documents(data, text_column), limit)
+    documents = (loaded.tokenizer.encode(text) for text in texts)
+    result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
+    if as_json:
+        record = {"model": str(loaded.path), "data": data, "tokens": result.tokens, "loss": result.loss}
+        record |= {"perplexity": result.perplexity, "recycle_loss": result.recycle_loss, "acceptance": result.acceptance}
+        print(json.dumps(record))
+        return
+    print(f"{result.tokens:,} tokens of {data}, sequences of {length}")
+    print(f"backbone: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    for depth, (loss, share) in enumerate(zip(result.recycle_loss, result.acceptance, strict=True), start=1):
+        print(f"recycle depth {depth}: loss {loss:.4f}, acceptance {100 * share:.1f}%")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command with `argv`, or the process's own arguments."""
+    run_command(app, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Perplexity and acceptance of a trained model on any text."""

@@ -1,0 +1,98 @@
+"""Perplexity of the backbone, and losses and acceptance of the recycle module by depth, over whole documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from recycle_ds.config import RecycleError
+from recycle_ds.data.loader import Batch
+from recycle_ds.data.targets import make_targets
+from recycle_ds.model import RecycleGPT
+
+
+class EvaluationError(RecycleError):
+    """Text that cannot be evaluated."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per predicted token. recycle_loss and acceptance: by depth; acceptance is agreement with the backbone's
+    argmax, conditional on all earlier depths having agreed."""
+
+    tokens: int
+    loss: float
+    recycle_loss: list[float]
+    acceptance: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate_documents(
+    model: RecycleGPT, documents: Iterable[list[int]], eos: int, seq_length: int, batch_size: int
+) -> Evaluation:
+    """Evaluates documents (token ids) packed one after another, each closed by `eos`, as in training.
+
+    Every token but the first of a sequence is predicted exactly once: sequences overlap by one token.
+    Raises EvaluationError where there is nothing to predict.
+    """
+    device = next(model.parameters()).device
+    totals: Tensor | None = None
+    for batch in _batches(_sequences(documents, eos, seq_length), batch_size, model.depth):
+        sums = model.evaluate(batch.to(device))
+        stacked = torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()
+        totals = stacked if totals is None else totals + stacked
+    if totals is None or totals[1, 0] == 0:
+        raise EvaluationError("the text has fewer than two tokens: there is nothing to predict")
+    loss, count, agreed, judged = totals
+    means = (loss / count.clamp_min(1)).tolist()
+    return Evaluation(int(count[0]), means[0], means[1:], (agreed / judged.clamp_min(1)).tolist()[1:])
+
+
+def _sequences(documents: Iterable[list[int]], eos: int, seq_length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens, document numbers) of S + 1 tokens each, the last one shorter."""
+    tokens: list[int] = []
+    numbers: list[int] = []
+    for number, document in enumerate(documents):
+        tokens += [*document, eos]
+        numbers += [number] * (len(document) + 1)
+        while len(tokens) > seq_length:
+            yield tokens[: seq_length + 1], numbers[: seq_length + 1]
+            tokens, numbers = tokens[seq_length:], numbers[seq_length:]
+    if len(tokens) > 1:
+        yield tokens, numbers
+
+
+def _batches(sequences: Iterator[tuple[list[int], list[int]]], size: int, depth: int) -> Iterator[Batch]:
+    """Batches of full sequences; a shorter last one makes a batch of its own."""
+    while chunk := list(islice(sequences, size)):
+        full = [pair for pair in chunk if len(pair[0]) == len(chunk[0][0])]
+        for rows in (full, chunk[len(full) :]):
+            if rows:
+                yield _batch(rows, depth)
+
+
+def _batch(rows: list[tuple[list[int], list[int]]], depth: int) -> Batch:
+    tokens = torch.tensor([pair[0] for pair in rows])
+    numbers = torch.tensor([pair[1] for pair in rows])
+    numbers = numbers - numbers[:, :1]
+    places = torch.arange(tokens.shape[1])
+    starts = torch.zeros_like(tokens)
+    starts[:, 1:] = torch.where(numbers[:, 1:] != numbers[:, :-1], places[1:], 0)
+    positions = places - starts.cummax(dim=1).values
+    targets = make_targets(tokens, numbers, min(depth, tokens.shape[1] - 1))
+    return Batch(
+        tokens_BS=targets.inputs[0],
+        positions_BS=positions[:, :-1],
+        documents_BS=numbers[:, :-1],
+        inputs_KBS=targets.inputs,
+        targets_KBS=targets.targets,
+    )

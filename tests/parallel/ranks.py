@@ -1,0 +1,52 @@
+"""Functions that test modules run on every rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from recycle_ds.config import RecycleError, RunConfig
+
+
+def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
+    """Runs several configurations in one set of processes; returns why each ended, or its error."""
+    from recycle_ds.parallel import rendezvous
+    from recycle_ds.pretrain import run
+
+    rendezvous.start(rendezvous.detect_launch(os.environ))
+    endings = []
+    for config in runs:
+        try:
+            endings.append(run(config))
+        except RecycleError as error:
+            endings.append(f"error: {error}")
+    return endings
+
+
+def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, int]]) -> list[str]:
+    """Like `run_all` for (configuration, step, rank): that rank's loss of that step becomes NaN."""
+    from recycle_ds.training import loop
+
+    original = loop.Trainer._step
+
+    def poisoned(trainer: Any, stop: Any) -> Any:
+        config, step, culprit = current[0]
+        if trainer.state.step + 1 == step and rank == culprit:
+            hook = trainer.engine.model.final_norm.register_forward_hook(lambda *_: _[2] * torch.nan)
+            try:
+                return original(trainer, stop)
+            finally:
+                hook.remove()
+        return original(trainer, stop)
+
+    endings: list[str] = []
+    loop.Trainer._step = poisoned  # type: ignore[method-assign]
+    try:
+        for case in runs:
+            current = [case]
+            endings += run_all(rank, world_size, [case[0]])
+    finally:
+        loop.Trainer._step = original  # type: ignore[method-assign]
+    return endings

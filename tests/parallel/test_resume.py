@@ -1,0 +1,194 @@
+"""Interrupted runs equal uninterrupted ones, at the same layout bit for bit; damaged or foreign checkpoints are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.reading import TensorReader
+from recycle_ds.config import RunConfig
+from tests.distributed import run_ranks
+from tests.parallel.ranks import run_all, run_poisoned
+from tests.runs import figures, make_corpus, read_metrics, tiny_run, zero
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("zero0", {"deepspeed": zero(0)}),
+    ("zero1", {"deepspeed": zero(1)}),
+    ("zero2_bf16", {"deepspeed": zero(2), "training__dtype": "bf16"}),
+    ("zero0_bf16", {"deepspeed": zero(0), "training__dtype": "bf16"}),
+    ("zero3", {"deepspeed": zero(3)}),
+    ("zero3_bf16", {"deepspeed": zero(3), "training__dtype": "bf16"}),
+    ("detached", {"deepspeed": zero(1), "recycle__gradient": "detached"}),
+    ("frozen", {"deepspeed": zero(3), "recycle__gradient": "frozen_backbone"}),
+    ("grown", {"deepspeed": zero(1), "training__schedule": "constant"}),
+]
+
+
+class Runs:
+    """Configurations under one folder over one corpus."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.corpus = root, make_corpus(root / "corpus")
+
+    def config(self, name: str, **changes: Any) -> RunConfig:
+        return tiny_run(self.corpus, self.root / name, **({"training__steps": 6} | changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every layout run straight through, and again in two parts, on two ranks in one set of processes."""
+    found = Runs(tmp_path_factory.mktemp("resume"))
+    configs = []
+    for name, change in LAYOUTS:
+        first = {"training__steps": 3} if name == "grown" else {"training__stop_at": 3}
+        configs += [
+            found.config(f"{name}/whole", **change),
+            found.config(f"{name}/parts", **change, **first),
+            found.config(f"{name}/parts", **change, training__dry_run=False),
+        ]
+    endings = run_ranks(run_all, 2, configs, timeout=500)[0]
+    expected = ["finished", "stop_at", "finished"] * (len(LAYOUTS) - 1) + ["finished"] * 3
+    assert endings == expected
+    return found
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint, whole, by kind and canonical name."""
+    manifest = read_manifest(folder)
+    reader = TensorReader(folder, manifest)
+    return {
+        f"{kind}/{name}": reader.read(name, kind)
+        for name, entry in manifest.tensors.items()
+        for kind in {piece.kind for piece in entry.slices}
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, _ in LAYOUTS])
+def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> None:
+    """Weights, a moment, Adam's step, the schedule, the data position or a dry run's trace lost between two parts."""
+    whole, parts = runs.root / name / "whole", runs.root / name / "parts"
+    assert figures(parts) == figures(whole)
+    events = [record for record in read_metrics(parts) if "event" in record]
+    assert [(event["event"], event["step"]) for event in events] == [("resume", 3)]
+    last = "checkpoints/step-00000006"
+    left, right = tensors(parts / last), tensors(whole / last)
+    assert left.keys() == right.keys()
+    assert all(left[key].equal(right[key]) for key in left)
+
+
+def test_the_run_started_over_would_differ(runs: Runs) -> None:
+    """The comparison above passing for a run that began again instead of resuming."""
+    rows = figures(runs.root / "zero1" / "whole")
+    assert rows[3:] != rows[:3]
+
+
+def test_resume_at_another_layout(runs: Runs) -> None:
+    """A checkpoint bound to the ranks, ZeRO stage or micro-batch that wrote it."""
+    cases = [("zero1", {"deepspeed": zero(3)}), ("zero3", {"deepspeed": zero(0), "training__micro_batch_size": 4})]
+    for name, change in cases:
+        source = runs.root / name / "parts"
+        target = runs.root / f"moved_{name}"
+        shutil.copytree(source, target)
+        shutil.rmtree(target / "checkpoints" / "step-00000006")
+        assert run_ranks(run_all, 1, [runs.config(target.name, **change)]) == [["finished"]]
+        for left, right in zip(figures(target), figures(source), strict=True):
+            assert left == pytest.approx(right, rel=1e-5)
+
+
+def test_refusals_and_fallback(runs: Runs) -> None:
+    """A resume with another model or batch going on as if nothing had changed; a damaged checkpoint loaded or fatal."""
+    source = runs.root / "zero1" / "parts"
+    damaged, ruined = runs.root / "damaged", runs.root / "ruined"
+    for target in (damaged, ruined):
+        shutil.copytree(source, target)
+    shard = next((damaged / "checkpoints/step-00000006").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    for folder in (ruined / "checkpoints").glob("step-*"):
+        (folder / "manifest.json").write_text("{")
+    stray = damaged / "checkpoints" / ".tmp-step-00000009"
+    stray.mkdir()
+    configs = [
+        runs.config("zero1/parts", model__hidden=64),
+        runs.config("zero1/parts", training__seed=1),
+        runs.config("zero1/parts", training__global_batch_size=4),
+        runs.config("ruined"),
+        runs.config("damaged"),
+    ]
+    endings = run_ranks(run_all, 2, configs, timeout=200)
+    assert endings[0] == endings[1], "ranks must agree, or some would wait for ever"
+    hidden, seed, batch, none_whole, fallen_back = endings[0]
+    assert "model.hidden was 48 and is 64" in hidden
+    assert "training.seed was 1234 and is 1" in seed
+    assert "training.global_batch_size was 8 and is 4" in batch
+    assert "none is whole" in none_whole
+    assert fallen_back == "finished"
+    assert figures(damaged) == figures(source)
+    assert not stray.exists()
+
+
+def test_init_from_takes_weights_and_makes_a_module(runs: Runs) -> None:
+    """Weights of a model without a module refused, mixed up or trained from scratch; moments or steps carried along."""
+    plain = runs.config("plain", recycle__layers=0)
+    given = runs.config("given", init_from=str(runs.root / "plain"), recycle__gradient="frozen_backbone")
+    other = runs.config("other", init_from=str(runs.root / "plain"), model__ffn=96)
+    endings = run_ranks(run_all, 1, [plain, given, other])[0]
+    assert endings[:2] == ["finished", "finished"]
+    assert "does not fit the model" in endings[2] and "blocks.0.mlp" in endings[2]
+    before = tensors(runs.root / "plain/checkpoints/step-00000006")
+    after = tensors(runs.root / "given/checkpoints/step-00000006")
+    names = [key for key in before if key.startswith("weight/")]
+    assert names and all(after[key].equal(before[key]) for key in names)
+    assert any(key.startswith("exp_avg/recycle.") for key in after)
+
+
+def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
+    """A line cut by a kill, or lines after the checkpoint's step, left in the log of the run that goes on."""
+    source, target = runs.root / "zero1" / "parts", runs.root / "trimmed"
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "step-00000006")
+    with (target / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    assert run_ranks(run_all, 1, [runs.config("trimmed")]) == [["finished"]]
+    steps = [record["step"] for record in read_metrics(target) if "event" not in record]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_non_finite_steps(runs: Runs) -> None:
+    """NaN on one rank that stops only that rank, reaches the weights, or is skipped on one and taken on the other."""
+    cases = []
+    for stage in (0, 1, 3):
+        skip = runs.config(f"nan{stage}_skip", deepspeed=zero(stage), training__nonfinite="skip")
+        stop = runs.config(f"nan{stage}_stop", deepspeed=zero(stage))
+        cases += [(skip, 3, 1), (stop, 3, 1)]
+    endings = run_ranks(run_poisoned, 2, cases, timeout=300)
+    assert endings[0] == endings[1]
+    for stage, skipped, stopped in zip((0, 1, 3), endings[0][::2], endings[0][1::2], strict=True):
+        assert skipped == "finished"
+        assert "step 3" in stopped and "not finite" in stopped and "training.nonfinite=skip" in stopped
+        events = [r for r in read_metrics(runs.root / f"nan{stage}_skip") if r.get("event") == "skipped_step"]
+        assert [event["step"] for event in events] == [3]
+        manifest = read_manifest(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
+        assert (manifest.step, manifest.adam_step, manifest.skipped) == (6, 5, 1)
+        weights = tensors(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_checkpoint_holds_what_it_says(runs: Runs) -> None:
+    """A checkpoint without its generators, tokenizer, configuration or provenance; `latest` that names another."""
+    root = runs.root / "zero1" / "whole" / "checkpoints"
+    assert (root / "latest").read_text() == "step-00000006\n"
+    manifest = read_manifest(root / "step-00000006")
+    assert {"rng-00000.safetensors", "rng-00001.safetensors", "tokenizer.json"} <= manifest.files.keys()
+    assert load_file(root / "step-00000006" / "rng-00001.safetensors")["cpu"].numel() > 0
+    assert manifest.provenance["command"] and manifest.next_sample == 48
+    assert manifest.config["model"]["vocab_size"] == manifest.tensors["embedding.weight"].shape[0]
+    record = json.loads((runs.root / "zero1" / "whole" / "run.json").read_text())
+    assert (record["world_size"], record["data"], record["tensor"], record["zero_stage"]) == (2, 2, 1, 1)

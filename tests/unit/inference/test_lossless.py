@@ -1,0 +1,143 @@
+"""`verified` against `autoregressive`: the same tokens at temperature 0, the same distribution above."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from recycle_ds.inference import Decoder, SamplingParams
+from recycle_ds.inference.sampling import probabilities
+from recycle_ds.model import RecycleGPT
+from tests.unit.inference.models import LETTERS, Letters, random_model
+
+
+@given(
+    vocab_size=st.sampled_from([3, 5, 11]),
+    seed=st.integers(0, 2),
+    layers=st.integers(1, 2),
+    recycle_layers=st.integers(1, 2),
+    max_positions=st.sampled_from([13, 48]),
+    prompt=st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    max_new_tokens=st.integers(1, 30),
+    draft_tokens=st.one_of(st.none(), st.integers(0, 7)),
+    eos=st.sets(st.integers(0, 10), max_size=2),
+    penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
+    stop=st.lists(st.text(LETTERS[:5], min_size=1, max_size=3), max_size=2),
+)
+def test_verified_is_autoregressive_token_for_token(
+    vocab_size: int,
+    seed: int,
+    layers: int,
+    recycle_layers: int,
+    max_positions: int,
+    prompt: list[int],
+    max_new_tokens: int,
+    draft_tokens: int | None,
+    eos: set[int],
+    penalty: float,
+    stop: list[str],
+) -> None:
+    """Prevents any difference: at limits, stop tokens, stop strings, under penalties, for every draft length."""
+    model = random_model(vocab_size, seed, layers=layers, recycle_layers=recycle_layers, max_positions=max_positions)
+    decoder = Decoder(model, eos, Letters)
+    params = SamplingParams(repetition_penalty=penalty)
+    seen: list[int] = []
+    expected = decoder.generate(prompt, "autoregressive", params, max_new_tokens=max_new_tokens, stop=stop)
+    found = decoder.generate(
+        prompt,
+        "verified",
+        params,
+        max_new_tokens=max_new_tokens,
+        draft_tokens=draft_tokens,
+        stop=stop,
+        on_tokens=lambda ids, recycled: seen.extend(ids),
+    )
+    assert found.token_ids == expected.token_ids == tuple(seen)
+    assert found.finish_reason == expected.finish_reason
+    assert expected.module_calls == 0 and expected.full_calls == len(expected.token_ids)
+
+
+def test_the_property_test_sees_accepted_and_rejected_drafts() -> None:
+    """Prevents the property from holding because the random models' drafts are all rejected, or all accepted."""
+    tested, accepted, recycled, full = 0, 0, 0, 0
+    for seed in range(3):
+        generation = Decoder(random_model(5, seed)).generate([1, 2], max_new_tokens=40, draft_tokens=3)
+        tested += sum(generation.tested)
+        accepted += sum(generation.accepted)
+        recycled += sum(generation.recycled)
+        full += generation.full_calls
+    assert 0.1 < accepted / tested < 0.95
+    assert accepted == recycled
+    assert recycled + full == 3 * 40
+
+
+def _joint(model: RecycleGPT, prompt: list[int], params: SamplingParams, count: int) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of `count` tokens, by enumeration with the whole model from scratch."""
+    joint = {(): 1.0}
+    for _ in range(count):
+        longer = {}
+        for tokens, chance in joint.items():
+            known_1T = torch.tensor([[*prompt, *tokens]])
+            hidden_TBD = model.decode(known_1T, model.new_cache(1, known_1T.shape[1]))
+            probs = probabilities(model.logits(hidden_TBD[-1:])[0, 0], params, known_1T[0]).tolist()
+            longer |= {(*tokens, token): chance * p for token, p in enumerate(probs)}
+        joint = longer
+    return joint
+
+
+@pytest.mark.parametrize(("mode", "trials"), [("autoregressive", 800), ("verified", 1500)])
+@torch.inference_mode()
+def test_sampled_text_has_the_models_joint_distribution(mode: str, trials: int) -> None:
+    """Prevents speculative sampling that is skewed by its drafts, across positions, filters and penalties."""
+    model = random_model(3, 0, layers=1, std=0.2)
+    prompt, params = [1, 0, 2], SamplingParams(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2)
+    joint = _joint(model, prompt, params, count=4)
+    decoder = Decoder(model)
+    counts: Counter[tuple[int, ...]] = Counter()
+    accepted = tested = 0
+    for seed in range(trials):
+        sampling = SamplingParams(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2, seed=seed)
+        generation = decoder.generate(prompt, mode, sampling, max_new_tokens=4, draft_tokens=2)
+        counts[generation.token_ids] += 1
+        accepted, tested = accepted + sum(generation.accepted), tested + sum(generation.tested)
+    assert all(joint[tokens] > 0 for tokens in counts)
+    cells = list(product(range(3), repeat=4))
+    likely = [cell for cell in cells if trials * joint[cell] >= 5]
+    rest = [cell for cell in cells if cell not in likely]
+    observed = [counts[cell] for cell in likely] + [sum(counts[cell] for cell in rest)]
+    expected = [trials * joint[cell] for cell in likely] + [trials * sum(joint[cell] for cell in rest)]
+    assert len(likely) > 10
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    if mode == "verified":
+        assert 0.2 < accepted / tested < 0.98, "the test needs accepted and rejected drafts"
+
+
+@pytest.mark.parametrize("draft_tokens", [None, 3])
+@pytest.mark.parametrize("mode", ["autoregressive", "alternate", "verified"])
+def test_a_seed_repeats_a_sample(mode: str, draft_tokens: int | None) -> None:
+    """Prevents samples that depend on timing, on an earlier generation, or on another stream's random numbers."""
+    model = random_model(11, 1)
+    params = SamplingParams(temperature=1.0, seed=7)
+    decoder = Decoder(model)
+    first = decoder.generate([1, 2, 3], mode, params, max_new_tokens=30, draft_tokens=draft_tokens)
+    decoder.generate([4], "verified", SamplingParams(1.0), max_new_tokens=9)
+    torch.rand(3)
+    again = decoder.generate([1, 2, 3], mode, params, max_new_tokens=30, draft_tokens=draft_tokens)
+    other = decoder.generate([1, 2, 3], mode, SamplingParams(1.0, seed=8), max_new_tokens=30, draft_tokens=draft_tokens)
+    assert first.token_ids == again.token_ids
+    assert first.token_ids != other.token_ids
+
+
+def test_drafts_do_not_touch_the_global_random_numbers() -> None:
+    """Prevents decoding (a validation sample, say) from changing the run that it is part of."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Decoder(random_model(5, 1)).generate([1], "verified", SamplingParams(1.0), max_new_tokens=9, draft_tokens=2)
+    assert torch.equal(torch.rand(3), expected)
