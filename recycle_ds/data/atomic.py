@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -20,6 +21,30 @@ def publish(temporary: Path, path: Path) -> None:
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
+
+
+def publish_together(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Give several temporary files their final names as nearly at once as a file system allows.
+
+    The last one vouches for the others: its older version is removed first and the new one arrives last, so files that do
+    not belong together are never vouched for. If this fails midway, the new files that already arrived are removed.
+
+    Args:
+        pairs: temporary and final path of each file, all in one folder.
+    """
+    for temporary, _ in pairs:
+        _flush(temporary)
+    arrived: list[Path] = []
+    try:
+        pairs[-1][1].unlink(missing_ok=True)
+        for temporary, path in pairs:
+            os.replace(temporary, path)
+            arrived.append(path)
+        _flush(pairs[-1][1].parent)
+    except BaseException:  # Ctrl-C too
+        for path in arrived:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, content: str) -> None:

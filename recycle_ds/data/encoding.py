@@ -1,17 +1,19 @@
-"""Tokenising documents on several processes: results in order, bounded memory, no worker outlives the job."""
+"""Tokenising documents on several processes: results in order, bounded memory, no worker outlives the job.
+
+Each worker has a pipe of its own and at most one chunk in hand. The pools of the standard library share one queue, on
+which they can wait for ever, on Python 3.10, when a worker is killed while reading from it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ from recycle_ds.data.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 18  # text handed to a worker at once: much against the cost of handing over, little in memory
 _CHUNK_DOCUMENTS = 1024
-_CHUNKS_PER_WORKER = 3  # chunks read ahead for each worker
+_AHEAD = 4  # chunks per worker that may be done before the oldest one is
+_STARTING = -1  # what a worker is busy with before its first chunk
 
 Ids = NDArray[Any]
 """[tokens] ids of one document, of the type that `token_dtype` names."""
@@ -37,38 +40,23 @@ def encode_in_order(texts: Iterable[str], tokenizer: Tokenizer, workers: int) ->
     Args:
         texts: documents, read a little ahead of what is yielded.
         tokenizer: copied into the workers.
-        workers: processes; 1 tokenises in this one.
+        workers: processes; with 1, or if there is little to do, this process tokenises.
 
     Raises:
         DataError: a text cannot be encoded, or a worker died.
     """
     chunks = _chunks(texts)
-    if workers == 1:
+    first = list(itertools.islice(chunks, 2 if workers > 1 else 0))
+    chunks = itertools.chain(first, chunks)
+    if len(first) < 2:
         for chunk in chunks:
             yield from _encode(tokenizer, chunk)
         return
-    # Spawned, not forked: the caller may hold threads and locks (of the tokenizers library, of torch, of a launcher).
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.to_json(), tokenizer.config, tokenizer.name),
-    )
-    ahead: deque[Future[list[Ids]]] = deque()
+    crew = _Crew(tokenizer, workers)
     try:
-        for chunk in chunks:
-            with _interrupts_held():
-                ahead.append(pool.submit(_work, chunk))
-            if len(ahead) > workers * _CHUNKS_PER_WORKER:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a tokenising process ended abruptly, perhaps for want of memory; try fewer workers than {workers}"
-        ) from error
+        yield from crew.work(chunks)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        crew.end()
 
 
 def usable_cores() -> int:
@@ -94,35 +82,105 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
     return [np.array(tokenizer.encode(text) if text.strip() else [], dtype=dtype) for text in texts]
 
 
+class _Crew:
+    """The worker processes and what each of them is busy with."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        # Spawned, not forked: the caller may hold threads and locks (of the tokenizers library, torch, a launcher).
+        context = multiprocessing.get_context("spawn")
+        self._processes: list[SpawnProcess] = []
+        self._busy: dict[Connection, int] = {}  # number of the chunk in hand
+        self._idle: list[Connection] = []
+        copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name)
+        with _interrupts_held():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, *copy), daemon=True)
+                process.start()
+                theirs.close()  # so that the pipe ends when the worker does
+                self._processes.append(process)
+                self._busy[ours] = _STARTING
+
+    def work(self, chunks: Iterator[list[str]]) -> Iterator[Ids]:
+        """Encode chunks wherever a worker is free; yield the documents' ids in order."""
+        done: dict[int, list[Ids]] = {}
+        given = yielded = 0
+        more = True
+        while more or given > yielded:
+            while more and self._idle and given - yielded < _AHEAD * len(self._processes):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    more = False
+                else:
+                    self._give(given, chunk)
+                    given += 1
+            if yielded in done:
+                yield from done.pop(yielded)
+                yielded += 1
+            elif self._busy:
+                done.update(self._results())
+
+    def end(self) -> None:
+        """Stop all workers, whatever they are at: they hold nothing that would be missed."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in (*self._busy, *self._idle):
+            connection.close()
+
+    def _give(self, number: int, chunk: list[str]) -> None:
+        connection = self._idle.pop()
+        self._busy[connection] = number
+        try:
+            connection.send(chunk)
+        except OSError as error:
+            raise self._died() from error
+
+    def _results(self) -> dict[int, list[Ids]]:
+        """Chunks that workers have finished, at least one worker's; none from those that have just started."""
+        found = {}
+        for connection in wait(list(self._busy)):
+            assert isinstance(connection, Connection)
+            try:
+                result = connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._died() from error
+            if isinstance(result, DataError):
+                raise result
+            number = self._busy.pop(connection)
+            self._idle.append(connection)
+            if number != _STARTING:
+                found[number] = result
+        return found
+
+    def _died(self) -> DataError:
+        return DataError(
+            "a tokenising process ended abruptly, perhaps for want of memory; "
+            f"try fewer workers than {len(self._processes)}"
+        )
+
+
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delay Ctrl-C while a worker may be started: workers inherit the block and so leave Ctrl-C to this process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Delay requests to stop while workers are started: they inherit the block and so leave them to this process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker:
-    """What a worker process keeps between chunks."""
-
-    tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer_json: str, config: dict[str, Any], name: str) -> None:
+def _serve(connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str) -> None:
+    """A worker: announces itself, then answers chunks of texts with their ids until the pipe ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    _Worker.tokenizer = Tokenizer(tokenizer_json, config, name=name)
-
-
-def _end_with(sentinel: int) -> None:
-    """Leave at once when the parent is gone, killed before it could say so."""
-    wait([sentinel])
-    os._exit(1)
-
-
-def _work(texts: list[str]) -> list[Ids]:
-    return _encode(_Worker.tokenizer, texts)
+    tokenizer = Tokenizer(tokenizer_json, config, name=name)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: nobody wants the results
+        connection.send([])
+        while True:
+            chunk = connection.recv()
+            try:
+                result: list[Ids] | DataError = _encode(tokenizer, chunk)
+            except DataError as error:
+                result = error
+            connection.send(result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -103,11 +102,10 @@ def prepare(
     try:
         with _Bar(source, progress) as bar, contextlib.ExitStack() as stack:
             texts = read_documents(source, text_column, streaming=streaming, split=split, progress=bar.read)
-            first = next(texts)  # a source that cannot be read is told before the writers' slow imports
             writers = [
                 stack.enter_context(TokenFileWriter(Path(output) / name, tokenizer, source, recipe)) for name in names
             ]
-            encoded = encode_in_order(itertools.chain([first], texts), tokenizer, workers or usable_cores())
+            encoded = encode_in_order(texts, tokenizer, workers or usable_cores())
             for ids in stack.enter_context(contextlib.closing(encoded)):
                 if len(ids):
                     writers[is_validation(documents, validation_fraction, seed)].add(ids)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recycle_ds.data.atomic import publish, temporary_name, write_atomically
+from recycle_ds.data.atomic import publish_together, temporary_name
 from recycle_ds.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,18 +87,17 @@ class TokenFileWriter:
         self._tokenizer, self._source, self._recipe = tokenizer, source, dict(recipe or {})
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._sha256 = hashlib.sha256()
+        self._temporary = tuple(temporary_name(path) for path in self._paths)
+        self._builder: Any = None
 
     def __enter__(self) -> TokenFileWriter:
-        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = tuple(temporary_name(path) for path in self._paths[:2])
-        self._builder = _megatron().IndexedDatasetBuilder(str(self._temporary[0]), dtype=self._dtype)
-        return self
+        return self  # no file yet: one that exists before `__exit__` is sure to be called could stay behind
 
     def add(self, ids: Sequence[int] | NDArray[Any]) -> None:
         """Append one document; the end-of-document token is added here. It must hold at least one token."""
         document = np.empty(len(ids) + 1, dtype=self._dtype)
         document[:-1], document[-1] = ids, self._tokenizer.eos_id
-        self._builder.add_document(document, [len(document)])
+        self._open().add_document(document, [len(document)])
         self._sha256.update(document.data)
         self.tokens += len(document)
         self.documents += 1
@@ -110,14 +109,22 @@ class TokenFileWriter:
             if kind is None:
                 self._publish()
         finally:
-            with contextlib.suppress(OSError):  # the disk may be full: the error on its way says so already
-                self._builder.data_file.close()
+            if self._builder is not None:
+                with contextlib.suppress(OSError):  # the disk may be full: the error on its way says so already
+                    self._builder.data_file.close()
             for path in self._temporary:
                 path.unlink(missing_ok=True)
 
+    def _open(self) -> Any:
+        """Megatron's builder, begun when the first document comes."""
+        if self._builder is None:
+            megatron = _megatron()
+            self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+            self._builder = megatron.IndexedDatasetBuilder(str(self._temporary[0]), dtype=self._dtype)
+        return self._builder
+
     def _publish(self) -> None:
-        bin_path, idx_path, sidecar_path = self._paths
-        self._builder.finalize(str(self._temporary[1]))
+        self._open().finalize(str(self._temporary[1]))
         sidecar = Sidecar(
             tokens=self.tokens,
             documents=self.documents,
@@ -130,11 +137,9 @@ class TokenFileWriter:
             bin_sha256=self._sha256.hexdigest(),
             recipe=self._recipe,
         )
-        # An older sidecar goes first and the new one comes last: a pair that mixes old and new files has none.
-        sidecar_path.unlink(missing_ok=True)
-        publish(self._temporary[0], bin_path)
-        publish(self._temporary[1], idx_path)
-        write_atomically(sidecar_path, json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
+        record = json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n"
+        self._temporary[2].write_text(record, encoding="utf-8")
+        publish_together(list(zip(self._temporary, self._paths, strict=True)))
 
 
 class TokenFile:

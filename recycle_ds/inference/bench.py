@@ -198,9 +198,9 @@ def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str
 
 def print_result(result: BenchResult) -> None:
     """The table, and the notes under it, on stdout."""
-    console = Console()
     # In a file or pipe there is no width to fit into: a table squeezed into 80 columns is hard to read.
-    console.print(results_table(result.report), width=None if console.is_terminal else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(results_table(result.report))
     for note in result.notes:
         console.print(note, soft_wrap=True, highlight=False)
 

@@ -26,7 +26,7 @@ def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
     axes.set_yticks(rows, list(modes))
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(speeds) * 1.28)
+    axes.set_xlim(0, max(speeds) * 1.38)
     axes.grid(axis="x", color=GRID)
     for row, figures in zip(rows, modes.values(), strict=True):
         speed = figures["tokens_per_second"]

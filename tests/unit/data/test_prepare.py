@@ -136,7 +136,7 @@ def test_an_error_in_a_worker_reaches_the_user(tmp_path: Path, jsonl: Write) -> 
     built = tokenizers.Tokenizer(models.WordLevel(vocab={"known": 0, "</s>": 1}, unk_token="[UNK]"))
     built.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DataError, match=r"cannot encode a text: .*UNK"):
-        prepare(jsonl(["known", "unknown"]), tmp_path / "out", Tokenizer(built.to_str()), workers=2)
+        prepare(jsonl(["known"] * 3000 + ["unknown"]), tmp_path / "out", Tokenizer(built.to_str()), workers=2)
     assert contents(tmp_path / "out") == {}
 
 

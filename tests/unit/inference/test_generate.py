@@ -1,0 +1,256 @@
+"""The commands `generate` and `bench_decoding` on a checkpoint that a real (short) run has left."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.generate import main
+from tests.distributed import run_ranks
+from tests.parallel.ranks import run_all
+from tests.runs import ROOT, make_corpus, tiny_run
+
+PROMPT = "abcd efgh"
+
+
+class Outcome:
+    """Exit code, stdout and stderr of a command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Generate = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a model with a long context, after three steps of training."""
+    root = tmp_path_factory.mktemp("generate")
+    run = tiny_run(make_corpus(root / "corpus"), root / "run", training__steps=3, model__max_positions=4096)
+    assert run_ranks(run_all, 1, [run], timeout=300) == [["finished"]]
+    return root / "run"
+
+
+@pytest.fixture
+def generate(model: Path, capfd: pytest.CaptureFixture[str]) -> Generate:
+    """Runs the command in this process."""
+
+    def call(*arguments: str, folder: str | None = None) -> Outcome:
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", folder or str(model), *arguments])
+        return Outcome(int(ended.value.code or 0), *capfd.readouterr())
+
+    return call
+
+
+def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None:
+    """Prevents logs, figures or colours in text that a person pipes into a file."""
+    plain = generate("--prompt", PROMPT, "--max-new-tokens", "20")
+    as_json = generate("--prompt", PROMPT, "--max-new-tokens", "20", "--json")
+    record = json.loads(as_json.out)
+    assert (plain.code, as_json.code) == (0, 0)
+    assert plain.out == record["text"] != ""
+    assert len(record["token_ids"]) == record["new_tokens"] == 20
+    for words in ("verified: 20 tokens (length)", "tokens/s", "tokens per full call"):
+        assert words in plain.err and words in as_json.err
+    for key in ("acceptance", "tokens_per_second", "full_calls", "module_calls", "finish_reason", "recycled"):
+        assert key in record
+
+
+def test_modes_agree_on_the_command_line(generate: Generate) -> None:
+    """Prevents options that do not reach the decoder, and a lossless mode that is not."""
+    records: dict[str, dict[str, Any]] = {}
+    for mode in ("autoregressive", "alternate", "verified"):
+        arguments = ("--mode", mode, "--draft-tokens", "2", "--max-new-tokens", "24", "--json", "--threads", "1")
+        records[mode] = json.loads(generate("--prompt", PROMPT, *arguments).out)
+    assert records["verified"]["token_ids"] == records["autoregressive"]["token_ids"]
+    assert records["autoregressive"]["module_calls"] == 0
+    assert records["alternate"]["full_calls"] == 8
+    assert max(map(len, (records["verified"]["drafted"], records["alternate"]["drafted"]))) == 2
+
+
+def test_sampling_is_repeated_by_its_seed(generate: Generate) -> None:
+    """Prevents sampling options that are parsed and forgotten."""
+    sampling = ("--temperature", "1.2", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01")
+    arguments = ("--prompt", PROMPT, *sampling, "--repetition-penalty", "1.1", "--max-new-tokens", "20")
+    first, again, other = (generate(*arguments, "--seed", seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_stop_strings_cut_the_text(generate: Generate) -> None:
+    """Prevents a stop string in the output, or one that is looked for in single tokens only."""
+    text = generate("--prompt", PROMPT, "--max-new-tokens", "30").out
+    stop = text[7:10]
+    outcome = generate("--prompt", PROMPT, "--max-new-tokens", "30", "--stop", "never there", "--stop", stop)
+    assert outcome.out == text[: text.index(stop)]
+    assert "(stop)" in outcome.err
+
+
+def test_the_prompt_comes_from_a_file_or_stdin_as_it_is(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a prompt whose spaces and line ends are changed on the way."""
+    raw = "  abcd\r\nefgh \n"
+    (tmp_path / "prompt.txt").write_bytes(raw.encode())
+    expected = generate("--prompt", raw, "--max-new-tokens", "8", "--json")
+    from_file = generate("--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "8", "--json")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw.encode())))
+    from_stdin = generate("--prompt", "-", "--max-new-tokens", "8", "--json")
+    tokens = [json.loads(outcome.out)["prompt_tokens"] for outcome in (expected, from_file, from_stdin)]
+    ids = [json.loads(outcome.out)["token_ids"] for outcome in (expected, from_file, from_stdin)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_half_precision_runs(generate: Generate) -> None:
+    """Prevents a type mismatch between weights, cache and rotary tables in bf16."""
+    outcome = generate("--prompt", PROMPT, "--dtype", "bf16", "--max-new-tokens", "12", "--json")
+    assert len(json.loads(outcome.out)["token_ids"]) == 12
+
+
+def test_recycled_tokens_are_coloured_on_a_terminal_only(
+    generate: Generate, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents recycled tokens that cannot be told from others, or text that differs from what a pipe gets."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ("--prompt", PROMPT, "--mode", "alternate", "--max-new-tokens", "12")
+    plain = generate(*arguments).out
+    assert "\x1b" not in plain
+    shown = _on_a_terminal(lambda: generate(*arguments))
+    assert "\x1b[33m" in shown
+    assert re.sub(r"\x1b\[\d+m", "", shown).replace("\r\n", "\n") == plain + "\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in _on_a_terminal(lambda: generate(*arguments))
+
+
+def _on_a_terminal(action: Callable[[], object]) -> str:
+    """What the action writes to stdout while that is a terminal."""
+    master, slave = pty.openpty()
+    kept = os.dup(1)
+    os.dup2(slave, 1)
+    try:
+        action()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(slave)
+    try:
+        return os.read(master, 65536).decode()
+    finally:
+        os.close(master)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "a", "--mode", "verifed"], "did you mean verified?"),
+        (["--prompt", ""], "the prompt is empty"),
+        ([], "give the prompt once"),
+        (["--prompt", "a", "--prompt-file", "b"], "give the prompt once"),
+        (["--prompt-file", "nowhere.txt"], "'nowhere.txt' cannot be read"),
+        (["--prompt", "abcd " * 4000], "the model's context holds 4096"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--prompt", "a", "--draft-tokens", "-2"], "draft_tokens=-2"),
+        (["--prompt", "a", "--top-p", "1.5"], "top_p=1.5"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
+        (["--prompt", "a", "--stop", ""], "must not be empty"),
+        (["--prompt", "a", "--dtype", "fp8"], "must be one of fp32, bf16"),
+        (["--prompt", "a", "--threads", "0"], "threads=0"),
+        (["--prompt", "a", "--top-k", "many"], "--top-k"),
+        (["--prompt", "a", "--tempersture", "1"], "--tempersture"),
+    ],
+)
+def test_mistakes_are_told_on_one_line(generate: Generate, arguments: list[str], words: str) -> None:
+    """Prevents a stack trace, or an exit code of success, for a typing error."""
+    outcome = generate(*arguments)
+    lines = outcome.err.splitlines()
+    assert (outcome.code, outcome.out, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_a_folder_without_a_model_is_told(generate: Generate, tmp_path: Path) -> None:
+    """Prevents a stack trace for the most common mistake."""
+    for folder in (str(tmp_path), str(tmp_path / "nowhere")):
+        outcome = generate("--prompt", "a", folder=folder)
+        assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+
+
+def test_several_ranks_are_refused_once(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents every rank from decoding, and printing, the same text."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (
+        ("0", "error: decoding over several ranks is not available yet: run one process\n"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        outcome = generate("--prompt", "a", f"--local_rank={rank}")
+        assert (outcome.code, outcome.out, outcome.err) == (2, "", expected)
+
+
+def test_a_launcher_of_one_rank_changes_nothing(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents `deepspeed --num_gpus 1 --module recycle_ds.generate` from failing on the option it adds."""
+    expected = generate("--prompt", PROMPT, "--max-new-tokens", "6").out
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    for option in (["--local_rank=0"], ["--local-rank", "0"]):
+        assert generate("--prompt", PROMPT, "--max-new-tokens", "6", *option).out == expected
+
+
+def test_interrupting_leaves_text_and_figures(model: Path) -> None:
+    """Prevents Ctrl-C from ending in a stack trace, or without the figures of what was produced."""
+    command = [sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--prompt", PROMPT]
+    options = ["--max-new-tokens", "4000", "--mode", "autoregressive"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, bufsize=0
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert re.search(r"autoregressive: \d+ tokens \(interrupted\) \| .* tokens/s", errors)
+    assert len(first + rest) > 0
+
+
+def test_the_bench_tool_writes_table_figures_and_plot(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a tool that measures and then fails to say or save what it found."""
+    prompts, report, plot = tmp_path / "prompts.jsonl", tmp_path / "decoding.json", tmp_path / "decoding.png"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "ghij")), encoding="utf-8")
+    arguments = ["--model", str(model), "--prompts", str(prompts), "--max-new-tokens", "10", "--repeats", "1"]
+    outputs = ["--json", str(report), "--plot", str(plot), "--threads", "1"]
+    tool = str(ROOT / "tools" / "bench_decoding.py")
+    monkeypatch.setattr(sys, "argv", [tool, *arguments, *outputs])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(tool, run_name="__main__")
+    assert not ended.value.code
+    out = capfd.readouterr().out
+    modes = json.loads(report.read_text(encoding="utf-8"))["modes"]
+    assert all(mode in out for mode in modes) and len(modes) == 3
+    assert modes["verified"]["identical_to_autoregressive"] is True
+    assert plot.stat().st_size > 10_000
+
+
+def test_the_text_is_what_the_tokenizer_says(generate: Generate, model: Path) -> None:
+    """Prevents text that loses or doubles characters between streamed pieces."""
+    record = json.loads(generate("--prompt", PROMPT, "--max-new-tokens", "40", "--json").out)
+    tokenizer = Tokenizer.load(next((model / "checkpoints").glob("step-*")) / "tokenizer.json")
+    assert record["text"] == tokenizer.decode(record["token_ids"])

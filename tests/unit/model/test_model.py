@@ -1,0 +1,232 @@
+"""The model against slow, obvious references: Hugging Face's LLaMA, a chain unrolled by hand, other back ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
+from recycle_ds.data.loader import Batch
+from recycle_ds.data.targets import make_targets
+from recycle_ds.model import build_model
+from recycle_ds.model.attention import dense, flex
+from recycle_ds.model.flops import parameters
+from recycle_ds.model.initialisation import initial_tensor
+from recycle_ds.model.masks import AttentionMask
+from recycle_ds.model.sharding import canonical_shapes, pieces
+from recycle_ds.parallel.mesh import Mesh
+
+VOCAB = 100
+
+
+def model_config(**changes: object) -> ModelConfig:
+    sizes = {"layers": 2, "hidden": 48, "heads": 4, "kv_heads": 2, "ffn": 80, "vocab_size": VOCAB, "max_positions": 64}
+    return ModelConfig.model_validate(sizes | {"init_std": 0.2} | changes)
+
+
+def batch_of(rows: int, length: int, depth: int, boundary: int | None = None) -> Batch:
+    """Random tokens; the last row holds a second document from `boundary` on."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
+    documents = torch.zeros_like(tokens)
+    positions = torch.arange(length).repeat(rows, 1)
+    if boundary is not None:
+        documents[-1, boundary:] = 1
+        positions[-1, boundary:] -= boundary
+    targets = make_targets(tokens, documents, depth)
+    return Batch(tokens[:, :-1], positions, documents[:, :-1], targets.inputs, targets.targets)
+
+
+@pytest.mark.parametrize("change", [{}, {"tied_embeddings": False}, {"kv_heads": 4}, {"head_dim": 16}])
+def test_logits_equal_hugging_face(change: dict[str, object]) -> None:
+    """A rotation, norm, projection order or activation that differs from the LLaMA family's."""
+    transformers = pytest.importorskip("transformers")
+    config = model_config(**change)
+    model = build_model(config, RecycleConfig(layers=0), seed=3)
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=config.kv_heads, head_dim=config.dim_per_head, max_position_embeddings=64,
+            rms_norm_eps=config.norm_epsilon, rope_theta=10_000.0, tie_word_embeddings=config.tied_embeddings,
+            attention_bias=False,
+        )
+    )  # fmt: skip
+    names = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+    names["head.weight"] = "lm_head.weight"
+    parts = {
+        "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj", "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    state: dict[str, Tensor] = {}
+    for name, shape in canonical_shapes(pieces(model, Mesh())).items():
+        value = initial_tensor(name, shape, config, 3)
+        if name in names:
+            state[names[name]] = value
+        else:
+            _, layer, rest = name.split(".", 2)
+            state[f"model.layers.{layer}.{parts[rest.removesuffix('.weight')]}.weight"] = value
+    reference.load_state_dict(state, strict=config.tied_embeddings is False)
+    batch = batch_of(2, 20, 0)
+    with torch.no_grad():
+        mine = model.logits(model._states(batch)[0]).transpose(0, 1)
+        theirs = reference(batch.tokens_BS).logits
+    assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_rope_scaling_equals_hugging_face(kind: str) -> None:
+    """Stretched frequencies that differ from those the checkpoint was trained with."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from recycle_ds.model.rope import frequencies
+
+    scaling = {"rope_type": kind, "factor": 8.0, "rope_theta": 500_000.0}
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=2048, rope_parameters=scaling
+    )
+    if kind == "linear":
+        theirs = 1.0 / (500_000.0 ** (torch.arange(0, 32, 2) / 32)) / 8.0
+    else:
+        theirs, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    mine = frequencies(32, RopeConfig(theta=500_000.0, scaling=RopeScaling(kind=kind, factor=8.0, original_positions=256)))
+    assert torch.allclose(mine.float(), theirs.float(), rtol=1e-5)
+
+
+def test_decoding_equals_training_at_every_depth() -> None:
+    """A chain that sees in training what it does not in decoding: other positions, keys of another step or the future."""
+    model = build_model(model_config(), RecycleConfig(layers=2, depth=3), seed=3).eval()
+    batch = batch_of(1, 30, 3)
+    tokens = batch.inputs_KBS[0]
+    with torch.no_grad():
+        states = model._states(batch)
+        for start in (1, 9, 20):
+            cache = model.new_cache(1, 40)
+            hidden = torch.cat([model.decode(tokens[:, :4], cache), model.decode(tokens[:, 4 : start + 4], cache)])
+            assert torch.allclose(hidden[:, 0], states[0][: start + 4, 0], atol=1e-4)
+            state = model.recycle_decode(hidden[:start], tokens[:, 1 : start + 1], cache)
+            for depth in range(1, 4):
+                assert torch.allclose(state[-1, 0], states[depth][start - 1, 0], atol=1e-4)
+                state = model.recycle_decode(state[-1:], tokens[:, start + depth : start + depth + 1], cache)
+
+
+def test_rolled_back_cache_forgets() -> None:
+    """Rejected drafts that stay visible after truncate()."""
+    model = build_model(model_config(), RecycleConfig(layers=1), seed=3).eval()
+    tokens = batch_of(1, 20, 1).inputs_KBS[0]
+    with torch.no_grad():
+        cache = model.new_cache(1, 20)
+        model.decode(tokens[:, :10], cache)
+        clean = model.decode(tokens[:, 10:13], cache)
+        cache.backbone.truncate(10)
+        model.decode(tokens[:, 3:9], cache)
+        cache.backbone.truncate(10)
+        assert torch.equal(model.decode(tokens[:, 10:13], cache), clean)
+        with pytest.raises(ValueError, match="cache of 20 entries cannot take 8 more after 13"):
+            model.decode(tokens[:, :8], cache)
+        with pytest.raises(ValueError, match="cannot truncate"):
+            cache.backbone.truncate(14)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """A packed document whose states depend on its neighbour, in the backbone or in a chain."""
+    model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3).eval()
+    packed = batch_of(1, 24, 3, boundary=10)
+    second = Batch(
+        packed.tokens_BS[:, 10:], packed.positions_BS[:, 10:], packed.documents_BS[:, 10:] - 1,
+        packed.inputs_KBS[:, :, 10:], packed.targets_KBS[:, :, 10:],
+    )  # fmt: skip
+    with torch.no_grad():
+        for depth, (whole, alone) in enumerate(zip(model._states(packed), model._states(second), strict=True)):
+            usable = slice(0, 14 - depth)
+            assert torch.allclose(whole[10:][usable], alone[usable], atol=1e-5)
+
+
+@pytest.mark.parametrize("chain", [1, 3])
+def test_flex_attention_equals_dense(chain: int) -> None:
+    """Two back ends that read the same description of a mask differently."""
+    generator = torch.Generator().manual_seed(2)
+    documents = torch.tensor([[0] * 32, [0] * 10 + [1] * 22])
+    query = torch.randn(2, 4, 32, 16, generator=generator)
+    keys, values = (torch.randn(2, 2, 32 * chain, 16, generator=generator) for _ in range(2))
+    mask = AttentionMask(documents, chain)
+    assert torch.allclose(flex(query, keys, values, mask, compiled=False), dense(query, keys, values, mask), atol=1e-5)
+
+
+def test_checkpointed_blocks_change_nothing() -> None:
+    """Recomputation that appends to a chain twice or skips a gradient."""
+    results = []
+    for recompute in (False, True):
+        model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3, checkpoint_blocks=recompute)
+        total, _ = model(batch_of(2, 20, 3, boundary=7), torch.tensor([1.0, 0.5, 0.3, 0.2]))
+        total.backward()
+        results.append((total.item(), [parameter.grad for parameter in model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*(r[1] for r in results), strict=True))
+
+
+def test_gradient_modes_reach_what_they_should() -> None:
+    """A recycle loss that reaches the backbone when detached, or that stops at the module when joint."""
+    scales = torch.tensor([0.0, 1.0, 1.0])
+    touched = {}
+    for mode in ("joint", "detached", "frozen_backbone"):
+        model = build_model(model_config(), RecycleConfig(layers=1, depth=2, gradient=mode), seed=3)
+        total, _ = model(batch_of(2, 20, 2), scales)
+        total.backward()
+        touched[mode] = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    module = {name for name in touched["joint"] if name.startswith("recycle.")}
+    assert touched["detached"] == module
+    assert {"embedding.weight", "blocks.0.mlp.down.weight", "final_norm.weight"} <= touched["joint"]
+
+
+def test_acceptance_counts_agreement_with_the_backbone() -> None:
+    """Acceptance measured against the data, or one position off."""
+    model = build_model(model_config(), RecycleConfig(layers=1, depth=2), seed=3).eval()
+    batch = batch_of(2, 20, 2)
+    sums = model.evaluate(batch)
+    with torch.no_grad():
+        best = [model.logits(state).argmax(-1) for state in model._states(batch)]
+    agreed, judged = [0, 0], [0, 0]
+    for row in range(2):
+        for start in range(20):
+            for depth in (1, 2):
+                if start + depth >= 20:
+                    break
+                judged[depth - 1] += 1
+                if best[depth][start, row] != best[0][start + depth, row]:
+                    break
+                agreed[depth - 1] += 1
+    assert sums.agreed[1:].tolist() == agreed
+    assert sums.judged[1:].tolist() == judged
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pieces_tile_the_canonical_tensors(tied: bool) -> None:
+    """A row of a canonical tensor that no piece, or two, speak of; parameters counted wrongly."""
+    config = model_config(tied_embeddings=tied, qkv_bias=True, vocab_multiple=64)
+    recycle = RecycleConfig(layers=2)
+    model = build_model(config, recycle, seed=None)
+    table = pieces(model, Mesh())
+    assert table.keys() == dict(model.named_parameters()).keys()
+    shapes = canonical_shapes(table)
+    found = [piece for row in table.values() for piece in row]
+    assert all(piece.whole for piece in found)
+    assert sorted(piece.name for piece in found) == sorted(shapes)
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert total == parameters(config, recycle)
+    assert shapes["embedding.weight"] == (VOCAB, 48)
+
+
+def test_initial_weights_depend_on_the_name_alone() -> None:
+    """Weights that change when a layer is added before them, or that two tensors share."""
+    small = build_model(model_config(layers=1), RecycleConfig(layers=0), seed=3)
+    large = build_model(model_config(layers=1), RecycleConfig(layers=2), seed=3)
+    others = dict(large.named_parameters())
+    assert all(torch.equal(parameter, others[name]) for name, parameter in small.named_parameters())
+    gate_up = others["blocks.0.mlp.gate_up.weight"]
+    assert not torch.equal(gate_up[:80], gate_up[80:])
+    assert not torch.equal(others["blocks.0.mlp.down.weight"], others["recycle.blocks.0.mlp.down.weight"])
