@@ -26,8 +26,8 @@ def publish(temporary: Path, path: Path) -> None:
 def publish_together(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Give several temporary files their final names as nearly at once as a file system allows.
 
-    The last one vouches for the others: its older version is removed first and the new one arrives last, so files that do
-    not belong together are never vouched for. If this fails midway, the new files that already arrived are removed.
+    The last one vouches for the others: its older version is removed first and the new one arrives last, so files that
+    do not belong together are never vouched for. If this fails midway, the new files that arrived are removed.
 
     Args:
         pairs: temporary and final path of each file, all in one folder.

@@ -179,9 +179,10 @@ def test_a_failed_write_leaves_what_was_there(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_full_disk_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Prevents debris, and an error other than the disk's, when the index cannot be written."""
+@pytest.mark.parametrize("name", ["a.bin", "a.idx", "a.json"])
+def test_publishing_that_fails_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    """Prevents half of a pair, and an error other than the disk's, when one of its files cannot be put in place."""
     with pytest.raises(IsADirectoryError), TokenFileWriter(tmp_path / "a", tokenizer, "ids") as writer:
         writer.add([1, 2, 3])
-        (tmp_path / "a.bin").mkdir()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+        (tmp_path / name).mkdir()
+    assert [file.name for file in tmp_path.iterdir()] == [name]

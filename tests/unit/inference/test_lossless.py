@@ -65,11 +65,10 @@ def test_verified_is_autoregressive_token_for_token(
 
 def test_a_penalty_sees_the_drafts_before_each_position() -> None:
     """Prevents judging a draft as if the drafts accepted before it, in the same call, were not part of the text."""
-    params = SamplingParams(repetition_penalty=2.5)
     accepted = 0
-    for seed in range(4):
-        decoder = Decoder(random_model(8, seed, std=0.3))
-        for token in range(8):  # a short prompt: the first cycles still meet tokens that are new
+    for seed, std, penalty in product(range(3), (0.1, 0.3), (1.3, 2.5)):
+        decoder, params = Decoder(random_model(6, seed, std=std)), SamplingParams(repetition_penalty=penalty)
+        for token in range(6):  # a short prompt: the first cycles still meet tokens that are new
             expected = decoder.generate([token], "autoregressive", params, max_new_tokens=9)
             found = decoder.generate([token], "verified", params, max_new_tokens=9, draft_tokens=4)
             assert found.token_ids == expected.token_ids
