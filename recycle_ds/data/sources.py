@@ -26,7 +26,7 @@ _TEXT = (".txt", ".md")
 _KINDS = (*_TEXT, ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".xz")
 _PACKED = tuple(kind + packing for kind in (*_TEXT, ".jsonl") for packing in _COMPRESSED)
-_READABLE = f"{', '.join(_KINDS)} (.gz and .xz too, except .parquet)"
+_READABLE = f"{', '.join(_KINDS)}, or any but the last as .gz or .xz"
 _PARQUET_ROWS = 256  # rows held at once: bounds memory with documents of any usual length
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 

@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor, nn
 
 from recycle_ds.parallel.mesh import Mesh
@@ -24,6 +29,11 @@ def parallel_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
         params_dtype=dtype,
         gradient_accumulation_fusion=False,
     )
+
+
+def _mark_sharded(weight: nn.Parameter, axis: int) -> None:
+    """Says that tensor ranks hold different parts, so that norms count them all; megatron-core does so when it initialises."""
+    set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def _no_initialisation(_: Tensor) -> None:
@@ -58,6 +68,7 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=gather_output,
             tp_group=mesh.tensor.group,
         )
+        _mark_sharded(self.weight, 0)
         self.parts = parts
         self.whole = mesh.tensor.size == 1
 
@@ -85,6 +96,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=mesh.tensor.group,
         )
+        _mark_sharded(self.weight, 1)
         self.whole = mesh.tensor.size == 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -102,6 +114,7 @@ class VocabEmbedding(VocabParallelEmbedding):
 
     def __init__(self, vocab_size: int, padded_vocab: int, width: int, mesh: Mesh, config: ModelParallelConfig) -> None:
         super().__init__(padded_vocab, width, init_method=_no_initialisation, config=config, tp_group=mesh.tensor.group)
+        _mark_sharded(self.weight, 0)
         self.vocab_size = vocab_size
         self.whole = mesh.tensor.size == 1
 

@@ -55,6 +55,12 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, rep
     return 2 * size**3 / best
 
 
+def let_megatron_run_on_cpu() -> None:
+    """megatron-core's gather and scatter ask for the current CUDA device; without CUDA the answer is the CPU."""
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
 def synchronise(device: torch.device) -> None:
     """Waits for the device's queued work; nothing to wait for on a CPU."""
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from recycle_ds.config import ConfigError, ParallelConfig
+from recycle_ds.parallel.device import let_megatron_run_on_cpu
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     data_size = check_layout(parallel, world_size)
     if parallel_state.model_parallel_is_initialized():  # an earlier run in this process
         parallel_state.destroy_model_parallel()
+    let_megatron_run_on_cpu()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
     return Mesh(
         rank=torch.distributed.get_rank(),

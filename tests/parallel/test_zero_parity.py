@@ -24,6 +24,8 @@ CASES: Cases = [
     ("frozen", {"recycle__gradient": "frozen_backbone", "deepspeed": zero(2)}),
     ("frozen3", {"recycle__gradient": "frozen_backbone", "deepspeed": zero(3)}),
     ("checkpointed", {"training__activation_checkpointing": "full"}),
+    ("tensor2", {"parallel__tensor": 2, "deepspeed": zero(1)}),
+    ("tensor2_untied", {"parallel__tensor": 2, "deepspeed": zero(0), "model__tied_embeddings": False}),
     ("no_dry_run", {"training__dry_run": False, "deepspeed": zero(3)}),
     *[(f"bf16_{name}", change | {"training__dtype": "bf16"}) for name, change in STAGES[:4]],
 ]
@@ -60,7 +62,7 @@ def assert_equal(mine: list[list[float]], reference: list[list[float]], relative
 @pytest.mark.parametrize("name", [name for name, _ in CASES if not name.startswith("bf16")])
 def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: str) -> None:
     """A stage, micro-batch size or gradient mode that silently averages, clips or partitions wrongly."""
-    reference = {"frozen3": "frozen"}.get(name, name)
+    reference = {"frozen3": "frozen", "tensor2_untied": "untied"}.get(name, name)
     assert_equal(curves[f"2/{name}"], curves.get(f"1/{reference}", curves["1/plain"]))
 
 

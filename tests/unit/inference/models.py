@@ -41,7 +41,7 @@ def random_model(
     return build_model(config, RecycleConfig(layers=recycle_layers), seed=seed).eval()
 
 
-def overfitted_model(tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 150) -> RecycleGPT:
+def overfitted_model(tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110) -> RecycleGPT:
     """A model trained on one repeating text until it knows it by heart."""
     torch.manual_seed(0)
     config = ModelConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab_size=vocab_size, max_positions=128)

@@ -1,0 +1,40 @@
+"""Who this process is, read from each launcher's variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from recycle_ds.config import ConfigError, ParallelConfig
+from recycle_ds.parallel.mesh import check_layout
+from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch("single", 0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Launch("deepspeed", 3, 4, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, Launch("torchrun", 0, 2, 0)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Launch("mpi", 1, 2, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, Launch("mpi", 1, 2, 0)),
+    ],
+)
+def test_each_launcher_is_recognised(environment: dict[str, str], expected: Launch) -> None:
+    """Ranks that each train alone because their launcher's variables were not seen."""
+    assert detect_launch(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_inconsistent_variables_are_refused(environment: dict[str, str]) -> None:
+    """A broken environment that ends in a hang instead of a message."""
+    with pytest.raises(LaunchError, match="RANK="):
+        detect_launch(environment)
+
+
+def test_layout_must_fill_the_world() -> None:
+    """A layout that leaves ranks over, reported without the numbers."""
+    assert check_layout(ParallelConfig(tensor=2), 8) == 4
+    with pytest.raises(ConfigError, match=r"parallel.tensor \(3\) must divide the number of ranks \(8\)"):
+        check_layout(ParallelConfig(tensor=3), 8)
+    with pytest.raises(ConfigError, match="parallel.pipeline=2"):
+        check_layout(ParallelConfig(pipeline=2), 8)
