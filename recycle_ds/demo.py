@@ -21,7 +21,7 @@ from recycle_ds.config.command import run_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
 RANKS = 2
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 24, 128
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 24, 96
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,7 +43,9 @@ def demo(
     trained = time.monotonic()
     decode(config, run_dir)
     total = time.monotonic() - begun
-    print(f"\npretraining {trained - begun:.0f} s, decoding {total - (trained - begun):.0f} s, together {total / 60:.1f} min")
+    print(
+        f"\npretraining {trained - begun:.0f} s, decoding {total - (trained - begun):.0f} s, together {total / 60:.1f} min"
+    )
     print(f"in {run_dir}/: metrics.jsonl  decoding.json  loss.png  decoding.png  checkpoints/")
     print(f'try: .venv/bin/python -m recycle_ds.generate --model {run_dir} --prompt "The Congress" --mode verified')
 
@@ -56,11 +58,18 @@ def finished(config: RunConfig) -> bool:
 
 def pretrain(overrides: list[str]) -> None:
     """Starts the ranks with the deepspeed launcher, each with its share of the cores. Raises RecycleError if they fail."""
+    import torch
+
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS) if hasattr(os, "sched_getaffinity") else 1
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), "--log_level", "error"]
     command = [*launcher, "--module", "recycle_ds.pretrain", "--config", CONFIG, *overrides]
-    print(f"$ deepspeed --num_gpus {RANKS} --module recycle_ds.pretrain --config {CONFIG} {' '.join(overrides)}", flush=True)
+    print(
+        f"$ deepspeed --num_gpus {RANKS} --module recycle_ds.pretrain --config {CONFIG} {' '.join(overrides)}",
+        flush=True,
+    )
     code = subprocess.run(command, env=environment, check=False).returncode
     if code != 0:
         raise RecycleError(f"pretraining ended with exit code {code}; what it printed is above")

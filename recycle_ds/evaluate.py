@@ -17,7 +17,9 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Run folder or checkpoint.")],
     data: Annotated[str, typer.Option(help="Text, jsonl or parquet file, a folder of them, or a dataset's name.")],
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    seq_length: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")] = None,
+    seq_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences evaluated at once.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents evaluated at most.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -42,7 +44,11 @@ def evaluate(
     result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
     if as_json:
         record = {"model": str(loaded.path), "data": data, "tokens": result.tokens, "loss": result.loss}
-        record |= {"perplexity": result.perplexity, "recycle_loss": result.recycle_loss, "acceptance": result.acceptance}
+        record |= {
+            "perplexity": result.perplexity,
+            "recycle_loss": result.recycle_loss,
+            "acceptance": result.acceptance,
+        }
         print(json.dumps(record))
         return
     print(f"{result.tokens:,} tokens of {data}, sequences of {length}")

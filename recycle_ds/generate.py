@@ -9,11 +9,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from recycle_ds.config.command import INTERRUPTED, USER_ERROR, user_errors
+from recycle_ds.config.command import INTERRUPTED, run_command, user_errors
 
 if TYPE_CHECKING:
     from recycle_ds.inference import Generation, SamplingParams
@@ -190,22 +190,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv`, or the process's own arguments."""
-    run_one_line_errors(app, argv)
-
-
-def run_one_line_errors(application: typer.Typer, argv: list[str] | None) -> None:
-    """Runs a command whose wrong options, too, are reported on one line, with exit code 2."""
-    # typer exports this error but not its base, which every wrong option or value belongs to.
-    usage_error = cast(type[Exception], typer.BadParameter.__mro__[1])
-    try:
-        code = application(args=argv, standalone_mode=False)
-    except usage_error as error:
-        message: str = cast(Any, error).format_message()
-        print(f"error: {' '.join(message.split())} (--help lists all options)", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(app, argv)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
             flush=True,
         )
 
-    def loader(sources: tuple) -> BatchLoader:  # type: ignore[type-arg]
+    def loader(sources: tuple) -> BatchLoader:
         return BatchLoader(
             open_dataset(sources, tokenizer, training.seq_length, training.seed),
             global_batch_size=training.global_batch_size,

@@ -60,7 +60,7 @@ def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) 
         say(f"warning: {folder} is damaged ({fault}); falling back to the one before")
     if found:
         raise CheckpointError(
-            f"{Path(config.run_dir) / 'checkpoints'}: {len(found)} checkpoints and none is whole; restore one, or start anew in "
+            f"{config.run_dir}/checkpoints: {len(found)} checkpoints and none is whole; restore one, or start anew in "
             "another run_dir"
         )
     return None
@@ -124,7 +124,7 @@ def _load_tensors(
         for kind in master.kinds(name) if moments else ("weight",):
             present = kind == "weight" or all(_has(reader.manifest, piece.name, kind) for piece in table[name])
             if present:  # moments are absent for what was frozen at the time
-                master.write(name, kind, reader.local(table[name], master.shape(name), kind))  # type: ignore[arg-type]
+                master.write(name, kind, reader.local(table[name], master.shape(name), kind))
     master.refresh()
     return missing
 

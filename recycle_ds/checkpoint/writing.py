@@ -104,7 +104,7 @@ class PortableCheckpointer:
                 value = master.read(name, kind)
                 for piece in table[name] if mine and fault is None else ():
                     if mesh.tensor.rank == 0 or not piece.whole:
-                        fault = self._guard(lambda p=piece, k=kind, v=value: writer.add(p, k, v))  # type: ignore[misc]
+                        fault = self._guard(lambda p=piece, k=kind, v=value: writer.add(p, k, v))
                         if fault:
                             break
         return fault or self._guard(lambda: self._finish_share(writer))

@@ -19,14 +19,15 @@ AUTO = "auto"
 
 # Top-level keys that DeepSpeed 0.19 reads and that make sense for pretraining.
 _KNOWN = frozenset(
-    """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 data_types
-    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op seq_parallel_communication_data_type
-    steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level disable_allgather
-    activation_checkpointing comms_logger flops_profiler aio compile pipeline timers tensorboard csv_monitor wandb comet
-    use_node_local_storage disable_python_gc_on_step checkpoint
-    """.split()
+    {
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        *("bf16", "data_types", "communication_data_type", "seq_parallel_communication_data_type"),
+        *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio"),
+        *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather"),
+        *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
+        *("comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet"),
+        *("compile", "pipeline", "activation_checkpointing", "disable_python_gc_on_step"),
+    }
 )
 
 # Keys of DeepSpeed whose job another part of the run does: where to set it instead.

@@ -132,8 +132,8 @@ def _element(node: list[Any], key: str, dotted: str) -> int:
 
 def _one_line(error: ValidationError) -> str:
     """All faults of a ValidationError on one line, the keys' neighbours suggested."""
-    faults = [dict(fault) for fault in error.errors(include_url=False)]
-    places = [tuple(fault["loc"]) for fault in faults]
+    faults: list[dict[str, Any]] = [dict(fault) for fault in error.errors(include_url=False)]
+    places: list[tuple[Any, ...]] = [tuple(fault["loc"]) for fault in faults]
     # A section that fails because something inside it does adds nothing to the inner fault.
     inner = [f for f, at in zip(faults, places, strict=True) if not any(o[: len(at)] == at and o != at for o in places)]
     return "; ".join(_describe(fault) for fault in inner)

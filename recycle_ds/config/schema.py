@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """One mapping of the YAML file. Immutable; unknown keys are errors; field docs are the lines under the fields."""
+    """One mapping of the YAML file: immutable, unknown keys are errors, a field's doc is the line under it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -32,7 +32,7 @@ class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length the model was first trained on."""
 
     kind: Literal["linear", "llama3"]
-    """`linear`: positions divided by `factor`. `llama3`: low frequencies divided by `factor`, high ones kept, a ramp between."""
+    """`linear`: all frequencies divided by `factor`. `llama3`: low ones divided, high ones kept, a ramp between."""
     factor: Annotated[float, Field(ge=1.0)]
     """How many times longer the context becomes."""
     low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
@@ -123,7 +123,8 @@ class RecycleConfig(Section):
     depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Depth k weighs depth_decay^(k-1), normalised over depths."""
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
-    """`joint`: both losses train everything. `detached`: the recycle loss reaches only the module. `frozen_backbone`: only the module trains."""
+    """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
+    the module trains."""
     start_step: NonNegative = 0
     """Steps before the recycle loss begins to count."""
     warmup_steps: NonNegative = 0
@@ -212,7 +213,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
     eval_every: NonNegative = 0
-    """Steps between evaluations; 0 never evaluates."""
+    """Steps between evaluations, the last step included; 0 never evaluates."""
     eval_batches: Positive = 8
     """Global batches in one evaluation."""
     tensorboard: bool = True
@@ -234,7 +235,7 @@ class PrepareConfig(Section):
     """How pretrain makes the token files when they are missing. One rank works, the others wait."""
 
     source: str
-    """`shipped` (the corpus in the package), or a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset's name."""
+    """`shipped` (the corpus in the package), a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."""
     output: str
     """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
     tokenizer_vocab: Positive | None = None

@@ -57,8 +57,9 @@ class Attention(nn.Module):
         length, batch, _ = x_SBD.shape
         heads, kv_heads = self.heads, self.kv_heads
         mixed = self.query_key_value(x_SBD).view(length, batch, heads + 2 * kv_heads, self.channels)
-        turned = rotate(mixed[:, :, : heads + kv_heads], rotary).permute(1, 2, 0, 3)
-        return turned[:, :heads], turned[:, heads:], mixed[:, :, heads + kv_heads :].permute(1, 2, 0, 3)
+        unturned, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
+        query, key = rotate(unturned, rotary).permute(1, 2, 0, 3).split((heads, kv_heads), dim=1)
+        return query, key, value.permute(1, 2, 0, 3)
 
     def _merge(self, mixed_BHSC: Tensor) -> Tensor:
         batch, heads, length, channels = mixed_BHSC.shape

@@ -72,7 +72,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.parts = parts
         self.whole = mesh.tensor.size == 1
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., rows of this rank] ([..., all rows] with gather_output)."""
         if self.whole:
             return F.linear(x, self.weight, self.bias)
@@ -99,7 +99,7 @@ class RowLinear(RowParallelLinear):
         _mark_sharded(self.weight, 1)
         self.whole = mesh.tensor.size == 1
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[..., columns of this rank] to [..., D]."""
         if self.whole:
             return F.linear(x, self.weight)
@@ -118,7 +118,7 @@ class VocabEmbedding(VocabParallelEmbedding):
         self.vocab_size = vocab_size
         self.whole = mesh.tensor.size == 1
 
-    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor) -> Tensor:
         """[...] token ids to [..., D]."""
         if self.whole:
             return F.embedding(tokens, self.weight)

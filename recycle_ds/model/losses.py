@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +87,8 @@ class _HeadLosses(torch.autograd.Function):
     """Forms the gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         weight: Tensor,
         targets: Tensor,
         scales: Tensor,
@@ -96,8 +97,8 @@ class _HeadLosses(torch.autograd.Function):
         train_head: tuple[bool, ...],
         *hiddens: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        want_weight = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        want_hidden = ctx.needs_input_grad[6:]  # type: ignore[attr-defined]
+        want_weight = ctx.needs_input_grad[0]
+        want_hidden = ctx.needs_input_grad[6:]
         sums = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
         # fp32 even for bf16 weights: many chunks are added up
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
@@ -117,8 +118,8 @@ class _HeadLosses(torch.autograd.Function):
         return torch.dot(sums, scales), sums
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_weight, *grads = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weight, *grads = ctx.saved_tensors
         scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in (grad_weight, *grads)]
         return (scaled[0], None, None, None, None, None, *scaled[1:])
 

@@ -8,6 +8,8 @@ RecycleGPT (arXiv 2308.03421), unrolled to depth K with shared weights:
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from megatron.core import ModelParallelConfig as MegatronConfig
 from torch import Tensor, nn
@@ -59,6 +61,6 @@ class RecycleModule(nn.Module):
         mask = CachedMask(cache.length, hidden_SBD.shape[0])
         cache.advance(mask.count)
         x = self.join(hidden_SBD, embedded_SBD)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
+        for block, layer in zip(cast("list[Block]", self.blocks), cache.layers, strict=True):
             x = block.decode(x, rotary, mask, layer)
         return self.final_norm(x)

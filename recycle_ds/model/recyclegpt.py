@@ -6,6 +6,7 @@ Activations are [S, B, D], sequence first, as megatron-core's sequence paralleli
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,7 @@ class RecycleGPT(nn.Module):
         mask = CachedMask(cache.backbone.length, tokens_BT.shape[1])
         cache.backbone.advance(mask.count)
         rotary = self._rotary_at(mask, x)
-        for block, layer in zip(self.blocks, cache.backbone.layers, strict=True):
+        for block, layer in zip(cast("list[Block]", self.blocks), cache.backbone.layers, strict=True):
             x = block.decode(x, rotary, mask, layer)
         return self.final_norm(x)
 

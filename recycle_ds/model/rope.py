@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,32 @@ class Rotary(nn.Module):
 
 def rotate(x_SBHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channel pairs (i, i + C/2) by their position's angle."""
-    cosine, sine = rotary
-    first, second = x_SBHC.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    if torch.is_grad_enabled() and x_SBHC.requires_grad:
+        return _Rotate.apply(x_SBHC, *rotary)
+    return _turn(x_SBHC, *rotary)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation is undone by its transpose: the backward pass needs the angles only, not the activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turn(grad, cosine, -sine), None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = turned.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=left).addcmul_(second, sine, value=-1)
+    torch.mul(second, cosine, out=right).addcmul_(first, sine)
+    return turned
 
 
 def frequencies(channels: int, config: RopeConfig) -> Tensor:

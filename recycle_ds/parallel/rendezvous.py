@@ -76,6 +76,8 @@ def start(launch: Launch) -> bool:
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -97,7 +99,6 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
 
 

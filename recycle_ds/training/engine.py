@@ -40,6 +40,8 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # the optimizer is torch's AdamW with a factor before it: parity over the stages is what the tests show
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     training = config.training
     stage = (deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
     if stage == 0 and mesh.tensor.size > 1 and training.dtype == "bf16":

@@ -1,8 +1,8 @@
 """Gradient norms, clipping and the decision to skip, alike for every ZeRO stage.
 
 DeepSpeed clips by one global norm and reports none at stage 0 in fp32. Here its norm computation is replaced where it happens,
-inside `engine.step()`: norms are taken per part, the clipping factors go into the optimizer's groups, and a step whose gradients
-are not finite holds the optimizer on all ranks alike.
+inside `engine.step()`: norms are taken per part, the clipping factors go into the optimizer's groups, and a step whose
+gradients are not finite holds the optimizer on all ranks alike.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Trainer:
             self._event(console, "skipped_step", f"step {step} skipped: loss or gradient norm is not finite")
         if step % training.log_every == 0 or step in (1, last):
             self._log(result, console)
-        if self.validation is not None and training.eval_every and step % training.eval_every == 0:
+        if self.validation is not None and training.eval_every and (step % training.eval_every == 0 or step == last):
             self._evaluate(console)
         if training.save_every and step % training.save_every == 0:
             self._save(console)

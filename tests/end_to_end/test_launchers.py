@@ -30,12 +30,32 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def deepspeed() -> list[str]:
     port = str(free_port())
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, "--module", PRETRAIN]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+        "--module",
+        PRETRAIN,
+    ]
 
 
 def torchrun() -> list[str]:
     port = str(free_port())
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", PRETRAIN]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        "-m",
+        PRETRAIN,
+    ]
 
 
 def mpirun() -> list[str]:

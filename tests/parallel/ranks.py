@@ -32,7 +32,7 @@ def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, in
     original = loop.Trainer._step
 
     def poisoned(trainer: Any, stop: Any) -> Any:
-        config, step, culprit = current[0]
+        _, step, culprit = current[0]
         if trainer.state.step + 1 == step and rank == culprit:
             hook = trainer.engine.model.final_norm.register_forward_hook(lambda *_: _[2] * torch.nan)
             try:

@@ -93,7 +93,9 @@ def test_rope_scaling_equals_hugging_face(kind: str) -> None:
         theirs = 1.0 / (500_000.0 ** (torch.arange(0, 32, 2) / 32)) / 8.0
     else:
         theirs, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    mine = frequencies(32, RopeConfig(theta=500_000.0, scaling=RopeScaling(kind=kind, factor=8.0, original_positions=256)))
+    mine = frequencies(
+        32, RopeConfig(theta=500_000.0, scaling=RopeScaling(kind=kind, factor=8.0, original_positions=256))
+    )
     assert torch.allclose(mine.float(), theirs.float(), rtol=1e-5)
 
 
@@ -166,7 +168,9 @@ def test_checkpointed_blocks_change_nothing() -> None:
         total.backward()
         results.append((total.item(), [parameter.grad for parameter in model.parameters()]))
     assert results[0][0] == results[1][0]
-    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*(r[1] for r in results), strict=True))
+    assert all(
+        a is not None and b is not None and torch.equal(a, b) for a, b in zip(*(r[1] for r in results), strict=True)
+    )
 
 
 def test_gradient_modes_reach_what_they_should() -> None:
@@ -230,3 +234,16 @@ def test_initial_weights_depend_on_the_name_alone() -> None:
     gate_up = others["blocks.0.mlp.gate_up.weight"]
     assert not torch.equal(gate_up[:80], gate_up[80:])
     assert not torch.equal(others["blocks.0.mlp.down.weight"], others["recycle.blocks.0.mlp.down.weight"])
+
+
+def test_rotation_is_its_own_gradient() -> None:
+    """A hand-written backward pass that turns the wrong way."""
+    from recycle_ds.model.rope import Rotary, rotate
+
+    rotary = Rotary(6, 16, RopeConfig(theta=100.0))
+    angles = rotary(torch.tensor([[0, 3], [5, 1], [7, 15]]), torch.float64)
+    x = torch.randn(3, 2, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: rotate(value, angles), (x,))
+    with torch.no_grad():
+        assert torch.equal(rotate(x, angles), rotate(x.detach().requires_grad_(False), angles))
+        assert torch.allclose(rotate(x, angles).norm(dim=-1), x.norm(dim=-1))

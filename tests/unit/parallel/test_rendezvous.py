@@ -36,5 +36,5 @@ def test_layout_must_fill_the_world() -> None:
     assert check_layout(ParallelConfig(tensor=2), 8) == 4
     with pytest.raises(ConfigError, match=r"parallel.tensor \(3\) must divide the number of ranks \(8\)"):
         check_layout(ParallelConfig(tensor=3), 8)
-    with pytest.raises(ConfigError, match="parallel.pipeline=2"):
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline=2"):
         check_layout(ParallelConfig(pipeline=2), 8)

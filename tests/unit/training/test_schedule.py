@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from recycle_ds.config import RecycleConfig, TrainingConfig
@@ -19,7 +21,7 @@ def test_cosine_with_warmup() -> None:
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
     assert rates[54] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(after <= before for before, after in zip(rates[9:], rates[10:], strict=False))
+    assert all(after <= before for before, after in pairwise(rates[9:]))
 
 
 def test_wsd_holds_then_decays() -> None:
@@ -38,7 +40,9 @@ def test_warmup_longer_than_the_run() -> None:
 def test_recycle_weight_starts_late_and_rises() -> None:
     """A module's loss that counts before start_step, or jumps to its full weight."""
     recycle = RecycleConfig(loss_weight=0.4, start_step=10, warmup_steps=4)
-    assert [recycle_weight(step, recycle) for step in (1, 10, 11, 12, 14, 99)] == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.4])
+    assert [recycle_weight(step, recycle) for step in (1, 10, 11, 12, 14, 99)] == pytest.approx(
+        [0, 0, 0.1, 0.2, 0.4, 0.4]
+    )
 
 
 def test_depths_share_the_weight() -> None:
