@@ -92,19 +92,10 @@ def _acceptance(axes: Axes, run: _Run) -> None:
     for depth in range(depths):
         colour = DEPTH_COLOURS[depth % len(DEPTH_COLOURS)]
         values = _at(run.evaluations, "eval_acceptance", depth)
-        axes.plot(steps, values, "o-", color=colour, markersize=4.5, label=f"depth {depth + 1}")
-        if math.isfinite(values[-1]):
-            axes.annotate(
-                f"{values[-1]:.0%}",
-                (steps[-1], values[-1]),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=colour,
-            )
+        last = f", {values[-1]:.0%} at the end" if math.isfinite(values[-1]) else ""
+        axes.plot(steps, values, "o-", color=colour, markersize=4.5, label=f"depth {depth + 1}{last}")
     axes.set_xlim(0, max(steps[-1], run.steps[-1]["step"]) * 1.1)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower right")
 
 
 def _curve(axes: Axes, records: list[dict[str, Any]], values: list[float], colour: str, label: str) -> None:
