@@ -1,13 +1,16 @@
 """Entry point of `make demo`: pretrains a small RecycleGPT with two ranks, decodes held-out prompts in three modes.
 
-Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call skips what
-is done.
+Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call skips
+the pretraining that is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +24,8 @@ from recycle_ds.config.command import run_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
 RANKS = 2
+_PATIENCE = 60.0
+"""Seconds that ranks get to save after a signal."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 24, 96
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -51,28 +56,82 @@ def demo(
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the run's last checkpoint is that of its last step."""
-    latest = Path(config.run_dir) / "checkpoints" / "latest"
-    return latest.is_file() and latest.read_text().strip() == f"step-{config.training.steps:08d}"
+    """Whether this very run has reached its last step before."""
+    run_dir = Path(config.run_dir)
+    latest, saved = run_dir / "checkpoints" / "latest", run_dir / "config.yaml"
+    if not (latest.is_file() and saved.is_file() and latest.read_text().strip() == f"step-{config.training.steps:08d}"):
+        return False
+    before = load_config(saved)
+    model = before.model.model_copy(update={"vocab_size": config.model.vocab_size})
+    return (model, before.recycle, before.training) == (config.model, config.recycle, config.training)
 
 
 def pretrain(overrides: list[str]) -> None:
     """Starts the ranks with the deepspeed launcher, each with its share of the cores. Raises RecycleError if they fail."""
     import torch
 
-    threads = max(1, len(os.sched_getaffinity(0)) // RANKS) if hasattr(os, "sched_getaffinity") else 1
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    if torch.cuda.device_count() < RANKS:
+        # DS_ACCELERATOR keeps DeepSpeed from warning that it found none itself
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or RANKS
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // RANKS))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), "--log_level", "error"]
-    command = [*launcher, "--module", "recycle_ds.pretrain", "--config", CONFIG, *overrides]
-    print(
-        f"$ deepspeed --num_gpus {RANKS} --module recycle_ds.pretrain --config {CONFIG} {' '.join(overrides)}",
-        flush=True,
+    command = [
+        *launcher,
+        "--master_port",
+        str(_free_port()),
+        "--module",
+        "recycle_ds.pretrain",
+        "--config",
+        CONFIG,
+        *overrides,
+    ]
+    shown = " ".join(
+        ["deepspeed", "--num_gpus", str(RANKS), "--module", "recycle_ds.pretrain", "--config", CONFIG, *overrides]
     )
-    code = subprocess.run(command, env=environment, check=False).returncode
+    print(f"$ {shown}", flush=True)
+    code = _run_group(command, environment)
     if code != 0:
         raise RecycleError(f"pretraining ended with exit code {code}; what it printed is above")
+
+
+def _run_group(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command in a process group of its own; a signal to us goes to all of it, and we wait until it has saved."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+        deadline = time.monotonic() + _PATIENCE
+        while received and _group_lives(process.pid) and time.monotonic() < deadline:  # the launcher may leave first
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    return code
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def decode(config: RunConfig, run_dir: Path) -> None:

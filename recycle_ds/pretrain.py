@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recycle_ds.config import ConfigError, RunConfig, load_config, resolve_deepspeed, save_config
+from recycle_ds.config import ConfigError, RunConfig, TokenSource, load_config, resolve_deepspeed, save_config
 from recycle_ds.config.command import run_command
 
 if TYPE_CHECKING:
     import torch
 
+    from recycle_ds.checkpoint.lock import RunLock
+    from recycle_ds.checkpoint.manifest import DataIdentity
+    from recycle_ds.data.loader import BatchLoader
     from recycle_ds.parallel.mesh import Mesh
     from recycle_ds.training.engine import TrainingEngine
     from recycle_ds.training.state import TrainingState
@@ -51,46 +56,58 @@ def run(config: RunConfig) -> str:
         mesh = build_mesh(config.parallel)
         place = device(launch.local_rank)
         torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
-        on_first_rank(lambda: _prepare(config), mesh, place)
-        return _train(config, deepspeed_config, mesh, place)
+        lock = on_first_rank(lambda: _prepare(config), mesh, place)
+        try:
+            return _train(config, deepspeed_config, mesh, place)
+        finally:
+            if lock is not None:
+                lock.release()
     finally:
         if begun_here:
             rendezvous.stop()
 
 
-def _prepare(config: RunConfig) -> None:
-    """Rank 0: token files, if they are missing, and a run folder without an earlier run's leftovers."""
+def _prepare(config: RunConfig) -> RunLock:
+    """Rank 0: token files, if they are missing, and a run folder of our own without an earlier run's leftovers."""
     from recycle_ds.checkpoint.folders import remove_unfinished
+    from recycle_ds.checkpoint.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
 
-    prepare_if_missing(config.data)
+    prepare_if_missing(config.data, progress=sys.stderr.isatty())
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir={config.run_dir!r}: cannot be made ({error.strerror})") from None
+        raise ConfigError(
+            f"run_dir={config.run_dir!r}: cannot be made ({error.strerror}); name a folder you may write to"
+        ) from None
+    lock = RunLock(run_dir)
     remove_unfinished(run_dir)
+    return lock
 
 
-def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device) -> str:
-    from recycle_ds.checkpoint.writing import PortableCheckpointer
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads."""
+
+    config: RunConfig
+    identity: DataIdentity
+    train: BatchLoader
+    validation: BatchLoader | None
+
+
+def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
+    """Tokenizer and token files, checked against each other; the configuration with the vocabulary filled in."""
+    from recycle_ds.checkpoint.manifest import DataIdentity
     from recycle_ds.data.loader import BatchLoader, open_dataset
+    from recycle_ds.data.token_files import read_sidecar
     from recycle_ds.data.tokenizer import Tokenizer
-    from recycle_ds.training.engine import build_engine
-    from recycle_ds.training.loop import Trainer
-    from recycle_ds.training.metrics import MetricsLog
-    from recycle_ds.training.signals import StopRequest
 
     training = config.training
     tokenizer = Tokenizer.load(config.data.tokenizer)
     config = _with_vocabulary(config, tokenizer.vocab_size)
-    if mesh.is_first and training.warmup_steps > training.steps:
-        print(
-            f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})",
-            flush=True,
-        )
 
-    def loader(sources: tuple) -> BatchLoader:
+    def loader(sources: tuple[TokenSource, ...]) -> BatchLoader:
         return BatchLoader(
             open_dataset(sources, tokenizer, training.seq_length, training.seed),
             global_batch_size=training.global_batch_size,
@@ -102,25 +119,53 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
 
     train = loader(config.data.train)
     validation = loader(config.data.validation) if config.data.validation and training.eval_every else None
+    sidecars = [read_sidecar(source.path) for source in config.data.train]
+    files: list[dict[str, int | str]] = [
+        {"tokens": one.tokens, "documents": one.documents, "sha256": one.bin_sha256} for one in sidecars
+    ]
+    return _Inputs(config, DataIdentity(tokenizer=tokenizer.fingerprint, train=files), train, validation)
+
+
+def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device) -> str:
+    from recycle_ds.checkpoint.writing import PortableCheckpointer
+    from recycle_ds.parallel.agree import on_first_rank, together
+    from recycle_ds.training.engine import build_engine
+    from recycle_ds.training.loop import Trainer
+    from recycle_ds.training.metrics import MetricsLog
+    from recycle_ds.training.signals import StopRequest
+
+    inputs = together(lambda: _open(config, mesh), mesh, place)
+    config, training = inputs.config, inputs.config.training
+    if mesh.is_first and training.warmup_steps > training.steps:
+        print(
+            f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})",
+            flush=True,
+        )
     with StopRequest() as stop:
         engine = build_engine(config, dict(deepspeed_config), mesh, place)
-        state, source = _begin(config, engine, place)
-        metrics = None
-        if mesh.is_first:
+        state, source = _begin(config, inputs.identity, engine, place)
+
+        def begin_log() -> MetricsLog:
             save_config(config, Path(config.run_dir) / "config.yaml")
-            metrics = MetricsLog(Path(config.run_dir), tensorboard=training.tensorboard, resumed_step=state.step)
+            log = MetricsLog(Path(config.run_dir), tensorboard=training.tensorboard, resumed_step=state.step)
             if source is not None:
-                metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+                log.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+            return log
+
+        metrics = on_first_rank(begin_log, mesh, place)
         _describe_run(config, engine, place)
-        checkpointer = PortableCheckpointer(config, engine, place, tokenizer.fingerprint)
+        checkpointer = PortableCheckpointer(config, engine, place, inputs.identity)
         try:
-            return Trainer(config, engine, train, validation, checkpointer, metrics, place).run(state, stop)
+            trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, metrics, place)
+            return trainer.run(state, stop)
         finally:
             if metrics is not None:
                 metrics.close()
 
 
-def _begin(config: RunConfig, engine: TrainingEngine, place: torch.device) -> tuple[TrainingState, Path | None]:
+def _begin(
+    config: RunConfig, identity: DataIdentity, engine: TrainingEngine, place: torch.device
+) -> tuple[TrainingState, Path | None]:
     """Resumes from run_dir, else takes weights from init_from, else keeps the initial weights. Collective."""
     from recycle_ds.checkpoint import resume
     from recycle_ds.training.state import TrainingState
@@ -132,7 +177,7 @@ def _begin(config: RunConfig, engine: TrainingEngine, place: torch.device) -> tu
     found = resume.newest_whole(config, engine.mesh, place, say)
     if found is not None:
         folder, manifest = found
-        for note in resume.check_same_run(config, manifest, folder):
+        for note in resume.check_same_run(config, identity, manifest, folder):
             say(note)
         state = resume.restore(engine, folder, manifest, place)
         say(f"resuming from {folder}")
@@ -147,7 +192,10 @@ def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     """The tokenizer's vocabulary where the model's is not given. Raises ConfigError when the model's is too small."""
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
-        raise ConfigError(f"model.vocab_size ({given}) is smaller than the tokenizer's vocabulary ({vocab_size})")
+        raise ConfigError(
+            f"model.vocab_size ({given}) is smaller than the tokenizer's vocabulary ({vocab_size}): "
+            "raise it, or leave it out"
+        )
     model = config.model.model_copy(update={"vocab_size": given or vocab_size})
     return config.model_copy(update={"model": model})
 
@@ -185,7 +233,7 @@ def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments. Ranks fail alike, so the first alone says why."""
+    """Runs the command with `argv`, or the process's own arguments. Ranks share errors: the first alone tells them."""
     import os
 
     rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ), "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import verify_all
-from recycle_ds.checkpoint.folders import find_checkpoint
-from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.folders import completed, find_checkpoint
+from recycle_ds.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from recycle_ds.checkpoint.reading import TensorReader
 from recycle_ds.checkpoint.resume import check_tensors
 from recycle_ds.config import ConfigError, RunConfig, parse_config
@@ -19,6 +20,20 @@ from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.sharding import canonical_shapes, pieces
 from recycle_ds.parallel.device import device, torch_dtype
 from recycle_ds.parallel.mesh import Mesh
+
+
+def _newest_whole(newest: Path, *, named: bool) -> tuple[Path, Manifest]:
+    """The newest checkpoint that is whole; one that was named itself must be. Raises CheckpointError."""
+    for folder in [newest] if named else completed(newest.parent.parent):
+        try:
+            manifest = read_manifest(folder)
+            verify_all(folder, manifest.files)
+            return folder, manifest
+        except CheckpointError as error:
+            if named:
+                raise
+            print(f"warning: {error}; falling back to the checkpoint before", file=sys.stderr)
+    raise CheckpointError(f"{newest.parent}: no checkpoint there is whole; restore one")
 
 
 @dataclass(frozen=True)
@@ -37,9 +52,7 @@ def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
 
     Files are checked against their checksums first. Raises CheckpointError.
     """
-    folder = find_checkpoint(path)
-    manifest = read_manifest(folder)
-    verify_all(folder, manifest.files)
+    folder, manifest = _newest_whole(find_checkpoint(path), named=(Path(path) / MANIFEST).is_file())
     try:
         config = parse_config(manifest.config)
     except ConfigError as error:

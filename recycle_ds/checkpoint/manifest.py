@@ -48,6 +48,13 @@ class TensorEntry(_Record):
     slices: list[Slice]
 
 
+class DataIdentity(_Record):
+    """What a run reads, by content: its tokenizer, and the tokens, documents and SHA-256 of each training file in order."""
+
+    tokenizer: str
+    train: list[dict[str, int | str]]
+
+
 class Manifest(_Record):
     """Everything about a checkpoint but the numbers."""
 
@@ -58,7 +65,7 @@ class Manifest(_Record):
     skipped: Annotated[int, Field(ge=0)]
     adam_step: Annotated[int, Field(ge=0)]
     config: dict[str, Any]
-    tokenizer_fingerprint: str | None
+    data: DataIdentity
     layout: dict[str, int]
     provenance: dict[str, Any]
     tensors: dict[str, TensorEntry]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import verify
 from recycle_ds.checkpoint.folders import completed, find_checkpoint
-from recycle_ds.checkpoint.manifest import Manifest, read_manifest
+from recycle_ds.checkpoint.manifest import DataIdentity, Manifest, read_manifest
 from recycle_ds.checkpoint.reading import TensorReader
 from recycle_ds.config import RunConfig
 from recycle_ds.model.sharding import canonical_shapes, pieces
@@ -23,8 +23,6 @@ from recycle_ds.training.state import TrainingState
 
 # What must be as it was: another model, other data, another order of the data or another batch is another run.
 _FIXED = (
-    "data.train",
-    "data.tokenizer",
     "model",
     "recycle",
     "training.seed",
@@ -33,7 +31,7 @@ _FIXED = (
 )
 # What may change at a resume without a word.
 _FREE = (
-    "run_dir", "deepspeed", "init_from", "parallel", "data.prepare", "data.validation", "training.steps", "training.stop_at",
+    "run_dir", "deepspeed", "init_from", "parallel", "data", "training.steps", "training.stop_at",
     "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
     "training.keep_checkpoints", "training.tensorboard", "training.profile", "training.dry_run", "training.compile",
     "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
@@ -46,31 +44,42 @@ def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) 
     Damaged ones are named through `say` and passed over. Raises CheckpointError when there are some and none is whole.
     Collective: ranks share the checksums and agree.
     """
-    found = completed(Path(config.run_dir))
-    for folder in found:
-        manifest, fault = None, None
+    # shared file systems may show ranks different lists: the first rank's holds
+    names = _from_rank(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
+    root = Path(config.run_dir) / "checkpoints"
+    for name in names:
+        folder, manifest, fault = root / name, None, None
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
             fault = str(error)
-        if manifest is not None:
-            fault = _share_verification(folder, manifest, mesh, device)
+        fault = _share_verification(folder, manifest, mesh, device, fault)
         if fault is None and manifest is not None:
             return folder, manifest
         say(f"warning: {folder} is damaged ({fault}); falling back to the one before")
-    if found:
+    if names:
         raise CheckpointError(
-            f"{config.run_dir}/checkpoints: {len(found)} checkpoints and none is whole; restore one, or start anew in "
-            "another run_dir"
+            f"{root}: {len(names)} checkpoints and none is whole; restore one, or start anew in another run_dir"
         )
     return None
 
 
-def check_same_run(config: RunConfig, manifest: Manifest, folder: Path) -> list[str]:
+def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest, folder: Path) -> list[str]:
     """Refuses, by name, a resume with another model, data, seed or batch. Returns notes on other changes.
 
-    Raises CheckpointError.
+    Data are compared by content: files may have moved. Raises CheckpointError.
     """
+    if identity.tokenizer != manifest.data.tokenizer:
+        raise CheckpointError(
+            f"{folder}: cannot go on: data.tokenizer ({config.data.tokenizer}) is another tokenizer than the run began with; "
+            "put it back, or use another run_dir"
+        )
+    weights = [source["weight"] for source in manifest.config["data"]["train"]]
+    if identity.train != manifest.data.train or weights != [source.weight for source in config.data.train]:
+        raise CheckpointError(
+            f"{folder}: cannot go on: the token files or weights of data.train are not those the run began with; "
+            "put them back, or use another run_dir"
+        )
     now, then = _flat(config.model_dump(mode="json")), _flat(manifest.config)
     notes = []
     for key in sorted(now.keys() | then.keys()):
@@ -106,7 +115,7 @@ def initialise_from(engine: TrainingEngine, source: str, device: torch.device) -
     manifest = read_manifest(folder)
     fault = _share_verification(folder, manifest, engine.mesh, device)
     if fault is not None:
-        raise CheckpointError(f"init_from={source}: {fault}")
+        raise CheckpointError(f"init_from={source} is damaged: {fault}; name another checkpoint")
     missing = _load_tensors(engine, TensorReader(folder, manifest), moments=False, may_lack="recycle.")
     return folder, missing
 
@@ -145,28 +154,33 @@ def check_tensors(wanted: dict[str, tuple[int, ...]], reader: TensorReader, may_
     faults += [f"not in this model: {', '.join(extra[:4])}{' ...' if len(extra) > 4 else ''}"] if extra else []
     faults += [f"other shape: {'; '.join(shapes[:4])}{' ...' if len(shapes) > 4 else ''}"] if shapes else []
     if faults:
-        raise CheckpointError(f"{reader.folder} does not fit the model: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{reader.folder} does not fit the model: {'; '.join(faults)}; set model.* and recycle.layers as it was saved with"
+        )
     return missing
 
 
-def _share_verification(folder: Path, manifest: Manifest, mesh: Mesh, device: torch.device) -> str | None:
-    """Each rank checks its share of the files; the same verdict on all of them."""
-    names = sorted(manifest.files)
-    fault = None
-    for number, name in enumerate(names):
-        if number % mesh.world_size == mesh.rank:
+def _share_verification(
+    folder: Path, manifest: Manifest | None, mesh: Mesh, device: torch.device, fault: str | None = None
+) -> str | None:
+    """Each rank checks its share of the files; the same verdict on all. `fault` is what this rank knows already."""
+    if manifest is not None:
+        for name in sorted(manifest.files)[mesh.rank :: mesh.world_size]:
             fault = fault or verify(folder, name, manifest.files[name])
     votes = torch.tensor([mesh.rank + 1 if fault else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     culprit = int(votes.item()) - 1
-    if culprit < 0:
-        return None
-    if mesh.world_size > 1:
-        told = [fault]
-        dist.broadcast_object_list(told, src=culprit, device=device)
-        fault = told[0]
-    return fault
+    return None if culprit < 0 else _from_rank(culprit, fault, mesh, device)
+
+
+def _from_rank(rank: int, value: Any, mesh: Mesh, device: torch.device) -> Any:
+    """What one rank holds, on all ranks. Collective."""
+    if mesh.world_size == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=rank, device=device)
+    return told[0]
 
 
 def _restore_generators(path: Path, device: torch.device) -> None:

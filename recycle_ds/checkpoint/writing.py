@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recycle_ds.checkpoint.files import describe, fsync, write_json, write_text
-from recycle_ds.checkpoint.folders import completed, step_folder
-from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileEntry
+from recycle_ds.checkpoint.folders import completed, step_folder, step_of
+from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, DataIdentity, FileEntry
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.config import RunConfig
 from recycle_ds.model.sharding import Piece, pieces
 from recycle_ds.training.engine import TrainingEngine
+from recycle_ds.training.master import keeper
 from recycle_ds.training.state import TrainingState
 
 SHARD_BYTES = 2**30
@@ -67,11 +68,9 @@ class _ShardWriter:
 class PortableCheckpointer:
     """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state."""
 
-    def __init__(
-        self, config: RunConfig, engine: TrainingEngine, device: torch.device, tokenizer_fingerprint: str | None
-    ) -> None:
+    def __init__(self, config: RunConfig, engine: TrainingEngine, device: torch.device, identity: DataIdentity) -> None:
         self._config, self._engine, self._device = config, engine, device
-        self._fingerprint = tokenizer_fingerprint
+        self._identity = identity
         self._run_dir = Path(config.run_dir)
 
     def save(self, state: TrainingState) -> Path | None:
@@ -98,8 +97,8 @@ class PortableCheckpointer:
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
         fault: str | None = None
-        for number, name in enumerate(sorted(master.parameters)):
-            mine = number % mesh.data.size == mesh.data.rank
+        for name, rank in keeper(list(master.parameters), mesh.data.size).items():
+            mine = rank == mesh.data.rank
             for kind in master.kinds(name):
                 value = master.read(name, kind)
                 for piece in table[name] if mine and fault is None else ():
@@ -147,7 +146,7 @@ class PortableCheckpointer:
             "skipped": state.skipped,
             "adam_step": self._engine.master.adam_step,
             "config": self._config.model_dump(mode="json"),
-            "tokenizer_fingerprint": self._fingerprint,
+            "data": self._identity.model_dump(),
             "layout": {
                 "world_size": mesh.world_size,
                 "tensor": mesh.tensor.size,
@@ -163,9 +162,14 @@ class PortableCheckpointer:
         if final.exists():  # the same step once more: the older one goes only now that this one is whole
             shutil.rmtree(final)
         os.rename(temporary, final)
-        write_text(final.parent / "latest", f"{final.name}\n")
-        for old in completed(self._run_dir)[self._config.training.keep_checkpoints :]:
-            shutil.rmtree(old)
+        try:  # the checkpoint stands: what goes wrong from here on is told, and does not undo it
+            write_text(final.parent / "latest", f"{final.name}\n")
+            # newer ones can only be damaged ones that the run fell back from: they do not count
+            older = [path for path in completed(self._run_dir) if (step_of(path) or 0) <= state.step]
+            for old in older[self._config.training.keep_checkpoints :]:
+                shutil.rmtree(old)
+        except OSError as error:
+            print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)
 
     def _guard(self, action: Any) -> str | None:
         """Runs what touches the disk; the fault, where there is one, is told to the other ranks instead of raised."""

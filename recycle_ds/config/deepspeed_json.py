@@ -26,9 +26,59 @@ _KNOWN = frozenset(
         *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather"),
         *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
         *("comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet"),
-        *("compile", "pipeline", "activation_checkpointing", "disable_python_gc_on_step"),
+        *("compile", "disable_python_gc_on_step"),
     }
 )
+
+_ZERO_KEYS = frozenset(
+    {
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *(
+            "allgather_partitions",
+            "allgather_bucket_size",
+            "overlap_comm",
+            "round_robin_gradients",
+            "ignore_unused_parameters",
+        ),
+        *("offload_param", "offload_optimizer", "sub_group_size", "cpu_offload_pin_memory", "elastic_checkpoint"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
+        *(
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_gather_16bit_weights_on_model_save",
+        ),
+        *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings"),
+    }
+)
+_UNSUPPORTED_ZERO = frozenset(
+    {
+        *(
+            "zenflow",
+            "zero_hpz_partition_size",
+            "zero_quantized_weights",
+            "zero_quantized_gradients",
+            "mics_shard_size",
+        ),
+        *(
+            "zero_quantized_nontrainable_weights",
+            "mics_hierarchical_params_gather",
+            "compute_grad_norm",
+            "legacy_stage1",
+        ),
+        *(
+            "zeropp_loco_param",
+            "cpu_offload",
+            "cpu_offload_param",
+            "cpu_offload_use_pin_memory",
+            "load_from_fp32_weights",
+        ),
+    }
+)
+_EXAMPLES = {
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": "auto"}',
+    "data_types": '{"grad_accum_dtype": "fp32"}',
+}
 
 # Keys of DeepSpeed whose job another part of the run does: where to set it instead.
 _ELSEWHERE = {
@@ -39,7 +89,8 @@ _ELSEWHERE = {
     "torch_autocast": "it clashes with megatron's linears: set training.dtype",
     "sequence_parallel_size": "set parallel.ulysses",
     "tensor_parallel": "set parallel.tensor",
-    "activation_checkpointing.partition_activations": "set training.activation_checkpointing",
+    "activation_checkpointing": "set training.activation_checkpointing",
+    "pipeline": "set parallel.pipeline",
     "elasticity": "DeepSpeed 0.19 dropped it: portable checkpoints resume at any number of ranks",
     "curriculum_learning": "not part of recycle_ds",
     "data_efficiency": "not part of recycle_ds",
@@ -63,6 +114,9 @@ def load_deepspeed_json(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    for key in ("zero_optimization", "bf16", "data_types"):
+        if not isinstance(tree.get(key, {}), dict):
+            raise ConfigError(f"{path}: {key}={tree[key]!r}: must be an object, such as {_EXAMPLES[key]}")
     for key in tree:
         if key in _ELSEWHERE:
             raise ConfigError(f"{path}: {key!r} is not set here: {_ELSEWHERE[key]}")
@@ -72,7 +126,32 @@ def load_deepspeed_json(path: str) -> dict[str, Any]:
     stage = zero_stage(tree)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"{path}: zero_optimization.stage={stage!r}: must be 0, 1, 2 or 3")
+    _check_nested(path, tree, stage)
     return tree
+
+
+def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
+    """Refuses settings under which DeepSpeed takes a path that recycle_ds's clipping and checkpoints do not follow."""
+    zero = tree.get("zero_optimization", {})
+    for key in zero:
+        if key in _UNSUPPORTED_ZERO:
+            raise ConfigError(f"{path}: zero_optimization.{key} is not supported by recycle_ds; remove it")
+        if key not in _ZERO_KEYS:
+            near = difflib.get_close_matches(key, _ZERO_KEYS, n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}: unknown key 'zero_optimization.{key}'{hint}")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise ConfigError(f'{path}: zero_optimization.{key}.device="nvme" is not supported; use "cpu"')
+    if tree.get("bf16", {}).get("check_grad_overflow"):
+        raise ConfigError(
+            f"{path}: bf16.check_grad_overflow is not set here: training.nonfinite decides about bad steps"
+        )
+    if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage < 2:
+        raise ConfigError(
+            f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 2 or 3 (at stage {stage} DeepSpeed takes another path); '
+            "use zero2.json"
+        )
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:
@@ -107,7 +186,11 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     bf16["enabled"] = _own(
         config.deepspeed, "bf16.enabled", bf16.get("enabled", AUTO), training.dtype == "bf16", "training.dtype"
     )
+    bf16["check_grad_overflow"] = False  # recycle_ds looks at the norms itself, and acts alike at every stage
     tree["bf16"] = bf16
+    if training.dtype == "bf16" and zero_stage(tree) >= 2:
+        # many micro-batches added up in bf16 lose the small ones; stages 0 and 1 of DeepSpeed have no other way
+        tree["data_types"] = {"grad_accum_dtype": "fp32"} | tree.get("data_types", {})
     tree["gradient_clipping"] = 0.0
     # The optimizer passed to DeepSpeed is a subclass of torch's AdamW that only adds the clipping factor.
     tree["zero_allow_untested_optimizer"] = True

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+def _no_bool(value: object) -> object:
+    """YAML's yes, on and true are 1 to Python, and never what was meant by a number."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -206,6 +214,8 @@ class TrainingConfig(Section):
     """One untraced forward and backward before step 1, so that an out-of-memory error comes at once."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What all ranks do when a loss or the gradient norm is not finite on any of them."""
+    max_skipped_in_a_row: Positive = 20
+    """skip: how many such steps may follow each other before the run stops after all."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     save_every: NonNegative = 0
@@ -297,11 +307,19 @@ class RunConfig(Section):
             )
         if recycle.layers == 0 and recycle.gradient != "joint":
             raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
-        for name in ("heads", "kv_heads", "ffn"):
+        for name in ("heads", "kv_heads", "ffn", "hidden"):
             if getattr(model, name) % tensor:
                 raise ValueError(
                     f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tensor ({tensor})"
                 )
+        if training.decay_steps is not None and training.schedule != "wsd":
+            raise ValueError(f"training.decay_steps belongs to training.schedule=wsd, not to {training.schedule}")
+        if training.profile is not None and training.profile.start > training.steps:
+            raise ValueError(
+                f"training.profile.start ({training.profile.start}) is after training.steps ({training.steps})"
+            )
+        if training.eval_every and not self.data.validation:
+            raise ValueError(f"training.eval_every ({training.eval_every}) needs token files in data.validation")
         if self.parallel.sequence and training.seq_length % tensor:
             raise ValueError(
                 f"training.seq_length ({training.seq_length}) must be divisible by parallel.tensor ({tensor}) "

@@ -88,7 +88,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], depth: int) -> Batch:
     starts = torch.zeros_like(tokens)
     starts[:, 1:] = torch.where(numbers[:, 1:] != numbers[:, :-1], places[1:], 0)
     positions = places - starts.cummax(dim=1).values
-    targets = make_targets(tokens, numbers, min(depth, tokens.shape[1] - 1))
+    targets = make_targets(tokens, numbers, depth)
     return Batch(
         tokens_BS=targets.inputs[0],
         positions_BS=positions[:, :-1],

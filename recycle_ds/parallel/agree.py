@@ -1,8 +1,9 @@
-"""Work that one rank does while the others wait, and the verdict they all share."""
+"""Errors that all ranks hear of: whichever rank meets one, every rank raises it, and none waits for ever."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,19 +11,40 @@ import torch.distributed as dist
 from recycle_ds.config import RecycleError
 from recycle_ds.parallel.mesh import Mesh
 
+T = TypeVar("T")
 
-def on_first_rank(action: Callable[[], None], mesh: Mesh, device: torch.device) -> None:
-    """Runs `action` on rank 0. Its RecycleError is raised on every rank, so that none waits for ever. Collective."""
-    told: list[str | None] = [None]
-    error: RecycleError | None = None
-    if mesh.is_first:
-        try:
-            action()
-        except RecycleError as caught:
-            error, told = caught, [str(caught)]
+
+class SharedError(RecycleError):
+    """An error that all ranks raise alike; `rank` met it."""
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
+def together(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
+    """Runs `action` on every rank; a RecycleError or an error of the file system on any becomes a SharedError on all.
+
+    Collective; `action` itself may be collective only where it fails alike.
+    """
+    text, result = None, None
+    try:
+        result = action()
+    except (RecycleError, OSError) as error:
+        text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
+    votes = torch.tensor([mesh.rank + 1 if text else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
-        dist.broadcast_object_list(told, src=0, device=device)
-    if error is not None:
-        raise error
-    if told[0] is not None:
-        raise RecycleError(told[0])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    culprit = int(votes.item()) - 1
+    if culprit >= 0:
+        told = [text]
+        if mesh.world_size > 1:
+            dist.broadcast_object_list(told, src=culprit, device=device)
+        where = f" (rank {culprit})" if culprit else ""
+        raise SharedError(f"{told[0]}{where}", culprit)
+    return result  # type: ignore[return-value]
+
+
+def on_first_rank(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T | None:
+    """Runs `action` on rank 0 while the others wait; None on those. Errors as in `together`. Collective."""
+    return together(lambda: action() if mesh.is_first else None, mesh, device)

@@ -9,8 +9,8 @@ import torch
 
 # Dense peak of the tensor cores in FLOP/s (vendors' data sheets, without sparsity), by a part of the device's name.
 _CUDA_PEAKS = {
-    "bf16": {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40": 181e12, "V100": 125e12},
-    "fp32": {"H200": 67e12, "H100": 67e12, "A100": 19.5e12, "A800": 19.5e12, "L40": 90e12, "V100": 15.7e12},
+    "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
+    "fp32": {"H200": 67e12, "H100 80GB HBM3": 67e12, "H100 PCIe": 51e12, "A100": 19.5e12, "A800": 19.5e12},
 }
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -18,6 +19,10 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
 )
+
+
+# Ranks wait for the first one while it prepares data: DeepSpeed's ten minutes would end them on a corpus of some size.
+_PATIENCE = timedelta(hours=6)
 
 
 class LaunchError(RecycleError):
@@ -45,13 +50,18 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
     for rank, size, local in _MPI_VARIABLES:
         if rank in environment and size in environment:
             return _launch(environment, "mpi", rank, size, local)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_STEP_ID" in environment and tasks != "1":
+        raise LaunchError(
+            f"srun started {tasks} tasks, which this version cannot join: have it start one torchrun per node"
+        )
     return Launch("single", 0, 1, 0)
 
 
 def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str, local: str) -> Launch:
     values = []
     for name in (rank, size, local):
-        text = environment.get(name, "0" if name == local else "")
+        text = environment.get(name, "0" if name == local and environment.get(size) == "1" else "")
         if not text.isdigit():
             raise LaunchError(
                 f"{name}={text!r} is not a number: start with deepspeed, torchrun, mpirun or plain python"
@@ -82,7 +92,12 @@ def start(launch: Launch) -> bool:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend=backend(), auto_mpi_discovery=False, verbose=False, rank=launch.rank, world_size=launch.world_size
+        dist_backend=backend(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=_PATIENCE,
+        rank=launch.rank,
+        world_size=launch.world_size,
     )
     return True
 
@@ -94,11 +109,10 @@ def stop() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps DeepSpeed's and megatron's chatter at warnings."""
+    """Hides what megatron-core warns about on import (packages for CUDA that it does without) and logs of torch's groups."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,19 @@ class StepBatches:
     micro: list[Batch]
     counts: Tensor
 
+    @cached_property
+    def count_list(self) -> list[float]:
+        """The counts on the host; read after the backward pass, when they have long arrived."""
+        return self.counts.tolist()
+
     def scales(self, weights: Sequence[float], data_size: int) -> Tensor:
         """[K+1] fp32: weight of one target in the total. DeepSpeed averages gradients over data ranks: hence data_size."""
         weight = torch.tensor(weights, dtype=torch.float64, device=self.counts.device)
         return (weight * data_size / self.counts.clamp_min(1)).float()
 
-    def means(self, sums: Tensor) -> list[float]:
+    def means(self, sums: Sequence[float]) -> list[float]:
         """Mean loss by depth from the global batch's sums; 0 where a depth has no target."""
-        return (sums / self.counts.clamp_min(1)).tolist()
+        return [total / max(1.0, count) for total, count in zip(sums, self.count_list, strict=True)]
 
 
 def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:

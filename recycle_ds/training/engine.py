@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from recycle_ds.config import RunConfig
+from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.gradients import GradientControl
-from recycle_ds.training.master import MasterState
+from recycle_ds.training.master import MasterState, keeper
 from recycle_ds.training.optimizer import AdamW, parameter_groups, part_of
 
 
@@ -41,9 +42,10 @@ def build_engine(
 
     logger.setLevel("WARNING")
     # the optimizer is torch's AdamW with a factor before it: parity over the stages is what the tests show
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    if not logger.filters:
+        logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     training = config.training
-    stage = (deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
+    stage = zero_stage(deepspeed_config)
     if stage == 0 and mesh.tensor.size > 1 and training.dtype == "bf16":
         raise TrainingError(
             f"ZeRO 0 with bf16 at parallel.tensor={mesh.tensor.size} gives wrong gradient norms in DeepSpeed: use zero1.json"
@@ -57,6 +59,7 @@ def build_engine(
         loss_chunk=training.loss_chunk,
     ).to(device)
     freeze(model, config.recycle.gradient)
+    frozen = _keep_frozen(model, mesh) if training.dtype == "bf16" else None
     optimizer = AdamW(parameter_groups(model, training.weight_decay), training)
     if stage == 3:
         # used by the root module (the head) as well as by its own: ZeRO-3 must gather it for both
@@ -72,7 +75,7 @@ def build_engine(
         engine.compile()
     separate = config.recycle.gradient == "detached"
     control = GradientControl(engine, optimizer, mesh, training.gradient_clipping, separate=separate)
-    master = MasterState(engine, optimizer)
+    master = MasterState(engine, optimizer, frozen)
     master.allocate_moments()
     return TrainingEngine(engine, model, optimizer, control, master, mesh, stage)
 
@@ -84,6 +87,17 @@ def freeze(model: RecycleGPT, gradient: str) -> None:
             parameter.requires_grad_(part_of(name) == "recycle")
 
 
+def _keep_frozen(model: RecycleGPT, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """fp32 copies, in host memory, of the frozen weights that this data rank keeps: DeepSpeed rounds the rest to bf16."""
+    parameters = dict(model.named_parameters())
+    ranks = keeper(list(parameters), mesh.data.size)
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in parameters.items()
+        if not parameter.requires_grad and ranks[name] == mesh.data.rank
+    }
+
+
 def local_parameters(engine: TrainingEngine) -> int:
     """Weights that this rank holds between steps: its tensor shard, and of that its ZeRO-3 partition."""
     count = 0
@@ -91,6 +105,3 @@ def local_parameters(engine: TrainingEngine) -> int:
         partition = getattr(parameter, "ds_tensor", None)
         count += parameter.numel() if partition is None else partition.ds_numel
     return count
-
-
-__all__ = ["TrainingEngine", "build_engine", "freeze", "local_parameters"]

@@ -50,6 +50,7 @@ class GradientControl:
     def step(self, *, skip: bool) -> GradientReport:
         """Takes `engine.step()` at a gradient-accumulation boundary. `skip` holds the optimizer whatever the norms say."""
         self._skip = skip
+        self._report = GradientReport(math.nan, {}, False)  # what stands if DeepSpeed leaves before it asks for norms
         if self._stage == 0:
             self._decide(self._norms_of_parameters())
         self._engine.step()

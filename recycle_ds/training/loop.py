@@ -26,7 +26,7 @@ from recycle_ds.training.gradients import GradientReport
 from recycle_ds.training.metrics import MetricsLog
 from recycle_ds.training.profiling import StepProfiler
 from recycle_ds.training.schedule import learning_rate, loss_weights
-from recycle_ds.training.signals import StopRequest
+from recycle_ds.training.signals import STOP_SIGNALS, StopRequest
 from recycle_ds.training.state import Checkpointer, TrainingState
 
 
@@ -37,7 +37,7 @@ class StepResult:
     losses: list[float]
     total: float
     gradients: GradientReport
-    stop: bool
+    stop: str
 
 
 class Trainer:
@@ -61,14 +61,22 @@ class Trainer:
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
         self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
         self._saved_step = -1
+        self._skipped_in_a_row = 0
+        self._console = RunConsole(first=False, steps=training.steps, begun=0)
 
     def run(self, state: TrainingState, stop: StopRequest) -> str:
-        """Trains from `state` on. Returns why it ended: "finished", "stop_at" or the signal's name on all ranks alike."""
+        """Trains from `state` on. Returns why it ended: "finished", "stop_at" or the signal's name, on all ranks
+        alike. Raises TrainingError on a step that is not finite, and when the last checkpoint cannot be written."""
         training = self.config.training
         self.state = state
         self._saved_step = state.step
         last = min(training.steps, training.stop_at or training.steps)
-        console = RunConsole(first=self.engine.mesh.is_first, steps=training.steps, begun=state.step)
+        if state.step > last:
+            raise TrainingError(
+                f"the run in {self.config.run_dir} is at step {state.step}, beyond training.steps ({training.steps}) or "
+                f"training.stop_at ({training.stop_at}); raise them, or use another run_dir"
+            )
+        self._console = RunConsole(first=self.engine.mesh.is_first, steps=training.steps, begun=state.step)
         profiler = StepProfiler(training.profile, Path(self.config.run_dir), self.engine.mesh.rank)
         ended = "finished" if last == training.steps else "stop_at"
         try:
@@ -78,16 +86,19 @@ class Trainer:
                 profiler.before(self.state.step + 1)
                 result = self._step(stop)
                 profiler.after(self.state.step)
-                self._after_step(result, console, last)
+                self._after_step(result, last)
                 if result.stop and self.state.step < last:
-                    ended = stop.reason or "a stop request on another rank"
+                    ended = result.stop
                     break
-            if self._saved_step != self.state.step:
-                self._save(console)
+            if self._saved_step != self.state.step and not self._save():
+                raise TrainingError(
+                    f"step {self.state.step}: the last checkpoint could not be written to {self.config.run_dir}/checkpoints; "
+                    f"free space there and start again: the run goes on from step {max(self._saved_step, 0)}"
+                )
         finally:
             profiler.close()
-            console.close()
-        console.say(f"{ended} at step {self.state.step}")
+            self._console.close()
+        self._console.say(f"{ended} at step {self.state.step}")
         return ended
 
     def _draw(self) -> StepBatches:
@@ -114,19 +125,14 @@ class Trainer:
             # not the model's own output: a hook on that would divide by the accumulation steps at stage 0 all the same
             engine.backward(total * 1.0, scale_wrt_gas=False)
             sums += partial
-        sums, stopping = self._agree(sums, stop.reason is not None)
-        losses = batches.means(sums)
+        shared, stopping = self._agree(sums, stop.reason)
+        losses = batches.means(shared)
         total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.training)
         finite = math.isfinite(sum(losses))
         report = self.engine.gradients.step(skip=not finite)
-        if not report.applied and self.config.training.nonfinite == "stop":
-            raise TrainingError(
-                f"step {step}: loss {total_loss} with gradient norm {report.norm} is not finite; no weight was changed. "
-                "Lower training.learning_rate, or set training.nonfinite=skip to pass over such steps"
-            )
-        synchronise(self.device)
+        self._judge(report, total_loss, step)
         self.state = replace(
             self.state,
             step=step,
@@ -137,31 +143,56 @@ class Trainer:
         self._steps_timed += 1
         return StepResult(losses, total_loss, report, stopping)
 
-    def _agree(self, sums: Tensor, stop: bool) -> tuple[Tensor, bool]:
-        """Sums of the global batch, and whether any rank was asked to stop: one collective over all ranks."""
+    def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str]:
+        """Sums of the global batch, and the signal any rank was sent ("" for none): one collective over all ranks.
+
+        Host synchronisation, one of two in a step (the other reads the gradient norms): ranks must agree before the update.
+        """
         mesh = self.engine.mesh
-        vote = torch.tensor([float(stop)], dtype=torch.float64, device=self.device)
-        shared = torch.cat((sums if mesh.tensor.rank == 0 else torch.zeros_like(sums), vote))
+        votes = torch.tensor([float(reason == name) for name in STOP_SIGNALS], dtype=torch.float64, device=self.device)
+        shared = torch.cat((sums if mesh.tensor.rank == 0 else torch.zeros_like(sums), votes))
         if mesh.world_size > 1:
             dist.all_reduce(shared)
-        return shared[:-1], bool(shared[-1].item() > 0)
+        *totals, interrupt, terminate = shared.tolist()
+        return totals, STOP_SIGNALS[1] if terminate else STOP_SIGNALS[0] if interrupt else ""
 
-    def _after_step(self, result: StepResult, console: RunConsole, last: int) -> None:
-        """Log, evaluate and save when they are due."""
+    def _judge(self, report: GradientReport, loss: float, step: int) -> None:
+        """Ends the run on all ranks alike where a step that was not applied is one too many; saves what came before it."""
+        training = self.config.training
+        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
+        allowed = 0 if training.nonfinite == "stop" else training.max_skipped_in_a_row
+        if self._skipped_in_a_row <= allowed:
+            return
+        self._event("nonfinite", f"step {step}: loss {loss}, gradient norm {report.norm}", step)
+        kept = f"{self.config.run_dir}/checkpoints"
+        if self._saved_step == self.state.step or self._save():
+            kept += f" holds step {self.state.step}"
+        many = f" ({self._skipped_in_a_row} steps in a row)" if self._skipped_in_a_row > 1 else ""
+        raise TrainingError(
+            f"step {step}: loss {loss} with gradient norm {report.norm} is not finite{many}; no weight was changed, {kept}. "
+            "Lower training.learning_rate, or set training.nonfinite=skip to pass over such steps"
+        )
+
+    def _after_step(self, result: StepResult, last: int) -> None:
+        """Log, save and evaluate when they are due; a stop request does not wait for an evaluation."""
         training, step = self.config.training, self.state.step
-        console.step(step)
+        self._console.step(step)
         if not result.gradients.applied:
-            self._event(console, "skipped_step", f"step {step} skipped: loss or gradient norm is not finite")
+            self._event("skipped_step", f"step {step} skipped: loss or gradient norm is not finite", step)
         if step % training.log_every == 0 or step in (1, last):
-            self._log(result, console)
-        if self.validation is not None and training.eval_every and (step % training.eval_every == 0 or step == last):
-            self._evaluate(console)
+            self._log(result)
         if training.save_every and step % training.save_every == 0:
-            self._save(console)
+            self._save()
+        due = training.eval_every and (step % training.eval_every == 0 or step == last)
+        if self.validation is not None and due and not result.stop:
+            self._evaluate()
 
-    def _log(self, result: StepResult, console: RunConsole) -> None:
+    def _log(self, result: StepResult) -> None:
         training = self.config.training
         tokens_a_step = training.global_batch_size * training.seq_length
+        begun = time.perf_counter()
+        synchronise(self.device)  # host synchronisation, on logging steps only: the queued work belongs to these steps
+        self._seconds += time.perf_counter() - begun
         rate = tokens_a_step * self._steps_timed / max(self._seconds, 1e-9)
         self._seconds, self._steps_timed = 0.0, 0
         record: dict[str, Any] = {
@@ -181,11 +212,11 @@ class Trainer:
             record["grad_norm_by_part"] = result.gradients.by_part
         if self.metrics is not None:
             self.metrics.write(record)
-            console.metrics(record)
+            self._console.metrics(record)
 
-    def _evaluate(self, console: RunConsole) -> None:
+    def _evaluate(self) -> None:
         assert self.validation is not None
-        # no sample twice in one evaluation, unless the file holds less than one batch
+        # about one pass over the files at most
         available = sum(self.validation.dataset.samples_per_epoch) // self.validation.global_batch_size
         batches = min(self.config.training.eval_batches, max(1, available))
         result = evaluate(self.engine, self.validation, batches, self.device)
@@ -197,20 +228,21 @@ class Trainer:
         }
         if self.metrics is not None:
             self.metrics.write(record)
-            console.say(describe_evaluation(record))
+            self._console.say(describe_evaluation(record))
 
-    def _save(self, console: RunConsole) -> None:
+    def _save(self) -> bool:
+        """Saves now. False where the disk refused it: the run goes on, and says so."""
         begun = time.perf_counter()
         folder = self.checkpointer.save(self.state)
         if folder is None:
-            self._event(
-                console, "save_failed", f"step {self.state.step}: the checkpoint could not be written; training goes on"
-            )
-            return
+            step = self.state.step
+            self._event("save_failed", f"step {step}: the checkpoint could not be written; older ones are whole", step)
+            return False
         self._saved_step = self.state.step
-        console.say(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
+        self._console.say(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
+        return True
 
-    def _event(self, console: RunConsole, event: str, text: str) -> None:
+    def _event(self, event: str, text: str, step: int) -> None:
         if self.metrics is not None:
-            self.metrics.write({"event": event, "step": self.state.step, "time": time.time()})
-        console.say(f"warning: {text}")
+            self.metrics.write({"event": event, "step": step, "time": time.time()})
+        self._console.say(f"warning: {text}")

@@ -16,11 +16,17 @@ Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 
+def keeper(names: list[str], data_size: int) -> dict[str, int]:
+    """Data rank that keeps and writes each parameter: they take turns, so that no rank holds all."""
+    return {name: number % data_size for number, name in enumerate(sorted(names))}
+
+
 class MasterState:
     """Reads and writes what an optimizer step changes. Parameters are this rank's tensor shard, unpartitioned."""
 
-    def __init__(self, engine: Any, optimizer: AdamW) -> None:
-        self._engine, self._optimizer = engine, optimizer
+    def __init__(self, engine: Any, optimizer: AdamW, frozen: dict[str, Tensor] | None = None) -> None:
+        """frozen: fp32 copies of the frozen weights that this data rank keeps, where the model computes in bf16."""
+        self._engine, self._optimizer, self._frozen = engine, optimizer, frozen
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
         self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
@@ -49,9 +55,11 @@ class MasterState:
 
     @torch.no_grad()
     def read(self, name: str, kind: Kind) -> Tensor:
-        """The whole local parameter's master weight or moment, fp32 (a frozen weight in its own type)."""
+        """The whole local parameter's master weight or moment, fp32; undefined for a frozen one kept elsewhere."""
         parameter = self.parameters[name]
         if not parameter.requires_grad:
+            if self._frozen is not None:  # the rank that keeps it is the rank that writes it
+                return self._frozen.get(name, parameter.data)
             return self._read_frozen(parameter)
         if self._stage == 0:
             return self._plain(parameter, kind)
@@ -68,6 +76,8 @@ class MasterState:
         """Replaces a whole local parameter's master weight or moment; call `refresh` after the last one."""
         parameter = self.parameters[name]
         if not parameter.requires_grad:
+            if self._frozen is not None and name in self._frozen:
+                self._frozen[name] = value.to("cpu", torch.float32, copy=True)
             self._write_frozen(parameter, value)
         elif self._stage == 0:
             self._plain(parameter, kind).copy_(value)

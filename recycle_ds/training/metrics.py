@@ -23,10 +23,13 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line: floats unrounded. Non-finite numbers are written as JSON's extension NaN, as Python reads it back."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None and "step" in record and "event" not in record:
-            self._mirror(record)
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if self._board is not None and "step" in record and "event" not in record:
+                self._mirror(record)
+        except OSError as error:  # a log is no reason to lose the run
+            print(f"warning: {self._path}: this line is lost: {error}", flush=True)
 
     def close(self) -> None:
         """Writes what is buffered."""

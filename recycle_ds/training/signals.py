@@ -6,18 +6,18 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+STOP_SIGNALS = ("SIGINT", "SIGTERM")
+
 
 class StopRequest:
     """While entered, SIGINT and SIGTERM set `reason` instead of ending the process. Any number of signals is one request."""
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self._SIGNALS:
+        for number in (signal.Signals[name] for name in STOP_SIGNALS):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -25,7 +25,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed from C
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:

@@ -150,6 +150,11 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
     assert len(saved) == 1, log
     assert read_manifest(saved[0]).step == steps_of(tmp_path)[-1]["step"] >= 4
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    step = steps_of(tmp_path)[-1]["step"]
+    config = tiny_run(corpus, tmp_path, training__steps=100_000, training__stop_at=step + 2)
+    again = start(deepspeed(), config, tmp_path)
+    assert finish(again, tmp_path) == 0, (tmp_path / "run.log").read_text()
+    assert [record["step"] for record in steps_of(tmp_path)] == list(range(1, step + 3))
 
 
 def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:

@@ -50,3 +50,23 @@ def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, in
     finally:
         loop.Trainer._step = original  # type: ignore[method-assign]
     return endings
+
+
+def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -> str:
+    """Like `run_all` for one configuration; the disk of rank 1 is full when the checkpoint of `step` is written."""
+    import errno
+
+    from recycle_ds.checkpoint import writing
+
+    original = writing.save_file
+
+    def full(tensors: Any, path: str) -> None:
+        if rank == 1 and f"step-{step:08d}" in path:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        original(tensors, path)
+
+    writing.save_file = full
+    try:
+        return run_all(rank, world_size, [config])[0]
+    finally:
+        writing.save_file = original

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from recycle_ds.checkpoint import CheckpointError, load_model
+from recycle_ds.checkpoint.lock import RunLock
 from recycle_ds.checkpoint.manifest import read_manifest
 from recycle_ds.checkpoint.reading import TensorReader
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
-from tests.parallel.ranks import run_all, run_poisoned
-from tests.runs import figures, make_corpus, read_metrics, tiny_run, zero
+from tests.parallel.ranks import run_all, run_on_full_disk, run_poisoned
+from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("zero0", {"deepspeed": zero(0)}),
@@ -82,10 +86,14 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> 
     assert all(left[key].equal(right[key]) for key in left)
 
 
-def test_the_run_started_over_would_differ(runs: Runs) -> None:
-    """The comparison above passing for a run that began again instead of resuming."""
-    rows = figures(runs.root / "zero1" / "whole")
-    assert rows[3:] != rows[:3]
+def test_a_run_that_starts_over_differs(runs: Runs) -> None:
+    """The comparison above passing for a run that began again instead of resuming: here one does, and must not equal."""
+    again = runs.root / "again"
+    shutil.copytree(runs.root / "zero1" / "parts", again)
+    shutil.rmtree(again / "checkpoints")
+    assert run_ranks(run_all, 1, [runs.config("again", training__steps=3)]) == [["finished"]]
+    assert figures(again) != figures(runs.root / "zero1" / "whole")[3:]
+    assert not [record for record in read_metrics(again) if "event" in record]
 
 
 def test_resume_at_another_layout(runs: Runs) -> None:
@@ -115,23 +123,34 @@ def test_refusals_and_fallback(runs: Runs) -> None:
         (folder / "manifest.json").write_text("{")
     stray = damaged / "checkpoints" / ".tmp-step-00000009"
     stray.mkdir()
+    other = make_corpus(runs.root / "other_corpus", seed=6)
+    moved = runs.root / "moved_corpus"
+    shutil.copytree(runs.corpus, moved)
     configs = [
         runs.config("zero1/parts", model__hidden=64),
         runs.config("zero1/parts", training__seed=1),
         runs.config("zero1/parts", training__global_batch_size=4),
+        runs.config(
+            "zero1/parts", data__tokenizer=str(other / "tokenizer.json"), data__train=[{"path": str(other / "train")}]
+        ),
+        runs.config("zero1/parts", training__steps=4),
         runs.config("ruined"),
-        runs.config("damaged"),
+        runs.config("damaged", training__keep_checkpoints=1, data__train=[{"path": str(moved / "train")}]),
     ]
     endings = run_ranks(run_all, 2, configs, timeout=200)
     assert endings[0] == endings[1], "ranks must agree, or some would wait for ever"
-    hidden, seed, batch, none_whole, fallen_back = endings[0]
+    hidden, seed, batch, data, beyond, none_whole, fallen_back = endings[0]
     assert "model.hidden was 48 and is 64" in hidden
     assert "training.seed was 1234 and is 1" in seed
     assert "training.global_batch_size was 8 and is 4" in batch
+    assert "data.tokenizer" in data and "another tokenizer" in data
+    assert "at step 6" in beyond and "training.steps (4)" in beyond
     assert "none is whole" in none_whole
     assert fallen_back == "finished"
     assert figures(damaged) == figures(source)
     assert not stray.exists()
+    # the damaged folder was replaced by a whole one, and pruning spared what was just saved
+    assert load_model(str(damaged)).step == 6
 
 
 def test_init_from_takes_weights_and_makes_a_module(runs: Runs) -> None:
@@ -168,17 +187,49 @@ def test_non_finite_steps(runs: Runs) -> None:
         skip = runs.config(f"nan{stage}_skip", deepspeed=zero(stage), training__nonfinite="skip")
         stop = runs.config(f"nan{stage}_stop", deepspeed=zero(stage))
         cases += [(skip, 3, 1), (stop, 3, 1)]
+    for stage in (0, 1, 2, 3):
+        bf16 = runs.config(
+            f"nan{stage}_bf16", deepspeed=zero(stage), training__nonfinite="skip", training__dtype="bf16"
+        )
+        cases.append((bf16, 3, 0))
     endings = run_ranks(run_poisoned, 2, cases, timeout=300)
     assert endings[0] == endings[1]
-    for stage, skipped, stopped in zip((0, 1, 3), endings[0][::2], endings[0][1::2], strict=True):
+    assert endings[0][6:] == ["finished"] * 4
+    for stage in (0, 1, 2, 3):
+        manifest = read_manifest(runs.root / f"nan{stage}_bf16/checkpoints/step-00000006")
+        assert (manifest.adam_step, manifest.skipped) == (5, 1)
+        figure = steps_of(runs.root / f"nan{stage}_bf16")
+        assert not math.isfinite(figure[2]["loss"]) and math.isfinite(figure[3]["loss"])
+    for stage, skipped, stopped in zip((0, 1, 3), endings[0][:6:2], endings[0][1:6:2], strict=True):
         assert skipped == "finished"
         assert "step 3" in stopped and "not finite" in stopped and "training.nonfinite=skip" in stopped
+        kept = read_manifest(runs.root / f"nan{stage}_stop/checkpoints/step-00000002")
+        assert (kept.step, kept.adam_step) == (2, 2), "what came before the bad step must not be lost"
         events = [r for r in read_metrics(runs.root / f"nan{stage}_skip") if r.get("event") == "skipped_step"]
         assert [event["step"] for event in events] == [3]
         manifest = read_manifest(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
         assert (manifest.step, manifest.adam_step, manifest.skipped) == (6, 5, 1)
         weights = tensors(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
         assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_full_disk_is_told(runs: Runs) -> None:
+    """A last checkpoint that could not be written, on one rank of two, reported as success; half a checkpoint left behind."""
+    endings = run_ranks(run_on_full_disk, 2, runs.config("full", training__save_every=4), 6)
+    assert endings[0] == endings[1]
+    assert "step 6: the last checkpoint could not be written" in endings[0] and "goes on from step 4" in endings[0]
+    root = runs.root / "full" / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000004"]
+    assert read_manifest(root / "step-00000004").step == 4
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Two runs that write into one folder, each removing the other's unfinished checkpoints."""
+    lock = RunLock(tmp_path)
+    with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()
 
 
 def test_checkpoint_holds_what_it_says(runs: Runs) -> None:

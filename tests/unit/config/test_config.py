@@ -48,12 +48,15 @@ def test_overrides_are_applied_in_order_and_typed() -> None:
         ("training.steps=abc", ["training.steps='abc'", "valid integer"]),
         ("training.steps=2.5", ["training.steps=2.5"]),
         ("training.steps=0", ["training.steps=0", "greater than 0"]),
+        ("training.steps=true", ["training.steps", "True is not a number"]),
+        ("training.decay_steps=5", ["training.decay_steps", "wsd"]),
+        ("data.validation=[]", ["training.eval_every (100)", "data.validation"]),
         ("training.learning_rate=.nan", ["training.learning_rate=nan"]),
-        ("model.hidden=130", ["hidden (130)", "heads (4)"]),
-        ("model.kv_heads=3", ["heads (4)", "kv_heads (3)"]),
-        ("training.global_batch_size=12", ["global_batch_size (12)", "micro_batch_size (8)"]),
+        ("model.hidden=130", ["hidden (130)", "heads (3)"]),
+        ("model.kv_heads=2", ["heads (3)", "kv_heads (2)"]),
+        ("training.global_batch_size=10", ["global_batch_size (10)", "micro_batch_size (4)"]),
         ("training.seq_length=4096", ["seq_length (4096)", "max_positions (512)"]),
-        ("parallel.tensor=3", ["heads (4)", "tensor (3)"]),
+        ("parallel.tensor=2", ["heads (3)", "tensor (2)"]),
         ("recycle.gradient=both", ["recycle.gradient='both'", "'detached'"]),
         ("training", ["expected section.key=value"]),
         ("data.train.5.weight=1", ["'5' is not an element of a list of 1"]),
@@ -82,7 +85,12 @@ def test_saved_config_loads_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("run_dir: a\nrun_dir: b", "given twice")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected a mapping"),
+        ("run_dir: a\nrun_dir: b", "given twice"),
+        ("[1, 2]: a", "no name"),
+    ],
 )
 def test_broken_files(tmp_path: Path, text: str, part: str) -> None:
     """A broken file reported by a traceback, or a doubled key of which one value is silently dropped."""
@@ -106,9 +114,16 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
     [
         ({"zero_optimisation": {"stage": 3}}, ["unknown key 'zero_optimisation'", "'zero_optimization'"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer' is not set here", "training.learning_rate"]),
-        ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "16"]),
+        ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "makes it 8"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "training.dtype"]),
         ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
+        ({"zero_optimization": 3}, ["zero_optimization=3: must be an object"]),
+        ({"bf16": True}, ["bf16=True: must be an object"]),
+        ({"zero_optimization": {"stage": 1, "overlap_com": True}}, ["zero_optimization.overlap_com", "'overlap_comm'"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm is not supported"]),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": True}}, ["training.nonfinite"]),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, ["needs ZeRO 2 or 3", "zero2.json"]),
+        ({"activation_checkpointing": {}}, ["set training.activation_checkpointing"]),
     ],
 )
 def test_deepspeed_file_has_one_route(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:
@@ -125,6 +140,14 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path)}", "training.micro_batch_size=2"])
     tree = resolve_deepspeed(config, 2)
     assert "auto" not in json.dumps(tree)
-    assert tree["gradient_accumulation_steps"] * 2 * 2 == tree["train_batch_size"] == 16
-    with pytest.raises(ConfigError, match=r"global_batch_size \(16\).*micro_batch_size \(2\).*ranks \(3\) = 6"):
+    assert tree["gradient_accumulation_steps"] * 2 * 2 == tree["train_batch_size"] == 8
+    with pytest.raises(ConfigError, match=r"global_batch_size \(8\).*micro_batch_size \(2\).*ranks \(3\) = 6"):
         resolve_deepspeed(config, 3)
+
+
+def test_merge_keys_of_yaml(tmp_path: Path) -> None:
+    """`<<: *defaults`, which people use to share settings, taken for a key of that name or for a doubled key."""
+    text = (RUNS / "demo.yaml").read_text().replace("training:\n", "training:\n  <<: {log_every: 7, steps: 9}\n")
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_config(tmp_path / "run.yaml")
+    assert config.training.log_every == 7 and config.training.steps == load_config(RUNS / "demo.yaml").training.steps

@@ -1,0 +1,49 @@
+"""Perplexity over whole documents: every token counted once, whatever is left over at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.evaluation.perplexity import EvaluationError, evaluate_documents
+from recycle_ds.model import RecycleGPT, build_model
+
+
+@pytest.fixture(scope="module")
+def model() -> RecycleGPT:
+    config = ModelConfig(
+        layers=1, hidden=32, heads=2, kv_heads=1, ffn=48, vocab_size=60, max_positions=64, init_std=0.2
+    )
+    return build_model(config, RecycleConfig(depth=3), seed=1).eval()
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_leftovers_of_any_length(model: RecycleGPT, length: int) -> None:
+    """A last sequence shorter than the module's depth that crashes, or whose tokens are not counted."""
+    result = evaluate_documents(model, [list(range(1, length + 1))], 0, seq_length=8, batch_size=2)
+    assert result.tokens == length
+    assert len(result.recycle_loss) == len(result.acceptance) == 3
+
+
+def test_loss_equals_the_plain_one(model: RecycleGPT) -> None:
+    """Documents that see each other, or a loss averaged over sequences instead of tokens."""
+    generator = torch.Generator().manual_seed(5)
+    documents = [torch.randint(1, 60, (size,), generator=generator).tolist() for size in (5, 9, 3, 6)]
+    result = evaluate_documents(model, documents, 0, seq_length=40, batch_size=2)
+    losses = []
+    with torch.no_grad():
+        for document in documents:
+            ids = torch.tensor([[*document, 0]])
+            logits = model.logits(model.decode(ids, model.new_cache(1, 20)))[:-1, 0]
+            losses.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses)
+    assert result.tokens == len(expected)
+    assert result.loss == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_nothing_to_predict(model: RecycleGPT) -> None:
+    """An empty text reported as a perplexity."""
+    with pytest.raises(EvaluationError, match="nothing to predict"):
+        evaluate_documents(model, [], 0, seq_length=8, batch_size=2)
