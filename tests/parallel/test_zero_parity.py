@@ -82,10 +82,10 @@ def curves(root: Path) -> Iterator[dict[str, list[list[float]]]]:
     yield found
 
 
-def assert_equal(mine: list[list[float]], reference: list[list[float]], relative: float = 1e-5) -> None:
+def assert_equal(mine: list[list[float]], reference: list[list[float]]) -> None:
     assert len(mine) == len(reference) == 5
     for step, (left, right) in enumerate(zip(mine, reference, strict=True), start=1):
-        assert left == pytest.approx(right, rel=relative), f"step {step}: {left} instead of {right}"
+        assert left == pytest.approx(right, rel=1e-5), f"step {step}: {left} instead of {right}"
 
 
 @pytest.mark.parametrize("name", [name for name, _ in CASES if "bf16" not in name])
@@ -97,7 +97,10 @@ def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: s
 @pytest.mark.parametrize("name", ["bf16_zero0", "bf16_zero1", "bf16_zero2", "bf16_zero3", "tensor2_zero3_bf16"])
 def test_bf16_stays_within_its_rounding(curves: dict[str, list[list[float]]], name: str) -> None:
     """A stage whose bf16 gradients or fp32 masters go wrong by more than bf16 rounds."""
-    assert_equal(curves[f"2/{name}"], curves["1/bf16"], relative=2e-2)
+    for mine, reference in zip(curves[f"2/{name}"], curves["1/bf16"], strict=True):
+        assert mine[:-1] == pytest.approx(reference[:-1], rel=2e-3)
+        # a norm squares the roundings of every gradient, and tensor ranks round each partial sum once more
+        assert mine[-1] == pytest.approx(reference[-1], rel=5e-2)
 
 
 def test_losses_fall(curves: dict[str, list[list[float]]]) -> None:
