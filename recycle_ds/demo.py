@@ -136,6 +136,9 @@ def _free_port() -> int:
 
 def decode(config: RunConfig, run_dir: Path) -> None:
     """Decodes held-out prompts in the three modes, prints the table, draws the plots."""
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()  # before what warns on import
     from recycle_ds.inference.bench import BenchSettings, bench_model, print_result, write_report
     from recycle_ds.inference.plots import plot_decoding
     from recycle_ds.training.plots import plot_loss

@@ -28,6 +28,9 @@ def evaluate(
     """Print the perplexity of a model's backbone on a text, and the losses and acceptance of its recycle module."""
     from itertools import islice
 
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()  # before what warns on import
     from recycle_ds.checkpoint import load_model
     from recycle_ds.config import ConfigError
     from recycle_ds.data.sources import read_documents

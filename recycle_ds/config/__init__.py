@@ -3,15 +3,12 @@
 from recycle_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
 from recycle_ds.config.errors import ConfigError, RecycleError
 from recycle_ds.config.loading import load_config, parse_config, save_config
+from recycle_ds.config.model_sections import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
 from recycle_ds.config.schema import (
     DataConfig,
-    ModelConfig,
     ParallelConfig,
     PrepareConfig,
     ProfileConfig,
-    RecycleConfig,
-    RopeConfig,
-    RopeScaling,
     RunConfig,
     TokenSource,
     TrainingConfig,

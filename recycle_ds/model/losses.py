@@ -19,10 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from recycle_ds.data.targets import IGNORE
 from recycle_ds.parallel.mesh import Axis
-
-IGNORE = -100
-"""Target of a row that counts for nothing."""
 
 
 @dataclass(frozen=True)

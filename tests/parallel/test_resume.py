@@ -223,6 +223,33 @@ def test_a_full_disk_is_told(runs: Runs) -> None:
     assert read_manifest(root / "step-00000004").step == 4
 
 
+def test_a_run_leaves_its_trace_evaluations_and_newest_checkpoints(runs: Runs) -> None:
+    """Steps not traced, evaluations that differ between one rank and two, checkpoints kept beyond those asked for."""
+    change = {
+        "training__profile": {"start": 2, "end": 3}, "training__eval_every": 3, "training__save_every": 1,
+        "training__keep_checkpoints": 2, "training__eval_batches": 1, "recycle__start_step": 2, "recycle__warmup_steps": 2,
+    }  # fmt: skip
+    assert run_ranks(run_all, 2, [runs.config("kept/2", **change)]) == [["finished"], ["finished"]]
+    assert run_ranks(run_all, 1, [runs.config("kept/1", **change)]) == [["finished"]]
+    folder = runs.root / "kept/2"
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["latest", "step-00000005", "step-00000006"]
+    for rank in (0, 1):
+        trace = json.loads((folder / "profile" / f"rank-0000{rank}.json").read_text())
+        names = {event.get("name", "") for event in trace["traceEvents"]}
+        assert any("mm" in name for name in names)
+    evaluations = [
+        [record for record in read_metrics(runs.root / f"kept/{n}") if "eval_loss" in record] for n in (1, 2)
+    ]
+    assert [record["step"] for record in evaluations[1]] == [3, 6]
+    for one, two in zip(*evaluations, strict=True):
+        assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+        assert two["eval_recycle_loss"] == pytest.approx(one["eval_recycle_loss"], rel=1e-5)
+        assert two["eval_acceptance"] == pytest.approx(one["eval_acceptance"], abs=0.02)
+    rows = steps_of(folder)
+    assert [row["loss"] == row["backbone_loss"] for row in rows] == [True, True, False, False, False, False]
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     """Two runs that write into one folder, each removing the other's unfinished checkpoints."""
     lock = RunLock(tmp_path)

@@ -1,0 +1,112 @@
+"""The model's part of the configuration: backbone, rotary embedding and recycle module."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from recycle_ds.config.section import NonNegative, Positive, Section
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length the model was first trained on."""
+
+    kind: Literal["linear", "llama3"]
+    """`linear`: all frequencies divided by `factor`. `llama3`: low ones divided, high ones kept, a ramp between."""
+    factor: Annotated[float, Field(ge=1.0)]
+    """How many times longer the context becomes."""
+    low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
+    """llama3: wavelengths above original_positions / this are divided by `factor`."""
+    high_frequency_factor: Annotated[float, Field(gt=0)] = 4.0
+    """llama3: wavelengths below original_positions / this are kept."""
+    original_positions: Positive = 8192
+    """llama3: context length, in tokens, before scaling."""
+
+    @model_validator(mode="after")
+    def _ramp_has_a_width(self) -> RopeScaling:
+        if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor ({self.high_frequency_factor}) must be above "
+                f"low_frequency_factor ({self.low_frequency_factor})"
+            )
+        return self
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated as in LLaMA."""
+
+    theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: RopeScaling | None = None
+    """Context extension, none by default."""
+
+
+class ModelConfig(Section):
+    """The backbone: a LLaMA-type decoder. Sizes are those of the whole model, before any sharding."""
+
+    layers: Positive
+    """Transformer blocks."""
+    hidden: Positive
+    """Width of the residual stream."""
+    heads: Positive
+    """Query heads."""
+    kv_heads: Positive
+    """Key and value heads; fewer than `heads` means grouped-query attention."""
+    head_dim: Positive | None = None
+    """Width of a head; hidden / heads if not given."""
+    ffn: Positive
+    """Inner width of the SwiGLU feed-forward."""
+    vocab_size: Positive | None = None
+    """Tokens in the vocabulary; taken from the tokenizer if not given."""
+    vocab_multiple: Positive = 64
+    """The embedding is padded to a multiple of this times parallel.tensor; padding is never predicted nor saved."""
+    max_positions: Positive = 2048
+    """Longest context, in tokens."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary embedding."""
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of initial weights; projections back into the residual stream get init_std / sqrt(2 layers)."""
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width of one head, in channels."""
+        return self.head_dim if self.head_dim is not None else self.hidden // self.heads
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be divisible by heads ({self.heads}), or head_dim given")
+        if self.dim_per_head % 2:
+            raise ValueError(
+                f"the head width ({self.dim_per_head}) must be even for rotary embeddings; change head_dim"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})")
+        return self
+
+
+class RecycleConfig(Section):
+    """The recycle module (RecycleGPT, arXiv 2308.03421): its size, and how it is trained."""
+
+    layers: NonNegative = 1
+    """Blocks in the module; 0 trains a plain language model."""
+    depth: Positive = 1
+    """K: tokens ahead that the module is unrolled for in training. 1 is the paper."""
+    loss_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Lambda: weight of the mean recycle loss against the backbone's."""
+    depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Depth k weighs depth_decay^(k-1), normalised over depths."""
+    gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
+    """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
+    the module trains."""
+    start_step: NonNegative = 0
+    """Steps before the recycle loss begins to count."""
+    warmup_steps: NonNegative = 0
+    """Steps over which its weight then rises linearly to `loss_weight`."""

@@ -1,0 +1,32 @@
+"""What every section of the configuration shares."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def no_bool(value: object) -> object:
+    """YAML's yes, on and true are 1 to Python, and never what was meant by a number."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(no_bool), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """One mapping of the YAML file: immutable, unknown keys are errors, a field's doc is the line under it."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        coerce_numbers_to_str=False,
+    )
