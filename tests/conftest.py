@@ -28,6 +28,10 @@ atexit.register(shutil.rmtree, _EXTENSIONS, ignore_errors=True)
 _MARK = uuid.uuid4().hex
 os.environ["RECYCLE_TEST_SESSION"] = _MARK
 
+# A shell that runs the suite in the background starts it with SIGINT ignored, and every process below would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 

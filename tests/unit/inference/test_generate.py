@@ -198,6 +198,7 @@ def test_several_ranks_are_refused_once(generate: Generate, monkeypatch: pytest.
         ("1", ""),
     ):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         outcome = generate("--prompt", "a", f"--local_rank={rank}")
         assert (outcome.code, outcome.out, outcome.err) == (2, "", expected)
 
