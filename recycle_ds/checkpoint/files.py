@@ -10,15 +10,7 @@ from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.manifest import FileEntry
-
-
-def fsync(path: Path) -> None:
-    """Forces a file's contents, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from recycle_ds.data.atomic import flush as fsync
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

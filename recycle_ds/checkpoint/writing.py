@@ -17,11 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recycle_ds.checkpoint.files import describe, fsync, write_json, write_text
+from recycle_ds.checkpoint.files import describe, write_json, write_text
 from recycle_ds.checkpoint.folders import completed, step_folder, step_of
 from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, DataIdentity, FileEntry
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.config import RunConfig
+from recycle_ds.data.atomic import flush as fsync
 from recycle_ds.model.sharding import Piece, pieces
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.master import keeper

@@ -18,9 +18,9 @@ def temporary_name(path: Path) -> Path:
 
 def publish(temporary: Path, path: Path) -> None:
     """Flush `temporary` to disk and give it its final name, replacing an older file; flush the rename too."""
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def publish_together(pairs: Sequence[tuple[Path, Path]]) -> None:
@@ -33,14 +33,14 @@ def publish_together(pairs: Sequence[tuple[Path, Path]]) -> None:
         pairs: temporary and final path of each file, all in one folder.
     """
     for temporary, _ in pairs:
-        _flush(temporary)
+        flush(temporary)
     arrived: list[Path] = []
     try:
         pairs[-1][1].unlink(missing_ok=True)
         for temporary, path in pairs:
             os.replace(temporary, path)
             arrived.append(path)
-        _flush(pairs[-1][1].parent)
+        flush(pairs[-1][1].parent)
     except BaseException:  # Ctrl-C too
         for path in arrived:
             path.unlink(missing_ok=True)
@@ -57,7 +57,8 @@ def write_atomically(path: Path, content: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Force a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

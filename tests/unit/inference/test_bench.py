@@ -189,6 +189,7 @@ def test_a_loss_that_is_not_a_number_is_left_out_of_the_plot(tmp_path: Path) -> 
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     plot_loss(path, tmp_path / "loss.png")
+    assert imread(tmp_path / "loss.png").shape[1] > 1500
 
 
 @pytest.mark.parametrize(
