@@ -46,11 +46,13 @@ def run(config: RunConfig) -> str:
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.agree import on_first_rank
     from recycle_ds.parallel.device import device
-    from recycle_ds.parallel.mesh import build_mesh, check_layout
+    from recycle_ds.parallel.layout import check_node, layout_of
+    from recycle_ds.parallel.mesh import build_mesh
 
     rendezvous.quiet_libraries()
     launch = rendezvous.detect_launch(os.environ)
-    deepspeed_config = resolve_deepspeed(config, check_layout(config.parallel, launch.world_size))
+    check_node(config.parallel, launch.world_size, launch.local_world_size)
+    deepspeed_config = resolve_deepspeed(config, layout_of(config.parallel, launch.world_size).data)
     begun_here = rendezvous.start(launch)
     try:
         mesh = build_mesh(config.parallel)
@@ -136,11 +138,9 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
     config, training = inputs.config, inputs.config.training
-    if mesh.is_first and training.warmup_steps > training.steps:
-        print(
-            f"warning: training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})",
-            flush=True,
-        )
+    if mesh.is_first:
+        for warning in _ignored(config):
+            print(f"warning: {warning}", flush=True)
     with StopRequest() as stop:
         engine = build_engine(config, dict(deepspeed_config), mesh, place)
         state, source = _begin(config, inputs.identity, engine, place)
@@ -161,6 +161,17 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
         finally:
             if metrics is not None:
                 metrics.close()
+
+
+def _ignored(config: RunConfig) -> list[str]:
+    """What the configuration asks for that does nothing."""
+    training, parallel = config.training, config.parallel
+    found = []
+    if training.warmup_steps > training.steps:
+        found.append(f"training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})")
+    if parallel.sequence and parallel.tensor == 1:
+        found.append("parallel.sequence=true does nothing at parallel.tensor=1")
+    return found
 
 
 def _begin(
@@ -218,17 +229,24 @@ def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device
     record = {
         "world_size": mesh.world_size,
         "tensor": mesh.tensor.size,
-        "pipeline": 1,
+        "pipeline": mesh.pipeline.size,
         "data": mesh.data.size,
-        "sequence": False,
-        "ulysses": 1,
+        "sequence": mesh.sequence,
+        "ulysses": mesh.ulysses.size,
         "zero_stage": engine.zero_stage,
         "dtype": config.training.dtype,
         "parameters": total,
         "parameters_per_rank": [int(count) for count in counts],
     }
     write_json(Path(config.run_dir) / "run.json", record)
-    layout = f"tensor {mesh.tensor.size} x data {mesh.data.size}, ZeRO {engine.zero_stage}, {config.training.dtype}"
+    degrees = {
+        f"tensor {mesh.tensor.size}{' (sequence-parallel)' if mesh.sequence else ''}": True,
+        f"pipeline {mesh.pipeline.size}": mesh.pipeline.size > 1,
+        f"ulysses {mesh.ulysses.size}": mesh.ulysses.size > 1,
+        f"data {mesh.data.size}": True,
+    }
+    shown = " x ".join(text for text, wanted in degrees.items() if wanted)
+    layout = f"{shown}, ZeRO {engine.zero_stage}, {config.training.dtype}"
     print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {place.type}: {layout}", flush=True)
 
 

@@ -16,7 +16,8 @@ from recycle_ds.checkpoint.folders import completed, find_checkpoint
 from recycle_ds.checkpoint.manifest import DataIdentity, Manifest, read_manifest
 from recycle_ds.checkpoint.reading import TensorReader
 from recycle_ds.config import RunConfig
-from recycle_ds.model.sharding import canonical_shapes, pieces
+from recycle_ds.model.build import whole_shapes
+from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
@@ -125,7 +126,8 @@ def _load_tensors(
 ) -> list[str]:
     master = engine.master
     table = pieces(engine.model, engine.mesh)
-    missing = check_tensors(canonical_shapes(table), reader, may_lack)
+    # against the whole model: a pipeline stage knows its own part only
+    missing = check_tensors(whole_shapes(engine.model.config, engine.model.recycle_config), reader, may_lack)
     lacking = set(missing)
     for name in sorted(master.parameters):
         if any(piece.name in lacking for piece in table[name]):

@@ -23,7 +23,7 @@ from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, DataIdenti
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.config import RunConfig
 from recycle_ds.data.atomic import flush as fsync
-from recycle_ds.model.sharding import Piece, pieces
+from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.master import keeper
 from recycle_ds.training.state import TrainingState
@@ -98,8 +98,8 @@ class PortableCheckpointer:
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
         fault: str | None = None
-        for name, rank in keeper(list(master.parameters), mesh.data.size).items():
-            mine = rank == mesh.data.rank
+        for name, rank in keeper(list(master.parameters), mesh.replicas.size).items():
+            mine = rank == mesh.replicas.rank and not is_copy(name, mesh)
             for kind in master.kinds(name):
                 value = master.read(name, kind)
                 for piece in table[name] if mine and fault is None else ():
@@ -151,6 +151,8 @@ class PortableCheckpointer:
             "layout": {
                 "world_size": mesh.world_size,
                 "tensor": mesh.tensor.size,
+                "pipeline": mesh.pipeline.size,
+                "ulysses": mesh.ulysses.size,
                 "data": mesh.data.size,
                 "zero_stage": self._engine.zero_stage,
             },

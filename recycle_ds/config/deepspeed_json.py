@@ -162,11 +162,13 @@ def zero_stage(tree: Mapping[str, Any]) -> int:
 def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     """The JSON of `config.deepspeed` with every "auto" filled in.
 
-    data_size is the number of data-parallel ranks. Clipping is done by recycle_ds (by part under detached gradients), so
-    DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run config, and for a batch that does not
-    divide.
+    data_size is the number of ranks that read different samples. To DeepSpeed Ulysses ranks, which hold the same weights, are
+    data-parallel as well, so the batch it is told of counts a sample once for each of them. Clipping is done by recycle_ds (by
+    part under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run
+    config, for a batch that does not divide, and for what does not go together with a pipeline.
     """
     tree = load_deepspeed_json(config.deepspeed)
+    _check_layout(config, tree)
     training = config.training
     per_pass = training.micro_batch_size * data_size
     if training.global_batch_size % per_pass:
@@ -182,6 +184,7 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     }
     for key, (value, owner) in owned.items():
         tree[key] = _own(config.deepspeed, key, tree.get(key, AUTO), value, owner)
+    tree["train_batch_size"] *= config.parallel.ulysses
     bf16 = dict(tree.get("bf16") or {})
     bf16["enabled"] = _own(
         config.deepspeed, "bf16.enabled", bf16.get("enabled", AUTO), training.dtype == "bf16", "training.dtype"
@@ -195,8 +198,32 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     # The optimizer passed to DeepSpeed is a subclass of torch's AdamW that only adds the clipping factor.
     tree["zero_allow_untested_optimizer"] = True
     tree["zero_force_ds_cpu_optimizer"] = False
+    # stages compute from their own copy of the batch, and checkpoint their blocks themselves
+    tree["pipeline"] = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
     tree.setdefault("steps_per_print", 2**31 - 1)
     return tree
+
+
+def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
+    """Refuses what DeepSpeed cannot combine with a pipeline."""
+    stages, stage = config.parallel.pipeline, zero_stage(tree)
+    if stages == 1:
+        return
+    if stage > 1:
+        raise ConfigError(
+            f"{config.deepspeed}: ZeRO {stage} does not work with parallel.pipeline={stages}, since it partitions gradients "
+            "that a pipeline still adds up over its micro-batches: use pipeline.json (ZeRO 1), or parallel.tensor instead "
+            "of parallel.pipeline"
+        )
+    if config.recycle.gradient == "frozen_backbone":
+        raise ConfigError(
+            f"recycle.gradient=frozen_backbone trains the last stage only, which parallel.pipeline={stages} would leave "
+            "the others waiting for: use parallel.tensor and ZeRO 3"
+        )
+    if config.training.compile:
+        raise ConfigError(
+            f"training.compile=true does not work with parallel.pipeline={stages}: leave it false, or use parallel.tensor"
+        )
 
 
 def _own(path: str, key: str, given: Any, value: Any, owner: str) -> Any:

@@ -24,7 +24,16 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Megatron sequence parallelism: norms and residuals sharded over the tensor group."""
     ulysses: Positive = 1
-    """DeepSpeed Ulysses degree: attention over sequences split across ranks."""
+    """DeepSpeed Ulysses degree: sequences split over ranks, attention over heads; divides heads and kv_heads."""
+
+    @model_validator(mode="after")
+    def _combinable(self) -> ParallelConfig:
+        if self.ulysses > 1 and self.tensor * self.pipeline > 1:
+            raise ValueError(
+                f"ulysses ({self.ulysses}) needs tensor=1 and pipeline=1, not tensor={self.tensor}, pipeline={self.pipeline}: "
+                "both split the heads; combine it with ZeRO"
+            )
+        return self
 
 
 class ProfileConfig(Section):
@@ -166,7 +175,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        model, training, recycle, tensor = self.model, self.training, self.recycle, self.parallel.tensor
+        model, training, recycle = self.model, self.training, self.recycle
         if training.seq_length > model.max_positions:
             raise ValueError(
                 f"training.seq_length ({training.seq_length}) exceeds model.max_positions ({model.max_positions})"
@@ -182,11 +191,7 @@ class RunConfig(Section):
             )
         if recycle.layers == 0 and recycle.gradient != "joint":
             raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
-        for name in ("heads", "kv_heads", "ffn", "hidden"):
-            if getattr(model, name) % tensor:
-                raise ValueError(
-                    f"model.{name} ({getattr(model, name)}) must be divisible by parallel.tensor ({tensor})"
-                )
+        self._divides()
         if training.decay_steps is not None and training.schedule != "wsd":
             raise ValueError(f"training.decay_steps belongs to training.schedule=wsd, not to {training.schedule}")
         if training.profile is not None and training.profile.start > training.steps:
@@ -195,9 +200,21 @@ class RunConfig(Section):
             )
         if training.eval_every and not self.data.validation:
             raise ValueError(f"training.eval_every ({training.eval_every}) needs token files in data.validation")
-        if self.parallel.sequence and training.seq_length % tensor:
-            raise ValueError(
-                f"training.seq_length ({training.seq_length}) must be divisible by parallel.tensor ({tensor}) "
-                "when parallel.sequence is on"
-            )
         return self
+
+    def _divides(self) -> None:
+        """Raises ValueError with the numbers where a size does not divide over the ranks that split it."""
+        parallel = self.parallel
+        heads = {"model.heads": self.model.heads, "model.kv_heads": self.model.kv_heads}
+        widths = {"model.ffn": self.model.ffn, "model.hidden": self.model.hidden}
+        length = {"training.seq_length": self.training.seq_length}
+        split_by = (
+            ("parallel.tensor", parallel.tensor, heads | widths),
+            ("parallel.ulysses", parallel.ulysses, heads | length),
+            ("parallel.tensor", parallel.tensor, length if parallel.sequence else {}),
+        )
+        for degree_name, degree, sizes in split_by:
+            for name, size in sizes.items():
+                if size % degree:
+                    why = " when parallel.sequence is on" if degree_name == "parallel.tensor" and name in length else ""
+                    raise ValueError(f"{name} ({size}) must be divisible by {degree_name} ({degree}){why}")

@@ -46,6 +46,21 @@ class Batch:
         )
 
 
+    def part(self, rank: int, size: int) -> Batch:
+        """Part `rank` of `size` of every sequence; `documents_BS` stays whole, for attention sees all of it."""
+        if size == 1:
+            return self
+        length = self.tokens_BS.shape[1] // size
+        own = slice(rank * length, (rank + 1) * length)
+        return Batch(
+            tokens_BS=self.tokens_BS[:, own],
+            positions_BS=self.positions_BS[:, own],
+            documents_BS=self.documents_BS,
+            inputs_KBS=self.inputs_KBS[:, :, own],
+            targets_KBS=self.targets_KBS[:, :, own],
+        )
+
+
 class BatchLoader:
     """Cuts global batches of consecutive samples into the micro-batches of one data-parallel rank.
 

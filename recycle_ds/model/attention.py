@@ -15,6 +15,7 @@ from recycle_ds.model.cache import LayerCache
 from recycle_ds.model.layers import ColumnLinear, RowLinear
 from recycle_ds.model.masks import AttentionMask, CachedMask
 from recycle_ds.model.rope import rotate
+from recycle_ds.model.ulysses import to_heads, to_sequence
 from recycle_ds.parallel.mesh import Mesh
 
 KeysValues = tuple[Tensor, Tensor]
@@ -26,6 +27,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig) -> None:
         super().__init__()
         self.channels = config.dim_per_head
+        self.ulysses = mesh.ulysses
         self.heads = config.heads // mesh.tensor.size
         self.kv_heads = config.kv_heads // mesh.tensor.size
         query, kv = config.heads * self.channels, config.kv_heads * self.channels
@@ -39,7 +41,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """Attends within packed sequences; `past` holds the keys and values of the chain's earlier steps.
 
-        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each.
+        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each. With Ulysses the first S is this
+        rank's part of the sequence, the second the whole, of this rank's heads.
         """
         query, key, value = self._project(x_SBD, rotary)
         keys = torch.cat([k for k, _ in past] + [key], dim=2) if past else key
@@ -54,16 +57,20 @@ class Attention(nn.Module):
 
     def _project(self, x_SBD: Tensor, rotary: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, C], keys and values [B, H_kv, S, C], rotated."""
-        length, batch, _ = x_SBD.shape
         heads, kv_heads = self.heads, self.kv_heads
-        mixed = self.query_key_value(x_SBD).view(length, batch, heads + 2 * kv_heads, self.channels)
+        mixed = self.query_key_value(x_SBD)
+        mixed = mixed.view(*mixed.shape[:2], heads + 2 * kv_heads, self.channels)
         unturned, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
-        query, key = rotate(unturned, rotary).permute(1, 2, 0, 3).split((heads, kv_heads), dim=1)
-        return query, key, value.permute(1, 2, 0, 3)
+        query, key = rotate(unturned, rotary).split((heads, kv_heads), dim=2)
+        if self.ulysses.size > 1:
+            query, key, value = to_heads((query, key, value), self.ulysses)
+        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
 
     def _merge(self, mixed_BHSC: Tensor) -> Tensor:
-        batch, heads, length, channels = mixed_BHSC.shape
-        return self.output(mixed_BHSC.permute(2, 0, 1, 3).reshape(length, batch, heads * channels))
+        mixed = mixed_BHSC.permute(2, 0, 1, 3)
+        if self.ulysses.size > 1:
+            mixed = to_sequence(mixed, self.ulysses)
+        return self.output(mixed.reshape(*mixed.shape[:2], -1))
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:

@@ -20,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
         self.attention = Attention(config, mesh, megatron)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
         self.mlp = MLP(config, mesh, megatron)
 
     def forward(

@@ -7,7 +7,17 @@ import torch
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model.initialisation import initialise
 from recycle_ds.model.recyclegpt import RecycleGPT
-from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.model.sharding import canonical_shapes, pieces
+from recycle_ds.parallel.layout import Layout
+from recycle_ds.parallel.mesh import Mesh, virtual_mesh
+
+
+def whole_shapes(config: ModelConfig, recycle: RecycleConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every canonical tensor of the whole model, whatever part of it this rank holds."""
+    mesh = virtual_mesh(Layout(), 0)
+    with torch.device("meta"):
+        model = RecycleGPT(config, recycle, mesh)
+    return canonical_shapes(pieces(model, mesh))
 
 
 def build_model(
@@ -19,10 +29,22 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     checkpoint_blocks: bool = False,
     loss_chunk: int = 1024,
+    seq_length: int | None = None,
 ) -> RecycleGPT:
-    """This rank's part of a model. mesh None is a single process; seed None leaves weights to a checkpoint."""
+    """This rank's part of a model. mesh None is a single process; seed None leaves weights to a checkpoint.
+
+    seq_length is that of training, which decides how blocks are shared out to pipeline stages.
+    """
     mesh = mesh or Mesh()
-    model = RecycleGPT(config, recycle, mesh, dtype=dtype, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk)
+    model = RecycleGPT(
+        config,
+        recycle,
+        mesh,
+        dtype=dtype,
+        checkpoint_blocks=checkpoint_blocks,
+        loss_chunk=loss_chunk,
+        seq_length=seq_length,
+    )
     if seed is not None:
         initialise(model, config, mesh, seed)
     return model

@@ -21,18 +21,37 @@ def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_le
     Under detached gradients the head's weight gradient is not formed for the recycle losses; with a frozen backbone the
     backbone runs forward only.
     """
-    assert config.vocab_size is not None
-    head = config.vocab_size * config.hidden
-    backbone = config.layers * (_block_matrices(config) + _attention(config, seq_length / 2)) + head
     frozen = recycle.layers > 0 and recycle.gradient == "frozen_backbone"
-    total = 2.0 * backbone if frozen else 6.0 * backbone
-    if recycle.layers:
-        stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
-        head_passes = 6 if recycle.gradient == "joint" else 4
-        for step in range(recycle.depth):
-            attention = recycle.layers * _attention(config, seq_length / 2 + step)
-            total += 6.0 * (stack + attention) + head_passes * head
+    backbone = config.layers * block_flops_per_token(config, seq_length) + 6.0 * _head(config)
+    return (backbone / 3 if frozen else backbone) + recycle_flops_per_token(config, recycle, seq_length)
+
+
+def block_flops_per_token(config: ModelConfig, seq_length: int) -> float:
+    """Forward and backward of one token through one block of the backbone."""
+    return 6.0 * (_block_matrices(config) + _attention(config, seq_length / 2))
+
+
+def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
+    """Forward and backward of one token through the recycle module at all its depths, the head's losses included."""
+    if not recycle.layers:
+        return 0.0
+    stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
+    head_passes = 6 if recycle.gradient == "joint" else 4
+    total = 0.0
+    for step in range(recycle.depth):
+        attention = recycle.layers * _attention(config, seq_length / 2 + step)
+        total += 6.0 * (stack + attention) + head_passes * _head(config)
     return total
+
+
+def tail_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
+    """What comes after the last block: the head's loss and the recycle module."""
+    return 6.0 * _head(config) + recycle_flops_per_token(config, recycle, seq_length)
+
+
+def _head(config: ModelConfig) -> int:
+    assert config.vocab_size is not None
+    return config.vocab_size * config.hidden
 
 
 def _block_matrices(config: ModelConfig) -> int:

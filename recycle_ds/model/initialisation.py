@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from recycle_ds.config import ModelConfig
-from recycle_ds.model.sharding import Piece, pieces
+from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.mesh import Mesh
 
 # Projections back into the residual stream, whose sum grows with depth (GPT-2, section 2.3).
@@ -20,19 +21,20 @@ _RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Fills every parameter: norms with 1, biases and vocabulary padding with 0, matrices from N(0, init_std^2)."""
-    table = pieces(model, mesh)
-    for name, parameter in model.named_parameters():
-        fill(parameter, table[name], config, seed)
+    for name, value in initial_values(model, config, mesh, seed):
+        model.get_parameter(name).copy_(value)
 
 
-@torch.no_grad()
-def fill(parameter: Tensor, row: tuple[Piece, ...], config: ModelConfig, seed: int) -> None:
-    """Fills one local parameter from its canonical tensors."""
-    parameter.zero_()
-    for piece in row:
-        full = initial_tensor(piece.name, piece.shape, config, seed)
-        part = full.narrow(piece.axis, piece.start, piece.length)
-        parameter.narrow(piece.axis, piece.local_start, piece.length).copy_(part)
+def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value of this rank's whole local parameters, one at a time; of ZeRO-3's too, which stay partitioned."""
+    for name, row in pieces(model, mesh).items():
+        parameter = model.get_parameter(name)
+        value = torch.zeros(tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        for piece in row:
+            full = initial_tensor(piece.name, piece.shape, config, seed)
+            part = full.narrow(piece.axis, piece.start, piece.length)
+            value.narrow(piece.axis, piece.local_start, piece.length).copy_(part)
+        yield name, value
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

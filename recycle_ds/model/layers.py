@@ -27,6 +27,7 @@ def parallel_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=dtype,
+        sequence_parallel=mesh.sequence,
         gradient_accumulation_fusion=False,
     )
 
@@ -57,7 +58,6 @@ class ColumnLinear(ColumnParallelLinear):
         config: ModelParallelConfig,
         *,
         bias: bool = False,
-        gather_output: bool = False,
     ) -> None:
         super().__init__(
             inputs,
@@ -65,7 +65,7 @@ class ColumnLinear(ColumnParallelLinear):
             config=config,
             init_method=_no_initialisation,
             bias=bias,
-            gather_output=gather_output,
+            gather_output=False,
             tp_group=mesh.tensor.group,
         )
         _mark_sharded(self.weight, 0)
@@ -73,7 +73,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.whole = mesh.tensor.size == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., rows of this rank] ([..., all rows] with gather_output)."""
+        """[S, B, D] to [S, B, rows of this rank]; under sequence parallelism S is this rank's part in, and whole out."""
         if self.whole:
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
@@ -83,7 +83,8 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """y = x W^T with W's columns split over the tensor axis: y = sum_i x_i W_i^T, reduced over the axis."""
+    """y = x W^T with W's columns split over the tensor axis: y = sum_i x_i W_i^T, reduced over the axis (under sequence
+    parallelism reduced and scattered: S whole in, this rank's part out)."""
 
     def __init__(self, inputs: int, outputs: int, mesh: Mesh, config: ModelParallelConfig) -> None:
         super().__init__(
@@ -113,16 +114,25 @@ class VocabEmbedding(VocabParallelEmbedding):
     """Token embedding with the (padded) vocabulary split over the tensor axis; also the weight of a tied head."""
 
     def __init__(self, vocab_size: int, padded_vocab: int, width: int, mesh: Mesh, config: ModelParallelConfig) -> None:
-        super().__init__(padded_vocab, width, init_method=_no_initialisation, config=config, tp_group=mesh.tensor.group)
+        super().__init__(
+            padded_vocab,
+            width,
+            init_method=_no_initialisation,
+            reduce_scatter_embeddings=mesh.sequence,
+            config=config,
+            tp_group=mesh.tensor.group,
+        )
         _mark_sharded(self.weight, 0)
         self.vocab_size = vocab_size
         self.whole = mesh.tensor.size == 1
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[...] token ids to [..., D]."""
+    def forward(self, tokens_SB: Tensor) -> Tensor:
+        """[S, B] token ids to [S, B, D]; under sequence parallelism to this rank's part of S."""
         if self.whole:
-            return F.embedding(tokens, self.weight)
-        return super().forward(tokens)
+            return F.embedding(tokens_SB, self.weight)
+        if self.reduce_scatter_embeddings:  # megatron-core transposes what it scatters
+            tokens_SB = tokens_SB.t()
+        return super().forward(tokens_SB)
 
 
 class OutputHead(ColumnLinear):

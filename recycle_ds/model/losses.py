@@ -6,6 +6,9 @@ chunk (logits, gradient of the states, gradient of the head); recomputing logits
 
 The vocabulary may be split over the tensor axis (Megatron-LM, arXiv 1909.08053, section 3): only the row's maximum, its sum of
 exponentials and its target's logit travel. Rows added to the vocabulary as padding are never predicted.
+
+Under sequence parallelism each tensor rank holds the states of its part of the sequence. A chunk then gathers some rows of
+every rank, which are not neighbours in the sequence; targets and results are picked alike.
 """
 
 from __future__ import annotations
@@ -25,18 +28,26 @@ from recycle_ds.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The rows of the output head on this rank: vocabulary [first, first + rows), of which `valid` are no padding."""
+    """The rows of the output head on this rank: vocabulary [first, first + rows), of which `valid` are no padding.
+
+    scattered: whether this rank has the states of its part of the sequence only (sequence parallelism).
+    """
 
     first: int
     valid: int
     axis: Axis
+    scattered: bool = False
 
 
 @dataclass(frozen=True)
 class ChunkLogits:
-    """One chunk after its softmax: exponentials [n, V_local] over a row's sum [n], loss [n], local target columns."""
+    """One chunk after its softmax: exponentials [n, V_local] over a row's sum [n], loss [n], local target columns.
+
+    `rows` are those of this rank; states [n, D] are the chunk's, gathered where they are scattered.
+    """
 
     rows: slice
+    states: Tensor
     exponentials: Tensor
     total: Tensor
     loss: Tensor
@@ -57,7 +68,8 @@ def head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies of several states under one head.
 
-    hiddens: J tensors [N, D], the backbone's states and those of each recycle depth. weight: [V_local, D]. targets: [J, N],
+    hiddens: J tensors [N, D], the backbone's states and those of each recycle depth ([N / p, D] where scattered over p ranks).
+    weight: [V_local, D]. targets: [J, N],
     IGNORE where nothing is predicted. scales: [J], the weight of one row's loss in the total. train_head: J flags, whether
     these rows reach the head's gradient. chunk: rows of logits held at once.
 
@@ -77,7 +89,8 @@ def head_predictions(
     for part in _chunks(hidden, weight, targets, shard, chunk, want_best=True):
         total += part.loss.sum()
         assert part.best is not None
-        best[part.rows] = part.best
+        by_rank = best.view(-1, hidden.shape[0])[:, part.rows]
+        by_rank.copy_(part.best.view_as(by_rank))
     return total, best
 
 
@@ -107,8 +120,8 @@ class _HeadLosses(torch.autograd.Function):
             for part in _chunks(hidden, weight, targets[index], shard, chunk, want_best=False):
                 sums[index] += part.loss.sum()
                 if grad is not None or into_weight is not None:
-                    _chunk_gradients(part, hidden, weight, scales[index], grad, into_weight)
-            if grad is not None and shard.axis.size > 1:
+                    _chunk_gradients(part, weight, shard, scales[index], grad, into_weight)
+            if grad is not None and shard.axis.size > 1 and not shard.scattered:
                 dist.all_reduce(grad, group=shard.axis.group)
             grads.append(grad)
         ctx.save_for_backward(None if grad_weight is None else grad_weight.to(weight.dtype), *grads)
@@ -125,15 +138,30 @@ class _HeadLosses(torch.autograd.Function):
 def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, shard: HeadShard, chunk: int, *, want_best: bool
 ) -> Iterator[ChunkLogits]:
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, min(start + chunk, hidden.shape[0]))
-        logits = F.linear(hidden[rows], weight).float()
+    ranks = shard.axis.size if shard.scattered else 1
+    by_rank = targets.view(ranks, -1)
+    step = max(1, chunk // ranks)
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, min(start + step, hidden.shape[0]))
+        states = _gathered(hidden[rows], shard)
+        logits = F.linear(states, weight).float()
         if shard.valid < logits.shape[1]:
             logits[:, shard.valid :] = float("-inf")
-        yield _softmax(logits, targets[rows], rows, shard, want_best)
+        yield _softmax(logits, by_rank[:, rows].flatten(), rows, states, shard, want_best)
 
 
-def _softmax(logits: Tensor, targets: Tensor, rows: slice, shard: HeadShard, want_best: bool) -> ChunkLogits:
+def _gathered(states: Tensor, shard: HeadShard) -> Tensor:
+    """The chunk's rows of all tensor ranks, rank by rank."""
+    if not shard.scattered:
+        return states
+    gathered = states.new_empty(shard.axis.size * states.shape[0], states.shape[1])
+    dist.all_gather_into_tensor(gathered, states.contiguous(), group=shard.axis.group)
+    return gathered
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, rows: slice, states: Tensor, shard: HeadShard, want_best: bool
+) -> ChunkLogits:
     """Cross entropy of a chunk; `logits` is overwritten by its exponentials."""
     if logits.shape[1] and shard.valid:
         peak, local_best = logits.max(dim=1)
@@ -153,24 +181,26 @@ def _softmax(logits: Tensor, targets: Tensor, rows: slice, shard: HeadShard, wan
     _reduce(target_logit, dist.ReduceOp.SUM, shard.axis)
     loss = (total.log() - target_logit).masked_fill(targets == IGNORE, 0.0)
     return ChunkLogits(
-        rows, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best
+        rows, states, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best
     )
 
 
 def _chunk_gradients(
-    part: ChunkLogits, hidden: Tensor, weight: Tensor, scale: Tensor, grad: Tensor | None, into_weight: Tensor | None
+    part: ChunkLogits, weight: Tensor, shard: HeadShard, scale: Tensor, grad: Tensor | None, into_weight: Tensor | None
 ) -> None:
     """Adds a chunk's share to the gradients. A row without a target has total = inf: its softmax is zero."""
     error = part.exponentials.mul_((scale / part.total)[:, None])
     error.scatter_add_(1, part.column[:, None], (-scale * part.owned.to(error.dtype))[:, None])
-    error = error.to(hidden.dtype)
-    if grad is not None:
+    error = error.to(part.states.dtype)
+    if grad is not None and shard.scattered:
+        dist.reduce_scatter_tensor(grad[part.rows], error @ weight, group=shard.axis.group)
+    elif grad is not None:
         torch.mm(error, weight, out=grad[part.rows])
     if into_weight is not None:
         if into_weight.dtype == error.dtype:
-            into_weight.addmm_(error.t(), hidden[part.rows])
+            into_weight.addmm_(error.t(), part.states)
         else:
-            into_weight += error.t() @ hidden[part.rows]
+            into_weight += error.t() @ part.states
 
 
 def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:

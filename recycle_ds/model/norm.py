@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
+
+from recycle_ds.parallel.mesh import Mesh
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square taken in fp32."""
 
-    def __init__(self, width: int, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, epsilon: float, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
+        self.group = mesh.tensor.group if mesh.sequence else None
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        weight: Tensor = self.weight
+        if self.group is not None:  # each tensor rank sees a part of the sequence: its gradient is a part of the sum
+            weight = copy_to_tensor_model_parallel_region(weight, self.group)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)

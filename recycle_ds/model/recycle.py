@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from megatron.core import ModelParallelConfig as MegatronConfig
+from megatron.core.tensor_parallel import all_to_all_hp2sp, gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from recycle_ds.config import ModelConfig
@@ -34,16 +35,23 @@ class RecycleModule(nn.Module):
         self, layers: int, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.hidden_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
-        self.embedding_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
-        self.projection = ColumnLinear(2 * config.hidden, {"": config.hidden}, mesh, megatron, gather_output=True)
+        self.hidden_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
+        self.embedding_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
+        self.projection = ColumnLinear(2 * config.hidden, {"": config.hidden}, mesh, megatron)
+        self.tensor, self.sequence = mesh.tensor, mesh.sequence
         self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(layers)])
-        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
+        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
 
     def join(self, hidden_SBD: Tensor, embedded_SBD: Tensor) -> Tensor:
         """The stack's input from the states (h, or r of the step before) and the embedding of the token that followed."""
         pair = torch.cat((self.hidden_norm(hidden_SBD), self.embedding_norm(embedded_SBD)), dim=-1)
-        return self.projection(pair)
+        joined = self.projection(pair)
+        if self.tensor.size == 1:
+            return joined
+        if not self.sequence:
+            return gather_from_tensor_model_parallel_region(joined, self.tensor.group)
+        # [S, B, D / p] to [S / p, B, D]: every rank keeps its part of the sequence, all columns
+        return all_to_all_hp2sp(joined, self.tensor.group).view(hidden_SBD.shape)
 
     def forward(
         self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, chain: Chain

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +25,8 @@ from recycle_ds.model.masks import AttentionMask, CachedMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import Chain, RecycleModule
 from recycle_ds.model.rope import Rotary
+from recycle_ds.model.stages import partition
+from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -38,8 +41,27 @@ class EvaluationSums:
     judged: Tensor
 
 
+def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
+    """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]."""
+    valid = targets >= 0
+    agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
+    chain = torch.ones_like(valid[0])
+    for depth in range(1, len(targets)):
+        # r^k_t and h_{t+k} both predict x_{t+k+1}
+        chain = chain & valid[depth]
+        judged[depth] = chain.sum()
+        ahead = torch.full_like(best[0], -1)
+        ahead[:-depth] = best[0][depth:]
+        chain = chain & (best[depth] == ahead)
+        agreed[depth] = chain.sum()
+    return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
+
+
 class RecycleGPT(nn.Module):
-    """Backbone, recycle module and the head they share."""
+    """Backbone, recycle module and the head they share; of a pipeline, the part of one stage.
+
+    The mesh says which: the first stage has the embedding, the last one the final norm, the head and the recycle module.
+    """
 
     def __init__(
         self,
@@ -50,46 +72,66 @@ class RecycleGPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         checkpoint_blocks: bool = False,
         loss_chunk: int = 1024,
+        seq_length: int | None = None,
     ) -> None:
+        """seq_length weighs attention where blocks are shared out to pipeline stages; max_positions if not given."""
         super().__init__()
         assert config.vocab_size is not None, "the tokenizer's vocabulary is filled in before a model is built"
         self.config, self.recycle_config = config, recycle
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.recycle_layers = recycle.layers
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
+        self.mesh = mesh
         megatron = parallel_config(mesh, dtype)
         padded = padded_vocabulary(config.vocab_size, config.vocab_multiple, mesh.tensor.size)
-        self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
+        held = partition(config, recycle, seq_length or config.max_positions, mesh.pipeline.size)[mesh.pipeline.rank]
+        last = mesh.last_stage
+        self.embedding: VocabEmbedding | None = None
+        # the last stage's copy is the tied head, and what the recycle module reads
+        if mesh.first_stage or (last and (config.tied_embeddings or recycle.layers)):
+            self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
-        self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(config.layers)])
-        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, dtype)
-        self.head = (
-            None if config.tied_embeddings else OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
-        )
-        self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype) if recycle.layers else None
+        # named by their number in the whole model, whichever stage holds them
+        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in held})
+        self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype) if last else None
+        self.head: OutputHead | None = None
+        if last and not config.tied_embeddings:
+            self.head = OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
+        self.recycle: RecycleModule | None = None
+        if last and recycle.layers:
+            self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype)
         rows = padded // mesh.tensor.size
         first = rows * mesh.tensor.rank
-        self.shard = HeadShard(first, max(0, min(config.vocab_size - first, rows)), mesh.tensor)
+        self.shard = HeadShard(first, max(0, min(config.vocab_size - first, rows)), mesh.tensor, mesh.sequence)
 
     @property
     def depth(self) -> int:
         """Depths the module is unrolled for; 0 without a module."""
-        return self.recycle_config.depth if self.recycle is not None else 0
+        return self.recycle_config.depth if self.recycle_config.layers else 0
 
     @property
     def head_weight(self) -> Tensor:
-        """[V_local, D]: the output head, which is the embedding when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """[V_local, D]: the output head, which is the embedding when tied. The last stage has it."""
+        holder = self.embedding if self.head is None else self.head
+        assert holder is not None, "callers ask the last stage"
+        return holder.weight
 
-    def forward(self, batch: Batch, scales: Tensor | None) -> tuple[Tensor, Tensor] | EvaluationSums:
+    def forward(
+        self, batch: Batch, scales: Tensor | None, received: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
         """Training: the weighted total loss (scalar) and the plain sums of cross entropy [K+1], backbone first.
 
         scales [K+1] is the weight of one target's loss in the total, by depth (see `training.batches`). Without scales the
         batch is evaluated: one entry for both, since ZeRO-3 gathers weights where the root module is called.
+
+        A pipeline stage but the first takes `received` [S, B, D] from the stage before; one but the last returns such a tensor.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scales is not None):
+            states = self.states(batch, received)
+        if self.final_norm is None:
+            return states[0]
         if scales is None:
-            return self.evaluate(batch)
-        states = self._states(batch)
+            return self._evaluate(batch, states)
         targets = batch.targets_KBS[: len(states)].transpose(1, 2).flatten(1)
         joint = self.recycle_config.gradient == "joint"
         train_head = [index == 0 or joint for index in range(len(states))]
@@ -103,47 +145,54 @@ class RecycleGPT(nn.Module):
             train_head=train_head,
         )
 
-    @torch.no_grad()
+    def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
+        """h and r^1..r^K, each [S, B, D]; of a pipeline stage but the last, what it hands on."""
+        mask = AttentionMask(batch.documents_BS)
+        frozen = self.recycle_config.gradient == "frozen_backbone"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            hidden = self._backbone(batch, mask, received)
+        return [hidden, *self._recycled(batch, mask, hidden)]
+
     def evaluate(self, batch: Batch) -> EvaluationSums:
-        """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data."""
-        states = self._states(batch)
+        """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data.
+
+        For a model that is not a pipeline stage.
+        """
+        sums = self(batch, None)
+        assert isinstance(sums, EvaluationSums)
+        return sums
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, states: list[Tensor]) -> EvaluationSums:
         targets = batch.targets_KBS[: len(states)].transpose(1, 2)
         results = [
             head_predictions(state.flatten(0, 1), self.head_weight, target.flatten(), self.shard, chunk=self.loss_chunk)
             for state, target in zip(states, targets, strict=True)
         ]
         loss = torch.stack([total for total, _ in results])
-        valid = targets >= 0
-        best = [tokens.view_as(target) for (_, tokens), target in zip(results, targets, strict=True)]
-        agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
-        chain = torch.ones_like(valid[0])
-        for depth in range(1, len(states)):
-            # r^k_t and h_{t+k} both predict x_{t+k+1}
-            chain = chain & valid[depth]
-            judged[depth] = chain.sum()
-            ahead = torch.full_like(best[0], -1)
-            ahead[:-depth] = best[0][depth:]
-            chain = chain & (best[depth] == ahead)
-            agreed[depth] = chain.sum()
-        return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
+        best = torch.stack([tokens for _, tokens in results]).view(targets.shape)
+        axis = self.mesh.ulysses
+        if axis.size > 1:  # a chain looks ahead into the next rank's part
+            dist.all_reduce(loss, group=axis.group)
+            targets = gather_sequence(targets.transpose(0, 1), axis).transpose(0, 1)
+            best = gather_sequence(best.transpose(0, 1), axis).transpose(0, 1)
+        return judge(loss, targets, best)
 
-    def _states(self, batch: Batch) -> list[Tensor]:
-        """The backbone's states h and the module's r^1..r^K, each [S, B, D]."""
-        gradient = self.recycle_config.gradient
-        mask = AttentionMask(batch.documents_BS)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "frozen_backbone"):
-            hidden = self._backbone(batch.inputs_KBS[0].t(), batch.positions_BS.t(), mask)
-        states = [hidden]
+    def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor) -> list[Tensor]:
+        """The module's states r^1..r^K, each [S, B, D]; none without a module."""
         if self.recycle is None:
-            return states
-        state = hidden if gradient == "joint" else hidden.detach()
+            return []
+        assert self.embedding is not None
+        joint = self.recycle_config.gradient == "joint"
+        state = hidden if joint else hidden.detach()
+        states = []
         chain: Chain = ()
         for step in range(1, self.depth + 1):
             embedded = self.embedding(batch.inputs_KBS[step].t())
             # a packed document's positions restart, so the chain's run past them by step - 1, never past the last position
             positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
             rotary = self.rotary(positions, hidden.dtype)
-            embedded = embedded if gradient == "joint" else embedded.detach()
+            embedded = embedded if joint else embedded.detach()
             arguments = (state, embedded, rotary, mask.chained(step), chain)
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 state, chain = checkpoint(self.recycle, *arguments, use_reentrant=False)
@@ -152,20 +201,25 @@ class RecycleGPT(nn.Module):
             states.append(state)
         return states
 
-    def _backbone(self, tokens_SB: Tensor, positions_SB: Tensor, mask: AttentionMask) -> Tensor:
-        x = self.embedding(tokens_SB)
-        rotary = self.rotary(positions_SB, x.dtype)
-        for block in self.blocks:
+    def _backbone(self, batch: Batch, mask: AttentionMask, received: Tensor | None) -> Tensor:
+        if received is None:
+            assert self.embedding is not None
+            x = self.embedding(batch.tokens_BS.t())
+        else:
+            x = received
+        rotary = self.rotary(batch.positions_BS.t(), x.dtype)
+        for block in self.blocks.values():
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, _ = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x, _ = block(x, rotary, mask)
-        return self.final_norm(x)
+        return x if self.final_norm is None else self.final_norm(x)
 
     def new_cache(self, batch_size: int, capacity: int) -> DecodingCache:
         """Empty caches for `capacity` positions, in the model's type and on its device."""
+        assert self.final_norm is not None, "decoding takes a whole model"
         weight = self.final_norm.weight
-        block = self.blocks[0]
+        block = next(iter(self.blocks.values()))
         assert isinstance(block, Block)
         shape = (batch_size, block.attention.kv_heads, capacity, block.attention.channels)
         return DecodingCache(
@@ -175,11 +229,12 @@ class RecycleGPT(nn.Module):
 
     def decode(self, tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
         """Runs the backbone over T new tokens, which join its cache. Returns the states after the final norm, [T, B, D]."""
+        assert self.embedding is not None and self.final_norm is not None, "decoding takes a whole model"
         x = self.embedding(tokens_BT.t())
         mask = CachedMask(cache.backbone.length, tokens_BT.shape[1])
         cache.backbone.advance(mask.count)
         rotary = self._rotary_at(mask, x)
-        for block, layer in zip(cast("list[Block]", self.blocks), cache.backbone.layers, strict=True):
+        for block, layer in zip(cast("list[Block]", list(self.blocks.values())), cache.backbone.layers, strict=True):
             x = block.decode(x, rotary, mask, layer)
         return self.final_norm(x)
 
@@ -188,7 +243,7 @@ class RecycleGPT(nn.Module):
 
         For a draft's step k > 1 pass r^{k-1} of the last entry and the token it drafted.
         """
-        assert self.recycle is not None, "callers ask recycle_layers first"
+        assert self.recycle is not None and self.embedding is not None, "callers ask recycle_layers first"
         mask = CachedMask(cache.recycle.length, next_tokens_BT.shape[1])
         rotary = self._rotary_at(mask, hidden_TBD)
         return self.recycle.decode(hidden_TBD, self.embedding(next_tokens_BT.t()), rotary, cache.recycle)
@@ -199,7 +254,7 @@ class RecycleGPT(nn.Module):
         axis = self.shard.axis
         if axis.size > 1:
             parts = [torch.empty_like(logits) for _ in range(axis.size)]
-            torch.distributed.all_gather(parts, logits.contiguous(), group=axis.group)
+            dist.all_gather(parts, logits.contiguous(), group=axis.group)
             logits = torch.cat(parts, dim=-1)
         return logits[..., : self.vocab_size]
 

@@ -19,7 +19,7 @@ class Rotary(nn.Module):
 
     def __init__(self, channels: int, max_positions: int, config: RopeConfig) -> None:
         super().__init__()
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies(channels, config))
+        angles = torch.outer(torch.arange(max_positions).double(), frequencies(channels, config))
         self.register_buffer("cosine", angles.cos().float(), persistent=False)
         self.register_buffer("sine", angles.sin().float(), persistent=False)
 
@@ -60,7 +60,8 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def frequencies(channels: int, config: RopeConfig) -> Tensor:
     """[C/2] radians per position, highest first, float64, after any scaling."""
-    base = config.theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    # integers first: inside deepspeed.zero.Init a constructor's floats come out in the training type
+    base = config.theta ** (-torch.arange(0, channels, 2).double() / channels)
     return base if config.scaling is None else _scale(base, config.scaling)
 
 

@@ -41,6 +41,11 @@ def pieces(model: nn.Module, mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
     return table
 
 
+def is_copy(name: str, mesh: Mesh) -> bool:
+    """Whether a local parameter is the last stage's copy of the first one's: kept in step, counted and saved there only."""
+    return mesh.pipeline.size > 1 and mesh.last_stage and name == "embedding.weight"
+
+
 def canonical_shapes(table: dict[str, tuple[Piece, ...]]) -> dict[str, tuple[int, ...]]:
     """Full shape of each canonical tensor mentioned in a table of pieces."""
     return {piece.name: piece.shape for row in table.values() for piece in row}

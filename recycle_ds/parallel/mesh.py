@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from recycle_ds.config import ConfigError, ParallelConfig
+from recycle_ds.config import ParallelConfig
 from recycle_ds.parallel.device import let_megatron_run_on_cpu
+from recycle_ds.parallel.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -23,63 +24,109 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Tensor x data axes of a world. A group of None means the axis has a single rank and no process group exists."""
+    """Pipeline x data x ulysses x tensor axes of a world.
+
+    A group of None means the axis has a single rank and no process group exists.
+    """
 
     rank: int = 0
     world_size: int = 1
     tensor: Axis = Axis()
+    pipeline: Axis = Axis()
     data: Axis = Axis()
+    """Ranks that read different samples."""
+    ulysses: Axis = Axis()
+    """Ranks that read different parts of the same samples' sequences."""
+    replicas: Axis = Axis()
+    """data x ulysses: ranks with the same weights, over which gradients are averaged and ZeRO partitions."""
+    sequence: bool = False
+    """Whether norms and residuals are split over the tensor axis too (Megatron's sequence parallelism)."""
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank reads tokens."""
+        return self.pipeline.rank == 0
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> int:
-    """Data-parallel size that a layout leaves in a world. Raises ConfigError with all numbers when it does not fit."""
-    for name, value in (("pipeline", parallel.pipeline), ("ulysses", parallel.ulysses)):
-        if value > 1:
-            raise ConfigError(
-                f"parallel.{name}={value}: only 1 is available in this version; use parallel.tensor and ZeRO"
-            )
-    if parallel.sequence:
-        raise ConfigError("parallel.sequence=true: not available in this version; leave it false")
-    if world_size % parallel.tensor:
-        raise ConfigError(
-            f"parallel.tensor ({parallel.tensor}) must divide the number of ranks ({world_size}): "
-            f"start a multiple of {parallel.tensor} ranks"
-        )
-    return world_size // parallel.tensor
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return self.pipeline.rank == self.pipeline.size - 1
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Creates the process groups of a layout over the initialised world, tensor ranks adjacent.
+    """Creates the process groups of a layout over the initialised world.
 
-    Collective over all ranks. Raises ConfigError as `check_layout` does.
+    Collective over all ranks. Raises ConfigError as `layout_of` does.
     """
     from megatron.core import parallel_state
 
-    world_size = torch.distributed.get_world_size()
-    data_size = check_layout(parallel, world_size)
+    layout = layout_of(parallel, torch.distributed.get_world_size())
     if parallel_state.model_parallel_is_initialized():  # an earlier run in this process
         parallel_state.destroy_model_parallel()
     let_megatron_run_on_cpu()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
-    return Mesh(
-        rank=torch.distributed.get_rank(),
-        world_size=world_size,
-        tensor=Axis(
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel.tensor,
-            parallel_state.get_tensor_model_parallel_group(),
-        ),
-        data=Axis(parallel_state.get_data_parallel_rank(), data_size, parallel_state.get_data_parallel_group()),
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.ulysses,
+        order="tp-cp-ep-dp-pp",
     )
+    rank = torch.distributed.get_rank()
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "ulysses": parallel_state.get_context_parallel_group(),
+        "replicas": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    return _mesh(layout, rank, groups, sequence=parallel.sequence and layout.tensor > 1)
+
+
+def virtual_mesh(layout: Layout, rank: int, *, sequence: bool = False) -> Mesh:
+    """The mesh of one rank of a world that does not exist, to build its part of a model on the meta device.
+
+    Its groups know their size and this rank's place and cannot communicate. megatron-core asks groups for their size only
+    where some process group has been initialised, so a world of one must be.
+    """
+    return _mesh(layout, rank, None, sequence=sequence and layout.tensor > 1)
+
+
+class _VirtualGroup:
+    """What megatron-core's constructors ask of a process group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def _mesh(layout: Layout, rank: int, groups: dict[str, ProcessGroup] | None, *, sequence: bool) -> Mesh:
+    place = layout.coordinates(rank)
+    ends = {
+        "tensor": (place.tensor, layout.tensor),
+        "pipeline": (place.pipeline, layout.pipeline),
+        "data": (place.data, layout.data),
+        "ulysses": (place.ulysses, layout.ulysses),
+        "replicas": (place.data * layout.ulysses + place.ulysses, layout.data * layout.ulysses),
+    }
+    axes: dict[str, Axis] = {}
+    for name, (own, size) in ends.items():
+        group: Any = _VirtualGroup(own, size) if groups is None else groups[name]
+        assert (group.rank(), group.size()) == (own, size), f"the {name} group does not follow the layout's rank order"
+        axes[name] = Axis(own, size, group)
+    return Mesh(rank=rank, world_size=layout.world_size, sequence=sequence, **axes)
 
 
 class ModelParallelUnit:
-    """The `mpu` object DeepSpeed asks for groups, answered from a mesh."""
+    """The `mpu` object DeepSpeed asks for groups, answered from a mesh. Its data axis is the mesh's `replicas`."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -98,10 +145,10 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.data.rank
+        return self._mesh.replicas.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._mesh.data.size
+        return self._mesh.replicas.size
 
     def get_data_parallel_group(self) -> Any:
-        return self._mesh.data.group
+        return self._mesh.replicas.group

@@ -19,6 +19,8 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
 )
+# Ranks on this host, as torchrun, deepspeed, Open MPI and MPICH say it.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 # Ranks wait for the first one while it prepares data: DeepSpeed's ten minutes would end them on a corpus of some size.
@@ -37,6 +39,8 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 0
+    """Ranks on this host; 0 where the launcher does not say."""
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
@@ -69,7 +73,8 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
         values.append(int(text))
     if values[0] >= values[1]:
         raise LaunchError(f"{rank}={values[0]} must be below {size}={values[1]}")
-    return Launch(launcher, *values)
+    on_host = next((environment[name] for name in _LOCAL_SIZES if environment.get(name, "").isdigit()), "0")
+    return Launch(launcher, *values, local_world_size=int(on_host))
 
 
 def start(launch: Launch) -> bool:
@@ -109,10 +114,12 @@ def stop() -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides what megatron-core warns about on import (packages for CUDA that it does without) and logs of torch's groups."""
+    """Hides what megatron-core warns about on import (packages for CUDA that it does without), what torch says of the older
+    names of collectives that megatron-core and DeepSpeed call, and logs of torch's groups."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
 
 

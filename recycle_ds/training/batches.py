@@ -31,10 +31,10 @@ class StepBatches:
         """The counts on the host; read after the backward pass, when they have long arrived."""
         return self.counts.tolist()
 
-    def scales(self, weights: Sequence[float], data_size: int) -> Tensor:
-        """[K+1] fp32: weight of one target in the total. DeepSpeed averages gradients over data ranks: hence data_size."""
+    def scales(self, weights: Sequence[float], replicas: int) -> Tensor:
+        """[K+1] fp32: weight of one target in the total. DeepSpeed averages gradients over the replicas: hence their number."""
         weight = torch.tensor(weights, dtype=torch.float64, device=self.counts.device)
-        return (weight * data_size / self.counts.clamp_min(1)).float()
+        return (weight * replicas / self.counts.clamp_min(1)).float()
 
     def means(self, sums: Sequence[float]) -> list[float]:
         """Mean loss by depth from the global batch's sums; 0 where a depth has no target."""
@@ -42,11 +42,19 @@ class StepBatches:
 
 
 def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:
-    """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis."""
+    """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis.
+
+    With Ulysses a rank keeps its part of every sequence; the counts are those of the whole.
+    """
     counts = torch.zeros(losses, dtype=torch.float64)
     for batch in micro:
         counts += (batch.targets_KBS[:losses] >= 0).flatten(1).sum(1)
     counts = counts.to(device)
     if mesh.data.size > 1:
         dist.all_reduce(counts, group=mesh.data.group)
-    return StepBatches([batch.to(device) for batch in micro], counts)
+    return StepBatches(local_batches(micro, mesh, device), counts)
+
+
+def local_batches(micro: Sequence[Batch], mesh: Mesh, device: torch.device) -> list[Batch]:
+    """What this rank reads of its micro-batches, on its device."""
+    return [batch.part(mesh.ulysses.rank, mesh.ulysses.size).to(device) for batch in micro]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from recycle_ds.data.loader import Batch
 from recycle_ds.training.batches import StepBatches
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.errors import TrainingError
 
 
 def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
-    """Runs one micro-batch outside DeepSpeed's bookkeeping. Raises TrainingError on the ranks whose memory does not suffice.
+    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises TrainingError on the ranks whose memory does not suffice.
 
     autograd.grad walks the same graph as backward() but accumulates nothing, so no gradient, counter or reduction bucket
-    changes; generators are put back. Under ZeRO 2 and 3 the gradient of the first trainable weight alone is asked for:
+    changes; generators are put back. A pipeline stage holds as many micro-batches at once as 1F1B does, fed with zeros in place
+    of what the stage before would send. Under ZeRO 2 and 3 the gradient of the first trainable weight alone is asked for:
     the graph is
     walked to its end, but holding all gradients would need memory that the real step does not.
     """
@@ -29,7 +31,30 @@ def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) 
 def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
     devices = [batches.counts.device] if batches.counts.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        total, _ = engine.engine.module(batches.micro[0], scales)
+        outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
         trainable = [p for p in engine.model.parameters() if p.requires_grad]
         wanted = trainable if engine.zero_stage < 2 else trainable[:1]
-        torch.autograd.grad(total, wanted, allow_unused=True)
+        for output in outputs:
+            torch.autograd.grad(output, wanted, allow_unused=True)
+
+
+def _in_flight(engine: TrainingEngine, batches: StepBatches) -> list[Batch]:
+    axis = engine.mesh.pipeline
+    return batches.micro[: axis.size - axis.rank]
+
+
+def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torch.Tensor:
+    """The loss of a micro-batch, or the sum of what a stage hands on."""
+    mesh, model = engine.mesh, engine.model
+    if mesh.pipeline.size == 1:
+        return engine.engine.module(batch, scales)[0]
+    received = None
+    if not mesh.first_stage:
+        weight = next(model.parameters())
+        rows, length = batch.tokens_BS.shape
+        length //= mesh.tensor.size if mesh.sequence else 1
+        received = torch.zeros(
+            length, rows, model.config.hidden, dtype=weight.dtype, device=weight.device, requires_grad=True
+        )
+    output = model(batch, scales, received)
+    return output[0] if mesh.last_stage else output.sum()

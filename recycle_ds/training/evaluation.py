@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from recycle_ds.data.loader import BatchLoader
-from recycle_ds.model.recyclegpt import EvaluationSums
+from recycle_ds.training.batches import local_batches
 from recycle_ds.training.engine import TrainingEngine
 
 
@@ -23,17 +23,15 @@ class EvaluationResult:
 
 def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int, device: torch.device) -> EvaluationResult:
     """Runs the first `batches` global batches of the loader. Collective over all ranks."""
-    totals: torch.Tensor | None = None
-    size = loader.global_batch_size
-    with torch.no_grad():
-        for number in range(batches):
-            for batch in loader.step(number * size):
-                sums: EvaluationSums = engine.engine.module(batch.to(device), None)
-                stacked = torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()
-                totals = stacked if totals is None else totals + stacked
-    assert totals is not None
-    if engine.mesh.data.size > 1:
-        dist.all_reduce(totals, group=engine.mesh.data.group)
+    mesh, size = engine.mesh, loader.global_batch_size
+    totals = torch.zeros(4, 1 + engine.model.depth, dtype=torch.float64, device=device)
+    for number in range(batches):
+        totals += engine.passes.evaluate(local_batches(loader.step(number * size), mesh, device))
+    # tensor and ulysses ranks of the last stage hold the same sums: one of them counts
+    if not (mesh.last_stage and mesh.tensor.rank == 0 and mesh.ulysses.rank == 0):
+        totals.zero_()
+    if mesh.world_size > 1:
+        dist.all_reduce(totals)
     loss, count, agreed, judged = totals
     means = (loss / count.clamp_min(1)).tolist()
     acceptance = (agreed / judged.clamp_min(1)).tolist()

@@ -1,13 +1,18 @@
 """Gradient norms, clipping and the decision to skip, alike for every ZeRO stage.
 
 DeepSpeed clips by one global norm and reports none at stage 0 in fp32. Here its norm computation is replaced where it happens,
-inside `engine.step()`: norms are taken per part, the clipping factors go into the optimizer's groups, and a step whose
-gradients are not finite holds the optimizer on all ranks alike.
+inside its step: norms are taken per part, the clipping factors go into the optimizer's groups, and a step whose gradients are
+not finite holds the optimizer on all ranks alike.
+
+Each rank adds up the squares of what only it counts: its ZeRO partition, its tensor shard (copies count on tensor rank 0), its
+pipeline stage (the tied embedding's copy counts on the first). One all-reduce over the world then serves all parts; pipeline
+stages hold different parts, so a collective per group, as in DeepSpeed, would not even have the same number on all ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recycle_ds.model.sharding import is_sharded
-from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.training.optimizer import AdamW
+from recycle_ds.model import RecycleGPT
+from recycle_ds.model.sharding import is_copy, is_sharded
+from recycle_ds.training.optimizer import PARTS, AdamW
+from recycle_ds.training.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,10 @@ class GradientReport:
 class GradientControl:
     """Owns clipping and skipping of one engine. `clipping` 0 clips nothing; `separate` clips parts by their own norms."""
 
-    def __init__(self, engine: Any, optimizer: AdamW, mesh: Mesh, clipping: float, *, separate: bool) -> None:
-        self._engine, self._optimizer, self._mesh = engine, optimizer, mesh
+    def __init__(
+        self, engine: Any, model: RecycleGPT, optimizer: AdamW, passes: Passes, clipping: float, *, separate: bool
+    ) -> None:
+        self._optimizer, self._mesh, self._passes = optimizer, model.mesh, passes
         self._clipping, self._separate = clipping, separate
         self._skip = False
         self._report = GradientReport(0.0, {}, False)
@@ -42,79 +50,84 @@ class GradientControl:
         self._stage = engine.zero_optimization_stage()
         self._zero = engine.optimizer
         if self._stage in (1, 2):
-            self._zero.scaled_global_norm = self._norm_of_partitions
+            self._zero.scaled_global_norm = lambda *_: self._decide(self._norms_of_partitions())
         elif self._stage == 3:
-            self._zero._get_norm_groups = self._norms_of_subgroups
-        self._sharded = _sharded_parameters(engine.module)
+            self._zero._get_norm_groups = lambda: [self._decide(self._norms_of_subgroups())]
+        self._counted = counted_parameters(model)
+        self._device = next(model.parameters()).device
 
     def step(self, *, skip: bool) -> GradientReport:
-        """Takes `engine.step()` at a gradient-accumulation boundary. `skip` holds the optimizer whatever the norms say."""
+        """Takes DeepSpeed's step once all gradients are there. `skip` holds the optimizer whatever the norms say."""
         self._skip = skip
         self._report = GradientReport(math.nan, {}, False)  # what stands if DeepSpeed leaves before it asks for norms
         if self._stage == 0:
             self._decide(self._norms_of_parameters())
-        self._engine.step()
+        self._passes.take_step()
         self._optimizer.hold = True
         return self._report
 
-    def _decide(self, squares: list[tuple[str, Tensor]]) -> Tensor:
-        """Sets factors and the hold flag from (part, squared norm) pairs. Reading the norms synchronises the device."""
-        by_part: dict[str, float] = {}
-        for (part, _), square in zip(squares, torch.stack([s for _, s in squares]).tolist(), strict=True):
-            by_part[part] = by_part.get(part, 0.0) + square
-        norms = {part: math.sqrt(square) if square >= 0 else math.nan for part, square in by_part.items()}
-        total = math.sqrt(sum(norm**2 for norm in norms.values()))
+    def _decide(self, local: list[tuple[str, list[Tensor]]]) -> Tensor:
+        """Sets factors and the hold flag from this rank's (part, norms). Reading their sum synchronises the device."""
+        squares = torch.zeros(len(PARTS), dtype=torch.float64, device=self._device)
+        for part, norms in local:
+            if norms:
+                squares[PARTS.index(part)] += torch.stack(norms).to(self._device, torch.float64).square().sum()
+        if self._mesh.world_size > 1:
+            dist.all_reduce(squares)
+        norms_of = {part: math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
+        total = math.sqrt(sum(norm**2 for norm in norms_of.values()))
         applied = math.isfinite(total) and not self._skip
         for group in self._groups:
-            norm = norms[group["part"]] if self._separate else total
+            norm = norms_of[group["part"]] if self._separate else total
             clips = applied and self._clipping > 0 and norm > self._clipping
             group["clip"] = self._clipping / (norm + 1e-6) if clips else None
         self._optimizer.hold = not applied
-        self._report = GradientReport(total, norms, applied)
+        self._report = GradientReport(total, norms_of, applied)
         # DeepSpeed would take its own way out of a step on an invalid norm: the hold flag is ours
         return torch.tensor(total if math.isfinite(total) else 0.0)
 
-    def _norm_of_partitions(self, norm_type: int = 2) -> Tensor:
-        """Stages 1 and 2, in place of scaled_global_norm."""
+    def _norms_of_partitions(self) -> list[tuple[str, list[Tensor]]]:
+        """Stages 1 and 2: this rank's slices of the averaged gradients."""
         zero = self._zero
-        norms = []
+        found = []
         for index, group in enumerate(self._groups):
+            members = zero.params_in_partition[index]
             if zero.cpu_offload:
-                norm = zero.complete_grad_norm_calculation_for_cpu_offload(zero.params_in_partition[index])
+                norms = self._offloaded(members)
             else:
-                norm = zero.get_grad_norm_direct(zero.averaged_gradients[index], zero.params_in_partition[index])
-            norms.append((group["part"], _square(norm)))
-        return self._decide(norms)
+                gradients = [g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
+                norms = self._norms(zip(members, gradients, strict=True))
+            found.append((group["part"], norms))
+        return found
 
-    def _norms_of_subgroups(self) -> list[Tensor]:
-        """Stage 3, in place of _get_norm_groups."""
+    def _norms_of_subgroups(self) -> list[tuple[str, list[Tensor]]]:
+        """Stage 3: this rank's slice of every gradient."""
         zero = self._zero
-        norms = []
+        found = []
         for index, members in enumerate(zero.fp16_groups):
             if zero.offload_optimizer:
-                norm = zero.complete_grad_norm_calculation_for_cpu_offload(members)
+                norms = self._offloaded(members)
             else:
-                norm = zero.get_grad_norm_direct(zero.averaged_gradients[index], members)
-            norms.append((self._groups[zero.sub_group_to_group_id[index]]["part"], _square(norm)))
-        return [self._decide(norms)]
+                norms = self._norms(zip(members, zero.averaged_gradients[index], strict=True))
+            found.append((self._groups[zero.sub_group_to_group_id[index]]["part"], norms))
+        return found
 
-    def _norms_of_parameters(self) -> list[tuple[str, Tensor]]:
-        """Stage 0: every data-parallel rank holds all gradients; tensor-parallel copies count once."""
-        norms = []
-        for group, members in zip(self._groups, self._low_precision_groups(), strict=True):
-            kept = [
-                p.grad.float()
-                for p in members
-                if p.grad is not None and (p in self._sharded or self._mesh.tensor.rank == 0)
-            ]
-            device = members[0].device
-            square = torch.zeros((), device=device)
-            if kept:
-                square = torch.stack(torch._foreach_norm(kept)).square().sum()
-            if self._mesh.tensor.size > 1:
-                dist.all_reduce(square, group=self._mesh.tensor.group)
-            norms.append((group["part"], square))
-        return norms
+    def _norms_of_parameters(self) -> list[tuple[str, list[Tensor]]]:
+        """Stage 0: every replica holds all gradients, so one of them counts."""
+        if self._mesh.replicas.rank:
+            return []
+        groups = zip(self._groups, self._low_precision_groups(), strict=True)
+        return [(group["part"], self._norms((p, p.grad) for p in members)) for group, members in groups]
+
+    def _norms(self, pairs: Iterable[tuple[nn.Parameter, Tensor | None]]) -> list[Tensor]:
+        kept = [gradient.float() for p, gradient in pairs if gradient is not None and p in self._counted]
+        return list(torch._foreach_norm(kept)) if kept else []
+
+    def _offloaded(self, members: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Norms that DeepSpeed took when it moved gradients to the host; there is none of an unused parameter."""
+        taken = self._zero.norm_for_param_grads
+        ids = [self._zero.get_param_id(p) for p in members if p in self._counted]
+        return [torch.as_tensor(taken[key]) for key in ids if key in taken]
 
     def _low_precision_groups(self) -> list[list[nn.Parameter]]:
         if hasattr(self._zero, "fp16_groups"):  # bf16: the optimizer's groups hold fp32 copies
@@ -122,16 +135,12 @@ class GradientControl:
         return [group["params"] for group in self._groups]
 
 
-def _square(norm: Any) -> Tensor:
-    """DeepSpeed reports an infinite or NaN norm as -1; keep it negative so that it is seen."""
-    norm = torch.as_tensor(norm, dtype=torch.float32)
-    return torch.where(norm >= 0, norm.square(), torch.full_like(norm, -math.inf))
-
-
-def _sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+def counted_parameters(model: RecycleGPT) -> set[nn.Parameter]:
+    """The parameters whose gradients count on this rank: shards everywhere, copies on one rank only."""
+    mesh = model.mesh
     return {
         parameter
-        for module in model.modules()
+        for prefix, module in model.named_modules()
         for suffix, parameter in module.named_parameters(recurse=False)
-        if is_sharded(module, suffix)
+        if (is_sharded(module, suffix) or mesh.tensor.rank == 0) and not is_copy(f"{prefix}.{suffix}", mesh)
     }

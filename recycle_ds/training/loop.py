@@ -108,23 +108,15 @@ class Trainer:
     def _dry_run(self) -> None:
         weights = loss_weights(self.config.training.steps, self.config.recycle)
         batches = self._draw()
-        dry_run(self.engine, batches, batches.scales(weights, self.engine.mesh.data.size))
+        dry_run(self.engine, batches, batches.scales(weights, self.engine.mesh.replicas.size))
 
     def _step(self, stop: StopRequest) -> StepResult:
         """One optimizer step: draw, forward and backward by micro-batch, agree, update."""
         begun = time.perf_counter()
         step = self.state.step + 1
-        engine, mesh = self.engine.engine, self.engine.mesh
         batches = self._draw()
         weights = loss_weights(step, self.config.recycle)
-        scales = batches.scales(weights, mesh.data.size)
-        sums = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches.micro):
-            engine.set_gradient_accumulation_boundary(index == len(batches.micro) - 1)
-            total, partial = engine(batch, scales)
-            # not the model's own output: a hook on that would divide by the accumulation steps at stage 0 all the same
-            engine.backward(total * 1.0, scale_wrt_gas=False)
-            sums += partial
+        sums = self.engine.passes.train(batches.micro, batches.scales(weights, self.engine.mesh.replicas.size))
         shared, stopping = self._agree(sums, stop.reason)
         losses = batches.means(shared)
         total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
@@ -150,7 +142,9 @@ class Trainer:
         """
         mesh = self.engine.mesh
         votes = torch.tensor([float(reason == name) for name in STOP_SIGNALS], dtype=torch.float64, device=self.device)
-        shared = torch.cat((sums if mesh.tensor.rank == 0 else torch.zeros_like(sums), votes))
+        # every tensor rank of the last stage has the same sums: one of them counts
+        counts = mesh.last_stage and mesh.tensor.rank == 0
+        shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))
         if mesh.world_size > 1:
             dist.all_reduce(shared)
         *totals, interrupt, terminate = shared.tolist()
@@ -208,7 +202,8 @@ class Trainer:
             "memory_gib": peak_memory_gib(self.device),
             "time": time.time(),
         }
-        if len(result.gradients.by_part) > 1:
+        recycle = self.config.recycle
+        if recycle.layers and recycle.gradient != "frozen_backbone":
             record["grad_norm_by_part"] = result.gradients.by_part
         if self.metrics is not None:
             self.metrics.write(record)

@@ -1,6 +1,6 @@
 """fp32 master weights and Adam moments of one engine, whole parameters at a time, whatever the ZeRO stage.
 
-Every method that reads or writes a parameter is collective over the data axis, so all its ranks must call in the same order.
+Every method that reads or writes a parameter is collective over the replicas, so all its ranks must call in the same order.
 """
 
 from __future__ import annotations
@@ -16,20 +16,35 @@ Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def keeper(names: list[str], data_size: int) -> dict[str, int]:
-    """Data rank that keeps and writes each parameter: they take turns, so that no rank holds all."""
-    return {name: number % data_size for number, name in enumerate(sorted(names))}
+def keeper(names: list[str], replicas: int) -> dict[str, int]:
+    """The replica that keeps and writes each parameter: they take turns, so that no rank holds all."""
+    return {name: number % replicas for number, name in enumerate(sorted(names))}
+
+
+@torch.no_grad()
+def write_partition(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
+    """Writes this rank's slice of a whole local value into a parameter that ZeRO-3 keeps partitioned."""
+    held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    held.copy_(partition_of(value, held.numel(), rank))
+
+
+def partition_of(value: Tensor, size: int, rank: int) -> Tensor:
+    """Elements [rank x size, (rank + 1) x size) of the flattened value, zero beyond its end."""
+    mine = value.flatten()[size * rank : size * (rank + 1)]
+    return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
 
 class MasterState:
     """Reads and writes what an optimizer step changes. Parameters are this rank's tensor shard, unpartitioned."""
 
-    def __init__(self, engine: Any, optimizer: AdamW, frozen: dict[str, Tensor] | None = None) -> None:
-        """frozen: fp32 copies of the frozen weights that this data rank keeps, where the model computes in bf16."""
+    def __init__(
+        self, engine: Any, model: nn.Module, optimizer: AdamW, frozen: dict[str, Tensor] | None = None
+    ) -> None:
+        """frozen: fp32 copies of the frozen weights that this replica keeps, where the model computes in bf16."""
         self._engine, self._optimizer, self._frozen = engine, optimizer, frozen
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
-        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
 
     def kinds(self, name: str) -> tuple[Kind, ...]:
         """What is kept of a parameter: a frozen one has a weight only."""
@@ -141,10 +156,7 @@ class MasterState:
 
         zero: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        first = size * zero._get_param_partition_rank(parameter)
-        part = torch.zeros(size, dtype=torch.float32, device=value.device)
-        mine = value.flatten()[first : first + size]
-        part[: mine.numel()] = mine
+        part = partition_of(value.float(), size, zero._get_param_partition_rank(parameter))
         if kind == "weight":
             safe_set_local_fp32_param(parameter, part)
         else:

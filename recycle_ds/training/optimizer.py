@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recycle_ds.config import TrainingConfig
 
 BACKBONE, RECYCLE = "backbone", "recycle"
+PARTS = (BACKBONE, RECYCLE)
 
 
 class AdamW(torch.optim.AdamW):
@@ -62,7 +63,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     The module's parameters never share a group (and so never a flat partition) with the backbone's.
     """
     groups: list[dict[str, Any]] = []
-    for part in (BACKBONE, RECYCLE):
+    for part in PARTS:
         for decayed in (True, False):
             members = [
                 parameter

@@ -70,7 +70,7 @@ def test_logits_equal_hugging_face(change: dict[str, object]) -> None:
     reference.load_state_dict(state, strict=config.tied_embeddings is False)
     batch = batch_of(2, 20, 0)
     with torch.no_grad():
-        mine = model.logits(model._states(batch)[0]).transpose(0, 1)
+        mine = model.logits(model.states(batch)[0]).transpose(0, 1)
         theirs = reference(batch.tokens_BS).logits
     assert torch.allclose(mine, theirs, atol=2e-5)
 
@@ -105,7 +105,7 @@ def test_decoding_equals_training_at_every_depth() -> None:
     batch = batch_of(1, 30, 3)
     tokens = batch.inputs_KBS[0]
     with torch.no_grad():
-        states = model._states(batch)
+        states = model.states(batch)
         for start in (1, 9, 20):
             cache = model.new_cache(1, 40)
             hidden = torch.cat([model.decode(tokens[:, :4], cache), model.decode(tokens[:, 4 : start + 4], cache)])
@@ -143,7 +143,7 @@ def test_documents_do_not_see_each_other() -> None:
         packed.inputs_KBS[:, :, 10:], packed.targets_KBS[:, :, 10:],
     )  # fmt: skip
     with torch.no_grad():
-        for depth, (whole, alone) in enumerate(zip(model._states(packed), model._states(second), strict=True)):
+        for depth, (whole, alone) in enumerate(zip(model.states(packed), model.states(second), strict=True)):
             usable = slice(0, 14 - depth)
             assert torch.allclose(whole[10:][usable], alone[usable], atol=1e-5)
 
@@ -193,7 +193,7 @@ def test_acceptance_counts_agreement_with_the_backbone() -> None:
     batch = batch_of(2, 20, 2)
     sums = model.evaluate(batch)
     with torch.no_grad():
-        best = [model.logits(state).argmax(-1) for state in model._states(batch)]
+        best = [model.logits(state).argmax(-1) for state in model.states(batch)]
     agreed, judged = [0, 0], [0, 0]
     for row in range(2):
         for start in range(20):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from recycle_ds.config import ConfigError, ParallelConfig
-from recycle_ds.parallel.mesh import check_layout
 from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
 
 
@@ -15,6 +13,7 @@ from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
         ({}, Launch("single", 0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Launch("deepspeed", 3, 4, 1)),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, Launch("torchrun", 0, 2, 0)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}, Launch("deepspeed", 9, 16, 1, 8)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Launch("mpi", 1, 2, 1)),
         (
             {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
@@ -40,12 +39,3 @@ def test_tasks_that_would_each_train_alone() -> None:
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     with pytest.raises(LaunchError, match="LOCAL_RANK"):
         detect_launch({"RANK": "1", "WORLD_SIZE": "2"})
-
-
-def test_layout_must_fill_the_world() -> None:
-    """A layout that leaves ranks over, reported without the numbers."""
-    assert check_layout(ParallelConfig(tensor=2), 8) == 4
-    with pytest.raises(ConfigError, match=r"parallel.tensor \(3\) must divide the number of ranks \(8\)"):
-        check_layout(ParallelConfig(tensor=3), 8)
-    with pytest.raises(ConfigError, match=r"parallel\.pipeline=2"):
-        check_layout(ParallelConfig(pipeline=2), 8)

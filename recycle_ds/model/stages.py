@@ -1,0 +1,34 @@
+"""Which blocks each pipeline stage holds: a pure function of the shapes.
+
+The first stage adds the embedding, the last one the final norm, the recycle module and the output head, which is used once per
+loss. For a small model with a large vocabulary the head costs as much as many blocks, so the last stage gets fewer of them,
+down to none.
+"""
+
+from __future__ import annotations
+
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig
+from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token
+
+
+def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages: int) -> tuple[range, ...]:
+    """Blocks of each stage, such that the dearest stage is as cheap as can be (FLOPs of a training step).
+
+    Raises ConfigError when there are more stages than blocks.
+    """
+    if stages > config.layers:
+        raise ConfigError(
+            f"parallel.pipeline ({stages}) exceeds model.layers ({config.layers}): a stage would have no block; lower it"
+        )
+    if stages == 1:
+        return (range(config.layers),)
+    block = block_flops_per_token(config, seq_length)
+    counts = [1] * (stages - 1) + [0]
+    costs = [block] * (stages - 1) + [tail_flops_per_token(config, recycle, seq_length)]
+    for _ in range(config.layers - sum(counts)):
+        # among equals the latest but the last: early stages keep more micro-batches in flight, the last is dear already
+        cheapest = min(reversed(range(stages)), key=lambda stage: costs[stage] + block)
+        counts[cheapest] += 1
+        costs[cheapest] += block
+    firsts = [sum(counts[:stage]) for stage in range(stages)]
+    return tuple(range(first, first + count) for first, count in zip(firsts, counts, strict=True))

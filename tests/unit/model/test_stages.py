@@ -1,0 +1,49 @@
+"""How blocks are shared out to pipeline stages."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig
+from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token
+from recycle_ds.model.stages import partition
+
+
+def shape(layers: int, vocab_size: int = 32_000, hidden: int = 512) -> ModelConfig:
+    return ModelConfig(layers=layers, hidden=hidden, heads=8, kv_heads=4, ffn=4 * hidden, vocab_size=vocab_size)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(100, 100_000), st.integers(0, 4))
+def test_stages_tile_the_blocks(layers: int, stages: int, vocab_size: int, depth: int) -> None:
+    """A block that two stages run, that none runs, or a stage but the last without any."""
+    recycle = RecycleConfig(layers=1 if depth else 0, depth=max(1, depth))
+    if stages > layers:
+        with pytest.raises(ConfigError, match=rf"parallel.pipeline \({stages}\) exceeds model.layers \({layers}\)"):
+            partition(shape(layers, vocab_size), recycle, 512, stages)
+        return
+    parts = partition(shape(layers, vocab_size), recycle, 512, stages)
+    assert [block for part in parts for block in part] == list(range(layers))
+    assert len(parts) == stages and all(len(part) > 0 for part in parts[:-1])
+
+
+@pytest.mark.parametrize(("layers", "stages", "vocab_size"), [(24, 4, 32_000), (30, 2, 49_152), (80, 8, 32_000)])
+def test_no_other_split_has_a_cheaper_dearest_stage(layers: int, stages: int, vocab_size: int) -> None:
+    """A last stage that everybody waits for, since it has as many blocks as the others and the head besides."""
+    config, recycle = shape(layers, vocab_size), RecycleConfig(depth=2)
+    block = block_flops_per_token(config, 512)
+    tail = tail_flops_per_token(config, recycle, 512)
+    counts = [len(part) for part in partition(config, recycle, 512, stages)]
+    mine = max([count * block for count in counts[:-1]] + [counts[-1] * block + tail])
+    # the best there is, over every number of blocks on the last stage
+    best = min(max(-(-(layers - last) // (stages - 1)) * block, last * block + tail) for last in range(layers))
+    assert mine == pytest.approx(best)
+
+
+def test_large_head_takes_the_place_of_blocks() -> None:
+    """The head and the unrolled module left out of the balance."""
+    parts = partition(shape(12, vocab_size=100_000, hidden=256), RecycleConfig(depth=3), 256, 2)
+    assert len(parts[-1]) == 0
+    even = partition(shape(12, vocab_size=10), RecycleConfig(layers=0), 256, 2)
+    assert [len(part) for part in even] == [6, 6]
