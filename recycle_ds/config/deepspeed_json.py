@@ -147,11 +147,8 @@ def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
         raise ConfigError(
             f"{path}: bf16.check_grad_overflow is not set here: training.nonfinite decides about bad steps"
         )
-    if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage < 2:
-        raise ConfigError(
-            f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 2 or 3 (at stage {stage} DeepSpeed takes another path); '
-            "use zero2.json"
-        )
+    if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage == 0:
+        raise ConfigError(f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 1, 2 or 3; use zero1.json')
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:
@@ -191,8 +188,9 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     )
     bf16["check_grad_overflow"] = False  # recycle_ds looks at the norms itself, and acts alike at every stage
     tree["bf16"] = bf16
-    if training.dtype == "bf16" and zero_stage(tree) >= 2:
-        # many micro-batches added up in bf16 lose the small ones; stages 0 and 1 of DeepSpeed have no other way
+    if training.dtype == "bf16" and (zero_stage(tree) >= 2 or (zero_stage(tree) and config.parallel.pipeline > 1)):
+        # many micro-batches added up in bf16 lose the small ones, and a pipeline has many. At stage 1 the price is an fp32
+        # gradient of every weight, so without a pipeline the file decides; at stage 0 DeepSpeed has no other way
         tree["data_types"] = {"grad_accum_dtype": "fp32"} | tree.get("data_types", {})
     tree["gradient_clipping"] = 0.0
     # The optimizer passed to DeepSpeed is a subclass of torch's AdamW that only adds the clipping factor.

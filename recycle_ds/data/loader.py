@@ -45,7 +45,6 @@ class Batch:
             targets_KBS=self.targets_KBS.to(device, non_blocking=True),
         )
 
-
     def part(self, rank: int, size: int) -> Batch:
         """Part `rank` of `size` of every sequence; `documents_BS` stays whole, for attention sees all of it."""
         if size == 1:

@@ -42,17 +42,28 @@ def peak_flops(dtype: str, device: torch.device) -> float:
     return _matmul_rate(torch_dtype(dtype), device)
 
 
-def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 4) -> float:
-    a = torch.ones(size, size, dtype=dtype, device=device)
+def _matmul_rate(dtype: torch.dtype, device: torch.device, largest: int = 1024, seconds: float = 0.05) -> float:
+    """FLOP/s of square products, doubled in size until one takes `seconds`: some CPUs multiply bf16 a hundredfold slower."""
+    best = 0.0
+    size = 128
+    while size <= largest:
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        fastest = _timed_product(a, device)
+        repeats = 3 if fastest < seconds else 0
+        fastest = min([fastest, *(_timed_product(a, device) for _ in range(repeats))])
+        best = max(best, 2 * size**3 / fastest)
+        if not repeats:
+            break
+        size *= 2
+    return best
+
+
+def _timed_product(a: torch.Tensor, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
     torch.mm(a, a)
-    best = float("inf")
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    synchronise(device)
+    return max(time.perf_counter() - start, 1e-9)
 
 
 def let_megatron_run_on_cpu() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -67,13 +68,16 @@ def build_engine(
     if stage == 3:
         # used by the root module (the head) as well as by its own: ZeRO-3 must gather it for both
         deepspeed.zero.register_external_parameter(model, model.head_weight)
-    engine, *_ = deepspeed.initialize(
-        model=RecyclePipeline(model) if pipeline else model,
-        optimizer=optimizer,
-        config=deepspeed_config,
-        mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline answers from its own grid, in the same order
-        dist_init_required=False,
-    )
+    with redirect_stdout(StringIO()):  # layers, topology, memory: what went into a run is told in run.json
+        engine, *_ = deepspeed.initialize(
+            model=RecyclePipeline(model) if pipeline else model,
+            optimizer=optimizer,
+            config=deepspeed_config,
+            mpu=None
+            if pipeline
+            else ModelParallelUnit(mesh),  # a pipeline answers from its own grid, in the same order
+            dist_init_required=False,
+        )
     if training.compile:
         engine.compile()
     passes: Passes = PipelinePasses(engine) if pipeline else WholePasses(engine, model)

@@ -51,6 +51,8 @@ class GradientControl:
         self._zero = engine.optimizer
         if self._stage in (1, 2):
             self._zero.scaled_global_norm = lambda *_: self._decide(self._norms_of_partitions())
+        if hasattr(self._zero, "get_grads_for_norm"):  # BF16_Optimizer: fp32 gradients of whole parameters
+            self._zero.get_grads_for_norm = lambda for_clipping=False: ([torch.zeros(1, device=self._device)], {})
         elif self._stage == 3:
             self._zero._get_norm_groups = lambda: [self._decide(self._norms_of_subgroups())]
         self._counted = counted_parameters(model)
@@ -60,7 +62,7 @@ class GradientControl:
         """Takes DeepSpeed's step once all gradients are there. `skip` holds the optimizer whatever the norms say."""
         self._skip = skip
         self._report = GradientReport(math.nan, {}, False)  # what stands if DeepSpeed leaves before it asks for norms
-        if self._stage == 0:
+        if self._stage == 0 or hasattr(self._zero, "get_grads_for_norm"):
             self._decide(self._norms_of_parameters())
         self._passes.take_step()
         self._optimizer.hold = True
@@ -113,9 +115,12 @@ class GradientControl:
         return found
 
     def _norms_of_parameters(self) -> list[tuple[str, list[Tensor]]]:
-        """Stage 0: every replica holds all gradients, so one of them counts."""
+        """Stage 0, and 1 with fp32 accumulation: every replica holds all gradients, so one of them counts."""
         if self._mesh.replicas.rank:
             return []
+        if hasattr(self._zero, "fp32_groups_gradients"):
+            members = zip(self._groups, self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True)
+            return [(group["part"], self._norms(zip(low, high, strict=True))) for group, low, high in members]
         groups = zip(self._groups, self._low_precision_groups(), strict=True)
         return [(group["part"], self._norms((p, p.grad) for p in members)) for group, members in groups]
 

@@ -6,8 +6,6 @@ The module's "layers" are the stages themselves, one each: which blocks a stage 
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
@@ -64,8 +62,7 @@ class RecyclePipeline(PipelineModule):
     def __init__(self, model: RecycleGPT) -> None:
         mesh = model.mesh
         topology = PipeModelDataParallelTopology(mesh.pipeline.size, mesh.tensor.size, mesh.data.size)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology and layers
-            super().__init__([Stage(model)] * mesh.pipeline.size, topology=topology, partition_method="uniform")
+        super().__init__([Stage(model)] * mesh.pipeline.size, topology=topology, partition_method="uniform")
         self._tied_group = _tied_group(mesh)
         ends = mesh.first_stage or mesh.last_stage
         # a list, so that the weight is not registered once more, under another name
@@ -105,6 +102,11 @@ class PipelinePasses:
         module = engine.module
         assert isinstance(module, RecyclePipeline)
         self._stage = module.stage
+        if hasattr(engine.optimizer, "fp32_groups_gradients"):
+            # where tied gradients are looked for; BF16_Optimizer sets it only once there has been one
+            for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
+                for parameter, gradient in zip(low, high, strict=True):
+                    parameter._hp_grad = gradient
         placeholder = torch.zeros(1)
         engine.set_dataiterator(repeat((placeholder, placeholder)))
 

@@ -70,3 +70,36 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
         return run_all(rank, world_size, [config])[0]
     finally:
         writing.save_file = original
+
+
+BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")
+
+
+def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> str:
+    """Like `run_all` for one configuration with one reduction left out: the negative controls of the parity suite."""
+    from recycle_ds.model import norm
+    from recycle_ds.training import batches, pipeline
+
+    def alone(weight: Any, group: Any) -> Any:
+        return weight
+
+    def untied(module: Any) -> list[Any]:
+        return []
+
+    scales = batches.StepBatches.scales
+
+    def unscaled(step: Any, weights: Any, replicas: int) -> Any:
+        found = scales(step, weights, replicas)
+        return torch.cat((found[:1], found[1:] / replicas))
+
+    place, name, broken = {
+        "norm_gradients": (norm, "copy_to_tensor_model_parallel_region", alone),
+        "tied_embedding": (pipeline.RecyclePipeline, "get_tied_weights_and_groups", untied),
+        "recycle_scale": (batches.StepBatches, "scales", unscaled),
+    }[breakage]
+    original = getattr(place, name)
+    setattr(place, name, broken)
+    try:
+        return run_all(rank, world_size, [config])[0]
+    finally:
+        setattr(place, name, original)

@@ -14,6 +14,7 @@ from recycle_ds.checkpoint.reading import TensorReader
 from recycle_ds.config import parse_config
 from recycle_ds.model.initialisation import initial_tensor
 from tests.distributed import run_ranks
+from tests.parallel.parity import assert_equal, assert_rounded
 from tests.parallel.ranks import run_all
 from tests.runs import figures, make_corpus, tiny_run, zero
 
@@ -82,12 +83,6 @@ def curves(root: Path) -> Iterator[dict[str, list[list[float]]]]:
     yield found
 
 
-def assert_equal(mine: list[list[float]], reference: list[list[float]]) -> None:
-    assert len(mine) == len(reference) == 5
-    for step, (left, right) in enumerate(zip(mine, reference, strict=True), start=1):
-        assert left == pytest.approx(right, rel=1e-5), f"step {step}: {left} instead of {right}"
-
-
 @pytest.mark.parametrize("name", [name for name, _ in CASES if "bf16" not in name])
 def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: str) -> None:
     """A stage, micro-batch size or gradient mode that silently averages, clips or partitions wrongly."""
@@ -97,10 +92,7 @@ def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: s
 @pytest.mark.parametrize("name", ["bf16_zero0", "bf16_zero1", "bf16_zero2", "bf16_zero3", "tensor2_zero3_bf16"])
 def test_bf16_stays_within_its_rounding(curves: dict[str, list[list[float]]], name: str) -> None:
     """A stage whose bf16 gradients or fp32 masters go wrong by more than bf16 rounds."""
-    for mine, reference in zip(curves[f"2/{name}"], curves["1/bf16"], strict=True):
-        assert mine[:-1] == pytest.approx(reference[:-1], rel=2e-3)
-        # a norm squares the roundings of every gradient, and tensor ranks round each partial sum once more
-        assert mine[-1] == pytest.approx(reference[-1], rel=5e-2)
+    assert_rounded(curves[f"2/{name}"], curves["1/bf16"])
 
 
 def test_losses_fall(curves: dict[str, list[list[float]]]) -> None:
