@@ -87,7 +87,7 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     if mask.plain_causal:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.dense)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.additive(query.dtype))
 
 
 def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:

@@ -42,6 +42,17 @@ class AttentionMask:
             block = torch.cat([block] + [diagonal] * (self.chain - 1), dim=2)
         return block[:, None]
 
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """`dense` as 0 and -inf in a floating type, made once for all layers: SDPA would convert and keep one for each."""
+        if dtype not in self._additive:
+            zero = torch.zeros((), dtype=dtype, device=self.documents_BS.device)
+            self._additive[dtype] = torch.where(self.dense, zero, float("-inf"))
+        return self._additive[dtype]
+
+    @cached_property
+    def _additive(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     @cached_property
     def block_mask(self) -> Any:
         """FlexAttention's BlockMask of the same description."""

@@ -74,7 +74,7 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
     if values[0] >= values[1]:
         raise LaunchError(f"{rank}={values[0]} must be below {size}={values[1]}")
     on_host = next((environment[name] for name in _LOCAL_SIZES if environment.get(name, "").isdigit()), "0")
-    return Launch(launcher, *values, local_world_size=int(on_host))
+    return Launch(launcher, values[0], values[1], values[2], int(on_host))
 
 
 def start(launch: Launch) -> bool:

@@ -21,7 +21,6 @@ from recycle_ds.training.optimizer import AdamW, parameter_groups, part_of
 from recycle_ds.training.passes import Passes, WholePasses
 from recycle_ds.training.pipeline import PipelinePasses, RecyclePipeline
 
-
 # Warnings of DeepSpeed's that the parity tests answer: the optimizer is torch's AdamW with a factor before it; batches and the
 # sums of an evaluation carry no gradient, so no hook needs to see them.
 _UNFOUNDED = ("untested optimizer", "unknown inputs or outputs type")

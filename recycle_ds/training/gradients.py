@@ -43,6 +43,8 @@ class GradientControl:
     ) -> None:
         self._optimizer, self._mesh, self._passes = optimizer, model.mesh, passes
         self._clipping, self._separate = clipping, separate
+        self._counted = counted_parameters(model)
+        self._device = next(model.parameters()).device
         self._skip = False
         self._report = GradientReport(0.0, {}, False)
         # DeepSpeed's steps swap the optimizer's list of groups: keep the real ones
@@ -55,8 +57,6 @@ class GradientControl:
             self._zero.get_grads_for_norm = lambda for_clipping=False: ([torch.zeros(1, device=self._device)], {})
         elif self._stage == 3:
             self._zero._get_norm_groups = lambda: [self._decide(self._norms_of_subgroups())]
-        self._counted = counted_parameters(model)
-        self._device = next(model.parameters()).device
 
     def step(self, *, skip: bool) -> GradientReport:
         """Takes DeepSpeed's step once all gradients are there. `skip` holds the optimizer whatever the norms say."""

@@ -1,0 +1,167 @@
+"""Bytes that autograd keeps for the backward pass, counted from the code of `recycle_ds.model`.
+
+Each term names a tensor that some backward formula needs. The counts follow Korthikanti et al. (arXiv 2205.05198, section 4),
+for this model: SwiGLU, grouped-query attention without a stored score matrix, no dropout, head and losses in chunks. Storages
+count once: the keys and queries of one rotation, for example, live in one tensor.
+
+Shapes: N tokens of a micro-batch, D hidden, H = heads x C and K = kv_heads x C of one tensor rank, F its share of ffn. With
+sequence parallelism what lies between the tensor-parallel products is split over the tensor axis too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recycle_ds.config import ModelConfig, RecycleConfig
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the device's kernels keep. The CPU's are those that the tests measure; CUDA's fused ones keep less."""
+
+    fused_norm: bool
+    """RMSNorm keeps its input and a scale a row; else fp32 copies of input and normalised input."""
+    grouped_attention: bool
+    """Attention reads grouped keys and values as they are; else they are repeated for every query head."""
+    dense_mask: bool
+    """Packed sequences need a mask of S x S numbers, shared by all layers."""
+
+
+CPU = Kernels(fused_norm=False, grouped_attention=False, dense_mask=True)
+CUDA = Kernels(fused_norm=True, grouped_attention=True, dense_mask=False)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Counts the bytes of one micro-batch on one rank."""
+
+    config: ModelConfig
+    recycle: RecycleConfig
+    micro_batch: int
+    seq_length: int
+    """Positions of a sequence on this rank: S, or S / u with Ulysses."""
+    element: int
+    """Bytes of a number in the model's type."""
+    tensor: int = 1
+    sequence: bool = False
+    ulysses: int = 1
+    recompute: bool = False
+    kernels: Kernels = CUDA
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.micro_batch * self.seq_length
+
+    @property
+    def _stream(self) -> int:
+        """Elements of the residual stream on this rank."""
+        return self.tokens * self.config.hidden // (self.tensor if self.sequence else 1)
+
+    @property
+    def _widths(self) -> tuple[int, int, int]:
+        """H, K and F of one rank."""
+        config, channels = self.config, self.config.dim_per_head
+        return (
+            config.heads * channels // self.tensor,
+            config.kv_heads * channels // self.tensor,
+            config.ffn // self.tensor,
+        )
+
+    def norm(self) -> int:
+        """Input and scale of a row; the unfused one also keeps the normalised input, both in fp32."""
+        rows = self._stream // self.config.hidden
+        if self.kernels.fused_norm:
+            return self.element * self._stream + 4 * rows
+        return 2 * 4 * self._stream + 4 * rows
+
+    def attention(self, steps: int = 1) -> int:
+        """Rotated queries and keys, values, output and the softmax's logarithms; `steps` times the keys in a chain."""
+        query, kv, _ = self._widths
+        el, n = self.element, self.tokens
+        rows = 4 * n * self.config.heads // self.tensor
+        kept = el * n * (query + kv) + el * n * query + rows
+        grouped = self.config.heads != self.config.kv_heads
+        if grouped and not self.kernels.grouped_attention:
+            return kept + 2 * el * n * query * steps
+        if steps > 1:
+            return kept + 2 * el * n * kv * steps
+        return kept + el * n * (query + 2 * kv)  # the values are a view of the whole product
+
+    def block(self, steps: int = 1) -> int:
+        """One block with nothing recomputed: two norms, the inputs of four products, attention, SwiGLU."""
+        el, n = self.element, self.tokens
+        ffn = self._widths[2]
+        products = (
+            2 * el * self._stream
+        )  # of query_key_value and gate_up; attention's output and the SwiGLU's come below
+        extra = 0
+        if self.ulysses > 1:  # the all-to-all's result is the output product's input, beside attention's own output
+            extra = el * n * self._widths[0]
+        return 2 * self.norm() + products + self.attention(steps) + extra + 4 * el * n * ffn
+
+    def rotary(self) -> int:
+        """Cosines and sines of one pass, shared by its layers."""
+        return self.element * self.tokens * self.config.dim_per_head
+
+    def mask(self, steps: int = 1) -> int:
+        """The additive mask of one pass, shared by its layers; what recomputes also keeps the boolean one it is made from."""
+        if not self.kernels.dense_mask:
+            return 0
+        whole = self.seq_length * self.ulysses
+        return (self.element + (1 if self.recompute else 0)) * self.micro_batch * whole * whole * steps
+
+    def blocks(self, count: int) -> int:
+        """What `count` blocks of the backbone keep of a micro-batch."""
+        if count == 0:
+            return 0
+        if self.recompute:
+            return count * self.element * self._stream + self.rotary() + self.mask()
+        return count * self.block() + self.rotary() + self.mask()
+
+    def module(self) -> int:
+        """The recycle module at all its depths."""
+        recycle = self.recycle
+        if not recycle.layers:
+            return 0
+        query, kv, _ = self._widths
+        total = 0
+        for step in range(1, recycle.depth + 1):
+            if self.recompute:
+                total += 2 * self.element * self._stream + self.rotary() + self.mask(step)
+                if step < recycle.depth:  # the chain's keys and values, in the tensors they were cut from
+                    total += recycle.layers * self.element * self.tokens * ((query + kv) + (query + 2 * kv))
+            else:
+                joined = 2 * self.norm() + 2 * self.element * self._stream
+                total += joined + recycle.layers * self.block(step) + self.norm() + self.rotary() + self.mask(step)
+        return total
+
+    def head(self) -> int:
+        """After the last block: the final norm, and the gradients that the loss forms in its forward pass."""
+        losses = 1 + (self.recycle.depth if self.recycle.layers else 0)
+        return self.norm() + losses * self.element * self._stream + self.head_gradient(self.element)
+
+    def head_gradient(self, element: int) -> int:
+        """The output head's gradient, of its padded rows on one rank."""
+        return element * padded_rows(self.config, self.tensor) * self.config.hidden
+
+    def stage(self, blocks: int, *, last: bool) -> int:
+        """What one pipeline stage keeps of one micro-batch."""
+        return self.blocks(blocks) + (self.module() + self.head() if last else 0)
+
+    def logits(self, chunk: int) -> int:
+        """The loss's workspace: a chunk's logits in fp32 and once more in the model's type, and the head's fp32 gradient."""
+        rows = min(chunk, self.tokens)
+        per_logit = 4 + (self.element if self.element < 4 else 0)
+        return rows * padded_rows(self.config, self.tensor) * per_logit + self.head_gradient(4)
+
+    def working_set(self) -> int:
+        """While a block is recomputed all that it keeps exists once."""
+        return self.block() if self.recompute else 0
+
+
+def padded_rows(config: ModelConfig, tensor: int) -> int:
+    """Rows of the embedding on one tensor rank, padding included."""
+    assert config.vocab_size is not None
+    unit = config.vocab_multiple * tensor
+    return -(-config.vocab_size // unit) * unit // tensor

@@ -1,0 +1,98 @@
+"""The layouts there are to choose from, and why some of them cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recycle_ds.config import RunConfig
+from recycle_ds.parallel.layout import Layout
+from recycle_ds.planning.hardware import Cluster
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what decides over its memory."""
+
+    layout: Layout
+    zero_stage: int
+    micro_batch_size: int
+    recompute: str
+    """training.activation_checkpointing: "none" or "full"."""
+    offload: bool
+    """Optimizer state in host memory."""
+    sequence: bool
+
+    def describe(self) -> dict[str, int | str | bool]:
+        """The fields of the JSON report."""
+        return {
+            "tensor": self.layout.tensor,
+            "pipeline": self.layout.pipeline,
+            "data": self.layout.data,
+            "sequence": self.sequence,
+            "zero_stage": self.zero_stage,
+            "micro_batch_size": self.micro_batch_size,
+            "recompute": self.recompute,
+            "offload": self.offload,
+        }
+
+
+def layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[Layout, str]]:
+    """Every TP x PP x DP of the cluster's GPUs, with the reason why it is impossible ("" where it is not).
+
+    Degrees are divisors of what they split: a tensor group stays inside a node, stages split the blocks.
+    """
+    model = config.model
+    for tensor in _divisors(cluster.gpus_per_node):
+        for pipeline in _divisors(cluster.gpus // tensor):
+            if pipeline > 4 * model.layers:
+                continue  # far beyond reason: not worth a line each
+            layout = Layout(tensor, pipeline, cluster.gpus // (tensor * pipeline))
+            yield layout, _layout_fault(config, layout)
+
+
+def candidates(config: RunConfig, layout: Layout, *, offload: bool) -> Iterator[tuple[Candidate, str]]:
+    """ZeRO stage, micro-batch size and recomputation of a possible layout, each with its reason where it is impossible."""
+    sequence = layout.tensor > 1 and config.training.seq_length % layout.tensor == 0
+    for stage in (0, 1, 2, 3):
+        fault = _stage_fault(config, layout, stage)
+        for micro in _micro_batches(config, layout):
+            for recompute in ("none", "full"):
+                for offloaded in (False, True) if offload and stage else (False,):
+                    yield Candidate(layout, stage, micro, recompute, offloaded, sequence), fault
+            if fault:
+                break  # the same for every micro-batch size
+
+
+def _layout_fault(config: RunConfig, layout: Layout) -> str:
+    model, training = config.model, config.training
+    for name in ("heads", "kv_heads", "ffn", "hidden"):
+        size = getattr(model, name)
+        if size % layout.tensor:
+            return f"model.{name} ({size}) is not divisible by tensor {layout.tensor}"
+    if layout.pipeline > model.layers:
+        return f"pipeline {layout.pipeline} exceeds model.layers ({model.layers})"
+    if layout.pipeline > 1 and config.recycle.gradient == "frozen_backbone" and config.recycle.layers:
+        return "recycle.gradient=frozen_backbone trains the last stage only: no pipeline"
+    if training.global_batch_size % layout.data:
+        return f"training.global_batch_size ({training.global_batch_size}) is not divisible by data {layout.data}"
+    return ""
+
+
+def _stage_fault(config: RunConfig, layout: Layout, stage: int) -> str:
+    if layout.pipeline > 1 and stage > 1:
+        return f"ZeRO {stage} does not work with a pipeline: DeepSpeed partitions gradients that the pipeline still adds up"
+    if stage == 0 and config.training.dtype == "bf16" and layout.tensor * layout.pipeline > 1:
+        return "ZeRO 0 in bf16 gives wrong gradients with tensor or pipeline parallelism in DeepSpeed"
+    if stage and layout.data == 1:
+        return "ZeRO has nothing to partition at data 1" if stage > 1 else ""
+    return ""
+
+
+def _micro_batches(config: RunConfig, layout: Layout) -> list[int]:
+    per_rank = config.training.global_batch_size // layout.data
+    return [size for size in (1, 2, 4, 8, 16) if per_rank % size == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,177 @@
+"""Bytes that one rank holds at the worst moment of a step: after a backward pass, before gradients are reduced and dropped.
+
+What DeepSpeed 0.19.8 keeps per weight (e bytes in the model's type, r ranks that share its state):
+
+    ZeRO 0, fp32      weight 4, gradient 4, moments 8
+    ZeRO 1            weight e, gradient e until reduced, (master 4 + moments 8) / r
+    ZeRO 1, pipeline  the same in fp32; in bf16 an fp32 gradient 4 beside the bf16 one
+    ZeRO 2            weight e, gradient (4 in bf16 runs, which add up in fp32) / r, (master 4 + moments 8) / r
+    ZeRO 3            all of it / r, but small weights stay gathered on every rank
+
+(Rajbhandari et al., arXiv 1910.02054, section 3; the fp32 master exists in fp32 runs too from stage 1 on.) The tests compare
+these figures with the tensors that real runs hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
+from recycle_ds.model.stages import partition
+from recycle_ds.planning.activations import CUDA, Activations, Kernels, padded_rows
+from recycle_ds.planning.candidates import Candidate
+
+GIB = 2**30
+# DeepSpeed's default for a reduction bucket, in elements; stages 1 to 3 allocate one whole, however small the model.
+BUCKET = 5e8
+# And for the weights that ZeRO-3 keeps gathered during a pass, since they will be needed again soon.
+LIVE = 1e9
+
+
+@dataclass(frozen=True)
+class LocalWeights:
+    """Weights of one rank before ZeRO: matrices' and embeddings' elements, and those of small tensors (norms, biases)."""
+
+    large: int
+    small: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.large + self.small
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    host: float = 0.0
+    """Optimizer state in host memory; not part of the total."""
+
+    @property
+    def states(self) -> float:
+        """What lasts from step to step, and its gradients."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return self.states + self.activations + self.logits + self.buffers
+
+
+def local_weights(
+    config: ModelConfig, recycle: RecycleConfig, tensor: int, blocks: int, ends: tuple[bool, bool]
+) -> LocalWeights:
+    """Of a stage with `blocks` blocks; ends says whether it is the first and the last. Vocabulary padding included."""
+    first, last = ends
+    query, kv = config.heads * config.dim_per_head, config.kv_heads * config.dim_per_head
+    block = (config.hidden * (2 * query + 2 * kv) + 3 * config.hidden * config.ffn) // tensor
+    small = 2 * config.hidden + ((query + 2 * kv) // tensor if config.qkv_bias else 0)
+    embedding = padded_rows(config, tensor) * config.hidden
+    large_total, small_total = blocks * block, blocks * small
+    if first or (last and (config.tied_embeddings or recycle.layers)):
+        large_total += embedding
+    if last:
+        small_total += config.hidden
+        large_total += 0 if config.tied_embeddings else embedding
+        if recycle.layers:
+            large_total += recycle.layers * block + 2 * config.hidden**2 // tensor
+            small_total += recycle.layers * small + 3 * config.hidden
+    return LocalWeights(large_total, small_total)
+
+
+def stage_counts(config: RunConfig, stages: int) -> tuple[int, ...]:
+    """Blocks of each pipeline stage."""
+    return _stages(config.model, config.recycle, config.training.seq_length, stages)
+
+
+@lru_cache(maxsize=256)
+def _stages(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages: int) -> tuple[int, ...]:
+    return tuple(len(part) for part in partition(config, recycle, seq_length, stages))
+
+
+def stage_memory(config: RunConfig, candidate: Candidate, stage: int, kernels: Kernels = CUDA) -> Memory:
+    """What a rank of pipeline stage `stage` holds."""
+    training, layout = config.training, candidate.layout
+    element = 2 if training.dtype == "bf16" else 4
+    counts = stage_counts(config, layout.pipeline)
+    last = stage == layout.pipeline - 1
+    weights = local_weights(config.model, config.recycle, layout.tensor, counts[stage], (stage == 0, last))
+    states = _states(weights, candidate, element)
+    activations = activations_of(config, candidate, kernels)
+    micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
+    in_flight = min(layout.pipeline - stage, micro_batches)
+    stream = activations.element * activations.tokens * config.model.hidden
+    stream //= layout.tensor if candidate.sequence else 1
+    buffers = states.buffers + activations.working_set()
+    if layout.pipeline > 1:  # received and sent activations and their gradients, one buffer each for what is in flight
+        buffers += (2 * max(2, in_flight) + 2) * stream
+    return Memory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=in_flight * activations.stage(counts[stage], last=last),
+        logits=activations.logits(training.loss_chunk) if last else 0,
+        buffers=buffers,
+        host=states.host,
+    )
+
+
+def worst_stage(config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA) -> tuple[int, Memory]:
+    """The stage that holds most, and what it holds."""
+    found = {stage: stage_memory(config, candidate, stage, kernels) for stage in range(candidate.layout.pipeline)}
+    stage = max(found, key=lambda number: found[number].total)
+    return stage, found[stage]
+
+
+def activations_of(config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA) -> Activations:
+    """The counting of activations for a candidate."""
+    training, layout = config.training, candidate.layout
+    return Activations(
+        config.model,
+        config.recycle,
+        candidate.micro_batch_size,
+        training.seq_length // layout.ulysses,
+        2 if training.dtype == "bf16" else 4,
+        tensor=layout.tensor,
+        sequence=candidate.sequence,
+        ulysses=layout.ulysses,
+        recompute=candidate.recompute == "full",
+        kernels=kernels,
+    )
+
+
+def _states(weights: LocalWeights, candidate: Candidate, element: int) -> Memory:
+    """Weights, gradients, optimizer state and buckets, by ZeRO stage."""
+    count, stage = weights.total, candidate.zero_stage
+    shared = count / (candidate.layout.data * candidate.layout.ulysses)
+    held: float = element * count
+    gradients, optimizer, buckets = held, 12 * shared, 0.0
+    if stage == 0:
+        # fp32: the weight is the master. bf16 (a single model rank): an fp32 master and gradient beside
+        optimizer = 8 * count if element == 4 else 16 * count
+    elif stage == 1:
+        if element == 2 and candidate.layout.pipeline > 1:
+            gradients += 4 * count
+        buckets = element * BUCKET
+    elif stage == 2:
+        gradients = 4 * shared
+        buckets = element * BUCKET
+    else:
+        persistent = weights.small * (1 - 1 / candidate.layout.data)
+        held = element * (shared + persistent)
+        gradients = 4 * shared
+        buckets = element * (BUCKET + min(LIVE, count))
+    host = 0.0
+    if candidate.offload:
+        host, optimizer = optimizer, 0.0
+        if stage >= 2:
+            host, gradients = host + gradients, 0.0
+    return Memory(held, gradients, optimizer, 0.0, 0.0, buckets, host)

@@ -1,0 +1,132 @@
+"""Ranks the layouts of a run on a cluster, and says why the others are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model.flops import parameters, training_flops_per_token
+from recycle_ds.planning.candidates import Candidate, candidates, layouts
+from recycle_ds.planning.communication import Communication, communication
+from recycle_ds.planning.hardware import Cluster
+from recycle_ds.planning.memory import GIB, Memory, local_weights, stage_counts, worst_stage
+from recycle_ds.planning.timing import StepTime, step_time
+
+# Of the device's memory: the CUDA context, NCCL's buffers and what fragmentation loses.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that fits, with its figures."""
+
+    candidate: Candidate
+    memory: Memory
+    """Of the rank that holds most."""
+    stage: int
+    """The pipeline stage of that rank."""
+    sent: Communication
+    time: StepTime
+    tokens_per_second: float
+    mfu: float
+    """Model FLOPs, without recomputation, over the peak of all GPUs."""
+
+    def report(self) -> dict[str, object]:
+        """The JSON entry. Memory in GiB, communication in bytes per rank and step, seconds."""
+        held = {name: value / GIB for name, value in asdict(self.memory).items() if name != "host"}
+        return {
+            **self.candidate.describe(),
+            "memory_gib": {**held, "total": self.memory.total / GIB},
+            "host_memory_gib": self.memory.host / GIB,
+            "fullest_stage": self.stage,
+            "communication_bytes": asdict(self.sent),
+            "bubble": self.time.bubble,
+            "seconds": {name: value for name, value in asdict(self.time).items() if name != "bubble"},
+            "step_seconds": self.time.total,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+        }
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A layout that cannot be, or does not fit."""
+
+    fields: dict[str, int | str | bool]
+    reason: str
+
+    def report(self) -> dict[str, object]:
+        """The JSON entry."""
+        return {**self.fields, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The answer: what fits, best first, and what does not."""
+
+    parameters: int
+    fitting: list[Plan]
+    rejected: list[Rejection]
+
+
+def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True) -> Plans:
+    """Every layout of the run on the cluster. model.vocab_size must be known."""
+    fitting: list[Plan] = []
+    rejected: list[Rejection] = []
+    limit = USABLE * cluster.gpu.memory_gib * GIB
+    for layout, fault in layouts(config, cluster):
+        if fault:
+            degrees = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+            rejected.append(Rejection(dict(degrees), fault))
+            continue
+        for candidate, wrong in candidates(config, layout, offload=offload):
+            if wrong:
+                rejected.append(Rejection(candidate.describe(), wrong))
+                continue
+            stage, memory = worst_stage(config, candidate)
+            if memory.total > limit:
+                rejected.append(Rejection(candidate.describe(), _too_large(memory, cluster)))
+            else:
+                fitting.append(_plan(config, candidate, cluster, stage, memory))
+    return Plans(parameters(config.model, config.recycle), rank(fitting), rejected)
+
+
+def rank(plans: Iterable[Plan]) -> list[Plan]:
+    """Fastest first; of equals the one that holds less."""
+    return sorted(plans, key=lambda plan: (-plan.tokens_per_second, plan.memory.total))
+
+
+def _too_large(memory: Memory, cluster: Cluster) -> str:
+    parts = {name: value for name, value in asdict(memory).items() if name != "host"}
+    most = max(parts, key=lambda name: parts[name])
+    return (
+        f"needs {memory.total / GIB:.1f} GiB of {USABLE:.0%} of {cluster.gpu.memory_gib:g} GiB, "
+        f"most of it {most} ({parts[most] / GIB:.1f} GiB)"
+    )
+
+
+def _plan(config: RunConfig, candidate: Candidate, cluster: Cluster, stage: int, memory: Memory) -> Plan:
+    training, layout = config.training, candidate.layout
+    counts = stage_counts(config, layout.pipeline)
+    sent = [
+        communication(
+            config,
+            candidate,
+            blocks,
+            local_weights(config.model, config.recycle, layout.tensor, blocks, _ends(number, counts)),
+            last=number == len(counts) - 1,
+        )
+        for number, blocks in enumerate(counts)
+    ]
+    busiest = max(range(len(sent)), key=lambda number: sent[number].total)
+    weights = local_weights(config.model, config.recycle, layout.tensor, counts[busiest], _ends(busiest, counts)).total
+    time = step_time(config, candidate, cluster, counts, sent[busiest], weights)
+    tokens = training.global_batch_size * training.seq_length
+    flops = tokens * training_flops_per_token(config.model, config.recycle, training.seq_length)
+    peak = cluster.gpu.flops(training.dtype) * cluster.gpus
+    return Plan(candidate, memory, stage, sent[busiest], time, tokens / time.total, flops / time.total / peak)
+
+
+def _ends(number: int, counts: tuple[int, ...]) -> tuple[bool, bool]:
+    return number == 0, number == len(counts) - 1

@@ -1,0 +1,99 @@
+"""How long a step takes, from FLOPs, bytes and the bubble: an estimate to rank layouts by, its assumptions in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token, training_flops_per_token
+from recycle_ds.planning.candidates import Candidate
+from recycle_ds.planning.communication import Communication
+from recycle_ds.planning.hardware import Cluster
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the data sheets' figures that real kernels and links reach."""
+
+    compute: float = 0.55
+    """Of the peak FLOP/s, for products of a few thousand rows."""
+    narrow: float = 512.0
+    """Width at which a product split over tensor ranks reaches half of that; wider ones come closer."""
+    links: float = 0.75
+    """Of the bandwidth, for large messages."""
+    hidden_gradients: float = 0.8
+    """Share of gradient and weight traffic over the data axis that overlaps with computation, where DeepSpeed overlaps it."""
+    memory: float = 0.8
+    """Of the memory bandwidth, for the optimizer."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    tensor: float
+    pipeline: float
+    data: float
+    optimizer: float
+    bubble: float
+    """Share of the step that a stage waits: (p - 1) / (m + p - 1) (Narayanan et al., arXiv 2104.04473)."""
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        busy = self.compute + self.tensor + self.pipeline
+        return busy / (1 - self.bubble) + self.data + self.optimizer
+
+
+def step_time(
+    config: RunConfig,
+    candidate: Candidate,
+    cluster: Cluster,
+    counts: tuple[int, ...],
+    sent: Communication,
+    weights: int,
+    assumptions: Assumptions | None = None,
+) -> StepTime:
+    """counts: blocks of each stage. sent, weights: bytes and elements of the busiest rank."""
+    assumed = assumptions or Assumptions()
+    training, layout, gpu = config.training, candidate.layout, cluster.gpu
+    micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
+    tokens = training.global_batch_size * training.seq_length / layout.data
+    width = config.model.ffn / layout.tensor
+    rate = gpu.flops(training.dtype) * assumed.compute * width / (width + assumed.narrow)
+    local = layout.tensor <= cluster.gpus_per_node
+    inside = gpu.node_bandwidth if local else gpu.network_bandwidth
+    # stages and replicas share a node only where the whole model needs no more than one
+    across = gpu.node_bandwidth if cluster.nodes == 1 else gpu.network_bandwidth
+    element = 2 if training.dtype == "bf16" else 4
+    overlapped = assumed.hidden_gradients if candidate.zero_stage in (2, 3) else 0.0
+    optimizer = _optimizer(candidate, cluster, weights, element, assumed)
+    return StepTime(
+        compute=tokens * _stage_flops(config, candidate, counts) / layout.tensor / rate,
+        tensor=sent.tensor / (inside * assumed.links),
+        pipeline=sent.pipeline / (across * assumed.links),
+        data=(1 - overlapped) * (sent.gradients + sent.weights) / (across * assumed.links),
+        optimizer=optimizer,
+        bubble=(layout.pipeline - 1) / (micro_batches + layout.pipeline - 1),
+    )
+
+
+def _stage_flops(config: RunConfig, candidate: Candidate, counts: tuple[int, ...]) -> float:
+    """FLOPs a token on the dearest stage, recomputation included."""
+    length = config.training.seq_length
+    block = block_flops_per_token(config.model, length)
+    tail = tail_flops_per_token(config.model, config.recycle, length)
+    if candidate.layout.pipeline == 1:
+        whole = training_flops_per_token(config.model, config.recycle, length)
+        return whole + (counts[0] * block / 3 if candidate.recompute == "full" else 0.0)
+    again = 4 / 3 if candidate.recompute == "full" else 1.0
+    return max([count * block * again for count in counts[:-1]] + [counts[-1] * block * again + tail])
+
+
+def _optimizer(candidate: Candidate, cluster: Cluster, weights: int, element: int, assumed: Assumptions) -> float:
+    """AdamW reads and writes master, moments and gradient: 32 bytes a weight of this rank's share."""
+    share = weights / (candidate.layout.data if candidate.zero_stage else 1)
+    if candidate.offload:  # gradients to the host and weights back; the host's memory is an eighth as fast as its link
+        return share * (4 + element) / cluster.gpu.host_bandwidth + share * 32 / 100e9
+    return share * 32 / (cluster.gpu.memory_bandwidth * assumed.memory)

@@ -1,0 +1,99 @@
+"""Builds every distinct part of a layout, on the meta device, and checks that the parts tile the model exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model import RecycleGPT, build_model
+from recycle_ds.model.build import whole_shapes
+from recycle_ds.model.flops import parameters
+from recycle_ds.model.sharding import Piece, is_copy, pieces
+from recycle_ds.parallel.layout import Coordinates, Layout
+from recycle_ds.parallel.mesh import virtual_mesh
+from recycle_ds.planning.errors import PlanningError
+from recycle_ds.training.optimizer import parameter_groups
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """A process group of this process alone: megatron-core asks groups for their size only where one exists."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def build_part(config: RunConfig, layout: Layout, place: Coordinates, *, sequence: bool) -> RecycleGPT:
+    """The model of one coordinate, without memory or initial values."""
+    mesh = virtual_mesh(layout, layout.rank_of(place), sequence=sequence)
+    with torch.device("meta"):
+        return build_model(config.model, config.recycle, mesh, seed=None, seq_length=config.training.seq_length)
+
+
+def verify_layout(config: RunConfig, layout: Layout, *, sequence: bool = False) -> int:
+    """Checks one layout; returns the number of parts built. Raises PlanningError naming what is missing or doubled.
+
+    Data replicas hold what their first one holds, so each (tensor, pipeline) coordinate is built once; that ZeRO's partitions
+    cover each replica's groups exactly is checked by their sizes.
+    """
+    tiles: dict[str, list[Piece]] = {}
+    built = 0
+    with world_of_one():
+        expected = whole_shapes(config.model, config.recycle)
+        for pipeline in range(layout.pipeline):
+            for tensor in range(layout.tensor):
+                model = build_part(config, layout, Coordinates(pipeline, 0, 0, tensor), sequence=sequence)
+                _collect(model, tiles)
+                check_partitions(model, layout.data * layout.ulysses)
+                built += 1
+    check_tiling(expected, tiles)
+    count = sum(torch.Size(shape).numel() for shape in expected.values())
+    if count != parameters(config.model, config.recycle):
+        raise PlanningError(f"the model has {count} weights, by its shapes {parameters(config.model, config.recycle)}")
+    return built
+
+
+def _collect(model: RecycleGPT, tiles: dict[str, list[Piece]]) -> None:
+    for name, row in pieces(model, model.mesh).items():
+        if is_copy(name, model.mesh):
+            continue
+        for piece in row:
+            # what tensor ranks hold alike (norms) counts once
+            if not piece.whole or model.mesh.tensor.rank == 0:
+                tiles.setdefault(piece.name, []).append(piece)
+
+
+def check_tiling(expected: dict[str, tuple[int, ...]], tiles: dict[str, list[Piece]]) -> None:
+    """Whether the pieces cover every canonical tensor once. Raises PlanningError."""
+    for name in sorted(expected.keys() ^ tiles.keys()):
+        raise PlanningError(f"{name}: {'no part holds it' if name in expected else 'not a tensor of the model'}")
+    for name, found in tiles.items():
+        shape, end = expected[name], 0
+        for piece in sorted(found, key=lambda piece: piece.start):
+            if piece.shape != shape:
+                raise PlanningError(f"{name}: a part takes it for {list(piece.shape)}, the model has {list(shape)}")
+            if piece.start != end:
+                raise PlanningError(
+                    f"{name}: rows {end} to {piece.start} are {'missing' if piece.start > end else 'doubled'}"
+                )
+            end = piece.start + piece.length
+        if end != shape[found[0].axis]:
+            raise PlanningError(f"{name}: ends at {end} of {shape[found[0].axis]}")
+
+
+def check_partitions(model: RecycleGPT, replicas: int) -> None:
+    """Whether ZeRO's equal partitions, the last one padded, cover each optimizer group. Raises PlanningError."""
+    for group in parameter_groups(model, 0.1):
+        size = sum(parameter.numel() for parameter in group["params"])
+        partition = -(-size // replicas)
+        covered = sum(max(0, min(size, (rank + 1) * partition) - rank * partition) for rank in range(replicas))
+        if covered != size:
+            raise PlanningError(f"{replicas} partitions of {partition} cover {covered} of {size} weights")

@@ -1,0 +1,111 @@
+"""What a real run holds in memory, by unique storage, to hold the planner's formulas against."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from recycle_ds.config import RunConfig
+
+Storages = dict[int, torch.UntypedStorage]
+
+
+def live(earlier: Storages | None = None) -> Storages:
+    """The storages of all tensors that exist in this process, but for the earlier ones."""
+    gc.collect()
+    warnings.simplefilter("ignore", FutureWarning)  # of torch's own objects, which are looked at
+    found: Storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and item.device.type != "meta":
+            # a gradient that Python has not asked for yet has no object of its own
+            for tensor in (item, item.grad if item.is_leaf else None):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    if earlier is None or storage._cdata not in earlier:
+                        found[storage._cdata] = storage
+    return found
+
+
+def size_of(storages: Storages) -> int:
+    """Their bytes."""
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def hold(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[int, int]]:
+    """Per run: the most bytes of weights, gradients and optimizer state during the second step, and bytes that are kept for the
+    backward pass when as many micro-batches are in flight as 1F1B has."""
+    from recycle_ds.parallel import rendezvous
+
+    rendezvous.start(rendezvous.detect_launch(os.environ))
+    return [_hold_one(config) for config in runs]
+
+
+def _hold_one(config: RunConfig) -> tuple[int, int]:
+    from recycle_ds.config import resolve_deepspeed
+    from recycle_ds.data.loader import BatchLoader, open_dataset
+    from recycle_ds.data.tokenizer import Tokenizer
+    from recycle_ds.parallel.layout import layout_of
+    from recycle_ds.parallel.mesh import build_mesh
+    from recycle_ds.training.batches import assemble
+    from recycle_ds.training.engine import build_engine
+
+    earlier = live()  # held on to, so that no storage made later has the address of one of these
+    place = torch.device("cpu")
+    tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
+    mesh = build_mesh(config.parallel)
+    engine = build_engine(config, tree, mesh, place)
+    training = config.training
+    loader = BatchLoader(
+        open_dataset(config.data.train, Tokenizer.load(config.data.tokenizer), training.seq_length, training.seed),
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        depth=config.recycle.depth,
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
+    )
+    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, place)
+    scales = batches.scales([1.0] + [0.1] * config.recycle.depth, mesh.replicas.size)
+    engine.passes.train(batches.micro, scales)
+    engine.gradients.step(skip=False)
+    peak = _peak_of_a_step(engine, batches, scales, earlier)
+    inputs = sum(t.untyped_storage().nbytes() for batch in batches.micro for t in vars(batch).values())
+    tables = sum(b.untyped_storage().nbytes() for b in engine.model.buffers())
+    return peak - inputs - tables, _saved_bytes(engine, batches, scales)
+
+
+def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: Storages) -> int:
+    """The most bytes alive after a micro-batch's backward pass, and before gradients are reduced and the step is taken."""
+    held: list[int] = []
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            held.append(size_of(live(earlier)))
+            return result
+
+        return call
+
+    if engine.mesh.pipeline.size > 1:  # asked just before the reduction
+        module = engine.engine.module
+        module.get_tied_weights_and_groups = watched(module.get_tied_weights_and_groups)
+    else:
+        engine.engine.backward = watched(engine.engine.backward)
+    engine.passes.train(batches.micro, scales)
+    engine.gradients.step(skip=False)
+    return max(held)
+
+
+def _saved_bytes(engine: Any, batches: Any, scales: torch.Tensor) -> int:
+    """Bytes of the storages that a forward pass made and that are alive when it has ended."""
+    from recycle_ds.training.dry_run import _forward, _in_flight
+    from tests.memory import PeakMemory
+
+    with PeakMemory() as tracker:
+        outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
+        gc.collect()
+    assert outputs
+    return tracker.current

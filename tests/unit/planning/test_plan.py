@@ -1,0 +1,192 @@
+"""The planner's answers: what fits, what does not and why, in which order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model.flops import parameters
+from recycle_ds.model.stages import partition
+from recycle_ds.parallel.layout import Layout
+from recycle_ds.planning import command
+from recycle_ds.planning.activations import CPU, CUDA
+from recycle_ds.planning.candidates import Candidate
+from recycle_ds.planning.communication import communication
+from recycle_ds.planning.errors import PlanningError
+from recycle_ds.planning.hardware import Cluster, find_gpu
+from recycle_ds.planning.memory import GIB, activations_of, local_weights, stage_memory, worst_stage
+from recycle_ds.planning.plan import USABLE, Plans, make_plans
+from tests.runs import ROOT
+
+FIELDS = {"tensor", "pipeline", "data", "zero_stage", "micro_batch_size", "recompute", "offload", "memory_gib",
+          "step_seconds", "tokens_per_second", "mfu"}  # fmt: skip
+
+
+@lru_cache
+def preset(name: str) -> RunConfig:
+    return command.read_run(str(ROOT / "ds_configs" / "runs" / f"{name}.yaml"), [])
+
+
+@lru_cache
+def plans(name: str = "7b", nodes: int = 2, gpu: str = "h100", offload: bool = True) -> Plans:
+    return make_plans(preset(name), Cluster(nodes, 8, find_gpu(gpu)), offload=offload)
+
+
+def candidate(**change: Any) -> Candidate:
+    base = Candidate(Layout(data=8), 1, 1, "none", False, False)
+    return replace(base, **change)
+
+
+def test_report_has_the_agreed_fields() -> None:
+    """A key that scripts read and that is gone, or a layout that is said to fit and is too large."""
+    report = json.loads(json.dumps(command.report(plans())))
+    assert report["parameters"] == parameters(preset("7b").model, preset("7b").recycle)
+    assert report["layouts"] and report["rejected"]
+    for layout in report["layouts"]:
+        assert layout.keys() >= FIELDS
+        held = layout["memory_gib"]
+        assert held["total"] == pytest.approx(sum(value for name, value in held.items() if name != "total"))
+        assert held["total"] <= USABLE * 80
+        assert layout["tensor"] * layout["pipeline"] * layout["data"] == 16
+        assert 0 < layout["mfu"] < 1 and layout["step_seconds"] > 0
+    assert all(entry["reason"] for entry in report["rejected"])
+
+
+def test_fastest_first() -> None:
+    """A ranking that puts a slow layout on top."""
+    rates = [plan.tokens_per_second for plan in plans().fitting]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_impossible_layouts_are_not_offered() -> None:
+    """A plan that pretraining would refuse at start-up."""
+    for plan in plans("70b", 16).fitting:
+        layout = plan.candidate.layout
+        assert layout.pipeline == 1 or plan.candidate.zero_stage < 2
+        assert 8 % layout.tensor == 0, "70 B has eight key/value heads, and a node eight GPUs"
+        assert 1024 % (layout.data * plan.candidate.micro_batch_size) == 0
+    reasons = {rejection.reason for rejection in plans("70b", 16).rejected}
+    assert any("does not work with a pipeline" in reason for reason in reasons)
+    assert any("needs" in reason and "GiB" in reason for reason in reasons)
+
+
+def test_no_offload_offers_none() -> None:
+    """--no-offload that is not heard."""
+    assert any(plan.candidate.offload for plan in plans().fitting)
+    assert not any(plan.candidate.offload for plan in plans(offload=False).fitting)
+
+
+def test_offloaded_state_leaves_the_device() -> None:
+    """Host memory counted as the GPU's, or the state lost from both."""
+    config = preset("7b")
+    for stage in (1, 2, 3):
+        on, off = (stage_memory(config, candidate(zero_stage=stage, offload=flag), 0) for flag in (False, True))
+        assert off.total < on.total and off.host > 0 == on.host
+        assert off.states + off.host == pytest.approx(on.states)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_partitions_add_up(stage: int) -> None:
+    """Optimizer state that shrinks faster, or slower, than the number of replicas that share it."""
+    config = preset("7b")
+    one, many = (
+        stage_memory(config, candidate(layout=Layout(data=size), zero_stage=stage), 0).optimizer for size in (1, 64)
+    )
+    assert many * 64 == pytest.approx(one)
+
+
+@pytest.mark.parametrize("name", ["recyclegpt_1.3b", "7b", "70b"])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 4), (8, 8)])
+def test_weights_of_all_ranks_make_the_model(name: str, tensor: int, pipeline: int) -> None:
+    """Blocks, heads or embeddings that the arithmetic counts twice or not at all (copies and padding apart)."""
+    config = preset(name)
+    model, recycle = config.model, config.recycle
+    counts = [len(part) for part in partition(model, recycle, config.training.seq_length, pipeline)]
+    total = 0
+    for number, blocks in enumerate(counts):
+        ends = (number == 0, number == pipeline - 1)
+        found = local_weights(model, recycle, tensor, blocks, ends)
+        total += tensor * found.large + found.small
+    assert model.vocab_size is not None
+    unit = model.vocab_multiple * tensor
+    padding = (-model.vocab_size % unit) * model.hidden * (1 if model.tied_embeddings else 2)
+    copy = (model.vocab_size + -model.vocab_size % unit) * model.hidden if pipeline > 1 else 0
+    assert total - padding - copy == parameters(model, recycle)
+
+
+def test_what_reduces_memory_reduces_it() -> None:
+    """A formula with a sign or a degree the wrong way round."""
+    config = preset("7b")
+    plain = stage_memory(config, candidate(), 0)
+    assert stage_memory(config, candidate(recompute="full"), 0).activations < plain.activations / 4
+    one, two = (activations_of(config, candidate(micro_batch_size=size)) for size in (1, 2))
+    assert two.block() == 2 * one.block() and two.head_gradient(2) == one.head_gradient(2)
+    split = candidate(layout=Layout(tensor=4, data=2))
+    sequence = replace(split, sequence=True)
+    activations = [stage_memory(config, one, 0).activations for one in (candidate(), split, sequence)]
+    assert activations[0] > activations[1] > activations[2]
+    first, last = (stage_memory(config, candidate(layout=Layout(pipeline=4, data=2)), stage) for stage in (0, 3))
+    assert first.activations > last.activations, "the first stage has four micro-batches in flight, the last one"
+    assert worst_stage(config, candidate(layout=Layout(pipeline=4, data=2)))[1].total >= max(first.total, last.total)
+
+
+def test_fused_kernels_keep_less() -> None:
+    """The reference's fp32 copies and masks planned for on a GPU, or the other way round."""
+    config = preset("7b")
+    assert activations_of(config, candidate(), CUDA).block() < activations_of(config, candidate(), CPU).block()
+
+
+def test_traffic_by_kind() -> None:
+    """Traffic of an axis that has one rank only, or none of one that has several."""
+    config = preset("7b")
+    weights = local_weights(config.model, config.recycle, 1, 32, (True, True))
+    alone = communication(config, candidate(layout=Layout()), 32, weights, last=True)
+    assert alone.total == 0
+    data = communication(config, candidate(zero_stage=3), 32, weights, last=True)
+    assert data.tensor == data.pipeline == 0 < data.gradients and data.weights > 0
+    tensor = communication(config, candidate(layout=Layout(tensor=8), sequence=True), 32, weights, last=True)
+    assert tensor.gradients == tensor.pipeline == 0 < tensor.tensor
+    stages = communication(config, candidate(layout=Layout(pipeline=8)), 4, weights, last=False)
+    assert stages.tensor == stages.gradients == 0 < stages.pipeline
+
+
+def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 and an empty table for a model that no layout can hold."""
+    cluster = Cluster(1, 1, find_gpu("l40s"))
+    code = command.run(preset("70b"), cluster, offload=False, as_json=True, top=5, verify=False)
+    printed = capsys.readouterr()
+    assert code == 1
+    assert json.loads(printed.out)["layouts"] == []
+    assert "error: nothing fits: the smallest layout needs" in printed.err
+
+
+def test_wrong_cluster_is_one_line() -> None:
+    """A traceback for a misspelt GPU, or a division by no node."""
+    with pytest.raises(PlanningError, match=r"--gpu h1000: not known; known are a100-40, .*h100"):
+        find_gpu("h1000")
+    with pytest.raises(PlanningError, match="--nodes 0: must be at least 1"):
+        Cluster(0, 8, find_gpu("h100"))
+    with pytest.raises(PlanningError, match="--gpu-memory-gib -1"):
+        find_gpu("h100", -1)
+    assert find_gpu("H100", 60).memory_gib == 60
+
+
+def test_unknown_vocabulary_is_one_line() -> None:
+    """A failure deep inside where the tokenizer that the run names is not there yet."""
+    path = str(ROOT / "ds_configs" / "runs" / "demo.yaml")
+    with pytest.raises(PlanningError, match="model.vocab_size is not given"):
+        command.read_run(path, ["data.tokenizer=nowhere/tokenizer.json"])
+    assert command.read_run(path, ["model.vocab_size=1024"]).model.vocab_size == 1024
+
+
+def test_memory_is_in_gib() -> None:
+    """Gigabytes called GiB."""
+    memory = stage_memory(preset("7b"), candidate(), 0)
+    plan = next(plan for plan in plans().fitting)
+    assert plan.report()["memory_gib"]["weights"] == plan.memory.weights / GIB  # type: ignore[index]
+    assert memory.weights == pytest.approx(2 * parameters(preset("7b").model, preset("7b").recycle), rel=0.01)

@@ -1,0 +1,85 @@
+"""Every part of big layouts, built on the meta device: together they are the model."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+
+from recycle_ds.config import RunConfig
+from recycle_ds.model.build import whole_shapes
+from recycle_ds.model.sharding import Piece, pieces
+from recycle_ds.parallel.layout import Coordinates, Layout
+from recycle_ds.planning import command
+from recycle_ds.planning.errors import PlanningError
+from recycle_ds.planning.verify import build_part, check_tiling, verify_layout, world_of_one
+from tests.runs import ROOT
+
+
+@lru_cache
+def preset(name: str) -> RunConfig:
+    return command.read_run(str(ROOT / "ds_configs" / "runs" / f"{name}.yaml"), [])
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("recyclegpt_1.3b", Layout(tensor=2, pipeline=2, data=2)),
+    ("recyclegpt_1.3b", Layout(tensor=4, pipeline=2, data=8)),
+    ("recyclegpt_1.3b", Layout(tensor=2, pipeline=4, data=128)),
+    ("7b", Layout(tensor=8)),
+    ("7b", Layout(tensor=4, pipeline=4, data=4)),
+    ("7b", Layout(tensor=2, pipeline=8, data=64)),
+    ("70b", Layout(tensor=8)),
+    ("70b", Layout(tensor=8, pipeline=4, data=2)),
+    ("70b", Layout(tensor=4, pipeline=8, data=32)),
+])  # fmt: skip
+def test_parts_tile_the_model(name: str, layout: Layout) -> None:
+    """Rows of a weight that no rank of 8, 64 or 1,024 holds, or that two stages train apart."""
+    assert layout.world_size in (8, 64, 1024)
+    assert verify_layout(preset(name), layout, sequence=True) == layout.tensor * layout.pipeline
+
+
+def test_parts_take_no_memory() -> None:
+    """Seventy billion weights allocated to check a plan."""
+    with world_of_one():
+        part = build_part(preset("70b"), Layout(tensor=8, pipeline=4), Coordinates(1, 0, 0, 3), sequence=True)
+    assert all(parameter.is_meta for parameter in part.parameters())
+
+
+@pytest.fixture
+def tiles() -> tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]]:
+    """The model's shapes and the pieces of both tensor ranks."""
+    config, layout = preset("recyclegpt_1.3b"), Layout(tensor=2)
+    found: dict[str, list[Piece]] = {}
+    with world_of_one():
+        for tensor in range(2):
+            model = build_part(config, layout, Coordinates(0, 0, 0, tensor), sequence=False)
+            for row in pieces(model, model.mesh).values():
+                for piece in row:
+                    if not piece.whole or tensor == 0:
+                        found.setdefault(piece.name, []).append(piece)
+        return whole_shapes(config.model, config.recycle), found
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("lost", "blocks.3.mlp.down.weight: ends at"),
+    ("doubled", "blocks.3.mlp.down.weight: rows .* are doubled"),
+    ("absent", "blocks.3.mlp.down.weight: no part holds it"),
+    ("foreign", "blocks.99.mlp.down.weight: not a tensor of the model"),
+])  # fmt: skip
+def test_a_wrong_part_is_found(
+    tiles: tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]], fault: str, message: str
+) -> None:
+    """A check that passes whatever the parts are."""
+    expected, found = tiles
+    check_tiling(expected, found)
+    name = "blocks.3.mlp.down.weight"
+    if fault == "lost":
+        found[name].pop()
+    elif fault == "doubled":
+        found[name].append(found[name][0])
+    elif fault == "absent":
+        del found[name]
+    else:
+        found["blocks.99.mlp.down.weight"] = found[name]
+    with pytest.raises(PlanningError, match=message):
+        check_tiling(expected, found)
