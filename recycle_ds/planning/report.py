@@ -31,22 +31,10 @@ def _shown(plans: list[Plan]) -> list[Plan]:
 
 
 def _best(plans: list[Plan]) -> Table:
-    table = Table(title="Fastest first (estimates)")
-    for name in (
-        "TP",
-        "PP",
-        "DP",
-        "ZeRO",
-        "micro",
-        "recompute",
-        "offload",
-        "GiB",
-        "step s",
-        "tokens/s",
-        "MFU",
-        "bubble",
-    ):
-        table.add_column(name, justify="left" if name in ("recompute", "offload") else "right")
+    table = Table(title="Fastest first (estimates; tensor groups are sequence-parallel)")
+    columns = ("TP", "PP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "step s", "tokens/s", "MFU", "idle")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("recompute", "offload") else "right", no_wrap=True)
     for plan in plans:
         candidate, layout = plan.candidate, plan.candidate.layout
         table.add_row(

@@ -102,7 +102,7 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
 def _saved_bytes(engine: Any, batches: Any, scales: torch.Tensor) -> int:
     """Bytes of the storages that a forward pass made and that are alive when it has ended."""
     from recycle_ds.training.dry_run import _forward, _in_flight
-    from tests.memory import PeakMemory
+    from recycle_ds.training.live_memory import PeakMemory
 
     with PeakMemory() as tracker:
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]

@@ -179,7 +179,7 @@ def test_wrong_cluster_is_one_line() -> None:
 def test_unknown_vocabulary_is_one_line() -> None:
     """A failure deep inside where the tokenizer that the run names is not there yet."""
     path = str(ROOT / "ds_configs" / "runs" / "demo.yaml")
-    with pytest.raises(PlanningError, match="model.vocab_size is not given"):
+    with pytest.raises(PlanningError, match=r"model\.vocab_size is not given"):
         command.read_run(path, ["data.tokenizer=nowhere/tokenizer.json"])
     assert command.read_run(path, ["model.vocab_size=1024"]).model.vocab_size == 1024
 

@@ -1,0 +1,67 @@
+"""Training speed: this model with and without its module, and Hugging Face's of the same shape, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench_training(
+    config: Annotated[str, typer.Option(help="Run configuration (YAML) with model.vocab_size; data are not read.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps of each model, in turns.")] = 10,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps before those.")] = 2,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default PyTorch's choice.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time of a step goes instead.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train three models in turns under the same DeepSpeed settings. Also under deepspeed, torchrun and mpirun."""
+    import torch
+
+    from recycle_ds.parallel import rendezvous
+    from recycle_ds.parallel.device import device
+
+    rendezvous.quiet_libraries()
+    from recycle_ds.parallel.mesh import build_mesh
+    from recycle_ds.planning.command import read_run
+    from recycle_ds.training.bench_report import print_report
+    from recycle_ds.training.benchmark import profile_subjects, run_benchmark
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = read_run(config, overrides or [])
+    launch = rendezvous.detect_launch(os.environ)
+    rendezvous.start(launch)
+    try:
+        mesh, place = build_mesh(run.parallel), device(launch.local_rank)
+        if profile:
+            for name, table in profile_subjects(run, mesh, place).items():
+                if mesh.is_first:
+                    print(f"{name}\n{table}")
+            return
+        report = run_benchmark(run, mesh, place, rounds=steps, warmup=warmup)
+        if mesh.is_first:
+            print_report(report)
+            if json_path is not None:
+                json_path.parent.mkdir(parents=True, exist_ok=True)
+                json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    finally:
+        rendezvous.stop()
+
+
+if __name__ == "__main__":
+    run_command(app, None)
