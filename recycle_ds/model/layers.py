@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from recycle_ds.model.products import linear
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -75,7 +76,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, D] to [S, B, rows of this rank]; under sequence parallelism S is this rank's part in, and whole out."""
         if self.whole:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return super().forward(x)[0]
 
     get_extra_state = nn.Module.get_extra_state
@@ -103,7 +104,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., columns of this rank] to [..., D]."""
         if self.whole:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         return super().forward(x)[0]
 
     get_extra_state = nn.Module.get_extra_state

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recycle_ds.data.targets import IGNORE
+from recycle_ds.model.products import upcasts
 from recycle_ds.parallel.mesh import Axis
 
 
@@ -144,7 +145,7 @@ def _chunks(
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))
         states = _gathered(hidden[rows], shard)
-        logits = F.linear(states, weight).float()
+        logits = F.linear(states.float(), weight.float()) if upcasts(states) else F.linear(states, weight).float()
         if shard.valid < logits.shape[1]:
             logits[:, shard.valid :] = float("-inf")
         yield _softmax(logits, by_rank[:, rows].flatten(), rows, states, shard, want_best)
@@ -191,16 +192,21 @@ def _chunk_gradients(
     """Adds a chunk's share to the gradients. A row without a target has total = inf: its softmax is zero."""
     error = part.exponentials.mul_((scale / part.total)[:, None])
     error.scatter_add_(1, part.column[:, None], (-scale * part.owned.to(error.dtype))[:, None])
-    error = error.to(part.states.dtype)
-    if grad is not None and shard.scattered:
-        dist.reduce_scatter_tensor(grad[part.rows], error @ weight, group=shard.axis.group)
-    elif grad is not None:
-        torch.mm(error, weight, out=grad[part.rows])
+    states = part.states
+    if upcasts(states):
+        weight, states = weight.float(), states.float()
+    error = error.to(states.dtype)
+    if grad is not None:
+        into_states = (error @ weight).to(grad.dtype)
+        if shard.scattered:
+            dist.reduce_scatter_tensor(grad[part.rows], into_states, group=shard.axis.group)
+        else:
+            grad[part.rows] = into_states
     if into_weight is not None:
         if into_weight.dtype == error.dtype:
-            into_weight.addmm_(error.t(), part.states)
+            into_weight.addmm_(error.t(), states)
         else:
-            into_weight += error.t() @ part.states
+            into_weight += error.t() @ states
 
 
 def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:

@@ -1,0 +1,57 @@
+"""Matrix products in bf16 on CPUs that have no instructions for it.
+
+There PyTorch multiplies bf16 one number at a time, tens of times slower than fp32. Products of some size are then computed in
+fp32 from the same bf16 operands and rounded once, which is no less accurate. CUDA, CPUs with bf16 instructions, and fp32 take
+the plain call. What is kept for the backward pass is the same either way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fewer rows than this are bound by reading the weight, which bf16 halves.
+_FEW_ROWS = 16
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def upcasts(x: Tensor) -> bool:
+    """Whether products of this tensor [..., D] are computed in fp32."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() >= _FEW_ROWS * x.shape[-1]
+        and not _cpu_multiplies_bf16()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, [..., D] by [E, D] to [..., E], in the type of x."""
+    if upcasts(x):
+        return _UpcastLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _UpcastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        into_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        into_weight = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        into_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return into_x, into_weight, into_bias
