@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,8 @@ from recycle_ds.model.flops import parameters
 from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
 from recycle_ds.parallel.mesh import virtual_mesh
+from recycle_ds.parallel.partitions import partition_range
 from recycle_ds.planning.errors import PlanningError
-from recycle_ds.training.optimizer import parameter_groups
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def verify_layout(config: RunConfig, layout: Layout, *, sequence: bool = False) 
     """Checks one layout; returns the number of parts built. Raises PlanningError naming what is missing or doubled.
 
     Data replicas hold what their first one holds, so each (tensor, pipeline) coordinate is built once; that ZeRO's partitions
-    cover each replica's groups exactly is checked by their sizes.
+    cover each of its parameters is checked by the function that cuts them in training.
     """
     tiles: dict[str, list[Piece]] = {}
     built = 0
@@ -90,10 +90,19 @@ def check_tiling(expected: dict[str, tuple[int, ...]], tiles: dict[str, list[Pie
 
 
 def check_partitions(model: RecycleGPT, replicas: int) -> None:
-    """Whether ZeRO's equal partitions, the last one padded, cover each optimizer group. Raises PlanningError."""
-    for group in parameter_groups(model, 0.1):
-        size = sum(parameter.numel() for parameter in group["params"])
-        partition = -(-size // replicas)
-        covered = sum(max(0, min(size, (rank + 1) * partition) - rank * partition) for rank in range(replicas))
-        if covered != size:
-            raise PlanningError(f"{replicas} partitions of {partition} cover {covered} of {size} weights")
+    """Whether ZeRO's partitions over the replicas cover every parameter of a part once. Raises PlanningError."""
+    for name, parameter in model.named_parameters():
+        elements = parameter.numel()
+        check_cover(name, elements, [partition_range(elements, replicas, rank) for rank in range(replicas)])
+
+
+def check_cover(name: str, elements: int, ranges: Sequence[range]) -> None:
+    """Whether ranges, in order, hold each of the elements once. Raises PlanningError."""
+    end = 0
+    for rank, held in enumerate(ranges):
+        if held.start != end:
+            fault = "missing" if held.start > end else "doubled"
+            raise PlanningError(f"{name}: elements {end} to {held.start} are {fault} before ZeRO partition {rank}")
+        end = held.stop
+    if end != elements:
+        raise PlanningError(f"{name}: {len(ranges)} ZeRO partitions cover {end} of {elements} elements")

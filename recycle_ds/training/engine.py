@@ -121,7 +121,7 @@ def _build_model(
     for name, value in initial_values(model, config.model, mesh, training.seed):
         parameter = model.get_parameter(name)
         if partitioned:
-            write_partition(parameter, value, mesh.replicas.rank)
+            write_partition(parameter, value, mesh.replicas.size, mesh.replicas.rank)
         else:
             parameter.data.copy_(value)
         if not parameter.requires_grad and ranks[name] == mesh.replicas.rank:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recycle_ds.parallel.partitions import partition_range, partition_size
 from recycle_ds.training.optimizer import AdamW
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -22,16 +23,17 @@ def keeper(names: list[str], replicas: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def write_partition(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
-    """Writes this rank's slice of a whole local value into a parameter that ZeRO-3 keeps partitioned."""
+def write_partition(parameter: nn.Parameter, value: Tensor, replicas: int, rank: int) -> None:
+    """Writes a replica's slice of a whole local value into a parameter that ZeRO-3 keeps partitioned."""
     held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    held.copy_(partition_of(value, held.numel(), rank))
+    held.copy_(partition_of(value, replicas, rank))
 
 
-def partition_of(value: Tensor, size: int, rank: int) -> Tensor:
-    """Elements [rank x size, (rank + 1) x size) of the flattened value, zero beyond its end."""
-    mine = value.flatten()[size * rank : size * (rank + 1)]
-    return torch.nn.functional.pad(mine, (0, size - mine.numel()))
+def partition_of(value: Tensor, replicas: int, rank: int) -> Tensor:
+    """A replica's partition of the flattened value, zero beyond its end."""
+    mine = partition_range(value.numel(), replicas, rank)
+    part = value.flatten()[mine.start : mine.stop]
+    return torch.nn.functional.pad(part, (0, partition_size(value.numel(), replicas) - len(mine)))
 
 
 class MasterState:
@@ -155,8 +157,8 @@ class MasterState:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         zero: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
-        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        part = partition_of(value.float(), size, zero._get_param_partition_rank(parameter))
+        rank = zero._get_param_partition_rank(parameter)
+        part = partition_of(value.float(), zero._get_param_partition_world_size(parameter), rank)
         if kind == "weight":
             safe_set_local_fp32_param(parameter, part)
         else:

@@ -162,7 +162,7 @@ def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:
     cases = {
         "training.stps=3": "unknown key, did you mean training.steps?",
         "training.global_batch_size=7": "training.global_batch_size (7)",
-        "parallel.tensor=2": "parallel.tensor (2) must divide the number of ranks (1)",
+        "parallel.tensor=2": "parallel.tensor (2) x parallel.pipeline (1) x parallel.ulysses (1) = 2 must divide the number of",
         "deepspeed=nowhere.json": "no such file",
         "data.tokenizer=nowhere.json": "nowhere.json",
         "init_from=nowhere": "nowhere: no such folder",

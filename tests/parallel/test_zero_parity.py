@@ -20,7 +20,7 @@ from tests.runs import figures, make_corpus, tiny_run, zero
 
 Cases = list[tuple[str, dict[str, Any]]]
 
-STAGES: Cases = [(f"zero{stage}", {"deepspeed": zero(stage)}) for stage in (0, 1, 2, 3, "3_offload")]
+STAGES: Cases = [(f"zero{stage}", {"deepspeed": zero(stage)}) for stage in (0, 1, 2, 3, "2_offload", "3_offload")]
 CASES: Cases = [
     *STAGES,
     ("untied", {"model__tied_embeddings": False, "deepspeed": zero(3)}),

@@ -122,7 +122,10 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
         ({"zero_optimization": {"stage": 1, "overlap_com": True}}, ["zero_optimization.overlap_com", "'overlap_comm'"]),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm is not supported"]),
         ({"bf16": {"enabled": "auto", "check_grad_overflow": True}}, ["training.nonfinite"]),
-        ({"data_types": {"grad_accum_dtype": "fp32"}}, ["needs ZeRO 1, 2 or 3", "zero1.json"]),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 0}},
+            ["needs ZeRO 1, 2 or 3", "zero1.json"],
+        ),
         ({"activation_checkpointing": {}}, ["set training.activation_checkpointing"]),
     ],
 )

@@ -12,7 +12,7 @@ from recycle_ds.model.sharding import Piece, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
 from recycle_ds.planning import command
 from recycle_ds.planning.errors import PlanningError
-from recycle_ds.planning.verify import build_part, check_tiling, verify_layout, world_of_one
+from recycle_ds.planning.verify import build_part, check_cover, check_tiling, verify_layout, world_of_one
 from tests.runs import ROOT
 
 
@@ -83,3 +83,15 @@ def test_a_wrong_part_is_found(
         found["blocks.99.mlp.down.weight"] = found[name]
     with pytest.raises(PlanningError, match=message):
         check_tiling(expected, found)
+
+
+@pytest.mark.parametrize(("ranges", "message"), [
+    ([range(0, 4), range(4, 8)], "2 ZeRO partitions cover 8 of 9 elements"),
+    ([range(0, 5), range(6, 9)], "elements 5 to 6 are missing before ZeRO partition 1"),
+    ([range(0, 5), range(4, 9)], "elements 5 to 4 are doubled before ZeRO partition 1"),
+])  # fmt: skip
+def test_a_wrong_partition_is_found(ranges: list[range], message: str) -> None:
+    """The same for what ZeRO cuts over replicas."""
+    check_cover("norm.weight", 9, [range(0, 5), range(5, 9)])
+    with pytest.raises(PlanningError, match=rf"norm.weight: {message}"):
+        check_cover("norm.weight", 9, ranges)

@@ -1,0 +1,93 @@
+"""The training benchmark: it measures what it says, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.config import RecycleConfig, load_config
+from recycle_ds.model.flops import training_flops_per_token
+from recycle_ds.training.benchmark import BACKBONE, HUGGING_FACE, RECYCLE, llama_config, ratios
+from tests.runs import ROOT
+
+SMALL = [
+    "model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.vocab_size=512",
+    "training.seq_length=32", "training.micro_batch_size=2", "training.global_batch_size=4", "training.dtype=fp32",
+]  # fmt: skip
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "bench_training.py"), *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_report(tmp_path: Path) -> None:
+    """Figures that do not follow from the measured times, or subjects that differ in more than their code."""
+    path = tmp_path / "out" / "bench.json"
+    done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, "--steps", "3", "--warmup", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    subjects, seconds = report["subjects"], report["seconds_per_step"]
+    assert set(subjects) == set(seconds) == {BACKBONE, RECYCLE, HUGGING_FACE}
+    assert subjects[BACKBONE]["parameters"] == subjects[HUGGING_FACE]["parameters"] < subjects[RECYCLE]["parameters"]
+    config = load_config(ROOT / "ds_configs" / "runs" / "bench_20m.yaml", SMALL)
+    assert report["ratios"] == ratios(config, seconds)
+    assert report["ratios"]["module_flops"] > 1
+    for name, one in subjects.items():
+        assert len(seconds[name]) == 3
+        assert one["tokens_per_second"] == pytest.approx(4 * 32 / statistics.median(seconds[name]))
+        recycle = config.recycle if name == RECYCLE else RecycleConfig(layers=0)
+        flops = training_flops_per_token(config.model, recycle, 32)
+        assert one["model_flops_per_second"] == pytest.approx(one["tokens_per_second"] * flops)
+        assert 0 < one["share_of_matmul_rate"] < 1
+        # fp32: a weight and two moments
+        assert one["state_gib"] * 2**30 == pytest.approx(12 * one["parameters"], rel=0.1)
+        assert one["peak_gib"] > one["state_gib"]
+    for name in subjects:
+        assert name in done.stdout
+    assert "Hugging Face's tokens/s" in done.stdout
+
+
+def test_ratios_pair_the_rounds() -> None:
+    """A slow spell of the machine, which hits all subjects of a round, counted against one of them."""
+    config = load_config(ROOT / "ds_configs" / "runs" / "bench_20m.yaml")
+    found = ratios(config, {BACKBONE: [1.0, 10.0, 1.0], RECYCLE: [2.0, 20.0, 2.0], HUGGING_FACE: [3.0, 30.0, 3.0]})
+    assert found["speed_over_huggingface"] == 3.0 and found["module_time"] == 2.0
+    assert found["module_time_over_flops"] == pytest.approx(2.0 / found["module_flops"])
+
+
+def test_hugging_faces_model_has_the_runs_shape() -> None:
+    """A comparison with a model of another size."""
+    from transformers import LlamaForCausalLM
+
+    config = load_config(ROOT / "ds_configs" / "runs" / "bench_135m.yaml")
+    model, llama = config.model, llama_config(config)
+    assert (llama.hidden_size, llama.num_hidden_layers, llama.vocab_size) == (model.hidden, model.layers, model.vocab_size)
+    import torch
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in LlamaForCausalLM(llama).parameters())
+    assert 130e6 < parameters < 140e6
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("parallel.tensor=2", "parallel.tensor (2)"),
+        ("recycle.layers=0", "there is no module to measure"),
+        ("training.seq_lenght=8", "did you mean training.seq_length?"),
+    ],
+)
+def test_wrong_input_is_one_line(override: str, expected: str) -> None:
+    """A traceback for a setting that the comparison cannot have."""
+    done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, override)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert expected in errors[0] and "Traceback" not in done.stderr
