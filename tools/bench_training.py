@@ -36,16 +36,17 @@ def bench_training(
     from recycle_ds.parallel.device import device
 
     rendezvous.quiet_libraries()
-    from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.planning.command import read_run
-    from recycle_ds.training.bench_report import print_report
-    from recycle_ds.training.benchmark import profile_subjects, run_benchmark
 
     if threads is not None:
         torch.set_num_threads(threads)
     run = read_run(config, overrides or [])
     launch = rendezvous.detect_launch(os.environ)
-    rendezvous.start(launch)
+    rendezvous.start(launch)  # says which device there is, before DeepSpeed is imported and looks for one itself
+    from recycle_ds.parallel.mesh import build_mesh
+    from recycle_ds.training.bench_report import print_report
+    from recycle_ds.training.benchmark import profile_subjects, run_benchmark
+
     try:
         mesh, place = build_mesh(run.parallel), device(launch.local_rank)
         if profile:

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from recycle_ds.model.products import linear
 from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.parallel.products import linear
 
 
 def parallel_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recycle_ds.data.targets import IGNORE
-from recycle_ds.model.products import upcasts
 from recycle_ds.parallel.mesh import Axis
+from recycle_ds.parallel.products import upcasts
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from recycle_ds.parallel.products import linear
+
 # Dense peak of the tensor cores in FLOP/s (vendors' data sheets, without sparsity), by a part of the device's name.
 _CUDA_PEAKS = {
     "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
@@ -32,28 +34,26 @@ def torch_dtype(name: str) -> torch.dtype:
 def peak_flops(dtype: str, device: torch.device) -> float:
     """FLOP/s that model FLOP utilisation is measured against, for one rank.
 
-    On CUDA the data sheet's dense figure; on a CPU, or a GPU not listed, the rate of a square matrix product timed here.
+    On CUDA the data sheet's dense figure; on a CPU, or a GPU not listed, what `matmul_rate` measures.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in _CUDA_PEAKS[dtype].items():
             if part in name:
                 return peak
-    return _matmul_rate(torch_dtype(dtype), device)
+    return matmul_rate(dtype, device)
 
 
-def _matmul_rate(dtype: torch.dtype, device: torch.device, largest: int = 1024, seconds: float = 0.05) -> float:
-    """FLOP/s of square products, doubled in size until one takes `seconds`: some CPUs multiply bf16 a hundredfold slower."""
-    best = 0.0
-    size = 128
-    while size <= largest:
-        a = torch.ones(size, size, dtype=dtype, device=device)
+@torch.no_grad()
+def matmul_rate(dtype: str, device: torch.device, seconds: float = 0.05) -> float:
+    """FLOP/s of the model's own matrix product, for square operands doubled in size until one takes `seconds`."""
+    best, size, fastest = 0.0, 128, 0.0
+    while fastest < seconds and size <= (8192 if device.type == "cuda" else 1024):
+        a = torch.ones(size, size, dtype=torch_dtype(dtype), device=device)
         fastest = _timed_product(a, device)
-        repeats = 3 if fastest < seconds else 0
-        fastest = min([fastest, *(_timed_product(a, device) for _ in range(repeats))])
+        if fastest < seconds:
+            fastest = min(fastest, *(_timed_product(a, device) for _ in range(3)))
         best = max(best, 2 * size**3 / fastest)
-        if not repeats:
-            break
         size *= 2
     return best
 
@@ -61,7 +61,7 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device, largest: int = 1024, 
 def _timed_product(a: torch.Tensor, device: torch.device) -> float:
     synchronise(device)
     start = time.perf_counter()
-    torch.mm(a, a)
+    linear(a, a)
     synchronise(device)
     return max(time.perf_counter() - start, 1e-9)
 

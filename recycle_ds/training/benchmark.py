@@ -20,7 +20,7 @@ from recycle_ds.config import RecycleConfig, RunConfig, resolve_deepspeed
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.model.flops import training_flops_per_token
-from recycle_ds.parallel.device import peak_flops, synchronise
+from recycle_ds.parallel.device import matmul_rate, synchronise
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.batches import assemble
 from recycle_ds.training.engine import build_engine
@@ -52,7 +52,7 @@ class Figures:
     tokens_per_second: float
     model_flops_per_second: float
     share_of_matmul_rate: float
-    """Of the rate of plain matrix products in the same type, measured on the spot, of all ranks."""
+    """Of the rate of square matrix products in the same type, measured in the same round, of all ranks."""
     state_gib: float
     """Weights, fp32 masters and moments."""
     peak_gib: float
@@ -172,17 +172,21 @@ def run_benchmark(config: RunConfig, mesh: Mesh, device: torch.device, *, rounds
     subjects = build_subjects(config, mesh, device)
     peaks = {name: _peak_of(subject, device) for name, subject in subjects.items()}
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    rates = []
     for number in range(warmup + rounds):
+        rate = matmul_rate(config.training.dtype, device) * mesh.world_size
         for name, subject in subjects.items():
             took = _timed(subject.step, device)
             if number >= warmup:
                 seconds[name].append(took)
-    rate = peak_flops(config.training.dtype, device) * mesh.world_size
-    figures = {name: _figures(subject, seconds[name], rate, peaks[name]) for name, subject in subjects.items()}
+        if number >= warmup:
+            rates.append(rate)
+    figures = {name: _figures(subject, seconds[name], rates, peaks[name]) for name, subject in subjects.items()}
     return {
         "subjects": {name: asdict(one) for name, one in figures.items()},
         "ratios": ratios(config, seconds),
         "seconds_per_step": seconds,
+        "matmul_flops_per_second": rates,
         "dtype": config.training.dtype,
         "seq_length": config.training.seq_length,
         "micro_batch_size": config.training.micro_batch_size,
@@ -229,17 +233,20 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def _figures(subject: Subject, seconds: list[float], rate: float, peak: int) -> Figures:
+def _figures(subject: Subject, seconds: list[float], rates: list[float], peak: int) -> Figures:
     training = subject.config.training
-    tokens = training.global_batch_size * training.seq_length / statistics.median(seconds)
-    flops = tokens * training_flops_per_token(subject.config.model, subject.config.recycle, training.seq_length)
+    step = training.global_batch_size * training.seq_length
+    per_token = training_flops_per_token(subject.config.model, subject.config.recycle, training.seq_length)
+    tokens = step / statistics.median(seconds)
     lasting = subject.lasting()
     state = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lasting}.values())
     return Figures(
         parameters=sum(t.numel() for t in lasting if isinstance(t, torch.nn.Parameter)),
         tokens_per_second=tokens,
-        model_flops_per_second=flops,
-        share_of_matmul_rate=flops / rate,
+        model_flops_per_second=tokens * per_token,
+        share_of_matmul_rate=statistics.median(
+            step * per_token / took / rate for took, rate in zip(seconds, rates, strict=True)
+        ),
         state_gib=state / 2**30,
         peak_gib=(state + peak) / 2**30,
     )

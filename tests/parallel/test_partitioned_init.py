@@ -15,7 +15,7 @@ from tests.runs import make_corpus, tiny_run, zero
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_rank_holds_the_whole_model(tmp_path: Path, dtype: str) -> None:
-    """A 70 B model that is made whole on every rank before it is partitioned; weights, or rotary tables, made in another type."""
+    """A 70 B model made whole on every rank before it is partitioned; weights, or rotary tables, made in another type."""
     config = tiny_run(
         make_corpus(tmp_path / "corpus"), tmp_path / "run", deepspeed=zero(3), model__layers=24, model__hidden=96,
         model__ffn=192, model__vocab_size=320, training__dtype=dtype,

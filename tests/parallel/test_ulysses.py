@@ -1,4 +1,4 @@
-"""Ulysses' exchange: beside DeepSpeed's DistributedAttention, beside the whole sequence on one rank, and undone by its inverse."""
+"""Ulysses' exchange beside DeepSpeed's DistributedAttention and beside the whole sequence on one rank, and its inverse."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recycle_ds.model import products
+from recycle_ds.parallel import products
 
 
 @pytest.fixture
