@@ -39,7 +39,7 @@ def evaluate(
     if dtype not in ("fp32", "bf16"):
         raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16")
     loaded = load_model(model, dtype)
-    length = seq_length or loaded.config.training.seq_length
+    length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:
         raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
     texts = islice(read_documents(data, text_column), limit)

@@ -21,7 +21,9 @@ def bench_training(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
     ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps of each model, in turns.")] = 10,
-    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps before those.")] = 2,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Stop earlier once they take this long; three are run.")
+    ] = 180,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default PyTorch's choice.")
     ] = None,
@@ -54,7 +56,7 @@ def bench_training(
                 if mesh.is_first:
                     print(f"{name}\n{table}")
             return
-        report = run_benchmark(run, mesh, place, rounds=steps, warmup=warmup)
+        report = run_benchmark(run, mesh, place, rounds=steps, seconds_at_most=seconds)
         if mesh.is_first:
             print_report(report)
             if json_path is not None:

@@ -27,6 +27,7 @@ def plan(
         float | None, typer.Option(metavar="GIB", help="Memory of a GPU, where it is not the usual one.")
     ] = None,
     offload: Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")] = True,
+    ulysses: Annotated[bool, typer.Option("--ulysses", help="Consider Ulysses too, for long sequences.")] = False,
     top: Annotated[int, typer.Option(metavar="N", help="Layouts in the table.")] = 12,
     verify: Annotated[
         bool,
@@ -43,7 +44,7 @@ def plan(
 
     cluster = Cluster(nodes, gpus_per_node, find_gpu(gpu, gpu_memory_gib))
     run_config = read_run(config, overrides or [])
-    sys.exit(run(run_config, cluster, offload=offload, as_json=as_json, top=top, verify=verify))
+    sys.exit(run(run_config, cluster, offload=offload, ulysses=ulysses, as_json=as_json, top=top, verify=verify))
 
 
 if __name__ == "__main__":

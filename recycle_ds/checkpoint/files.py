@@ -8,9 +8,25 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.manifest import FileEntry
 from recycle_ds.data.atomic import flush as fsync
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        tree = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not a {type(tree).__name__}")
+    return tree
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -32,6 +48,15 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync(path.parent)
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors as safetensors and forces them to disk, readable for whom the umask says: the library's files are not."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+    fsync(path)
 
 
 def describe(path: Path) -> FileEntry:

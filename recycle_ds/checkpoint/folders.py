@@ -53,6 +53,4 @@ def find_checkpoint(path: str | Path) -> Path:
     found = completed(run_dir)
     if found:
         return found[0]
-    if (folder / "config.json").is_file():
-        raise CheckpointError(f"{path}: a Hugging Face folder; this release reads its own checkpoints only")
-    raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST} and checkpoints/step-*)")
+    raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST}, checkpoints/step-* and config.json)")

@@ -1,4 +1,4 @@
-"""Loading a model for decoding and evaluation: weights only, one process, any layout at save."""
+"""Loading a model for decoding and evaluation: weights only, one process, any format and any layout at save."""
 
 from __future__ import annotations
 
@@ -9,31 +9,14 @@ from pathlib import Path
 import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import verify_all
-from recycle_ds.checkpoint.folders import completed, find_checkpoint
-from recycle_ds.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from recycle_ds.checkpoint.reading import TensorReader
-from recycle_ds.checkpoint.resume import check_tensors
-from recycle_ds.config import ConfigError, RunConfig, parse_config
+from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.manifest import MANIFEST
+from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
+from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.sharding import canonical_shapes, pieces
 from recycle_ds.parallel.device import device, torch_dtype
-from recycle_ds.parallel.mesh import Mesh
-
-
-def _newest_whole(newest: Path, *, named: bool) -> tuple[Path, Manifest]:
-    """The newest checkpoint that is whole; one that was named itself must be. Raises CheckpointError."""
-    for folder in [newest] if named else completed(newest.parent.parent):
-        try:
-            manifest = read_manifest(folder)
-            verify_all(folder, manifest.files)
-            return folder, manifest
-        except CheckpointError as error:
-            if named:
-                raise
-            print(f"warning: {error}; falling back to the checkpoint before", file=sys.stderr)
-    raise CheckpointError(f"{newest.parent}: no checkpoint there is whole; restore one")
 
 
 @dataclass(frozen=True)
@@ -44,30 +27,53 @@ class LoadedModel:
     tokenizer: Tokenizer
     path: Path
     step: int
-    config: RunConfig
+    seq_length: int
+    """Tokens in a sequence of its training, where that is known."""
 
 
 def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
-    """Loads a run folder's newest checkpoint, or a checkpoint. dtype: "fp32" or "bf16".
+    """Loads a run folder's newest whole checkpoint, a checkpoint, or a Hugging Face folder. dtype: "fp32" or "bf16".
 
-    Files are checked against their checksums first. Raises CheckpointError.
+    Checksums, names and shapes are compared before a weight is read. Raises CheckpointError.
     """
-    folder, manifest = _newest_whole(find_checkpoint(path), named=(Path(path) / MANIFEST).is_file())
-    try:
-        config = parse_config(manifest.config)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: its configuration is not valid: {error}") from None
-    mesh = Mesh()
-    model = build_model(config.model, config.recycle, mesh, seed=None)
-    reader = TensorReader(folder, manifest)
-    table = pieces(model, mesh)
-    check_tensors(canonical_shapes(table), reader, None)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.local(table[name], tuple(parameter.shape), "weight"))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    source = _open(Path(path))
+    for note in source.notes:
+        print(f"note: {path}: {note}", file=sys.stderr)
+    if source.tokenizer is None:
+        raise CheckpointError(f"{source.folder}: no tokenizer.json; copy the model's own there")
+    tokenizer = Tokenizer.load(source.tokenizer)
+    if source.model.vocab_size is None or tokenizer.vocab_size > source.model.vocab_size:
+        raise CheckpointError(
+            f"{source.folder}: its tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}: "
+            "copy the model's own tokenizer there"
+        )
+    model = build_model(source.model, source.recycle, seed=None)
+    load_weights(model, source)
     place = device()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(place, torch_dtype(dtype))
-    return LoadedModel(model.to(place).eval(), tokenizer, folder, manifest.step, config)
+    return LoadedModel(model.to(place).eval(), tokenizer, source.folder, source.step, source.seq_length)
+
+
+@torch.no_grad()
+def load_weights(model: RecycleGPT, source: Source) -> None:
+    """Fills a whole model. Raises CheckpointError, before anything changes, where names or shapes differ."""
+    table = pieces(model, model.mesh)
+    check_tensors(source, canonical_shapes(table))
+    for name, parameter in model.named_parameters():
+        parameter.copy_(assemble(source, table[name], tuple(parameter.shape), "weight"))
+
+
+def _open(folder: Path) -> Source:
+    """The newest checkpoint that is whole; one that was named itself must be. Raises CheckpointError."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    found = completed(run)
+    if not found or (folder / MANIFEST).is_file() or is_hugging_face(folder):
+        return open_source(folder)
+    for checkpoint in found:
+        try:
+            return open_source(checkpoint)
+        except CheckpointError as error:
+            print(f"warning: {error}; falling back to the checkpoint before", file=sys.stderr)
+    raise CheckpointError(f"{run / 'checkpoints'}: no checkpoint there is whole; restore one")

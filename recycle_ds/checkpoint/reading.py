@@ -1,68 +1,85 @@
-"""Reading slices of canonical tensors out of a checkpoint's shards, only the bytes that are needed."""
+"""Reading slices of canonical tensors out of a portable checkpoint, only the bytes that are needed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.manifest import Manifest, TensorEntry, slice_shape
-from recycle_ds.model.sharding import Piece
+from recycle_ds.checkpoint.manifest import Manifest, Slice, TensorEntry, slice_shape
+from recycle_ds.checkpoint.shards import ShardFiles
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 
 
-class TensorReader:
-    """Reads any part of any tensor of one checkpoint. Shards are memory-mapped and stay open."""
+class PortableSource:
+    """See `Source`. Shards are memory-mapped and stay open."""
+
+    kind = "portable"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._open: dict[str, Any] = {}
+        """Raises CheckpointError for a configuration that is not valid."""
+        self.folder, self.manifest, self.step = folder, manifest, manifest.step
+        try:
+            self.model = build_section(ModelConfig, manifest.config.get("model") or {})
+            self.recycle = build_section(RecycleConfig, manifest.config.get("recycle") or {})
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: its configuration is not valid: {error}") from None
+        tokenizer = folder / "tokenizer.json"
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(entry.shape) for name, entry in manifest.tensors.items()
+        }
+        self._files = ShardFiles(folder)
+        training = manifest.config.get("training")
+        self.seq_length = int(training["seq_length"]) if isinstance(training, dict) else self.model.max_positions
 
-    def read(self, name: str, kind: str, axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
-        """Rows [start, start + length) along `axis`. Raises CheckpointError for what is absent or of another shape."""
-        entry = self.manifest.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.folder}: no tensor {name}")
+    @property
+    def weights_only(self) -> bool:
+        """Whether it is a conversion's result, from which no run can go on."""
+        return "training" not in self.manifest.config
+
+    def has(self, name: str, kind: str) -> bool:
+        """See `Source`."""
+        return any(piece.kind == kind for piece in self._entry(name).slices)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `Source`."""
+        piece = next(piece for piece in self._entry(name).slices if piece.kind == "weight")
+        return self._files.dtype(piece.file, piece.key)
+
+    def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
+        """See `Source`. Raises CheckpointError for what is absent or of another shape than the manifest says."""
+        entry = self._entry(name)
         slices = [piece for piece in entry.slices if piece.kind == kind]
         if not slices:
             raise CheckpointError(f"{self.folder}: no {kind} of {name}")
         if length is None:
             length = entry.shape[axis] - start
-        end = start + length
         if slices[0].axis != axis:  # split another way at save: read all, then cut
             whole = self._gather(entry, slices, slices[0].axis, 0, entry.shape[slices[0].axis])
             return whole.narrow(axis, start, length).contiguous()
-        return self._gather(entry, slices, axis, start, end)
+        return self._gather(entry, slices, axis, start, start + length)
 
-    def local(self, row: tuple[Piece, ...], shape: tuple[int, ...], kind: str) -> Tensor:
-        """A local parameter assembled from its pieces; vocabulary padding is zero."""
-        value = torch.zeros(shape, dtype=torch.float32)
-        for piece in row:
-            part = self.read(piece.name, kind, piece.axis, piece.start, piece.length)
-            value.narrow(piece.axis, piece.local_start, piece.length).copy_(part)
-        return value
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: no tensor {name}")
+        return entry
 
-    def _gather(self, entry: TensorEntry, slices: list[Any], axis: int, start: int, end: int) -> Tensor:
+    def _gather(self, entry: TensorEntry, slices: list[Slice], axis: int, start: int, end: int) -> Tensor:
         parts = []
         for piece in sorted(slices, key=lambda piece: piece.start):
             first, last = max(start, piece.start), min(end, piece.start + piece.length)
             if first < last:
-                index = [slice(None)] * len(entry.shape)
-                index[axis] = slice(first - piece.start, last - piece.start)
-                parts.append(self._slice(piece.file, piece.key, slice_shape(entry, piece))[tuple(index)])
+                stored, expected = self._files.shape(piece.file, piece.key), slice_shape(entry, piece)
+                if stored != expected:
+                    raise CheckpointError(
+                        f"{self.folder / piece.file}: {piece.key} has shape {stored}, the manifest says {expected}"
+                    )
+                self._files.dtype(piece.file, piece.key)
+                parts.append(self._files.read(piece.file, piece.key, axis, first - piece.start, last - first))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
-
-    def _slice(self, file: str, key: str, shape: tuple[int, ...]) -> Any:
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(str(self.folder / file), framework="pt")
-            part = self._open[file].get_slice(key)
-            stored = tuple(part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file}: {key}: {error}") from None
-        if stored != shape:
-            raise CheckpointError(f"{self.folder / file}: {key} has shape {stored}, the manifest says {shape}")
-        return part

@@ -12,16 +12,19 @@ from safetensors.torch import load_file
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import verify
-from recycle_ds.checkpoint.folders import completed, find_checkpoint
+from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.manifest import DataIdentity, Manifest, read_manifest
-from recycle_ds.checkpoint.reading import TensorReader
-from recycle_ds.config import RunConfig
+from recycle_ds.checkpoint.reading import PortableSource
+from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
+from recycle_ds.config import ModelConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
 
+RECYCLE = "recycle."
 # What must be as it was: another model, other data, another order of the data or another batch is another run.
 _FIXED = (
     "model",
@@ -70,6 +73,10 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
 
     Data are compared by content: files may have moved. Raises CheckpointError.
     """
+    if "training" not in manifest.config:
+        raise CheckpointError(
+            f"{folder}: holds weights only, a conversion's; give it as init_from, with another run_dir"
+        )
     if identity.tokenizer != manifest.data.tokenizer:
         raise CheckpointError(
             f"{folder}: cannot go on: data.tokenizer ({config.data.tokenizer}) is another tokenizer than the run began with; "
@@ -98,7 +105,7 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
 
 def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
     """Loads weights, moments, Adam's step and, at the same number of ranks, the random generators. Collective."""
-    _load_tensors(engine, TensorReader(folder, manifest), moments=True)
+    _load_tensors(engine, PortableSource(folder, manifest), moments=True)
     engine.master.adam_step = manifest.adam_step
     if manifest.layout.get("world_size") == engine.mesh.world_size:
         _restore_generators(folder / f"rng-{engine.mesh.rank:05d}.safetensors", device)
@@ -109,56 +116,50 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
     return TrainingState(manifest.step, manifest.next_sample, manifest.skipped)
 
 
-def initialise_from(engine: TrainingEngine, source: str, device: torch.device) -> tuple[Path, list[str]]:
-    """Loads another run's weights only. Returns its folder and the recycle module's tensors that it lacks and that keep
-    their initial values. Raises CheckpointError for any other difference in names or shapes. Collective."""
-    folder = find_checkpoint(source)
-    manifest = read_manifest(folder)
-    fault = _share_verification(folder, manifest, engine.mesh, device)
-    if fault is not None:
-        raise CheckpointError(f"init_from={source} is damaged: {fault}; name another checkpoint")
-    missing = _load_tensors(engine, TensorReader(folder, manifest), moments=False, may_lack="recycle.")
-    return folder, missing
+def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Path, list[str]]:
+    """Loads the weights of another run, a checkpoint or a Hugging Face folder, each rank reading only its part.
+
+    Returns the folder, and the recycle module's tensors that it lacks: they keep their initial values. Raises CheckpointError
+    for any other difference in names, shapes or rotary embedding. Collective.
+    """
+    source, fault = None, None
+    try:
+        source = open_source(path, verify=False)
+        fault = _differences(engine.model.config, source)
+    except CheckpointError as error:
+        fault = str(error)
+    manifest = source.manifest if isinstance(source, PortableSource) else None
+    fault = _share_verification(source.folder if source else Path(path), manifest, engine.mesh, device, fault)
+    if fault is not None or source is None:
+        raise CheckpointError(f"init_from={path}: {fault}")
+    missing = _load_tensors(engine, source, moments=False, may_lack=RECYCLE)
+    return source.folder, missing
 
 
-def _load_tensors(
-    engine: TrainingEngine, reader: TensorReader, *, moments: bool, may_lack: str | None = None
-) -> list[str]:
+def _differences(config: ModelConfig, source: Source) -> str | None:
+    """What names and shapes do not show: the same weights under another rotation or epsilon are another model."""
+    for key in ("rope", "norm_epsilon", "heads"):
+        mine, theirs = getattr(config, key), getattr(source.model, key)
+        if mine != theirs:
+            shown = [value.model_dump(exclude_none=True) if key == "rope" else value for value in (mine, theirs)]
+            return f"model.{key} is {shown[0]} here and {shown[1]} there; set it as the weights were trained with"
+    return None
+
+
+def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, may_lack: str | None = None) -> list[str]:
     master = engine.master
     table = pieces(engine.model, engine.mesh)
     # against the whole model: a pipeline stage knows its own part only
-    missing = check_tensors(whole_shapes(engine.model.config, engine.model.recycle_config), reader, may_lack)
+    missing = check_tensors(source, whole_shapes(engine.model.config, engine.model.recycle_config), may_lack)
     lacking = set(missing)
     for name in sorted(master.parameters):
         if any(piece.name in lacking for piece in table[name]):
             continue
         for kind in master.kinds(name) if moments else ("weight",):
-            present = kind == "weight" or all(_has(reader.manifest, piece.name, kind) for piece in table[name])
+            present = kind == "weight" or all(source.has(piece.name, kind) for piece in table[name])
             if present:  # moments are absent for what was frozen at the time
-                master.write(name, kind, reader.local(table[name], master.shape(name), kind))
+                master.write(name, kind, assemble(source, table[name], master.shape(name), kind))
     master.refresh()
-    return missing
-
-
-def check_tensors(wanted: dict[str, tuple[int, ...]], reader: TensorReader, may_lack: str | None) -> list[str]:
-    """Compares names and shapes before a weight changes. Returns what is lacking and may be. Raises CheckpointError."""
-    held = {name: tuple(entry.shape) for name, entry in reader.manifest.tensors.items()}
-    missing = sorted(set(wanted) - set(held))
-    extra = sorted(name for name in set(held) - set(wanted) if not (may_lack and name.startswith(may_lack)))
-    shapes = [
-        f"{n} {list(held[n])} instead of {list(wanted[n])}"
-        for n in sorted(wanted)
-        if n in held and held[n] != wanted[n]
-    ]
-    faults = []
-    if not (may_lack and all(name.startswith(may_lack) for name in missing)):
-        faults += [f"missing: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"] if missing else []
-    faults += [f"not in this model: {', '.join(extra[:4])}{' ...' if len(extra) > 4 else ''}"] if extra else []
-    faults += [f"other shape: {'; '.join(shapes[:4])}{' ...' if len(shapes) > 4 else ''}"] if shapes else []
-    if faults:
-        raise CheckpointError(
-            f"{reader.folder} does not fit the model: {'; '.join(faults)}; set model.* and recycle.layers as it was saved with"
-        )
     return missing
 
 
@@ -193,10 +194,6 @@ def _restore_generators(path: Path, device: torch.device) -> None:
     torch.set_rng_state(generators["cpu"])
     if device.type == "cuda" and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"], device)
-
-
-def _has(manifest: Manifest, name: str, kind: str) -> bool:
-    return any(piece.kind == kind for piece in manifest.tensors[name].slices)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from recycle_ds.checkpoint.files import describe, write_json, write_text
+from recycle_ds.checkpoint.files import describe, save_shard, write_json, write_text
 from recycle_ds.checkpoint.folders import completed, step_folder, step_of
 from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, DataIdentity, FileEntry
 from recycle_ds.checkpoint.provenance import provenance
@@ -58,8 +57,7 @@ class _ShardWriter:
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self._folder / name
-        save_file(tensors, str(path))
-        fsync(path)
+        save_shard(path, tensors)
         self.files[name] = describe(path)
 
     def _name(self) -> str:

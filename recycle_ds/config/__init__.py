@@ -2,7 +2,7 @@
 
 from recycle_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
 from recycle_ds.config.errors import ConfigError, RecycleError
-from recycle_ds.config.loading import load_config, parse_config, save_config
+from recycle_ds.config.loading import build_section, load_config, parse_config, save_config
 from recycle_ds.config.model_sections import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
 from recycle_ds.config.schema import (
     DataConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "RunConfig",
     "TokenSource",
     "TrainingConfig",
+    "build_section",
     "load_config",
     "load_deepspeed_json",
     "parse_config",

@@ -8,13 +8,15 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.schema import RunConfig
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,6 +72,14 @@ def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunC
         _apply(merged, override)
     try:
         return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def build_section(section: type[SectionType], fields: Mapping[str, Any]) -> SectionType:
+    """Validates one section on its own. Raises ConfigError."""
+    try:
+        return section.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
 

@@ -82,12 +82,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
     """The reference back end: scaled_dot_product_attention with a dense mask."""
-    groups = query.shape[1] // keys.shape[1]
-    if groups > 1:  # repeating is cheaper on CPU than SDPA's own grouped path
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    grouped = query.shape[1] != keys.shape[1]
     if mask.plain_causal:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.additive(query.dtype))
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.additive(query.dtype), enable_gqa=grouped)
 
 
 def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:

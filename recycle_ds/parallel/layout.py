@@ -36,6 +36,11 @@ class Layout:
         """Ranks in the whole layout."""
         return self.tensor * self.pipeline * self.data * self.ulysses
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, over which gradients are averaged and ZeRO partitions: data x ulysses."""
+        return self.data * self.ulysses
+
     def coordinates(self, rank: int) -> Coordinates:
         """The place of a rank in [0, world_size)."""
         assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"

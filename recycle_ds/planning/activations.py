@@ -21,14 +21,12 @@ class Kernels:
 
     fused_norm: bool
     """RMSNorm keeps its input and a scale a row; else fp32 copies of input and normalised input."""
-    grouped_attention: bool
-    """Attention reads grouped keys and values as they are; else they are repeated for every query head."""
     dense_mask: bool
     """Packed sequences need a mask of S x S numbers, shared by all layers."""
 
 
-CPU = Kernels(fused_norm=False, grouped_attention=False, dense_mask=True)
-CUDA = Kernels(fused_norm=True, grouped_attention=True, dense_mask=False)
+CPU = Kernels(fused_norm=False, dense_mask=True)
+CUDA = Kernels(fused_norm=True, dense_mask=False)
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,18 @@ class Activations:
         query, kv, _ = self._widths
         el, n = self.element, self.tokens
         rows = 4 * n * self.config.heads // self.tensor
-        kept = el * n * (query + kv) + el * n * query + rows
-        grouped = self.config.heads != self.config.kv_heads
-        if grouped and not self.kernels.grouped_attention:
-            return kept + 2 * el * n * query * steps
-        if steps > 1:
-            return kept + 2 * el * n * kv * steps
-        return kept + el * n * (query + 2 * kv)  # the values are a view of the whole product
+        chained = 2 * el * n * kv * steps if steps > 1 else 0
+        whole = el * n * (query + 2 * kv)  # one tensor, the values a view of it
+        if self.ulysses > 1:  # what the all-to-all brought; the rotated ones before it are not needed again
+            return whole + el * n * query + rows + chained
+        return el * n * (query + kv) + el * n * query + rows + (chained or whole)
 
     def block(self, steps: int = 1) -> int:
         """One block with nothing recomputed: two norms, the inputs of four products, attention, SwiGLU."""
         el, n = self.element, self.tokens
         ffn = self._widths[2]
-        products = (
-            2 * el * self._stream
-        )  # of query_key_value and gate_up; attention's output and the SwiGLU's come below
+        # of query_key_value and gate_up; attention's output and the SwiGLU's come below
+        products = 2 * el * self._stream
         extra = 0
         if self.ulysses > 1:  # the all-to-all's result is the output product's input, beside attention's own output
             extra = el * n * self._widths[0]

@@ -29,6 +29,7 @@ class Candidate:
             "tensor": self.layout.tensor,
             "pipeline": self.layout.pipeline,
             "data": self.layout.data,
+            "ulysses": self.layout.ulysses,
             "sequence": self.sequence,
             "zero_stage": self.zero_stage,
             "micro_batch_size": self.micro_batch_size,
@@ -37,10 +38,11 @@ class Candidate:
         }
 
 
-def layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[Layout, str]]:
+def layouts(config: RunConfig, cluster: Cluster, *, ulysses: bool = False) -> Iterator[tuple[Layout, str]]:
     """Every TP x PP x DP of the cluster's GPUs, with the reason why it is impossible ("" where it is not).
 
-    Degrees are divisors of what they split: a tensor group stays inside a node, stages split the blocks.
+    Degrees are divisors of what they split: a tensor group stays inside a node, stages split the blocks. With `ulysses` also
+    every Ulysses degree x DP, inside a node and across nodes.
     """
     model = config.model
     for tensor in _divisors(cluster.gpus_per_node):
@@ -48,6 +50,10 @@ def layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[Layout, str]]
             if pipeline > 4 * model.layers:
                 continue  # far beyond reason: not worth a line each
             layout = Layout(tensor, pipeline, cluster.gpus // (tensor * pipeline))
+            yield layout, _layout_fault(config, layout)
+    for degree in _divisors(cluster.gpus)[1:] if ulysses else ():
+        if degree <= model.heads:
+            layout = Layout(data=cluster.gpus // degree, ulysses=degree)
             yield layout, _layout_fault(config, layout)
 
 
@@ -70,6 +76,11 @@ def _layout_fault(config: RunConfig, layout: Layout) -> str:
         size = getattr(model, name)
         if size % layout.tensor:
             return f"model.{name} ({size}) is not divisible by tensor {layout.tensor}"
+    for name, size in (("heads", model.heads), ("kv_heads", model.kv_heads)):
+        if size % layout.ulysses:
+            return f"model.{name} ({size}) is not divisible by ulysses {layout.ulysses}"
+    if training.seq_length % layout.ulysses:
+        return f"training.seq_length ({training.seq_length}) is not divisible by ulysses {layout.ulysses}"
     if layout.pipeline > model.layers:
         return f"pipeline {layout.pipeline} exceeds model.layers ({model.layers})"
     if layout.pipeline > 1 and config.recycle.gradient == "frozen_backbone" and config.recycle.layers:
@@ -84,8 +95,8 @@ def _stage_fault(config: RunConfig, layout: Layout, stage: int) -> str:
         return f"ZeRO {stage} does not work with a pipeline: DeepSpeed partitions gradients that the pipeline still adds up"
     if stage == 0 and config.training.dtype == "bf16" and layout.tensor * layout.pipeline > 1:
         return "ZeRO 0 in bf16 gives wrong gradients with tensor or pipeline parallelism in DeepSpeed"
-    if stage and layout.data == 1:
-        return "ZeRO has nothing to partition at data 1" if stage > 1 else ""
+    if stage > 1 and layout.replicas == 1:
+        return "ZeRO has nothing to partition at data 1"
     return ""
 
 

@@ -38,9 +38,14 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def run(config: RunConfig, cluster: Cluster, *, offload: bool, as_json: bool, top: int, verify: bool) -> int:
-    """Prints the plans; exit code 1 when nothing fits. Raises PlanningError when a verified layout does not tile."""
-    plans = make_plans(config, cluster, offload=offload)
+def run(
+    config: RunConfig, cluster: Cluster, *, offload: bool, as_json: bool, top: int, verify: bool, ulysses: bool = False
+) -> int:
+    """Prints the plans; exit code 1 when nothing fits. Raises PlanningError when a verified layout does not tile.
+
+    Ulysses layouts are among them where they are asked for, or where the run has one.
+    """
+    plans = make_plans(config, cluster, offload=offload, ulysses=ulysses or config.parallel.ulysses > 1)
     console = Console(stderr=as_json)
     if verify:
         _verify(config, plans, console)
@@ -78,7 +83,7 @@ def _verify(config: RunConfig, plans: Plans, console: Console) -> None:
         layout = plan.candidate.layout
         built = verify_layout(config, layout, sequence=plan.candidate.sequence)
         console.print(
-            f"verified: tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}: "
+            f"verified: tensor {layout.tensor} x pipeline {layout.pipeline} x replicas {layout.replicas}: "
             f"{built} parts tile {plans.parameters:,} weights"
         )
 

@@ -15,10 +15,12 @@ class Communication:
 
     tensor: float
     """Residual streams between the tensor-parallel products."""
+    ulysses: float
+    """Queries, keys, values and attention's output, between a part of the sequence and a part of the heads."""
     pipeline: float
     """Activations and their gradients between stages."""
     gradients: float
-    """Reduction over the data axis."""
+    """Reduction over the replicas."""
     weights: float
     """Updated weights after the step (ZeRO 1, 2), or gathered for every pass (ZeRO 3)."""
 
@@ -38,6 +40,7 @@ def communication(
     stream = element * candidate.micro_batch_size * training.seq_length * config.model.hidden
     return Communication(
         tensor=micro_batches * _tensor(config, candidate, blocks, last=last) * stream,
+        ulysses=micro_batches * _ulysses(config, candidate, blocks) * element,
         pipeline=_pipeline(candidate, last=last) * micro_batches * stream,
         gradients=_gradients(config, candidate, weights, element, micro_batches),
         weights=_weights(candidate, weights, element, micro_batches),
@@ -65,6 +68,18 @@ def _tensor(config: RunConfig, candidate: Candidate, blocks: int, *, last: bool)
     return _ring(size) * (passes * (2 * sums + gathers) + 2 * head)
 
 
+def _ulysses(config: RunConfig, candidate: Candidate, blocks: int) -> float:
+    """Elements sent for one micro-batch: all four tensors forward, and their gradients back (arXiv 2309.14509, section 3)."""
+    size = candidate.layout.ulysses
+    if size == 1:
+        return 0.0
+    model, recycle = config.model, config.recycle
+    width = 2 * (model.heads + model.kv_heads) * model.dim_per_head
+    tokens = candidate.micro_batch_size * config.training.seq_length / size
+    passes = 3 if candidate.recompute == "full" else 2
+    return _ring(size) * (blocks + recycle.layers * recycle.depth) * passes * tokens * width
+
+
 def _pipeline(candidate: Candidate, *, last: bool) -> float:
     stages = candidate.layout.pipeline
     if stages == 1:
@@ -77,7 +92,7 @@ def _pipeline(candidate: Candidate, *, last: bool) -> float:
 def _gradients(
     config: RunConfig, candidate: Candidate, weights: LocalWeights, element: int, micro_batches: int
 ) -> float:
-    ring = _ring(candidate.layout.data)
+    ring = _ring(candidate.layout.replicas)
     size = element * weights.total * ring
     if candidate.zero_stage == 1 and candidate.layout.pipeline > 1 and config.training.dtype == "bf16":
         size *= 2  # added up in fp32, reduced in fp32
@@ -86,7 +101,7 @@ def _gradients(
 
 
 def _weights(candidate: Candidate, weights: LocalWeights, element: int, micro_batches: int) -> float:
-    size = element * weights.total * _ring(candidate.layout.data)
+    size = element * weights.total * _ring(candidate.layout.replicas)
     if candidate.zero_stage == 3:
         return size * micro_batches * (3 if candidate.recompute == "full" else 2)
     return size if candidate.zero_stage else 0.0

@@ -151,7 +151,7 @@ def activations_of(config: RunConfig, candidate: Candidate, kernels: Kernels = C
 def _states(weights: LocalWeights, candidate: Candidate, element: int) -> Memory:
     """Weights, gradients, optimizer state and buckets, by ZeRO stage."""
     count, stage = weights.total, candidate.zero_stage
-    shared = count / (candidate.layout.data * candidate.layout.ulysses)
+    shared = count / candidate.layout.replicas
     held: float = element * count
     gradients, optimizer, buckets = held, 12 * shared, 0.0
     if stage == 0:
@@ -165,7 +165,7 @@ def _states(weights: LocalWeights, candidate: Candidate, element: int) -> Memory
         gradients = 4 * shared
         buckets = element * BUCKET
     else:
-        persistent = weights.small * (1 - 1 / candidate.layout.data)
+        persistent = weights.small * (1 - 1 / candidate.layout.replicas)
         held = element * (shared + persistent)
         gradients = 4 * shared
         buckets = element * (BUCKET + min(LIVE, count))

@@ -70,15 +70,14 @@ class Plans:
     rejected: list[Rejection]
 
 
-def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True) -> Plans:
-    """Every layout of the run on the cluster. model.vocab_size must be known."""
+def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True, ulysses: bool = False) -> Plans:
+    """Every layout of the run on the cluster, with Ulysses ones if asked for. model.vocab_size must be known."""
     fitting: list[Plan] = []
     rejected: list[Rejection] = []
     limit = USABLE * cluster.gpu.memory_gib * GIB
-    for layout, fault in layouts(config, cluster):
+    for layout, fault in layouts(config, cluster, ulysses=ulysses):
         if fault:
-            degrees = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
-            rejected.append(Rejection(dict(degrees), fault))
+            rejected.append(Rejection(asdict(layout), fault))
             continue
         for candidate, wrong in candidates(config, layout, offload=offload):
             if wrong:

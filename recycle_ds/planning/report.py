@@ -32,8 +32,9 @@ def _shown(plans: list[Plan]) -> list[Plan]:
 
 def _best(plans: list[Plan]) -> Table:
     table = Table(title="Fastest first (estimates; tensor groups are sequence-parallel)")
-    columns = ("TP", "PP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "step s", "tokens/s", "MFU", "idle")
-    for name in columns:
+    columns = ["TP", "PP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "step s", "tokens/s", "MFU", "idle"]
+    long = any(plan.candidate.layout.ulysses > 1 for plan in plans)
+    for name in [*columns[:3], *(["Ulysses"] if long else []), *columns[3:]]:
         table.add_column(name, justify="left" if name in ("recompute", "offload") else "right", no_wrap=True)
     for plan in plans:
         candidate, layout = plan.candidate, plan.candidate.layout
@@ -41,6 +42,7 @@ def _best(plans: list[Plan]) -> Table:
             str(layout.tensor),
             str(layout.pipeline),
             str(layout.data),
+            *([str(layout.ulysses)] if long else []),
             str(candidate.zero_stage),
             str(candidate.micro_batch_size),
             candidate.recompute,

@@ -33,6 +33,7 @@ class StepTime:
 
     compute: float
     tensor: float
+    """Tensor parallelism's or Ulysses' traffic, which nothing overlaps."""
     pipeline: float
     data: float
     optimizer: float
@@ -59,10 +60,10 @@ def step_time(
     assumed = assumptions or Assumptions()
     training, layout, gpu = config.training, candidate.layout, cluster.gpu
     micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
-    tokens = training.global_batch_size * training.seq_length / layout.data
+    tokens = training.global_batch_size * training.seq_length / layout.replicas
     width = config.model.ffn / layout.tensor
     rate = gpu.flops(training.dtype) * assumed.compute * width / (width + assumed.narrow)
-    local = layout.tensor <= cluster.gpus_per_node
+    local = max(layout.tensor, layout.ulysses) <= cluster.gpus_per_node
     inside = gpu.node_bandwidth if local else gpu.network_bandwidth
     # stages and replicas share a node only where the whole model needs no more than one
     across = gpu.node_bandwidth if cluster.nodes == 1 else gpu.network_bandwidth
@@ -71,7 +72,7 @@ def step_time(
     optimizer = _optimizer(candidate, cluster, weights, element, assumed)
     return StepTime(
         compute=tokens * _stage_flops(config, candidate, counts) / layout.tensor / rate,
-        tensor=sent.tensor / (inside * assumed.links),
+        tensor=(sent.tensor + sent.ulysses) / (inside * assumed.links),
         pipeline=sent.pipeline / (across * assumed.links),
         data=(1 - overlapped) * (sent.gradients + sent.weights) / (across * assumed.links),
         optimizer=optimizer,
@@ -93,7 +94,7 @@ def _stage_flops(config: RunConfig, candidate: Candidate, counts: tuple[int, ...
 
 def _optimizer(candidate: Candidate, cluster: Cluster, weights: int, element: int, assumed: Assumptions) -> float:
     """AdamW reads and writes master, moments and gradient: 32 bytes a weight of this rank's share."""
-    share = weights / (candidate.layout.data if candidate.zero_stage else 1)
+    share = weights / (candidate.layout.replicas if candidate.zero_stage else 1)
     if candidate.offload:  # gradients to the host and weights back; the host's memory is an eighth as fast as its link
         return share * (4 + element) / cluster.gpu.host_bandwidth + share * 32 / 100e9
     return share * 32 / (cluster.gpu.memory_bandwidth * assumed.memory)

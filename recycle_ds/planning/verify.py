@@ -52,7 +52,7 @@ def verify_layout(config: RunConfig, layout: Layout, *, sequence: bool = False) 
             for tensor in range(layout.tensor):
                 model = build_part(config, layout, Coordinates(pipeline, 0, 0, tensor), sequence=sequence)
                 _collect(model, tiles)
-                check_partitions(model, layout.data * layout.ulysses)
+                check_partitions(model, layout.replicas)
                 built += 1
     check_tiling(expected, tiles)
     count = sum(torch.Size(shape).numel() for shape in expected.values())

@@ -14,7 +14,7 @@ def print_report(report: dict[str, Any]) -> None:
         title=f"Training, {report['dtype']}, {report['micro_batch_size']} x {report['seq_length']} tokens a micro-batch, "
         f"{report['world_size']} rank(s) of {report['device']}, {report['threads']} thread(s)"
     )
-    for name in ("model", "weights", "tokens/s", "GFLOP/s", "of matmul", "state GiB", "peak GiB"):
+    for name in ("model", "weights", "tokens/s", "GFLOP/s", "matmul", "state GiB", "peak GiB"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for name, one in report["subjects"].items():
         table.add_row(

@@ -28,6 +28,7 @@ from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.live_memory import PeakMemory
 from recycle_ds.training.optimizer import AdamW, parameter_groups
 
+LEAST_ROUNDS = 3
 BACKBONE, RECYCLE, HUGGING_FACE = "backbone", "recycle", "huggingface"
 
 
@@ -167,20 +168,25 @@ def build_subjects(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[
     }
 
 
-def run_benchmark(config: RunConfig, mesh: Mesh, device: torch.device, *, rounds: int, warmup: int) -> dict[str, Any]:
-    """Times all subjects in turns, a step each, and returns the report. Collective over all ranks."""
+def run_benchmark(
+    config: RunConfig, mesh: Mesh, device: torch.device, *, rounds: int, seconds_at_most: float
+) -> dict[str, Any]:
+    """Times all subjects in turns, a step each, and returns the report. Collective over all ranks.
+
+    Two steps of each before that are not timed: the first makes the optimizer's state, the second's memory is tracked. Rounds
+    end early once `seconds_at_most` are over, but three are run, or fewer if fewer are asked for.
+    """
     subjects = build_subjects(config, mesh, device)
     peaks = {name: _peak_of(subject, device) for name, subject in subjects.items()}
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     rates = []
-    for number in range(warmup + rounds):
-        rate = matmul_rate(config.training.dtype, device) * mesh.world_size
+    begun = time.perf_counter()
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and _over(begun, seconds_at_most, mesh, device):
+            break
+        rates.append(matmul_rate(config.training.dtype, device) * mesh.world_size)
         for name, subject in subjects.items():
-            took = _timed(subject.step, device)
-            if number >= warmup:
-                seconds[name].append(took)
-        if number >= warmup:
-            rates.append(rate)
+            seconds[name].append(_timed(subject.step, device))
     figures = {name: _figures(subject, seconds[name], rates, peaks[name]) for name, subject in subjects.items()}
     return {
         "subjects": {name: asdict(one) for name, one in figures.items()},
@@ -223,6 +229,14 @@ def profile_subjects(config: RunConfig, mesh: Mesh, device: torch.device, rows: 
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         tables[name] = profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=50)
     return tables
+
+
+def _over(begun: float, limit: float, mesh: Mesh, device: torch.device) -> bool:
+    """Whether the time is over by the first rank's clock: all ranks must run as many rounds."""
+    over = torch.tensor(float(time.perf_counter() - begun > limit), device=device)
+    if mesh.world_size > 1:
+        torch.distributed.broadcast(over, 0)
+    return bool(over)
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:

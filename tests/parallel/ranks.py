@@ -56,20 +56,20 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
     """Like `run_all` for one configuration; the disk of rank 1 is full when the checkpoint of `step` is written."""
     import errno
 
-    from recycle_ds.checkpoint import writing
+    from recycle_ds.checkpoint import files
 
-    original = writing.save_file
+    original = files.save_file
 
-    def full(tensors: Any, path: str) -> None:
+    def full(tensors: Any, path: str, **options: Any) -> None:
         if rank == 1 and f"step-{step:08d}" in path:
             raise OSError(errno.ENOSPC, "No space left on device", path)
-        original(tensors, path)
+        original(tensors, path, **options)
 
-    writing.save_file = full
+    files.save_file = full
     try:
         return run_all(rank, world_size, [config])[0]
     finally:
-        writing.save_file = original
+        files.save_file = original
 
 
 BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")

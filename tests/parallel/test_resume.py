@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from recycle_ds.checkpoint import CheckpointError, load_model
 from recycle_ds.checkpoint.lock import RunLock
 from recycle_ds.checkpoint.manifest import read_manifest
-from recycle_ds.checkpoint.reading import TensorReader
+from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
+from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
 from tests.parallel.ranks import run_all, run_on_full_disk, run_poisoned
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
 
@@ -30,6 +31,10 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("zero3_bf16", {"deepspeed": zero(3), "training__dtype": "bf16"}),
     ("detached", {"deepspeed": zero(1), "recycle__gradient": "detached"}),
     ("frozen", {"deepspeed": zero(3), "recycle__gradient": "frozen_backbone"}),
+    ("pipeline", {"deepspeed": PIPELINE, "parallel__pipeline": 2}),
+    ("pipeline_bf16", {"deepspeed": PIPELINE, "parallel__pipeline": 2, "training__dtype": "bf16"}),
+    ("tensor_sequence", {"deepspeed": zero(2), "parallel__tensor": 2, "parallel__sequence": True}),
+    ("ulysses", {"deepspeed": zero(3), "parallel__ulysses": 2}),
     ("grown", {"deepspeed": zero(1), "training__schedule": "constant"}),
 ]
 
@@ -56,7 +61,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             found.config(f"{name}/parts", **change, **first),
             found.config(f"{name}/parts", **change, training__dry_run=False),
         ]
-    endings = run_ranks(run_all, 2, configs, timeout=500)[0]
+    endings: list[str] = []
+    for start in range(0, len(configs), RUNS_TOGETHER):
+        endings += run_ranks(run_all, 2, configs[start : start + RUNS_TOGETHER], timeout=300)[0]
     expected = ["finished", "stop_at", "finished"] * (len(LAYOUTS) - 1) + ["finished"] * 3
     assert endings == expected
     return found
@@ -65,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a checkpoint, whole, by kind and canonical name."""
     manifest = read_manifest(folder)
-    reader = TensorReader(folder, manifest)
+    reader = PortableSource(folder, manifest)
     return {
         f"{kind}/{name}": reader.read(name, kind)
         for name, entry in manifest.tensors.items()
@@ -97,16 +104,30 @@ def test_a_run_that_starts_over_differs(runs: Runs) -> None:
 
 
 def test_resume_at_another_layout(runs: Runs) -> None:
-    """A checkpoint bound to the ranks, ZeRO stage or micro-batch that wrote it."""
-    cases = [("zero1", {"deepspeed": zero(3)}), ("zero3", {"deepspeed": zero(0), "training__micro_batch_size": 4})]
-    for name, change in cases:
-        source = runs.root / name / "parts"
-        target = runs.root / f"moved_{name}"
+    """A checkpoint bound to the ranks, the axes they lie along, the ZeRO stage or the micro-batch that wrote it."""
+    cases: list[tuple[str, int, dict[str, Any]]] = [
+        ("zero1", 1, {"deepspeed": zero(3)}),
+        ("zero3", 1, {"deepspeed": zero(0), "training__micro_batch_size": 4}),
+        ("pipeline", 1, {"deepspeed": zero(1)}),
+        ("zero3", 2, {"deepspeed": PIPELINE, "parallel__pipeline": 2}),
+        ("pipeline", 2, {"deepspeed": zero(2), "parallel__tensor": 2, "parallel__sequence": True}),
+        ("tensor_sequence", 2, {"deepspeed": zero(3), "parallel__ulysses": 2}),
+        ("ulysses", 2, {"deepspeed": PIPELINE, "parallel__pipeline": 2}),
+    ]
+    targets: dict[int, list[tuple[Path, Path, RunConfig]]] = {1: [], 2: []}
+    for number, (name, ranks, change) in enumerate(cases):
+        source, target = runs.root / name / "parts", runs.root / f"moved_{number}"
         shutil.copytree(source, target)
         shutil.rmtree(target / "checkpoints" / "step-00000006")
-        assert run_ranks(run_all, 1, [runs.config(target.name, **change)]) == [["finished"]]
-        for left, right in zip(figures(target), figures(source), strict=True):
-            assert left == pytest.approx(right, rel=1e-5)
+        targets[ranks].append((source, target, runs.config(target.name, **change)))
+    for ranks, moves in targets.items():
+        endings = run_ranks(run_all, ranks, [config for _, _, config in moves], timeout=300)
+        assert endings == [["finished"] * len(moves)] * ranks
+        for source, target, _ in moves:
+            events = [record for record in read_metrics(target) if record.get("event") == "resume"]
+            assert [event["step"] for event in events] == [3, 3], "one resume in the source, one of its own"
+            for left, right in zip(figures(target), figures(source), strict=True):
+                assert left == pytest.approx(right, rel=1e-5)
 
 
 def test_refusals_and_fallback(runs: Runs) -> None:

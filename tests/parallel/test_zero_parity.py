@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recycle_ds.checkpoint.manifest import read_manifest
-from recycle_ds.checkpoint.reading import TensorReader
+from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.config import parse_config
 from recycle_ds.model.initialisation import initial_tensor
 from tests.distributed import run_ranks
@@ -115,7 +115,7 @@ def test_frozen_backbone_stays(curves: dict[str, list[list[float]]], root: Path,
     folder = root / "2" / name / "checkpoints" / "step-00000005"
     manifest = read_manifest(folder)
     config = parse_config(manifest.config)
-    reader = TensorReader(folder, manifest)
+    reader = PortableSource(folder, manifest)
     moved = []
     for tensor, entry in manifest.tensors.items():
         initial = initial_tensor(tensor, tuple(entry.shape), config.model, config.training.seed)

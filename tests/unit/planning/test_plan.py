@@ -153,6 +153,37 @@ def test_traffic_by_kind() -> None:
     assert tensor.gradients == tensor.pipeline == 0 < tensor.tensor
     stages = communication(config, candidate(layout=Layout(pipeline=8)), 4, weights, last=False)
     assert stages.tensor == stages.gradients == 0 < stages.pipeline
+    # forward and backward of queries, keys, values and output: 7/8 of what an eighth of the sequence has
+    exchanged = communication(config, candidate(layout=Layout(ulysses=8)), 32, weights, last=True)
+    micro_batches = config.training.global_batch_size
+    width = 2 * (config.model.heads + config.model.kv_heads) * config.model.dim_per_head
+    passes = 32 + config.recycle.layers * config.recycle.depth
+    own = config.training.seq_length // 8
+    assert exchanged.ulysses == pytest.approx(7 / 8 * 2 * passes * own * width * 2 * micro_batches)
+    assert exchanged.tensor == exchanged.pipeline == 0 < exchanged.gradients
+
+
+def test_ulysses_is_offered_for_long_sequences() -> None:
+    """A sequence that no rank holds, and the one layout that splits it not among the plans; or there unasked."""
+    cluster = Cluster(2, 8, find_gpu("h100"))
+    long = preset("7b").model_copy(
+        update={
+            "model": preset("7b").model.model_copy(update={"max_positions": 262_144}),
+            "training": preset("7b").training.model_copy(update={"seq_length": 262_144, "global_batch_size": 16}),
+        }
+    )
+    offered = make_plans(long, cluster, ulysses=True)
+    layouts = [plan.candidate.layout for plan in offered.fitting]
+    assert any(layout.ulysses == 16 and layout.data == 1 for layout in layouts)
+    assert all(layout.tensor * layout.pipeline * layout.replicas == 16 for layout in layouts)
+    whole, split = (
+        stage_memory(long, candidate(layout=Layout(data=16 // degree, ulysses=degree), zero_stage=3), 0)
+        for degree in (1, 16)
+    )
+    assert split.activations < whole.activations / 10 and split.states == whole.states
+    assert not any(plan.candidate.layout.ulysses > 1 for plan in plans().fitting)
+    odd = make_plans(preset("recyclegpt_1.3b"), Cluster(3, 1, find_gpu("h100")), ulysses=True)
+    assert any("is not divisible by ulysses 3" in rejection.reason for rejection in odd.rejected)
 
 
 def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_report(tmp_path: Path) -> None:
     """Figures that do not follow from the measured times, or subjects that differ in more than their code."""
     path = tmp_path / "out" / "bench.json"
-    done = bench(
-        "--config", "ds_configs/runs/bench_20m.yaml", *SMALL, "--steps", "3", "--warmup", "1", "--json", str(path)
-    )
+    done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, "--steps", "3", "--json", str(path))
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
     subjects, seconds = report["subjects"], report["seconds_per_step"]

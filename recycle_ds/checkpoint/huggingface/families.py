@@ -1,0 +1,149 @@
+"""config.json of the supported architectures to our model section, and back.
+
+All are pre-norm decoders with RMSNorm, rotary embeddings (halves rotated), SwiGLU and grouped queries, and differ in biases and
+defaults. What a config asks for beyond that is refused by name: a model that ignored it would run and be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config import ConfigError, ModelConfig, build_section
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`."""
+
+    model_type: str
+    architecture: str
+    qkv_bias: bool
+    sliding_window: int | None
+    """What transformers assumes where the config does not say."""
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", qkv_bias=False, sliding_window=None),
+        Family("mistral", "MistralForCausalLM", qkv_bias=False, sliding_window=4096),
+        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, sliding_window=None),
+    )
+}
+# Must have these values where they are given; everything else changes the computation.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, 1, None),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+}
+_SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+    """The model section of a config.json, and notes on what is narrower than the source. Raises CheckpointError."""
+    family = FAMILIES.get(str(tree.get("model_type")))
+    if family is None:
+        raise CheckpointError(
+            f"{where}: model_type={tree.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    for key, allowed in _FIXED.items():
+        if key in tree and tree[key] not in allowed:
+            raise CheckpointError(f"{where}: {key}={tree[key]!r} is not supported, only {allowed[0]!r}")
+    missing = [key for key in _SIZES.values() if key not in tree]
+    if missing:
+        raise CheckpointError(f"{where}: without {', '.join(missing)}")
+    fields: dict[str, Any] = {ours: tree[theirs] for ours, theirs in _SIZES.items()}
+    notes = []
+    window = tree.get("sliding_window", family.sliding_window)
+    if family.model_type == "mistral" and window is not None and window < fields["max_positions"]:
+        notes.append(f"sliding_window={window}: positions are limited to it, from {fields['max_positions']}")
+        fields["max_positions"] = window
+    fields |= {
+        "kv_heads": tree.get("num_key_value_heads") or fields["heads"],
+        "head_dim": tree.get("head_dim"),
+        "norm_epsilon": tree.get("rms_norm_eps", 1e-6),
+        "tied_embeddings": tree.get("tie_word_embeddings", False),
+        "qkv_bias": family.qkv_bias,
+        "init_std": tree.get("initializer_range", 0.02),
+        "rope": _read_rope(tree, where),
+    }
+    try:
+        return build_section(ModelConfig, fields), notes
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _read_rope(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+    scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling={scaling!r}: must be an object")
+    theta = scaling.get("rope_theta", tree.get("rope_theta", 10_000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"theta": theta}
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(f"{where}: rope type {kind!r} is not supported, only default, linear and llama3")
+    found = {"kind": kind, "factor": scaling.get("factor")}
+    if kind == "llama3":
+        found |= {
+            "low_frequency_factor": scaling.get("low_freq_factor"),
+            "high_frequency_factor": scaling.get("high_freq_factor"),
+            "original_positions": scaling.get("original_max_position_embeddings", tree["max_position_embeddings"]),
+        }
+    absent = [key for key, value in found.items() if value is None]
+    if absent:
+        raise CheckpointError(f"{where}: rope type {kind!r} without {', '.join(absent)}")
+    return {"theta": theta, "scaling": found}
+
+
+def write_model(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a plain base model: Qwen2 where queries, keys and values have biases, else LLaMA. dtype: torch's name."""
+    family = FAMILIES["qwen2" if config.qkv_bias else "llama"]
+    assert config.vocab_size is not None
+    tree: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.dim_per_head,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "initializer_range": config.init_std,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _write_scaling(config),
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if family.model_type == "llama":
+        tree |= {"attention_bias": False, "mlp_bias": False}
+    return tree
+
+
+def _write_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    scaling = config.rope.scaling
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }

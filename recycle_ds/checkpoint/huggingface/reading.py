@@ -1,0 +1,121 @@
+"""Reading a Hugging Face folder of the LLaMA family as a source of canonical tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.huggingface.families import read_model
+from recycle_ds.checkpoint.huggingface.module import MODULE_WEIGHTS, read_module
+from recycle_ds.checkpoint.huggingface.names import hugging_face_name
+from recycle_ds.checkpoint.shards import ShardFiles
+from recycle_ds.checkpoint.sources import shorten
+from recycle_ds.model.build import whole_shapes
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
+# Buffers that old releases saved and that are computed anew.
+_IGNORED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
+
+# A long context is not evaluated whole where the length of the training's sequences is not known.
+_WINDOW = 2048
+
+
+class HuggingFaceSource:
+    """See `Source`. Nothing is unpickled and no code of the folder is run; names and shapes are checked when it is opened."""
+
+    kind = "huggingface"
+    step = 0
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a folder with config.json and safetensors. Raises CheckpointError that lists what does not fit."""
+        self.folder = folder
+        tree = read_json(folder / CONFIG)
+        self.model, notes = read_model(tree, str(folder / CONFIG))
+        self.recycle = read_module(folder)
+        self.notes = tuple(notes)
+        self.seq_length = min(_WINDOW, self.model.max_positions)
+        tokenizer = folder / "tokenizer.json"
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
+        self._files = ShardFiles(folder)
+        self._where = self._locate()
+        self._check()
+
+    def has(self, name: str, kind: str) -> bool:
+        """See `Source`."""
+        return kind == "weight" and name in self.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `Source`."""
+        key = hugging_face_name(name)
+        return self._files.dtype(self._where[key], key)
+
+    def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
+        """See `Source`."""
+        assert self.has(name, kind), f"{kind} of {name}"
+        key = hugging_face_name(name)
+        return self._files.read(self._where[key], key, axis, start, length)
+
+    def _locate(self) -> dict[str, str]:
+        """File of every stored tensor, by its name there."""
+        where: dict[str, str] = {}
+        for file in self._weight_files():
+            for key in self._files.keys(file):
+                if key in where:
+                    raise CheckpointError(f"{self.folder}: {key} lies in {where[key]} and in {file}")
+                where[key] = file
+        if self.recycle.layers:
+            where |= dict.fromkeys(self._files.keys(MODULE_WEIGHTS), MODULE_WEIGHTS)
+        return where
+
+    def _weight_files(self) -> list[str]:
+        if (self.folder / INDEX).is_file():
+            table = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(table, dict) or not table:
+                raise CheckpointError(f"{self.folder / INDEX}: no weight_map")
+            files = sorted({str(file) for file in table.values()})
+            for file in files:
+                if not _PLAIN_NAME.match(file):
+                    raise CheckpointError(
+                        f"{self.folder / INDEX}: {file!r} is not the name of a safetensors file beside it"
+                    )
+            absent = [file for file in files if not (self.folder / file).is_file()]
+            if absent:
+                raise CheckpointError(f"{self.folder}: missing: {shorten(absent)}")
+            return files
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+        why = (
+            f"; {pickled[0]} is a pickle, which is never loaded: save it with safe_serialization=True"
+            if pickled
+            else ""
+        )
+        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{why}")
+
+    def _check(self) -> None:
+        """Every tensor of the model is there in its shape, and nothing besides."""
+        expected = {hugging_face_name(name): shape for name, shape in self.shapes.items()}
+        spare = {"lm_head.weight"} if self.model.tied_embeddings else set()
+        missing = sorted(expected.keys() - self._where.keys())
+        extra = sorted(key for key in self._where.keys() - expected.keys() - spare if not _IGNORED.match(key))
+        other = []
+        for key in sorted(expected.keys() & self._where.keys()):
+            self._files.dtype(self._where[key], key)
+            found = self._files.shape(self._where[key], key)
+            if found != tuple(expected[key]):
+                other.append(f"{key} {list(found)} instead of {list(expected[key])}")
+        faults = [
+            f"{title}: {shorten(names)}"
+            for title, names in (("missing", missing), ("not supported", extra), ("other shape", other))
+            if names
+        ]
+        if faults:
+            raise CheckpointError(f"{self.folder}: its tensors are not those of its {CONFIG}: {'; '.join(faults)}")

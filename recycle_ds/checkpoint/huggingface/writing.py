@@ -1,0 +1,58 @@
+"""Writing a folder that transformers' AutoModelForCausalLM loads as the plain base model, with the module beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from recycle_ds.checkpoint.exporting import Named, split, write_shards
+from recycle_ds.checkpoint.files import write_json
+from recycle_ds.checkpoint.huggingface.families import write_model
+from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, MODULE_WEIGHTS, describe_module
+from recycle_ds.checkpoint.huggingface.names import RECYCLE, hugging_face_name
+from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
+from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.checkpoint.sources import Source
+from recycle_ds.data.tokenizer import Tokenizer
+
+
+def write_hugging_face(
+    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, step: Callable[[str], None]
+) -> None:
+    """Fills an empty folder; dtype None keeps each tensor's. `step` is told each tensor's name as it is written."""
+
+    def named(name: str) -> Named:
+        return hugging_face_name(name), source.shapes[name], dtype or source.dtype(name), lambda: source.read(name)
+
+    base = [named(name) for name in source.shapes if not name.startswith(RECYCLE)]
+    module = [named(name) for name in source.shapes if name.startswith(RECYCLE)]
+    shards = split(base, shard_bytes)
+    if len(shards) == 1:
+        write_shards(folder, shards, lambda *_: SINGLE, step)
+    else:
+        files = write_shards(folder, shards, lambda n, of: f"model-{n:05d}-of-{of:05d}.safetensors", step)
+        size = sum(torch.Size(shape).numel() * kept.itemsize for _, shape, kept, _ in base)
+        table = {key: file for file, keys in files.items() for key in keys}
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
+    tree = write_model(source.model, str(base[0][2]).removeprefix("torch."))
+    if source.tokenizer is not None:
+        tree |= _write_tokenizer(source.tokenizer, folder)
+    write_json(folder / CONFIG, tree)
+    if module:
+        write_shards(folder, [module], lambda *_: MODULE_WEIGHTS, step)
+        description = describe_module(source.recycle, folder / MODULE_WEIGHTS, provenance())
+        write_json(folder / MODULE_CONFIG, description)
+
+
+def _write_tokenizer(path: Path, folder: Path) -> dict[str, int]:
+    """Copies the tokenizer's files; returns the special tokens of config.json."""
+    tokenizer = Tokenizer.load(path)
+    tokenizer.save(folder)
+    for name in ("special_tokens_map.json", "chat_template.jinja"):
+        if path.with_name(name).is_file():
+            shutil.copyfile(path.with_name(name), folder / name)
+    found = {"eos_token_id": tokenizer.eos_id}
+    return found | ({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {})

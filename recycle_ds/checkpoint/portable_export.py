@@ -1,0 +1,63 @@
+"""Writing a portable checkpoint of weights alone: what a conversion makes, for `--model` and `init_from`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recycle_ds.checkpoint.exporting import Named, split, write_shards
+from recycle_ds.checkpoint.files import describe, write_json
+from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION
+from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.checkpoint.sources import Source
+from recycle_ds.data.atomic import flush as fsync
+from recycle_ds.data.tokenizer import Tokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def write_portable(
+    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, step: Callable[[str], None]
+) -> None:
+    """Fills an empty folder; dtype None keeps each tensor's. `step` is told each tensor's name as it is written."""
+
+    def named(name: str) -> Named:
+        return f"{name}/weight/0", source.shapes[name], dtype or source.dtype(name), lambda: source.read(name)
+
+    shards = split((named(name) for name in source.shapes), shard_bytes)
+    written = write_shards(folder, shards, lambda n, _: f"shard-00000-{n - 1:03d}.safetensors", step)
+    where = {key: file for file, keys in written.items() for key in keys}
+    fingerprint = ""
+    files = list(written)
+    if source.tokenizer is not None:
+        fingerprint = Tokenizer.load(source.tokenizer).fingerprint
+        for name in _TOKENIZER_FILES:
+            if source.tokenizer.with_name(name).is_file():
+                shutil.copyfile(source.tokenizer.with_name(name), folder / name)
+                fsync(folder / name)
+                files.append(name)
+    tensors: dict[str, Any] = {}
+    for name, shape in source.shapes.items():
+        key = f"{name}/weight/0"
+        piece = {"kind": "weight", "file": where[key], "key": key, "axis": 0, "start": 0, "length": shape[0]}
+        tensors[name] = {"shape": list(shape), "slices": [piece]}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": source.step,
+        "next_sample": 0,
+        "skipped": 0,
+        "adam_step": 0,
+        "config": {"model": source.model.model_dump(mode="json"), "recycle": source.recycle.model_dump(mode="json")},
+        "data": {"tokenizer": fingerprint, "train": []},
+        "layout": {},
+        "provenance": provenance() | {"converted_from": {"kind": source.kind, "folder": source.folder.name}},
+        "tensors": tensors,
+        "files": {name: describe(folder / name).model_dump() for name in files},
+    }
+    write_json(folder / MANIFEST, manifest)
+    fsync(folder)

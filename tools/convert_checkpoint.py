@@ -1,0 +1,42 @@
+"""Weights from one format to another: Hugging Face, portable, Megatron, DeepSpeed's own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def convert_checkpoint(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Run, checkpoint or model folder; its format is recognised.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="DST", help="Folder to make; it must not exist, or be empty.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, portable or megatron.")],
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16; by default each tensor keeps its own.")
+    ] = None,
+    shard_gib: Annotated[
+        float, typer.Option(metavar="GIB", help="Largest file, and about the memory that is used.")
+    ] = 1.0,
+    tp: Annotated[int, typer.Option(metavar="N", min=1, help="megatron: tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(metavar="N", min=1, help="megatron: pipeline stages.")] = 1,
+    verify: Annotated[bool, typer.Option(help="Read the result back and compare every tensor.")] = True,
+) -> None:
+    """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()
+    from recycle_ds.checkpoint.convert import Conversion
+    from recycle_ds.checkpoint.convert_command import run
+
+    run(source, target, Conversion(to, dtype, shard_gib, tp, pp, verify))
+
+
+if __name__ == "__main__":
+    run_command(app, None)

