@@ -6,14 +6,23 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.manifest import FileEntry
 from recycle_ds.data.atomic import flush as fsync
+
+
+class FileEntry(BaseModel):
+    """Size and checksum of a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def read_json(path: Path) -> dict[str, Any]:

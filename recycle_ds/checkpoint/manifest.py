@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import FileEntry, read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "recycle_ds checkpoint"
-VERSION = 1
+VERSION = 2
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 """A plain name: no separator, so that nothing outside the folder can be reached."""
@@ -21,13 +24,6 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_len
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class FileEntry(_Record):
-    """A file of the checkpoint."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Slice(_Record):
@@ -59,7 +55,9 @@ class Manifest(_Record):
     """Everything about a checkpoint but the numbers."""
 
     format: Literal["recycle_ds checkpoint"]
-    version: Literal[1]
+    version: Literal[2]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the rest of the manifest: see `digest_of`."""
     step: Annotated[int, Field(ge=0)]
     next_sample: Annotated[int, Field(ge=0)]
     skipped: Annotated[int, Field(ge=0)]
@@ -78,13 +76,10 @@ def read_manifest(folder: Path) -> Manifest:
     Raises CheckpointError.
     """
     path = folder / MANIFEST
-    try:
-        tree = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or one that was never completed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or one that was never completed")
+    tree = read_json(path)
+    if tree.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a manifest of a {FORMAT}")
     if tree.get("version") != VERSION:
         raise CheckpointError(f"{path}: version {tree.get('version')!r}; this release reads version {VERSION}")
@@ -94,9 +89,25 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+    if manifest.digest != digest_of(tree):
+        raise CheckpointError(f"{path}: does not match its own digest: it was changed or damaged")
     for name, entry in manifest.tensors.items():
         _check_tensor(path, name, entry, manifest.files)
     return manifest
+
+
+def digest_of(tree: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of a manifest's canonical JSON without its digest."""
+    content = {key: value for key, value in tree.items() if key != "digest"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def write_manifest(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Signs a manifest with its digest and writes it to disk."""
+    # as JSON gives it back: tuples are lists there
+    plain = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **tree}))
+    write_json(folder / MANIFEST, {**plain, "digest": digest_of(plain)})
 
 
 def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, FileEntry]) -> None:

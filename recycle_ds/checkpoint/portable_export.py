@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from recycle_ds.checkpoint.exporting import Named, split, write_shards
-from recycle_ds.checkpoint.files import describe, write_json
-from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION
+from recycle_ds.checkpoint.files import describe
+from recycle_ds.checkpoint.manifest import write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
 from recycle_ds.data.atomic import flush as fsync
@@ -46,8 +46,6 @@ def write_portable(
         piece = {"kind": "weight", "file": where[key], "key": key, "axis": 0, "start": 0, "length": shape[0]}
         tensors[name] = {"shape": list(shape), "slices": [piece]}
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
         "step": source.step,
         "next_sample": 0,
         "skipped": 0,
@@ -59,5 +57,5 @@ def write_portable(
         "tensors": tensors,
         "files": {name: describe(folder / name).model_dump() for name in files},
     }
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder, manifest)
     fsync(folder)

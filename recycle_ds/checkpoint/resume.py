@@ -37,8 +37,9 @@ _FIXED = (
 _FREE = (
     "run_dir", "deepspeed", "init_from", "parallel", "data", "training.steps", "training.stop_at",
     "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
-    "training.keep_checkpoints", "training.tensorboard", "training.profile", "training.dry_run", "training.compile",
-    "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
+    "training.keep_checkpoints", "training.save_buffer_gib", "training.tensorboard", "training.profile", "training.dry_run",
+    "model.vocab_multiple",
+    "training.compile", "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
         if now.get(key) == then.get(key):
             continue
         change = f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        if _under(key, _FIXED):
+        if _under(key, _FIXED) and key not in _FREE:
             raise CheckpointError(
                 f"{folder}: cannot go on: {change}; put it back, or use another run_dir (init_from keeps weights)"
             )

@@ -1,7 +1,8 @@
 """Writing a checkpoint: every rank its share, to a temporary folder that is renamed once all of it is on disk.
 
-A rank holds at most its own partition in host memory: parameters are gathered one at a time, and of each the data ranks take
-turns to keep it. Shards are flushed at one GiB.
+Parameters are gathered one at a time, and of each the replicas take turns to keep it, so a rank holds its own share at most: in
+host memory, from where a thread writes it while training goes on. Once all ranks' threads have ended, the ranks agree, and the
+first one publishes.
 """
 
 from __future__ import annotations
@@ -9,59 +10,35 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from recycle_ds.checkpoint.files import describe, save_shard, write_json, write_text
+from recycle_ds.checkpoint.files import describe, write_text
 from recycle_ds.checkpoint.folders import completed, step_folder, step_of
-from recycle_ds.checkpoint.manifest import FORMAT, MANIFEST, VERSION, DataIdentity, FileEntry
+from recycle_ds.checkpoint.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.checkpoint.shard_writer import ShardWriter, disk_fault
 from recycle_ds.config import RunConfig
 from recycle_ds.data.atomic import flush as fsync
-from recycle_ds.model.sharding import Piece, is_copy, pieces
+from recycle_ds.model.sharding import is_copy, pieces
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.master import keeper
 from recycle_ds.training.state import TrainingState
 
-SHARD_BYTES = 2**30
 
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written, and what training has moved on from since."""
 
-class _ShardWriter:
-    """Collects tensors and writes them in files of about SHARD_BYTES, remembering where each went."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
-        self._pending: dict[str, Tensor] = {}
-        self._bytes = 0
-        self.slices: list[dict[str, Any]] = []
-        self.files: dict[str, FileEntry] = {}
-
-    def add(self, piece: Piece, kind: str, value: Tensor) -> None:
-        part = value.narrow(piece.axis, piece.local_start, piece.length)
-        key = f"{piece.name}/{kind}/{piece.start}"
-        self._pending[key] = part.detach().to("cpu", copy=True).contiguous()
-        self._bytes += part.numel() * part.element_size()
-        where = {"kind": kind, "file": self._name(), "key": key, "axis": piece.axis, "start": piece.start}
-        self.slices.append({"name": piece.name, "shape": list(piece.shape), **where, "length": piece.length})
-        if self._bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending:
-            self.write(self._name(), self._pending)
-            self._pending, self._bytes = {}, 0
-
-    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        path = self._folder / name
-        save_shard(path, tensors)
-        self.files[name] = describe(path)
-
-    def _name(self) -> str:
-        return f"shard-{self._rank:05d}-{sum(name.startswith('shard') for name in self.files):03d}.safetensors"
+    state: TrainingState
+    adam_step: int
+    temporary: Path
+    final: Path
+    writer: ShardWriter
 
 
 class PortableCheckpointer:
@@ -71,55 +48,58 @@ class PortableCheckpointer:
         self._config, self._engine, self._device = config, engine, device
         self._identity = identity
         self._run_dir = Path(config.run_dir)
+        self._save: _Save | None = None
 
-    def save(self, state: TrainingState) -> Path | None:
-        """Writes checkpoints/step-N and then `latest`; on an error of the disk leaves what was there and returns None."""
+    def begin(self, state: TrainingState) -> bool:
+        """See `Checkpointer`. Copies to the host up to training.save_buffer_gib ahead of the disk."""
+        assert self._save is None, "one checkpoint is written at a time"
         final = step_folder(self._run_dir, state.step)
         temporary = final.with_name(f".tmp-{final.name}")
         mesh = self._engine.mesh
-        fault = self._guard(lambda: _fresh(temporary)) if mesh.is_first else None
-        if not self._agree(fault):
-            return None
-        writer = _ShardWriter(temporary, mesh.rank)
-        fault = self._write_share(writer)
-        if not self._agree(fault):
-            self._discard(temporary)
-            return None
-        fault = self._guard(lambda: self._publish(state, temporary, final)) if mesh.is_first else None
-        if not self._agree(fault):
-            self._discard(temporary)
-            return None
-        return final
+        if not self._agree(disk_fault(lambda: _fresh(temporary)) if mesh.is_first else None):
+            return False
+        writer = ShardWriter(temporary, mesh.rank, int(self._config.training.save_buffer_gib * 2**30))
+        self._gather(writer)
+        generators = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self._device)
+        writer.close(generators)
+        self._save = _Save(state, self._engine.master.adam_step, temporary, final, writer)
+        return True
 
-    def _write_share(self, writer: _ShardWriter) -> str | None:
-        """Gathers every parameter (all ranks take part even after a local fault) and writes this rank's share."""
+    def ended(self) -> bool:
+        """See `Checkpointer`."""
+        return self._save is None or self._save.writer.ended
+
+    def finish(self) -> Path | None:
+        """See `Checkpointer`. Writes the manifest, then `latest`; what was there before stays if the disk refuses."""
+        assert self._save is not None, "begin comes first"
+        save, self._save = self._save, None
+        fault = save.writer.wait()
+        published = self._agree(fault)
+        if published:
+            first = self._engine.mesh.is_first
+            published = self._agree(disk_fault(lambda: self._publish(save)) if first else None)
+        if not published:
+            self._discard(save.temporary)
+            return None
+        return save.final
+
+    def _gather(self, writer: ShardWriter) -> None:
+        """Gathers every parameter, which all ranks take part in, and keeps this rank's share."""
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
-        fault: str | None = None
         for name, rank in keeper(list(master.parameters), mesh.replicas.size).items():
             mine = rank == mesh.replicas.rank and not is_copy(name, mesh)
             for kind in master.kinds(name):
                 value = master.read(name, kind)
-                for piece in table[name] if mine and fault is None else ():
+                for piece in table[name] if mine else ():
                     if mesh.tensor.rank == 0 or not piece.whole:
-                        fault = self._guard(lambda p=piece, k=kind, v=value: writer.add(p, k, v))
-                        if fault:
-                            break
-        return fault or self._guard(lambda: self._finish_share(writer))
+                        writer.add(piece, kind, value)
 
-    def _finish_share(self, writer: _ShardWriter) -> None:
-        rank = self._engine.mesh.rank
-        writer.flush()
-        generators = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self._device)
-        writer.write(f"rng-{rank:05d}.safetensors", generators)
-        files = {name: entry.model_dump() for name, entry in writer.files.items()}
-        write_json(writer._folder / f"part-{rank:05d}.json", {"slices": writer.slices, "files": files})
-
-    def _publish(self, state: TrainingState, temporary: Path, final: Path) -> None:
+    def _publish(self, save: _Save) -> None:
         """Rank 0: merges the parts into the manifest, renames the folder, moves `latest`, forgets the oldest."""
-        mesh = self._engine.mesh
+        mesh, state, temporary, final = self._engine.mesh, save.state, save.temporary, save.final
         tensors: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for rank in range(mesh.world_size):
@@ -138,12 +118,10 @@ class PortableCheckpointer:
             fsync(temporary / "tokenizer.json")
             files["tokenizer.json"] = describe(temporary / "tokenizer.json").model_dump()
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
             "step": state.step,
             "next_sample": state.next_sample,
             "skipped": state.skipped,
-            "adam_step": self._engine.master.adam_step,
+            "adam_step": save.adam_step,
             "config": self._config.model_dump(mode="json"),
             "data": self._identity.model_dump(),
             "layout": {
@@ -158,7 +136,7 @@ class PortableCheckpointer:
             "tensors": {name: tensors[name] for name in sorted(tensors)},
             "files": files,
         }
-        write_json(temporary / MANIFEST, manifest)
+        write_manifest(temporary, manifest)
         fsync(temporary)
         if final.exists():  # the same step once more: the older one goes only now that this one is whole
             shutil.rmtree(final)
@@ -171,18 +149,6 @@ class PortableCheckpointer:
                 shutil.rmtree(old)
         except OSError as error:
             print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)
-
-    def _guard(self, action: Any) -> str | None:
-        """Runs what touches the disk; the fault, where there is one, is told to the other ranks instead of raised."""
-        try:
-            action()
-        except OSError as error:
-            return f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
-        except Exception as error:
-            if type(error).__name__ == "SafetensorError":  # safetensors wraps the disk's errors in its own
-                return str(error)
-            raise
-        return None
 
     def _agree(self, fault: str | None) -> bool:
         """Whether no rank has a fault; each prints its own."""

@@ -106,6 +106,8 @@ class TrainingConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
+    save_buffer_gib: Annotated[float, Field(ge=0)] = 8.0
+    """Host memory of a rank for copies of a checkpoint that is written while training goes on; 0 waits for the disk."""
     eval_every: NonNegative = 0
     """Steps between evaluations, the last step included; 0 never evaluates."""
     eval_batches: Positive = 8

@@ -38,6 +38,18 @@ class StepResult:
     total: float
     gradients: GradientReport
     stop: str
+    writing: bool
+    """Whether some rank still writes the checkpoint that was begun."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is being written."""
+
+    step: int
+    begun: float
+    waited: float
+    """Seconds that training stood still for it so far."""
 
 
 class Trainer:
@@ -61,6 +73,7 @@ class Trainer:
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
         self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
         self._saved_step = -1
+        self._saving: Saving | None = None
         self._skipped_in_a_row = 0
         self._console = RunConsole(first=False, steps=training.steps, begun=0)
 
@@ -90,7 +103,7 @@ class Trainer:
                 if result.stop and self.state.step < last:
                     ended = result.stop
                     break
-            if self._saved_step != self.state.step and not self._save():
+            if not self._save_now():
                 raise TrainingError(
                     f"step {self.state.step}: the last checkpoint could not be written to {self.config.run_dir}/checkpoints; "
                     f"free space there and start again: the run goes on from step {max(self._saved_step, 0)}"
@@ -117,7 +130,7 @@ class Trainer:
         batches = self._draw()
         weights = loss_weights(step, self.config.recycle)
         sums = self.engine.passes.train(batches.micro, batches.scales(weights, self.engine.mesh.replicas.size))
-        shared, stopping = self._agree(sums, stop.reason)
+        shared, stopping, writing = self._agree(sums, stop.reason)
         losses = batches.means(shared)
         total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         for group in self.engine.optimizer.param_groups:
@@ -133,22 +146,24 @@ class Trainer:
         )
         self._seconds += time.perf_counter() - begun
         self._steps_timed += 1
-        return StepResult(losses, total_loss, report, stopping)
+        return StepResult(losses, total_loss, report, stopping, writing)
 
-    def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str]:
-        """Sums of the global batch, and the signal any rank was sent ("" for none): one collective over all ranks.
+    def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str, bool]:
+        """Sums of the global batch, the signal any rank was sent ("" for none) and whether any still writes a checkpoint: one
+        collective over all ranks.
 
         Host synchronisation, one of two in a step (the other reads the gradient norms): ranks must agree before the update.
         """
         mesh = self.engine.mesh
-        votes = torch.tensor([float(reason == name) for name in STOP_SIGNALS], dtype=torch.float64, device=self.device)
+        said = [*(reason == name for name in STOP_SIGNALS), not self.checkpointer.ended()]
+        votes = torch.tensor(said, dtype=torch.float64, device=self.device)
         # every tensor rank of the last stage has the same sums: one of them counts
         counts = mesh.last_stage and mesh.tensor.rank == 0
         shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))
         if mesh.world_size > 1:
             dist.all_reduce(shared)
-        *totals, interrupt, terminate = shared.tolist()
-        return totals, STOP_SIGNALS[1] if terminate else STOP_SIGNALS[0] if interrupt else ""
+        *totals, interrupt, terminate, writing = shared.tolist()
+        return totals, STOP_SIGNALS[1] if terminate else STOP_SIGNALS[0] if interrupt else "", bool(writing)
 
     def _judge(self, report: GradientReport, loss: float, step: int) -> None:
         """Ends the run on all ranks alike where a step that was not applied is one too many; saves what came before it."""
@@ -159,7 +174,7 @@ class Trainer:
             return
         self._event("nonfinite", f"step {step}: loss {loss}, gradient norm {report.norm}", step)
         kept = f"{self.config.run_dir}/checkpoints"
-        if self._saved_step == self.state.step or self._save():
+        if self._save_now():
             kept += f" holds step {self.state.step}"
         many = f" ({self._skipped_in_a_row} steps in a row)" if self._skipped_in_a_row > 1 else ""
         raise TrainingError(
@@ -175,8 +190,10 @@ class Trainer:
             self._event("skipped_step", f"step {step} skipped: loss or gradient norm is not finite", step)
         if step % training.log_every == 0 or step in (1, last):
             self._log(result)
+        if self._saving is not None and not result.writing:
+            self._finish_save()
         if training.save_every and step % training.save_every == 0:
-            self._save()
+            self._begin_save()
         due = training.eval_every and (step % training.eval_every == 0 or step == last)
         if self.validation is not None and due and not result.stop:
             self._evaluate()
@@ -225,17 +242,42 @@ class Trainer:
             self.metrics.write(record)
             self._console.say(describe_evaluation(record))
 
-    def _save(self) -> bool:
-        """Saves now. False where the disk refused it: the run goes on, and says so."""
+    def _save_now(self) -> bool:
+        """Has the present state on disk when it returns. False where the disk refused it."""
+        if self._saving is not None:
+            self._finish_save()
+        if self._saved_step == self.state.step:
+            return True
+        self._begin_save()
+        return self._saving is not None and self._finish_save()
+
+    def _begin_save(self) -> None:
+        """Copies the state and lets a thread write it; waits for the one before, if that is not done."""
+        if self._saving is not None:
+            self._finish_save()
         begun = time.perf_counter()
-        folder = self.checkpointer.save(self.state)
+        if self.checkpointer.begin(self.state):
+            self._saving = Saving(self.state.step, begun, time.perf_counter() - begun)
+        else:
+            self._save_failed(self.state.step)
+
+    def _finish_save(self) -> bool:
+        """Publishes what was begun, waiting for it if need be. False where the disk refused it: the run goes on."""
+        assert self._saving is not None, "a save was begun"
+        saving, self._saving = self._saving, None
+        asked = time.perf_counter()
+        folder = self.checkpointer.finish()
         if folder is None:
-            step = self.state.step
-            self._event("save_failed", f"step {step}: the checkpoint could not be written; older ones are whole", step)
+            self._save_failed(saving.step)
             return False
-        self._saved_step = self.state.step
-        self._console.say(f"saved {folder} in {time.perf_counter() - begun:.1f} s")
+        self._saved_step = saving.step
+        now = time.perf_counter()
+        waited = saving.waited + now - asked
+        self._console.say(f"saved {folder} in {now - saving.begun:.1f} s; training waited {waited:.2f} s")
         return True
+
+    def _save_failed(self, step: int) -> None:
+        self._event("save_failed", f"step {step}: the checkpoint could not be written; older ones are whole", step)
 
     def _event(self, event: str, text: str, step: int) -> None:
         if self.metrics is not None:

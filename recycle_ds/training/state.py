@@ -17,8 +17,13 @@ class TrainingState:
 
 
 class Checkpointer(Protocol):
-    """Saves a run so that it can go on. Collective over all ranks."""
+    """Saves a run so that it can go on, while it goes on. One checkpoint is written at a time."""
 
-    def save(self, state: TrainingState) -> Path | None:
-        """Writes a checkpoint and returns its folder, or None where the disk refused it and the run goes on without."""
-        ...
+    def begin(self, state: TrainingState) -> bool:
+        """Copies the state and begins to write it. False where the disk refused it at once. Collective over all ranks."""
+
+    def ended(self) -> bool:
+        """Whether this rank has nothing left to write, if anything was begun; `finish` then waits for no disk of its own."""
+
+    def finish(self) -> Path | None:
+        """Waits for the writing and publishes. Returns the folder, or None where the disk refused it. Collective."""

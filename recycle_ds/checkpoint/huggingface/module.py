@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import describe, read_json, verify
-from recycle_ds.checkpoint.manifest import FileEntry
+from recycle_ds.checkpoint.files import FileEntry, describe, read_json, verify
 from recycle_ds.config import ConfigError, RecycleConfig, build_section
 
 MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"

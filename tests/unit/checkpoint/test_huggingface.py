@@ -17,12 +17,11 @@ from recycle_ds.checkpoint.convert import Conversion, convert
 from recycle_ds.checkpoint.loading import load_weights
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
-from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.config import RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.model import RecycleGPT, build_model
-from recycle_ds.model.sharding import canonical_shapes, pieces
-from recycle_ds.parallel.mesh import Mesh
 from tests.unit.checkpoint.families import CASES, make, save
+from tests.unit.checkpoint.memory import ModelSource
 
 
 def logits_of(source: Source, tokens: torch.Tensor) -> torch.Tensor:
@@ -109,34 +108,6 @@ def with_module(folder: Path, name: str = "llama", layers: int = 2) -> RecycleGP
     (folder / "portable").mkdir()
     write_portable(source, folder / "portable", None, 2**30, lambda _: None)
     return model
-
-
-class ModelSource:
-    """A model in memory as a source."""
-
-    kind, step, tokenizer, notes = "memory", 7, None, ()
-
-    def __init__(self, model: RecycleGPT, config: ModelConfig, recycle: RecycleConfig, folder: Path) -> None:
-        self.model, self.recycle, self.folder = config, recycle, folder
-        table = pieces(model, Mesh())
-        self.shapes = canonical_shapes(table)
-        self._values = {
-            piece.name: model.get_parameter(name).detach().narrow(piece.axis, piece.local_start, piece.length)
-            for name, row in table.items()
-            for piece in row
-        }
-
-    def has(self, name: str, kind: str) -> bool:
-        return kind == "weight"
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._values[name].dtype
-
-    def read(
-        self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None
-    ) -> torch.Tensor:
-        value = self._values[name]
-        return value.narrow(axis, start, value.shape[axis] - start if length is None else length)
 
 
 def test_the_module_travels_beside_the_model(tmp_path: Path, tokens: torch.Tensor) -> None:

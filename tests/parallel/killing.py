@@ -1,0 +1,65 @@
+"""A run whose process kills itself at a chosen moment of its work on the checkpoints folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from recycle_ds.config import RunConfig
+from tests.parallel.ranks import run_all
+
+_WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+
+
+def run_until_killed(
+    rank: int, world_size: int, config: RunConfig, culprit: int, event: int, delay: float, report: str
+) -> list[str]:
+    """Like `run_all` for one configuration; rank `culprit` dies by SIGKILL, `delay` seconds after its `event`-th operation on
+    the checkpoints folder in a save, and writes into `report` which one that was."""
+    folder = os.path.join(config.run_dir, "checkpoints")
+    count = 0
+
+    def die(where: str) -> None:
+        with open(report, "w") as file:
+            file.write(where)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_later(where: str) -> None:
+        time.sleep(delay)
+        die(where)
+
+    def watch(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if name not in _WATCHED or not any(isinstance(arg, str) and arg.startswith(folder) for arg in map(_text, args)):
+            return
+        if threading.current_thread() is threading.main_thread() and not _saving():
+            return
+        count += 1
+        if count == event:
+            where = f"{name} {_text(args[0])}"
+            if delay:
+                threading.Thread(target=die_later, args=(where,), daemon=True).start()
+            else:
+                die(where)
+
+    if rank == culprit:
+        sys.addaudithook(watch)
+    return run_all(rank, world_size, [config])
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _saving() -> bool:
+    """Whether a checkpointer is at work in this thread: reading at the start of a run is not a moment of a save."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(("checkpoint/writing.py", "checkpoint/shard_writer.py")):
+            return True
+        frame = frame.f_back
+    return False

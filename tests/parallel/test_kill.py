@@ -1,0 +1,71 @@
+"""SIGKILL at moments chosen by progress, most of them inside a save: nothing is lost that a completed checkpoint had."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.checkpoint.folders import completed, step_of
+from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.config import RunConfig
+from tests.distributed import RankError, run_ranks
+from tests.parallel.killing import run_until_killed
+from tests.parallel.ranks import run_all
+from tests.runs import figures, make_corpus, read_metrics, tiny_run, zero
+
+KILLS = 30 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 6
+
+
+def config(root: Path, name: str) -> RunConfig:
+    """Saves every other step; the disk is asked while training goes on."""
+    return tiny_run(
+        root / "corpus", root / name, training__steps=4 * KILLS + 8, training__save_every=2, deepspeed=zero(1),
+        training__learning_rate=1e-3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kill")
+    make_corpus(root / "corpus")
+    assert run_ranks(run_all, 2, [config(root, "whole")], timeout=300) == [["finished"]] * 2
+    return root
+
+
+def test_every_resume_is_exact(root: Path) -> None:
+    """A checkpoint that is half there and taken for whole, one lost at the rename, a step done twice or left out, litter."""
+    draw = random.Random(KILLS)
+    run = config(root, "killed")
+    folder = Path(run.run_dir) / "checkpoints"
+    moments = []
+    resumed: list[int | None] = []
+    for number in range(KILLS):
+        report = root / f"moment-{number}"
+        culprit, event, delay = draw.randrange(2), draw.randrange(1, 36), draw.choice([0.0, 0.0, 0.002])
+        # the killed rank's exit code, or what the other one says of the connection that broke, whichever comes first
+        with pytest.raises((RankError, RuntimeError), match=r"exit code -9|[Cc]onnection"):
+            run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
+        moments.append(report.read_text())
+        whole = completed(Path(run.run_dir))
+        for checkpoint in whole:
+            open_source(checkpoint)  # its checksums hold, each of those that were renamed into place
+        resumed.append(step_of(whole[0]) if whole else None)
+    assert run_ranks(run_all, 2, [run], timeout=300) == [["finished"]] * 2
+    # no step was lost that a completed checkpoint had, and every restart began at the newest of them
+    events = [record["step"] for record in read_metrics(run.run_dir) if record.get("event") == "resume"]
+    newest = [step for step in resumed if step is not None]
+    assert newest == sorted(newest) and len(newest) >= KILLS // 2
+    assert events == [step for step in newest if step in events] and events[-1] == newest[-1]
+    assert [record["step"] for record in read_metrics(run.run_dir) if "loss" in record] == list(
+        range(1, run.training.steps + 1)
+    )
+    assert figures(run.run_dir) == figures(root / "whole"), "bit for bit"
+    left, whole_left = (sorted(p.name for p in (root / name / "checkpoints").iterdir()) for name in ("killed", "whole"))
+    assert left == whole_left
+    assert not [path for path in Path(run.run_dir).rglob("*") if path.name.startswith(".tmp-")]
+    assert not list(folder.rglob("part-*.json"))
+    inside = [moment for moment in moments if ".tmp-" in moment]
+    assert len(inside) > len(moments) / 2, moments

@@ -1,0 +1,117 @@
+"""A checkpoint of any layout goes on at any other: the next steps equal those of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.config import RunConfig
+from tests.distributed import run_ranks
+from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
+from tests.parallel.ranks import run_all
+from tests.runs import figures, make_corpus, read_metrics, tiny_run, zero
+
+Change = dict[str, Any]
+# name: (ranks, changes)
+LAYOUTS: dict[str, tuple[int, Change]] = {
+    "one_zero0": (1, {"deepspeed": zero(0)}),
+    "one_zero3": (1, {"deepspeed": zero(3)}),
+    "dp2_zero0": (2, {"deepspeed": zero(0), "training__micro_batch_size": 4}),
+    "dp2_zero1": (2, {"deepspeed": zero(1)}),
+    "dp2_zero2": (2, {"deepspeed": zero(2), "training__micro_batch_size": 1}),
+    "dp2_zero3": (2, {"deepspeed": zero(3)}),
+    "dp2_zero3_offload": (2, {"deepspeed": zero("3_offload")}),
+    "tp2_zero1": (2, {"parallel__tensor": 2, "deepspeed": zero(1)}),
+    "tp2_sp_zero3": (2, {"parallel__tensor": 2, "parallel__sequence": True, "deepspeed": zero(3)}),
+    "pp2": (2, {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
+    "ulysses2_zero2": (2, {"parallel__ulysses": 2, "deepspeed": zero(2)}),
+    "tp2_dp2_zero2": (4, {"parallel__tensor": 2, "deepspeed": zero(2)}),
+    "tp2_dp2_zero3": (4, {"parallel__tensor": 2, "deepspeed": zero(3)}),
+    "pp2_tp2_sp": (
+        4, {"parallel__pipeline": 2, "parallel__tensor": 2, "parallel__sequence": True, "deepspeed": PIPELINE},
+    ),
+    "pp2_dp2": (4, {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
+    "ulysses2_dp2_zero3": (4, {"parallel__ulysses": 2, "deepspeed": zero(3)}),
+}  # fmt: skip
+BASE: Change = {
+    "training__steps": 6,
+    "training__learning_rate": 2e-3,
+    "model__tied_embeddings": False,
+    "model__layers": 3,
+}
+ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Pairs of layouts: with every target, and every source, at least twice; ZeRO 1 to 3 and back among them."""
+    draw = random.Random(23)
+    names = sorted(LAYOUTS)
+    found = [("dp2_zero1", "dp2_zero3"), ("dp2_zero3", "dp2_zero1")]
+    while len(found) < 2 * len(names):
+        sources, targets = draw.sample(names, len(names)), draw.sample(names, len(names))
+        new = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1] and pair not in found]
+        found += new
+    return found if ALL else draw.sample(found, 4)
+
+
+PAIRS = pairs()
+
+
+def settings(number: int) -> Change:
+    """The padding of the vocabulary differs from that of the run before."""
+    return {"model__vocab_multiple": (64, 16, 50)[number % 3]}
+
+
+def run_together(configs: dict[str, tuple[int, RunConfig]]) -> dict[str, str]:
+    """Runs configurations of (ranks, configuration), those of one size in as few processes as is wise; how each ended."""
+    endings: dict[str, str] = {}
+    for world_size in sorted({ranks for ranks, _ in configs.values()}):
+        names = [name for name, (ranks, _) in configs.items() if ranks == world_size]
+        for start in range(0, len(names), RUNS_TOGETHER):
+            some = names[start : start + RUNS_TOGETHER]
+            found = run_ranks(run_all, world_size, [configs[name][1] for name in some], timeout=60 + 30 * len(some))
+            endings |= dict(zip(some, found[0], strict=True))
+    return endings
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/: the single process, never interrupted. from/: every source, stopped at step 3. Then one folder for every pair."""
+    root = tmp_path_factory.mktemp("portability")
+    corpus = make_corpus(root / "corpus")
+
+    def config(name: str, layout: str, **change: Any) -> tuple[int, RunConfig]:
+        ranks, changes = LAYOUTS[layout]
+        return ranks, tiny_run(corpus, root / name, **(BASE | changes | change))
+
+    first = {"whole": config("whole", "one_zero0")}
+    sources = sorted({source for source, _ in PAIRS})
+    first |= {f"from_{name}": config(f"from_{name}", name, training__stop_at=3) for name in sources}
+    endings = run_together(first)
+    assert endings == {name: "finished" if name == "whole" else "stop_at" for name in first}
+    second = {}
+    for number, (source, target) in enumerate(PAIRS):
+        name = f"{source}_to_{target}"
+        shutil.copytree(root / f"from_{source}", root / name)
+        second[name] = config(name, target, **settings(number))
+    assert set(run_together(second).values()) == {"finished"}
+    return root
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_the_next_steps_equal_the_uninterrupted_run(root: Path, source: str, target: str) -> None:
+    """Weights, moments, Adam's step, schedule or data position that are bound to the ranks that saved them."""
+    run = root / f"{source}_to_{target}"
+    events = [record for record in read_metrics(run) if "event" in record]
+    assert [(event["event"], event["step"]) for event in events] == [("resume", 3)], "it must not have started over"
+    mine, whole = figures(run), figures(root / "whole")
+    assert len(mine) == len(whole) == 6
+    for left, right in zip(mine, whole, strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+    first, fourth = figures(root / "whole")[0], mine[3]
+    assert fourth != pytest.approx(first, rel=1e-2), "a run that started over would show the first step's figures"
