@@ -5,22 +5,23 @@ stdout holds the continuation and nothing else (with --json one object); figures
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recycle_ds.config.command import INTERRUPTED, run_command, user_errors
 
 if TYPE_CHECKING:
-    from recycle_ds.inference import Generation, SamplingParams
-    from recycle_ds.inference.console import TokenPrinter
+    from recycle_ds.inference.request import Request
 
 # What a shell reports of a program ended by SIGPIPE: the reader of stdout, `head` perhaps, had enough.
 _BROKEN_PIPE = 141
+# Seconds before the end of a job at which no prompt is begun any more, beside what two of them took.
+_MARGIN = 10.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,6 +32,16 @@ def generate(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue, raw; - reads stdin.")] = None,
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the text to continue, raw.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Many prompts: a jsonl file of objects with a `prompt`, split over processes."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="With --prompts: jsonl file to make, a line for every prompt, in order."),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="autoregressive, alternate (the paper) or verified (lossless).")
@@ -61,19 +72,30 @@ def generate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
-    first = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))) == "0"
-    with user_errors(speak=first):
-        _check_single_process()
-        text = _read_prompt(prompt, prompt_file)
+    from recycle_ds.parallel.job import FAILED, job_of, speaks
+
+    def tell(text: str) -> None:
+        job_of(os.environ).tell("error", text)
+        job_of(os.environ).tell("outcome", FAILED)
+
+    with user_errors(speak=speaks(os.environ), tell=tell):
+        many = _many(prompts, output, prompt, prompt_file)
+        if many is None:
+            _check_single_process()
+        text = "" if many else _read_prompt(prompt, prompt_file)
         from recycle_ds.inference.console import private_stdout
+        from recycle_ds.inference.request import Request
         from recycle_ds.inference.sampling import SamplingParams
 
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         try:
             with private_stdout() as out:
-                request = _Request(
+                request = Request(
                     model, text, mode, max_new_tokens, draft_tokens, dtype, params, tuple(stop or ()), threads
                 )
+                if many is not None:
+                    _run_many(request, *many)
+                    return
                 interrupted = request.run(out, as_json)
         except BrokenPipeError:
             sys.exit(_BROKEN_PIPE)
@@ -81,78 +103,51 @@ def generate(
             sys.exit(INTERRUPTED)
 
 
-class _Request:
-    """One prompt to continue, as asked for on the command line."""
+def _many(
+    prompts: str | None, output: str | None, prompt: str | None, prompt_file: str | None
+) -> tuple[Path, Path] | None:
+    """The files of a request for many prompts, None for one. Raises DecodingError for half a request."""
+    from recycle_ds.inference.errors import DecodingError
 
-    def __init__(
-        self,
-        model: str,
-        prompt: str,
-        mode: str,
-        max_new_tokens: int,
-        draft_tokens: int | None,
-        dtype: str,
-        params: SamplingParams,
-        stop: tuple[str, ...],
-        threads: int | None,
-    ) -> None:
-        """Raises DecodingError for what can be seen without the model, which may take long to load."""
-        from recycle_ds.inference.decoder import check_mode
-        from recycle_ds.inference.errors import DecodingError
-        from recycle_ds.inference.setup import check_runtime
-        from recycle_ds.inference.stopping import check_stop_strings
+    if prompts is None and output is None:
+        return None
+    if prompts is None or output is None or prompt is not None or prompt_file is not None:
+        raise DecodingError("--prompts FILE and --output FILE go together, and without --prompt and --prompt-file")
+    return Path(prompts), Path(output)
 
-        check_mode(mode)
-        check_stop_strings(stop)
-        check_runtime(dtype, threads)
-        if max_new_tokens < 1:
-            raise DecodingError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-        self.model, self.prompt, self.mode, self.dtype, self.threads = model, prompt, mode, dtype, threads
-        self.max_new_tokens, self.draft_tokens, self.params, self.stop = max_new_tokens, draft_tokens, params, stop
 
-    def run(self, out: TextIO, as_json: bool) -> bool:
-        """Decodes and prints. Returns whether Ctrl-C cut it short."""
-        from recycle_ds.data.tokenizer import TextStream
-        from recycle_ds.inference import DecodingInterrupted
-        from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colour
-        from recycle_ds.inference.setup import decoder_of, load
+def _run_many(request: Request, prompts: Path, output: Path) -> None:
+    """This process's share of a file of prompts, until all are done or the job must end."""
+    from recycle_ds.inference.prompt_file import PromptFile
+    from recycle_ds.inference.setup import load
+    from recycle_ds.parallel.job import FINISHED, STOPPED, job_of
+    from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
+    from recycle_ds.training.signals import StopRequest
 
-        loaded = load(self.model, self.dtype, self.threads)
-        tokenizer = loaded.tokenizer
-        colour = not as_json and wants_colour(out)
-        eos_ids = frozenset({tokenizer.eos_id})
-        printer = TokenPrinter(TextStream(tokenizer), self.stop, eos_ids, self.mode, None if as_json else out, colour)
-        interrupted = False
-        try:
-            generation = decoder_of(loaded).generate(
-                tokenizer.encode(self.prompt),
-                self.mode,
-                self.params,
-                max_new_tokens=self.max_new_tokens,
-                draft_tokens=self.draft_tokens,
-                stop=self.stop,
-                on_tokens=printer.feed,
-            )
-        except DecodingInterrupted as cut:
-            generation, interrupted = cut.generation, True
-        printer.finish()
-        if as_json:
-            out.write(json.dumps(self._record(generation, printer), ensure_ascii=False) + "\n")
-        elif out.isatty():
-            out.write("\n")
-        out.flush()
-        print(figures_line(generation, self.mode, colour), file=sys.stderr, flush=True)
-        return interrupted
+    quiet_libraries()
+    launch, job = detect_launch(os.environ), job_of(os.environ)
+    share = PromptFile(prompts, output, launch.rank, launch.world_size, request.settings)
+    loaded = load(request.model, request.dtype, request.threads)
+    longest = begun = 0.0
+    with StopRequest(tuple(file for file in (job.stop_file,) if file), job.end) as stopping:
 
-    def _record(self, generation: Generation, printer: TokenPrinter) -> dict[str, object]:
-        return {
-            "text": printer.text,
-            "token_ids": list(generation.token_ids),
-            "recycled": list(generation.recycled),
-            "mode": self.mode,
-            "dtype": self.dtype,
-            **generation.figures(),
-        }
+        def generate(index: int, text: str) -> dict[str, object]:
+            nonlocal longest, begun
+            begun = time.monotonic()
+            record = request.record_of_one(loaded, text, index)
+            longest = max(longest, time.monotonic() - begun)
+            return record
+
+        def progress(done: int, of: int) -> None:
+            print(f"rank {launch.rank}: {done} of {of} prompts", file=sys.stderr, flush=True)
+
+        complete = share.work(generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress)
+        if complete:
+            job.tell("outcome", FINISHED)
+            print(f"{output}: all prompts are done", file=sys.stderr, flush=True)
+        elif stopping.reason:
+            job.tell("outcome", STOPPED)
+            print(f"rank {launch.rank}: stopped ({stopping.reason}); the same command goes on", file=sys.stderr)
 
 
 def _check_single_process() -> None:
@@ -161,7 +156,9 @@ def _check_single_process() -> None:
 
     quiet_libraries()  # before what warns on import
     if detect_launch(os.environ).world_size > 1:
-        raise DecodingError("decoding over several ranks is not available yet: run one process")
+        raise DecodingError(
+            "one prompt over several ranks is not available yet: run one process, or split a file of them: --prompts"
+        )
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recycle_ds.config import ConfigError, RunConfig, TokenSource, load_config, resolve_deepspeed, save_config
+from recycle_ds.config import (
+    ConfigError,
+    RecycleError,
+    RunConfig,
+    TokenSource,
+    load_config,
+    resolve_deepspeed,
+    save_config,
+)
 from recycle_ds.config.command import run_command
 
 if TYPE_CHECKING:
@@ -18,9 +26,15 @@ if TYPE_CHECKING:
     from recycle_ds.checkpoint.lock import RunLock
     from recycle_ds.checkpoint.manifest import DataIdentity
     from recycle_ds.data.loader import BatchLoader
+    from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
     from recycle_ds.training.engine import TrainingEngine
+    from recycle_ds.training.reporting import Records
+    from recycle_ds.training.signals import StopRequest
     from recycle_ds.training.state import TrainingState
+
+STOP = "stop"
+"""A file of this name in run_dir makes the run save and leave; the shell of a batch job has one of its own."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,6 +60,7 @@ def run(config: RunConfig) -> str:
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.agree import on_first_rank
     from recycle_ds.parallel.device import device
+    from recycle_ds.parallel.job import Job, job_of
     from recycle_ds.parallel.layout import check_node, layout_of
     from recycle_ds.parallel.mesh import build_mesh
 
@@ -58,9 +73,10 @@ def run(config: RunConfig) -> str:
         mesh = build_mesh(config.parallel)
         place = device(launch.local_rank)
         torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
-        lock = on_first_rank(lambda: _prepare(config), mesh, place)
+        job = job_of(os.environ) if mesh.is_first else Job()
+        lock = on_first_rank(lambda: _prepare(config, job), mesh, place)
         try:
-            return _train(config, deepspeed_config, mesh, place)
+            return _train(config, deepspeed_config, mesh, place, job)
         finally:
             if lock is not None:
                 lock.release()
@@ -69,7 +85,7 @@ def run(config: RunConfig) -> str:
             rendezvous.stop()
 
 
-def _prepare(config: RunConfig) -> RunLock:
+def _prepare(config: RunConfig, job: Job) -> RunLock:
     """Rank 0: token files, if they are missing, and a run folder of our own without an earlier run's leftovers."""
     from recycle_ds.checkpoint.folders import remove_unfinished
     from recycle_ds.checkpoint.lock import RunLock
@@ -83,8 +99,10 @@ def _prepare(config: RunConfig) -> RunLock:
         raise ConfigError(
             f"run_dir={config.run_dir!r}: cannot be made ({error.strerror}); name a folder you may write to"
         ) from None
-    lock = RunLock(run_dir)
+    lock = RunLock(run_dir, job)
     remove_unfinished(run_dir)
+    (run_dir / STOP).unlink(missing_ok=True)
+    job.tell("run_dir", str(run_dir.resolve()))
     return lock
 
 
@@ -128,39 +146,73 @@ def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
     return _Inputs(config, DataIdentity(tokenizer=tokenizer.fingerprint, train=files), train, validation)
 
 
-def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device) -> str:
+def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device, job: Job) -> str:
     from recycle_ds.checkpoint.writing import PortableCheckpointer
     from recycle_ds.parallel.agree import on_first_rank, together
+    from recycle_ds.parallel.job import FINISHED, STOPPED
     from recycle_ds.training.engine import build_engine
     from recycle_ds.training.loop import Trainer
-    from recycle_ds.training.metrics import MetricsLog
-    from recycle_ds.training.signals import StopRequest
+    from recycle_ds.training.reporting import Records
+    from recycle_ds.training.signals import REASONS
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
-    config, training = inputs.config, inputs.config.training
+    config = inputs.config
     if mesh.is_first:
         for warning in _ignored(config):
             print(f"warning: {warning}", flush=True)
-    with StopRequest() as stop:
+    with _stop_request(config, mesh, job) as stop:
         engine = build_engine(config, dict(deepspeed_config), mesh, place)
         state, source = _begin(config, inputs.identity, engine, place)
-
-        def begin_log() -> MetricsLog:
-            save_config(config, Path(config.run_dir) / "config.yaml")
-            log = MetricsLog(Path(config.run_dir), tensorboard=training.tensorboard, resumed_step=state.step)
-            if source is not None:
-                log.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
-            return log
-
-        metrics = on_first_rank(begin_log, mesh, place)
+        records = on_first_rank(lambda: _begin_records(config, job, state, source), mesh, place) or Records()
         _describe_run(config, engine, place)
         checkpointer = PortableCheckpointer(config, engine, place, inputs.identity)
+        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, records, place)
+        ended = ""
         try:
-            trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, metrics, place)
-            return trainer.run(state, stop)
+            ended = trainer.run(state, stop)
+        except RecycleError as error:
+            ended = str(error)
+            raise
         finally:
-            if metrics is not None:
-                metrics.close()
+            _end_records(records, ended or "error", trainer.state.step)
+        job.tell("outcome", STOPPED if ended in REASONS else FINISHED)
+        stop.obeyed()
+        return ended
+
+
+def _stop_request(config: RunConfig, mesh: Mesh, job: Job) -> StopRequest:
+    """The first rank looks at the stop files and at the clock; the others hear of it."""
+    from recycle_ds.training.signals import StopRequest
+
+    if not mesh.is_first:
+        return StopRequest()
+    files = (Path(config.run_dir) / STOP, *([job.stop_file] if job.stop_file else []))
+    return StopRequest(files, job.end)
+
+
+def _begin_records(config: RunConfig, job: Job, state: TrainingState, source: Path | None) -> Records:
+    """On the first rank: the resolved configuration, the metrics' log cut to the checkpoint, the summary's new session."""
+    from recycle_ds.training.metrics import MetricsLog
+    from recycle_ds.training.reporting import Records
+    from recycle_ds.training.sessions import SessionLog
+
+    training, run_dir = config.training, Path(config.run_dir)
+    save_config(config, run_dir / "config.yaml")
+    tokens = training.global_batch_size * training.seq_length
+    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps)
+    sessions.begin(state.step)
+    metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
+    if source is not None:
+        metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+    return Records(metrics, sessions, job)
+
+
+def _end_records(records: Records, ended: str, step: int) -> None:
+    """Closes the log, and prints the summary of the run so far."""
+    if records.metrics is not None:
+        records.metrics.close()
+    if records.sessions is not None:
+        print(records.sessions.end(ended, step), flush=True)
 
 
 def _ignored(config: RunConfig) -> list[str]:
@@ -251,11 +303,19 @@ def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments. Ranks share errors: the first alone tells them."""
+    """Runs the command with `argv`, or the process's own arguments. Ranks share errors: the first alone tells them, also to
+    the shell of a batch job, since what the user must mend is no reason to start again."""
     import os
 
-    rank = next((os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ), "0")
-    run_command(app, argv, speak=rank == "0")
+    from recycle_ds.parallel.job import FAILED, job_of, speaks
+
+    job = job_of(os.environ)
+
+    def tell(text: str) -> None:
+        job.tell("error", text)
+        job.tell("outcome", FAILED)
+
+    run_command(app, argv, speak=speaks(os.environ), tell=tell)
 
 
 if __name__ == "__main__":

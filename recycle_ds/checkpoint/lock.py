@@ -2,38 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
+import socket
 from pathlib import Path
+from typing import IO, Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.parallel.job import Job
+
+NAME = ".lock"
 
 
 class RunLock:
     """Held from construction to `release`, or to the end of the process however it ends: the kernel keeps it.
 
-    Raises CheckpointError while another process holds it. Where the file system knows no locks, says so and goes on.
+    A kernel on a node that was lost may keep it for ever on a shared file system, and some file systems know no locks: the
+    file also says who holds it. A lock of an earlier start of the same job, which SLURM has ended, and one of a process on
+    this host that has ended are taken over at once. Raises CheckpointError while another run holds it.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / ".lock").open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+    def __init__(self, run_dir: Path, job: Job = Job()) -> None:  # noqa: B008 - frozen
+        self._path = run_dir / NAME
+        self._file = self._open()
+        holder = _read(self._file)
+        held = _lock(self._file)
+        if held is False and _same_job(holder, job):
+            # a new file under the same name: whoever still holds the old one holds nothing any more
             self._file.close()
-            raise CheckpointError(f"{run_dir} is in use by {holder}: wait for it, or use another run_dir") from None
-        except OSError as error:
-            print(
-                f"warning: {run_dir}: no lock on this file system ({error.strerror}); start only one run here",
-                flush=True,
-            )
-            return
+            self._path.unlink(missing_ok=True)
+            self._file = self._open()
+            held = _lock(self._file)
+        if held is None and holder and not (_same_job(holder, job) or _ended(holder)):
+            self._refuse(run_dir, holder, " (this file system has no locks: delete it if that process has ended)")
+        if held is False:
+            self._refuse(run_dir, holder)
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "begun": _begun(os.getpid()), "job": job.name}
+        self._file.seek(0)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._file.write(json.dumps(record | {"restarts": job.restarts}) + "\n")
         self._file.flush()
 
     def release(self) -> None:
         """Lets the next run in."""
+        with contextlib.suppress(OSError):  # a full disk: the kernel's lock ends with the file all the same
+            self._file.truncate(0)
         self._file.close()
+
+    def _open(self) -> IO[str]:
+        return self._path.open("a+", encoding="utf-8")
+
+    def _refuse(self, run_dir: Path, holder: dict[str, Any], advice: str = "") -> None:
+        self._file.close()
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        if holder.get("job"):
+            who += f" (job {holder['job']})"
+        raise CheckpointError(
+            f"{run_dir} is in use by {who}: wait for it, or use another run_dir; its lock is {self._path}{advice}"
+        )
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """True: ours. False: somebody else's. None: this file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _read(file: IO[str]) -> dict[str, Any]:
+    """Who the file says holds it; empty for nobody, or for what cannot be read."""
+    file.seek(0)
+    try:
+        record = json.loads(file.read())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and {"host", "pid", "begun"} <= record.keys() else {}
+
+
+def _same_job(holder: dict[str, Any], job: Job) -> bool:
+    """Whether the holder is an earlier start of this very job."""
+    return job.name is not None and holder.get("job") == job.name and int(holder.get("restarts") or 0) < job.restarts
+
+
+def _ended(holder: dict[str, Any]) -> bool:
+    """Whether the holder is known to have ended: it was on this host, and its number is nobody's, or another process's, now."""
+    return holder["host"] == socket.gethostname() and _begun(holder["pid"]) != holder["begun"]
+
+
+def _begun(pid: Any) -> str | None:
+    """When a process of this host began, in the kernel's clock ticks; None where there is no such process, or no /proc."""
+    try:
+        # the name, which may hold anything, ends with the last parenthesis; the 20th field after it is the start
+        return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, ValueError, IndexError):
+        return None

@@ -61,6 +61,9 @@ class Manifest(_Record):
     step: Annotated[int, Field(ge=0)]
     next_sample: Annotated[int, Field(ge=0)]
     skipped: Annotated[int, Field(ge=0)]
+    rollbacks: Annotated[int, Field(ge=0)]
+    recent: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+    """Loss and gradient norm of the last steps that were applied, where jumps are looked for."""
     adam_step: Annotated[int, Field(ge=0)]
     config: dict[str, Any]
     data: DataIdentity

@@ -49,6 +49,8 @@ def write_portable(
         "step": source.step,
         "next_sample": 0,
         "skipped": 0,
+        "rollbacks": 0,
+        "recent": [],
         "adam_step": 0,
         "config": {"model": source.model.model_dump(mode="json"), "recycle": source.recycle.model_dump(mode="json")},
         "data": {"tokenizer": fingerprint, "train": []},

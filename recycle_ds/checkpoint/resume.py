@@ -35,11 +35,12 @@ _FIXED = (
 )
 # What may change at a resume without a word.
 _FREE = (
-    "run_dir", "deepspeed", "init_from", "parallel", "data", "training.steps", "training.stop_at",
+    "run_dir", "deepspeed", "init_from", "parallel", "data", "faults", "training.steps", "training.stop_at",
     "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
     "training.keep_checkpoints", "training.save_buffer_gib", "training.tensorboard", "training.profile", "training.dry_run",
     "model.vocab_multiple",
     "training.compile", "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
+    "training.max_skipped_in_a_row",
 )  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
         torch.manual_seed(
             int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + engine.mesh.rank
         )
-    return TrainingState(manifest.step, manifest.next_sample, manifest.skipped)
+    recent = tuple((loss, norm) for loss, norm in manifest.recent)
+    return TrainingState(manifest.step, manifest.next_sample, manifest.skipped, manifest.rollbacks, recent)
 
 
 def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Path, list[str]]:

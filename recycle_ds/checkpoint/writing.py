@@ -21,6 +21,7 @@ from recycle_ds.checkpoint.files import describe, write_text
 from recycle_ds.checkpoint.folders import completed, step_folder, step_of
 from recycle_ds.checkpoint.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.checkpoint.resume import newest_whole, restore
 from recycle_ds.checkpoint.shard_writer import ShardWriter, disk_fault
 from recycle_ds.config import RunConfig
 from recycle_ds.data.atomic import flush as fsync
@@ -85,6 +86,19 @@ class PortableCheckpointer:
             return None
         return save.final
 
+    def restore(self) -> tuple[TrainingState, Path] | None:
+        """See `Checkpointer`. Raises CheckpointError when there are checkpoints and none is whole."""
+        assert self._save is None, "finish comes first"
+        found = newest_whole(self._config, self._engine.mesh, self._device, self._say)
+        if found is None:
+            return None
+        folder, manifest = found
+        return restore(self._engine, folder, manifest, self._device), folder
+
+    def _say(self, text: str) -> None:
+        if self._engine.mesh.is_first:
+            print(text, flush=True)
+
     def _gather(self, writer: ShardWriter) -> None:
         """Gathers every parameter, which all ranks take part in, and keeps this rank's share."""
         mesh, master = self._engine.mesh, self._engine.master
@@ -121,6 +135,8 @@ class PortableCheckpointer:
             "step": state.step,
             "next_sample": state.next_sample,
             "skipped": state.skipped,
+            "rollbacks": state.rollbacks,
+            "recent": [list(pair) for pair in state.recent],
             "adam_step": save.adam_step,
             "config": self._config.model_dump(mode="json"),
             "data": self._identity.model_dump(),

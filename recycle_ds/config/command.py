@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,31 +16,42 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 @contextmanager
-def user_errors(*, speak: bool = True) -> Iterator[None]:
-    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into 130. `speak` False keeps quiet."""
+def user_errors(*, speak: bool = True, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into 130. `speak` False keeps quiet; `tell` is
+    told the error's text as well."""
     try:
         yield
     except RecycleError as error:
         if speak:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            if tell is not None:
+                tell(str(error))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def run_command(application: typer.Typer, argv: list[str] | None, *, speak: bool = True) -> None:
+def run_command(
+    application: typer.Typer,
+    argv: list[str] | None,
+    *,
+    speak: bool = True,
+    tell: Callable[[str], None] | None = None,
+) -> None:
     """Runs a typer command so that wrong options and every RecycleError are one line on stderr. Exits the process."""
     import typer
 
     # typer exports this error but not its base, which every wrong option or value belongs to
     usage_error = cast(type[Exception], typer.BadParameter.__mro__[1])
-    with user_errors(speak=speak):
+    with user_errors(speak=speak, tell=tell):
         try:
             code = application(args=argv, standalone_mode=False)
         except usage_error as error:
             if speak:
                 message: str = cast(Any, error).format_message()
                 print(f"error: {' '.join(message.split())} (--help lists all options)", file=sys.stderr, flush=True)
+                if tell is not None:
+                    tell(" ".join(message.split()))
             sys.exit(USER_ERROR)
         except typer.Abort:
             sys.exit(INTERRUPTED)

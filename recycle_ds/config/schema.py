@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from recycle_ds.config.fault_section import FaultConfig, Policy
 from recycle_ds.config.model_sections import ModelConfig, RecycleConfig
 from recycle_ds.config.section import Fraction, NonNegative, Positive, Section
 
@@ -96,10 +97,12 @@ class TrainingConfig(Section):
     """Compile the model through `engine.compile` (needs a working compiler; the first step is slow)."""
     dry_run: bool = True
     """One untraced forward and backward before step 1, so that an out-of-memory error comes at once."""
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """What all ranks do when a loss or the gradient norm is not finite on any of them."""
+    nonfinite: Policy = "stop"
+    """What all ranks do when a loss or the gradient norm is not finite on any of them. `stop`: save the state before the step
+    and leave. `skip`: pass over the step and its data. `retry`: take the same data once more, then skip. `rollback`: go back to
+    the newest whole checkpoint and jump over all data read since, at most `faults.max_rollbacks` times."""
     max_skipped_in_a_row: Positive = 20
-    """skip: how many such steps may follow each other before the run stops after all."""
+    """How many skipped steps may follow each other before the run stops after all."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     save_every: NonNegative = 0
@@ -174,6 +177,8 @@ class RunConfig(Section):
     """Layout."""
     training: TrainingConfig
     """Optimisation."""
+    faults: FaultConfig = FaultConfig()
+    """Bad steps, hangs, slow ranks, the end of the job."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

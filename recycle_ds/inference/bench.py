@@ -26,6 +26,7 @@ from recycle_ds.inference.decoder import Decoder, check_mode
 from recycle_ds.inference.diagnosis import notes_on_verified
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.prompt_file import read_prompt_file
 from recycle_ds.inference.setup import decoder_of, load
 
 REFERENCE = "autoregressive"
@@ -99,28 +100,8 @@ class _Runs:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The "prompt" of each line of a .jsonl file, blank lines skipped. Raises DecodingError naming file and line."""
-    prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DecodingError(f"prompts {str(path)!r} cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DecodingError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not prompt:
-            raise DecodingError(
-                f'{path}:{number}: expected an object with a text under "prompt": {{"prompt": "Once upon"}}'
-            )
-        prompts.append(prompt)
-    if not prompts:
-        raise DecodingError(f'{path}: no prompts; write one JSON object with a "prompt" per line')
-    return prompts
+    """The "prompt" of each line of a .jsonl file. Raises DecodingError naming file and line."""
+    return [record["prompt"] for record in read_prompt_file(path)]
 
 
 def run_bench(

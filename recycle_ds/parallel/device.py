@@ -17,8 +17,11 @@ _CUDA_PEAKS = {
 
 
 def device(local_rank: int = 0) -> torch.device:
-    """This rank's device: the CUDA device of its local rank, or the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's device: the CUDA device of its local rank among those it can see (SLURM may show a task its own only), or
+    the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
 
 
 def backend() -> str:

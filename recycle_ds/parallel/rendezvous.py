@@ -1,4 +1,4 @@
-"""How this process finds the others: deepspeed, torchrun, mpirun, or alone."""
+"""How this process finds the others: srun, deepspeed, torchrun, mpirun, or alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 
 from recycle_ds.config import RecycleError
-from recycle_ds.parallel.device import backend
+from recycle_ds.parallel.device import backend, device
+from recycle_ds.parallel.slurm import meeting_point, started_by_srun, tasks_on_host
 
 # The first of these that is set tells an MPI process its rank, world size and rank on its host.
 _MPI_VARIABLES = (
@@ -51,14 +52,14 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed"
         return _launch(environment, launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    srun = started_by_srun(environment)
     for rank, size, local in _MPI_VARIABLES:
-        if rank in environment and size in environment:
+        # srun's own MPI support sets rank and size as well, but not the rank on the host: then SLURM knows more
+        if rank in environment and size in environment and (local in environment or not srun):
             return _launch(environment, "mpi", rank, size, local)
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "SLURM_STEP_ID" in environment and tasks != "1":
-        raise LaunchError(
-            f"srun started {tasks} tasks, which this version cannot join: have it start one torchrun per node"
-        )
+    if srun:
+        found = _launch(environment, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        return replace(found, local_world_size=tasks_on_host(environment))
     return Launch("single", 0, 1, 0)
 
 
@@ -68,7 +69,7 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
         text = environment.get(name, "0" if name == local and environment.get(size) == "1" else "")
         if not text.isdigit():
             raise LaunchError(
-                f"{name}={text!r} is not a number: start with deepspeed, torchrun, mpirun or plain python"
+                f"{name}={text!r} is not a number: start with srun, deepspeed, torchrun, mpirun or plain python"
             )
         values.append(int(text))
     if values[0] >= values[1]:
@@ -86,11 +87,14 @@ def start(launch: Launch) -> bool:
         return False
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
+    elif launch.launcher == "srun":
+        address, port = meeting_point(os.environ)
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     elif launch.launcher == "single":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     if torch.cuda.is_available():
-        torch.cuda.set_device(launch.local_rank)
+        torch.cuda.set_device(device(launch.local_rank))
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
     import deepspeed
@@ -111,6 +115,15 @@ def stop() -> None:
     """Leaves the process group, so that no rank warns about a group left behind."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def shorten_timeouts(seconds: float) -> None:
+    """How long collectives of every existing group wait from now on; start-up, where a rank may prepare data, is over."""
+    from torch.distributed import distributed_c10d as c10d
+
+    if torch.distributed.is_initialized():
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def quiet_libraries() -> None:

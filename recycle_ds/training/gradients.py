@@ -12,7 +12,7 @@ stages hold different parts, so a collective per group, as in DeepSpeed, would n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class GradientControl:
         self._clipping, self._separate = clipping, separate
         self._counted = counted_parameters(model)
         self._device = next(model.parameters()).device
-        self._skip = False
+        self._accept: Callable[[float], bool] = math.isfinite
         self._report = GradientReport(0.0, {}, False)
         # DeepSpeed's steps swap the optimizer's list of groups: keep the real ones
         self._groups = list(optimizer.param_groups)
@@ -58,9 +58,12 @@ class GradientControl:
         elif self._stage == 3:
             self._zero._get_norm_groups = lambda: [self._decide(self._norms_of_subgroups())]
 
-    def step(self, *, skip: bool) -> GradientReport:
-        """Takes DeepSpeed's step once all gradients are there. `skip` holds the optimizer whatever the norms say."""
-        self._skip = skip
+    def step(self, accept: Callable[[float], bool]) -> GradientReport:
+        """Takes DeepSpeed's step once all gradients are there. The optimizer is held unless the norm is finite and accepted.
+
+        accept: asked once, with the norm of all gradients; must answer alike on all ranks.
+        """
+        self._accept = accept
         self._report = GradientReport(math.nan, {}, False)  # what stands if DeepSpeed leaves before it asks for norms
         if self._stage == 0 or hasattr(self._zero, "get_grads_for_norm"):
             self._decide(self._norms_of_parameters())
@@ -78,7 +81,7 @@ class GradientControl:
             dist.all_reduce(squares)
         norms_of = {part: math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
         total = math.sqrt(sum(norm**2 for norm in norms_of.values()))
-        applied = math.isfinite(total) and not self._skip
+        applied = self._accept(total) and math.isfinite(total)
         for group in self._groups:
             norm = norms_of[group["part"]] if self._separate else total
             clips = applied and self._clipping > 0 and norm > self._clipping

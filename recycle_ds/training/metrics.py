@@ -31,6 +31,12 @@ class MetricsLog:
         except OSError as error:  # a log is no reason to lose the run
             print(f"warning: {self._path}: this line is lost: {error}", flush=True)
 
+    def rewind(self, step: int) -> None:
+        """Forgets everything after `step`: the run goes on from there."""
+        self._file.close()
+        trim(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Writes what is buffered."""
         self._file.close()

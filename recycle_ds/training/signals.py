@@ -1,20 +1,44 @@
-"""Stop requests: Ctrl-C and SIGTERM become a flag that the ranks agree on at a step boundary."""
+"""Requests to stop: signals on any rank, a stop file, and the end of the job; the ranks agree on them at a step boundary."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+STOP_FILE, TIME_LIMIT = "stop file", "time limit"
+REASONS = (*STOP_SIGNALS, STOP_FILE, TIME_LIMIT)
+"""Why a run that is not finished may end. Ranks vote by place; the last one that has a vote wins."""
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `reason` instead of ending the process. Any number of signals is one request."""
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however often they come.
 
-    def __init__(self) -> None:
+    files: what to look for at every step; one rank need have them. end: unix time at which the job is ended from outside.
+    """
+
+    def __init__(self, files: tuple[Path, ...] = (), end: float | None = None) -> None:
         self.reason: str | None = None
+        self._files, self._end = files, end
         self._previous: dict[signal.Signals, Any] = {}
+
+    def poll(self, margin: float) -> str | None:
+        """Why to stop now, if at all; `margin` is how many seconds before the job's end that is."""
+        if self.reason is None:
+            if any(os.path.exists(file) for file in self._files):
+                self.reason = STOP_FILE
+            elif self._end is not None and time.time() + margin >= self._end:
+                self.reason = TIME_LIMIT
+        return self.reason
+
+    def obeyed(self) -> None:
+        """Takes the stop files away, or the next start would stop as well."""
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     def __enter__(self) -> StopRequest:
         for number in (signal.Signals[name] for name in STOP_SIGNALS):

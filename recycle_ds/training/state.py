@@ -14,6 +14,10 @@ class TrainingState:
     step: int = 0
     next_sample: int = 0
     skipped: int = 0
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint because of a bad step."""
+    recent: tuple[tuple[float, float], ...] = ()
+    """(loss, gradient norm) of the last steps that were applied; kept where jumps are looked for."""
 
 
 class Checkpointer(Protocol):
@@ -27,3 +31,6 @@ class Checkpointer(Protocol):
 
     def finish(self) -> Path | None:
         """Waits for the writing and publishes. Returns the folder, or None where the disk refused it. Collective."""
+
+    def restore(self) -> tuple[TrainingState, Path] | None:
+        """Goes back to the newest whole checkpoint; None where there is none. Collective."""

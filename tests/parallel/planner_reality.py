@@ -70,7 +70,7 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
     batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, place)
     scales = batches.scales([1.0] + [0.1] * config.recycle.depth, mesh.replicas.size)
     engine.passes.train(batches.micro, scales)
-    engine.gradients.step(skip=False)
+    engine.gradients.step(lambda _: True)
     peak = _peak_of_a_step(engine, batches, scales, earlier)
     inputs = sum(t.untyped_storage().nbytes() for batch in batches.micro for t in vars(batch).values())
     tables = sum(b.untyped_storage().nbytes() for b in engine.model.buffers())
@@ -95,7 +95,7 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
     else:
         engine.engine.backward = watched(engine.engine.backward)
     engine.passes.train(batches.micro, scales)
-    engine.gradients.step(skip=False)
+    engine.gradients.step(lambda _: True)
     return max(held)
 
 

@@ -226,8 +226,8 @@ def test_non_finite_steps(runs: Runs) -> None:
         assert "step 3" in stopped and "not finite" in stopped and "training.nonfinite=skip" in stopped
         kept = read_manifest(runs.root / f"nan{stage}_stop/checkpoints/step-00000002")
         assert (kept.step, kept.adam_step) == (2, 2), "what came before the bad step must not be lost"
-        events = [r for r in read_metrics(runs.root / f"nan{stage}_skip") if r.get("event") == "skipped_step"]
-        assert [event["step"] for event in events] == [3]
+        events = [r for r in read_metrics(runs.root / f"nan{stage}_skip") if r.get("event") == "nonfinite"]
+        assert [(event["step"], event["action"]) for event in events] == [(3, "skip")]
         manifest = read_manifest(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
         assert (manifest.step, manifest.adam_step, manifest.skipped) == (6, 5, 1)
         weights = tensors(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")

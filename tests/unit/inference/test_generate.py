@@ -194,7 +194,10 @@ def test_several_ranks_are_refused_once(generate: Generate, monkeypatch: pytest.
     """Prevents every rank from decoding, and printing, the same text."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, expected in (
-        ("0", "error: decoding over several ranks is not available yet: run one process\n"),
+        (
+            "0",
+            "error: one prompt over several ranks is not available yet: run one process, or split a file of them: --prompts\n",
+        ),
         ("1", ""),
     ):
         monkeypatch.setenv("RANK", rank)

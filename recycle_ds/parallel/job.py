@@ -1,0 +1,64 @@
+"""The batch job that a run is part of: how its shell and the run talk to each other, and when it ends.
+
+The shell (slurm/common.sh) makes a folder for the job and names it in RECYCLE_JOB_DIR. It writes `stop` there when the job must
+end; the first rank writes `run_dir`, `progress` (the step of the newest checkpoint) and `outcome`, by which the shell decides
+whether to requeue. Without such a folder all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its variables describe it."""
+
+    folder: Path | None = None
+    end: float | None = None
+    """Unix time at which SLURM ends the job."""
+    name: str | None = None
+    """SLURM's number of the job, the same after a requeue."""
+    restarts: int = 0
+
+    @property
+    def stop_file(self) -> Path | None:
+        """Appears when the job must end."""
+        return None if self.folder is None else self.folder / "stop"
+
+    def tell(self, file: str, text: str) -> None:
+        """Leaves a line for the shell. A full disk must not end the run: it is reported, and the shell goes by exit codes."""
+        if self.folder is None:
+            return
+        temporary = self.folder / f".tmp-{file}"
+        try:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+            os.replace(temporary, self.folder / file)
+        except OSError as error:
+            print(f"warning: {self.folder / file}: {error.strerror or error}", flush=True)
+
+
+def job_of(environment: Mapping[str, str]) -> Job:
+    """The job that the environment speaks of. A pure function."""
+    folder, end = environment.get("RECYCLE_JOB_DIR"), environment.get("SLURM_JOB_END_TIME", "")
+    restarts = environment.get("SLURM_RESTART_COUNT", "")
+    return Job(
+        folder=Path(folder) if folder else None,
+        end=float(end) if end.isdigit() else None,
+        name=environment.get("SLURM_JOB_ID"),
+        restarts=int(restarts) if restarts.isdigit() else 0,
+    )
+
+
+# By which launchers tell a process its rank; in mpirun's processes under SLURM the last one speaks of mpirun's own proxy.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def speaks(environment: Mapping[str, str]) -> bool:
+    """Whether this process, among those started together, is the one that tells errors: the first."""
+    return next((environment[name] for name in _RANKS if name in environment), "0") == "0"

@@ -1,0 +1,43 @@
+"""What SLURM's variables say of a task that srun started. Pure functions of the environment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_PORTS = range(10_000, 30_000)
+
+
+def started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks of an srun step (and not a child of a launcher that srun started)."""
+    return "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def tasks_on_host(environment: Mapping[str, str]) -> int:
+    """Tasks of the step on this node, from SLURM_STEP_TASKS_PER_NODE ("4(x2),3") and SLURM_NODEID; 0 where they do not say."""
+    counts: list[int] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            return 0
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else 0
+
+
+def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, or the step's first node and a port of the job's own."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    host = environment.get("MASTER_ADDR") or first_host(nodes)
+    port = environment.get("MASTER_PORT", "")
+    if port.isdigit():
+        return host, int(port)
+    numbers = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+    job, step, restart = (int(number) if number.isdigit() else 0 for number in numbers)
+    return host, _PORTS[(job * 64 + step * 8 + restart) % len(_PORTS)]
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a node list: "gpu[007-012,020],login1" begins with gpu007."""
+    head = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    return "".join(part or "" for part in head.groups()) if head else "127.0.0.1"
