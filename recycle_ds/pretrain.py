@@ -19,6 +19,7 @@ from recycle_ds.config import (
     save_config,
 )
 from recycle_ds.config.command import run_command
+from recycle_ds.parallel.peers import PeerLost, lost_peer
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 STOP = "stop"
 """A file of this name in run_dir makes the run save and leave; the shell of a batch job has one of its own."""
+PEER_LOST = 69
+"""Exit code of a rank that waits for one that has gone (EX_UNAVAILABLE)."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -172,6 +175,12 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
             ended = trainer.run(state, stop)
         except RecycleError as error:
             ended = str(error)
+            raise
+        except RuntimeError as error:
+            lost = lost_peer(error)
+            ended = str(lost or error)
+            if lost is not None:
+                raise lost from None
             raise
         finally:
             _end_records(records, ended or "error", trainer.state.step)
@@ -315,7 +324,13 @@ def main(argv: list[str] | None = None) -> None:
         job.tell("error", text)
         job.tell("outcome", FAILED)
 
-    run_command(app, argv, speak=speaks(os.environ), tell=tell)
+    first = speaks(os.environ)
+    try:
+        run_command(app, argv, speak=first, tell=tell)
+    except PeerLost as lost:  # nothing that the user must mend: a batch job starts again
+        if first:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        sys.exit(PEER_LOST)
 
 
 if __name__ == "__main__":

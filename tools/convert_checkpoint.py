@@ -22,11 +22,20 @@ def convert_checkpoint(
         str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16; by default each tensor keeps its own.")
     ] = None,
     shard_gib: Annotated[
-        float, typer.Option(metavar="GIB", help="Largest file, and about the memory that is used.")
+        float, typer.Option(metavar="GIB", help="hf, portable: largest file, and about the memory that is used.")
     ] = 1.0,
-    tp: Annotated[int, typer.Option(metavar="N", min=1, help="megatron: tensor-parallel ranks.")] = 1,
-    pp: Annotated[int, typer.Option(metavar="N", min=1, help="megatron: pipeline stages.")] = 1,
+    tp: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="megatron: tensor-parallel ranks that its files are cut for; it loads at any."
+        ),
+    ] = 1,
+    pp: Annotated[int, typer.Option(metavar="N", min=1, help="megatron: pipeline stages, likewise.")] = 1,
     verify: Annotated[bool, typer.Option(help="Read the result back and compare every tensor.")] = True,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="DeepSpeed's folders: the run's config.yaml or the model's config.json."),
+    ] = None,
 ) -> None:
     """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
     from recycle_ds.parallel.rendezvous import quiet_libraries
@@ -35,7 +44,7 @@ def convert_checkpoint(
     from recycle_ds.checkpoint.convert import Conversion
     from recycle_ds.checkpoint.convert_command import run
 
-    run(source, target, Conversion(to, dtype, shard_gib, tp, pp, verify))
+    run(source, target, Conversion(to, dtype, shard_gib, tp, pp, verify, config))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
+from recycle_ds.checkpoint.megatron.writing import write_megatron
 from recycle_ds.checkpoint.portable_export import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
@@ -31,8 +32,11 @@ class Conversion:
     tensor: int = 1
     """megatron: tensor ranks that the checkpoint is sharded for."""
     pipeline: int = 1
+    """megatron: pipeline stages that it is sharded for."""
     verify: bool = True
     """Read the result back and compare every tensor bit for bit."""
+    config: str | None = None
+    """Configuration of a source that does not hold its own."""
 
     def check(self) -> None:
         """Raises CheckpointError for values there are none of."""
@@ -42,6 +46,8 @@ class Conversion:
             raise CheckpointError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
         if self.shard_gib <= 0:
             raise CheckpointError(f"--shard-gib {self.shard_gib}: must be above 0")
+        if min(self.tensor, self.pipeline) < 1:
+            raise CheckpointError(f"--tp {self.tensor} --pp {self.pipeline}: must be at least 1")
         if self.target != "megatron" and self.tensor * self.pipeline > 1:
             raise CheckpointError(
                 f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the others load at any"
@@ -49,18 +55,25 @@ class Conversion:
 
 
 def convert(
-    source_path: str, target_path: str, conversion: Conversion, step: Callable[[str, int], None] | None = None
+    source_path: str,
+    target_path: str,
+    conversion: Conversion,
+    step: Callable[[str, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Source:
     """Converts into a folder that does not exist yet, written under a temporary name and renamed once it is whole.
 
-    step: told what is being done and to how many tensors, once for each of them. Returns the result, opened.
-    Raises CheckpointError; then nothing is left at the target.
+    step: told what is being done and to how many tensors, once for each of them. note: told the source's notes. Returns the
+    result, opened. Raises CheckpointError; then nothing is left at the target.
     """
     conversion.check()
     target = Path(target_path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists; name a folder that does not, or remove it")
-    source = open_source(source_path)
+    source = open_source(source_path, config=conversion.config)
+    if note is not None:
+        for text in source.notes:
+            note(text)
     count = len(source.shapes)
     tell = step or (lambda *_: None)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -86,6 +99,8 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
     shard_bytes = int(conversion.shard_gib * 2**30)
     if conversion.target == "portable":
         write_portable(source, folder, dtype, shard_bytes, step)
+    elif conversion.target == "megatron":
+        write_megatron(source, folder, dtype, conversion.tensor, conversion.pipeline, step)
     else:
         write_hugging_face(source, folder, dtype, shard_bytes, step)
 

@@ -21,8 +21,9 @@ def run(source: str, target: str, conversion: Conversion) -> None:
                 tasks[what] = progress.add_task(what, total=count)
             progress.advance(tasks[what])
 
-        result = convert(source, target, conversion, step)
-    for note in result.notes:
+        notes: list[str] = []
+        result = convert(source, target, conversion, step, notes.append)
+    for note in dict.fromkeys((*notes, *result.notes)):
         print(f"note: {note}")
     module = f", recycle module of {result.recycle.layers} layer(s)" if result.recycle.layers else ""
     count = parameters(result.model, result.recycle)

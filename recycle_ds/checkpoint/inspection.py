@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
@@ -52,6 +53,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             "checksums": "hold",
             "provenance": manifest.provenance,
         }
+    if isinstance(source, MegatronSource):
+        found["layout"] = source.layout
     return found
 
 

@@ -133,6 +133,7 @@ class Trainer:
         begun = time.perf_counter()
         micro = self.loader.step(self.state.next_sample)
         self._reporter.work.data(time.perf_counter() - begun)
+        self._watchdog.beat(self.state.step + 1, "count")
         return assemble(micro, losses, self.engine.mesh, self.device)
 
     def _dry_run(self) -> None:

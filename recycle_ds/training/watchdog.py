@@ -1,7 +1,7 @@
 """Finds a run that makes no progress: every rank writes where it stands, the stuck ones are named, and the job ends.
 
 A rank that hangs makes its peers wait in a collective, so all ranks notice. Each has a thread that looks at the time of its
-last sign of life. What a rank was doing then tells the culprit: the others have come further.
+last sign of life. What a rank was doing then tells the culprit: the others have come further, or wait in a collective.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+WAITING, WORKING = "waiting for others", "by itself"
 HANG_EXIT = 70
 """Exit code of a rank that left because of a hang (EX_SOFTWARE)."""
-PHASES = ("starting", "data", "compute", "agree", "update", "log", "save", "evaluate")
+PHASES = ("starting", "data", "count", "compute", "agree", "update", "log", "save", "evaluate")
 """Of a step, in order."""
 _FIRST_STEP = 4.0
 _GRACE = 5.0
@@ -66,9 +67,9 @@ class Watchdog:
 
     def _end(self, step: int, phase: str, silent: float) -> None:
         folder = self._folder / f"step-{step:08d}"
-        headline = (
-            f"rank {self._rank} on {socket.gethostname()}: no progress for {silent:.0f} s in step {step}, {phase}"
-        )
+        state = WAITING if _waits_for_others() else WORKING
+        place = f"no progress for {silent:.0f} s in step {step}, {phase}, {state}"
+        headline = f"rank {self._rank} on {socket.gethostname()}: {place}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
@@ -78,15 +79,25 @@ class Watchdog:
         except OSError as error:
             print(f"warning: {headline}; its stacks cannot be written: {error}", file=sys.stderr, flush=True)
         faulthandler.cancel_dump_traceback_later()
-        if self._over.wait(_GRACE):  # it was only slow, and is done
+        # the first rank speaks before any leaves: a launcher ends all at the first one's end
+        if self._over.wait(_GRACE / 2):  # it was only slow, and is done
             return
         if self._rank == 0:
-            print(
-                f"error: {_verdict(self._folder, self._world_size, self._limit)}; ending the job",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(HANG_EXIT)
+            said = _verdict(self._folder, self._world_size, self._limit)
+            print(f"error: {said}; ending the job", file=sys.stderr, flush=True)
+        if not self._over.wait(_GRACE / 2):
+            os._exit(HANG_EXIT)
+
+
+def _waits_for_others() -> bool:
+    """Whether the main thread is inside a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    inside = os.path.join("torch", "distributed")
+    while frame is not None:
+        if inside in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _verdict(folder: Path, world_size: int, limit: float) -> str:
@@ -97,22 +108,23 @@ def _verdict(folder: Path, world_size: int, limit: float) -> str:
         if written < max(files.values()) - limit:  # an earlier hang's: this one has been silent for longer than that
             continue
         line = file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-        step, _, phase = line.rpartition(" in step ")[2].partition(", ")
+        step, phase, state = (*line.rpartition(" in step ")[2].split(", "), "", "")[:3]
         if step.isdigit() and phase in PHASES:
-            found[int(file.stem.partition("-")[2])] = (int(step), PHASES.index(phase), line)
+            place = (int(step), PHASES.index(phase), state == WAITING)
+            found[int(file.stem.partition("-")[2])] = (place, line)
     return describe_hang(found, world_size) + f"; stacks of all ranks are in {folder}"
 
 
-def describe_hang(found: dict[int, tuple[int, int, str]], world_size: int) -> str:
-    """A pure function of what ranks wrote: (step, place in PHASES, headline) by rank."""
+def describe_hang(found: dict[int, tuple[tuple[int, int, bool], str]], world_size: int) -> str:
+    """A pure function of what ranks wrote: (step, place in PHASES, whether it waits for others) and headline, by rank."""
     silent = sorted(set(range(world_size)) - set(found))
     if silent:
         return f"hang: ranks {_list(silent)} did not even write their stacks"
-    first = min((step, phase) for step, phase, _ in found.values())
-    behind = [rank for rank, (step, phase, _) in sorted(found.items()) if (step, phase) == first]
+    first = min(place for place, _ in found.values())
+    behind = [rank for rank, (place, _) in sorted(found.items()) if place == first]
     if len(behind) == len(found):
-        return f"hang: all ranks stand at the same place ({found[behind[0]][2].partition(': ')[2]})"
-    lines = "; ".join(found[rank][2] for rank in behind[:4])
+        return f"hang: all ranks stand at the same place ({found[behind[0]][1].partition(': ')[2]})"
+    lines = "; ".join(found[rank][1] for rank in behind[:4])
     return f"hang: behind the others: {lines}"
 
 

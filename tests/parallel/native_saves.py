@@ -1,8 +1,9 @@
-"""Functions that test_deepspeed_native runs on every rank: runs that save in DeepSpeed's own format too."""
+"""Functions that test_deepspeed_native runs on every rank: training that saves in DeepSpeed's own format."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,56 @@ def run_and_save(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]
         return run_all(rank, world_size, runs)
     finally:
         PortableCheckpointer.begin = original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class TheirRun:
+    """A Hugging Face model under plain DeepSpeed, saved as transformers' trainer lays it out."""
+
+    family: str
+    """See tests.unit.checkpoint.families."""
+    folder: Path
+    """Gets config.json, DeepSpeed's folder and, in masters.pt, the fp32 weights as DeepSpeed itself gathers them."""
+    deepspeed: dict[str, Any]
+
+
+def train_theirs(rank: int, world_size: int, runs: list[TheirRun]) -> None:
+    """Three steps of each run."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    from recycle_ds.parallel import rendezvous
+
+    logger.setLevel("ERROR")
+    rendezvous.start(rendezvous.detect_launch(os.environ))
+    for run in runs:
+        _train(run, rank, world_size, deepspeed)
+
+
+def _train(run: TheirRun, rank: int, world_size: int, deepspeed: Any) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from tests.unit.checkpoint.families import make
+
+    model = make(run.family).train()
+    if rank == 0:
+        model.config.save_pretrained(run.folder)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **run.deepspeed}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    generator = torch.Generator().manual_seed(7 + rank)
+    for _ in range(3):
+        tokens = torch.randint(300, (1, 12), generator=generator)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    if engine.bfloat16_enabled():
+        masters = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+    else:  # that function is wrong with round_robin_gradients, whose order of parameters it does not follow
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(masters, run.folder / "masters.pt")
+    engine.save_checkpoint(str(run.folder), tag="global_step3")

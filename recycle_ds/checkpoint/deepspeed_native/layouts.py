@@ -1,0 +1,187 @@
+"""Which canonical tensors each model-parallel rank's parameters are, by either naming: this package's and Hugging Face's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recycle_ds.checkpoint.deepspeed_native.files import Inventory
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.huggingface.families import read_model
+from recycle_ds.checkpoint.huggingface.names import hugging_face_name
+from recycle_ds.checkpoint.sources import shorten
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, RunConfig, load_config
+from recycle_ds.model.build import build_model, whole_shapes
+from recycle_ds.model.sharding import Piece, is_copy, pieces
+from recycle_ds.parallel.layout import Coordinates, Layout
+from recycle_ds.parallel.mesh import virtual_mesh
+from recycle_ds.training.optimizer import parameter_groups, part_of
+
+RUN_CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
+# Folders above the tag that are searched: a run's is run_dir/FOLDER/TAG, transformers' checkpoint-500/global_step500.
+_ABOVE = {RUN_CONFIG: 3, MODEL_CONFIG: 2}
+# A long context is not evaluated whole where the length of the training's sequences is not known.
+_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a canonical tensor, and the parameter of a model-parallel rank that holds it."""
+
+    rank: int
+    parameter: str
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the configuration says of the parameters in the files."""
+
+    model: ModelConfig
+    recycle: RecycleConfig
+    seq_length: int
+    tokenizer: Path | None
+    """Where the configuration says the tokenizer is."""
+    notes: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every canonical tensor."""
+    shards: Mapping[str, tuple[Shard, ...]]
+    """Of every canonical tensor, in the order of their rows."""
+    expected: tuple[Mapping[str, tuple[int, ...]], ...]
+    """Local shapes by parameter, for each model-parallel rank."""
+    spare: frozenset[str]
+    """Parameters that may be there and say nothing new."""
+    groups: tuple[tuple[tuple[str, ...], ...], ...]
+    """Parameters by optimizer group, for each model-parallel rank; empty where they are not known."""
+
+
+def describe(inventory: Inventory, names: Collection[str], config: Path | None) -> Described:
+    """Recognises the naming by `names` and reads its configuration: `config`, or one beside or above the files.
+
+    Raises CheckpointError for names of neither kind, and for a configuration that is missing or not valid.
+    """
+    if any(name.startswith(("blocks.", "embedding.")) for name in names):
+        return _own(inventory, config or _search(inventory.folder, RUN_CONFIG))
+    if any(name.startswith("model.layers.") for name in names):
+        return _hugging_face(inventory, config or _search(inventory.folder, MODEL_CONFIG))
+    raise CheckpointError(
+        f"{inventory.folder}: its parameters are named neither as this package's nor as Hugging Face's LLaMA family: "
+        f"{shorten(sorted(names)) or 'there are none'}"
+    )
+
+
+def _search(folder: Path, name: str) -> Path:
+    above = Path(os.path.abspath(folder))
+    places = [above, *above.parents][: 1 + _ABOVE[name]]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    kind = "a run's" if name == RUN_CONFIG else "the model's"
+    raise CheckpointError(
+        f"{folder}: DeepSpeed's files do not describe the model, and there is no {name} there or in the {_ABOVE[name]} folders "
+        f"above: give {kind} {name} with --config FILE"
+    )
+
+
+def _own(inventory: Inventory, path: Path) -> Described:
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'--config {path}: ')}") from None
+    if config.model.vocab_size is None:
+        raise CheckpointError(
+            f"{path}: without model.vocab_size: give the config.yaml that the run wrote into its run_dir, or set it there"
+        )
+    layout = Layout(inventory.tensor, inventory.pipeline)
+    shards: dict[str, list[Shard]] = {}
+    expected, groups = [], []
+    with _world_of_one():
+        for rank in range(layout.world_size):
+            table, own, grouped = _part(config, layout, rank)
+            expected.append(own)
+            groups.append(grouped)
+            for name, row in table.items():
+                for piece in row:
+                    shards.setdefault(piece.name, []).append(Shard(rank, name, piece))
+    tokenizer = Path(config.data.tokenizer)
+    return Described(
+        config.model,
+        config.recycle,
+        config.training.seq_length,
+        tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer,
+        (),
+        whole_shapes(config.model, config.recycle),
+        {name: tuple(sorted(row, key=lambda shard: shard.piece.start)) for name, row in shards.items()},
+        tuple(expected),
+        frozenset(),
+        tuple(groups),
+    )
+
+
+def _part(
+    config: RunConfig, layout: Layout, rank: int
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, tuple[int, ...]], tuple[tuple[str, ...], ...]]:
+    """Of one model-parallel rank: the pieces that only it holds, all local shapes, and the optimizer's groups."""
+    pipeline, tensor = divmod(rank, layout.tensor)
+    mesh = virtual_mesh(layout, layout.rank_of(Coordinates(pipeline, 0, 0, tensor)))
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model, config.recycle, mesh, seed=None, seq_length=config.training.seq_length)
+    except ConfigError as error:
+        raise CheckpointError(f"{layout.pipeline} pipeline stages do not fit the configuration: {error}") from None
+    table = {
+        name: tuple(piece for piece in row if tensor == 0 or not piece.whole)
+        for name, row in pieces(model, mesh).items()
+        if not is_copy(name, mesh)
+    }
+    if config.recycle.gradient == "frozen_backbone":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) == "recycle")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = tuple(tuple(names[member] for member in group["params"]) for group in parameter_groups(model, 0.0))
+    return table, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, groups
+
+
+def _hugging_face(inventory: Inventory, path: Path) -> Described:
+    if inventory.model_parallel > 1:
+        raise CheckpointError(
+            f"{inventory.folder}: tensor ranks ({inventory.tensor}) x stages ({inventory.pipeline}) of a Hugging Face model: "
+            "only 1 x 1 is supported"
+        )
+    model, notes = read_model(read_json(path), str(path))
+    recycle = RecycleConfig(layers=0)
+    shapes = whole_shapes(model, recycle)
+    return Described(
+        model,
+        recycle,
+        min(_WINDOW, model.max_positions),
+        None,
+        tuple(notes),
+        shapes,
+        {
+            name: (Shard(0, hugging_face_name(name), Piece(name, shape, 0, 0, shape[0], 0)),)
+            for name, shape in shapes.items()
+        },
+        ({hugging_face_name(name): shape for name, shape in shapes.items()},),
+        frozenset({"lm_head.weight"} if model.tied_embeddings else ()),
+        ((),),
+    )
+
+
+@contextmanager
+def _world_of_one() -> Iterator[None]:
+    """A process group of this process alone: megatron-core asks a mesh's groups for their size only where one exists."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

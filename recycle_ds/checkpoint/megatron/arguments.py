@@ -1,0 +1,197 @@
+"""Megatron-LM's arguments (the `args` of common.pt) to our model section, and back.
+
+An argument that changes the computation beyond what our model does is refused by name: ignored, it would give a model that
+runs and is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
+
+# Must be given, and be so.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "position_embedding_type": ("rope",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+}
+_ABSENT = (
+    "activation_func_clamp_value", "experimental_attention_variant", "heterogeneous_layers_config_encoded_json",
+    "heterogeneous_layers_config_path", "hybrid_layer_pattern", "hybrid_override_pattern", "linear_attention_freq",
+    "linear_attention_type", "no_rope_freq", "num_experts", "spec", "window_size",
+)  # fmt: skip
+_OFF = (
+    "apply_layernorm_1p", "attention_output_gate", "is_hybrid_model", "mtp_use_repeated_layer", "multi_latent_attention",
+    "qk_l2_norm", "qk_layernorm", "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
+)  # fmt: skip
+# Must have one of these values where they are given.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "rotary_percent": (1.0, None),
+    "glu_linear_offset": (0.0, None),
+    "softmax_type": ("vanilla", None),
+    **dict.fromkeys(_ABSENT, (None,)),
+    **dict.fromkeys(_OFF, (False, None)),
+}
+_SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "ffn": "ffn_hidden_size",
+    "max_positions": "max_position_embeddings",
+}
+_PADDED = "padded_vocab_size"
+_LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_positions": 8192}
+"""Constants of Megatron's RotaryEmbedding."""
+_EPSILON = 1e-5
+"""What Megatron-LM assumes."""
+SEPARATE_DEPTHS = (
+    "Megatron's MTP has weights of its own for every depth, a recycle module one set for all: only one layer is read"
+)
+
+
+def read_arguments(
+    args: Mapping[str, Any], where: str, tokens: int | None
+) -> tuple[ModelConfig, RecycleConfig, list[str]]:
+    """Model, module and notes. tokens: those of the tokenizer beside it, if there is one. Raises CheckpointError."""
+    missing = [key for key in (*_SIZES.values(), _PADDED, *_REQUIRED) if args.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{where}: args without {', '.join(missing)}")
+    for key, allowed in (_REQUIRED | _FIXED).items():
+        if key in args and args[key] not in allowed:
+            raise CheckpointError(f"{where}: {key}={args[key]!r} is not supported, only {allowed[0]!r}")
+    vocabulary, notes = _vocabulary(args, tokens)
+    fields: dict[str, Any] = {ours: args[theirs] for ours, theirs in _SIZES.items()} | {
+        "kv_heads": args["num_query_groups"] if args.get("group_query_attention") else args[_SIZES["heads"]],
+        "head_dim": args.get("kv_channels"),
+        "vocab_size": vocabulary,
+        "vocab_multiple": args.get("make_vocab_size_divisible_by") or 128,
+        "rope": _read_rope(args, where),
+        "norm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon") or _EPSILON,
+        "tied_embeddings": not args.get("untie_embeddings_and_output_weights"),
+        "qkv_bias": bool(args.get("add_qkv_bias")),
+        "init_std": args.get("init_method_std") or 0.02,
+    }
+    depth = args.get("mtp_num_layers") or 0
+    if depth not in (0, 1):
+        raise CheckpointError(f"{where}: mtp_num_layers={depth!r}: {SEPARATE_DEPTHS}")
+    try:
+        return build_section(ModelConfig, fields), RecycleConfig(layers=depth), notes
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _vocabulary(args: Mapping[str, Any], tokens: int | None) -> tuple[int, list[str]]:
+    """Tokens without padding, and a note where that is not known."""
+    padded = args[_PADDED]
+    given = args.get("vocab_size")
+    if given is not None and "Null" not in str(args.get("tokenizer_type")):
+        return given, []
+    if tokens is not None and isinstance(padded, int) and tokens <= padded:
+        return tokens, []
+    return padded, [
+        f"vocabulary: {padded} tokens with Megatron's padding; neither args nor a tokenizer.json say without"
+    ]
+
+
+def _read_rope(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"theta": args.get("rotary_base") or 10_000.0}
+    factor = args.get("rotary_seq_len_interpolation_factor")
+    if args.get("use_rope_scaling"):
+        if factor is not None:
+            raise CheckpointError(
+                f"{where}: use_rope_scaling together with rotary_seq_len_interpolation_factor={factor!r}: only one of them"
+            )
+        scaling = {"kind": "llama3", "factor": args.get("rope_scaling_factor") or 8.0, **_LLAMA3}
+        return found | {"scaling": scaling}
+    return found if factor is None else found | {"scaling": {"kind": "linear", "factor": factor}}
+
+
+def write_arguments(
+    model: ModelConfig,
+    recycle: RecycleConfig,
+    padded: int,
+    seq_length: int,
+    dtype: torch.dtype,
+    layout: tuple[int, int],
+) -> dict[str, Any]:
+    """What --use-checkpoint-args looks for and what its checks compare. layout: tensor and pipeline ranks.
+
+    Raises CheckpointError for a rotary scaling that Megatron does not have.
+    """
+    return {
+        **{theirs: getattr(model, ours) for ours, theirs in _SIZES.items()},
+        "seq_length": seq_length,
+        "group_query_attention": model.kv_heads != model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.dim_per_head,
+        "vocab_size": model.vocab_size,
+        _PADDED: padded,
+        "make_vocab_size_divisible_by": model.vocab_multiple,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "rotary_base": int(model.rope.theta) if model.rope.theta.is_integer() else model.rope.theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        **_write_scaling(model),
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "swiglu": True,
+        "squared_relu": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": model.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "qk_layernorm": False,
+        "multi_latent_attention": False,
+        "num_experts": None,
+        "untie_embeddings_and_output_weights": not model.tied_embeddings,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "mtp_num_layers": recycle.layers or None,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "params_dtype": dtype,
+        "ckpt_format": "torch_dist",
+        "tensor_model_parallel_size": layout[0],
+        "pipeline_model_parallel_size": layout[1],
+        "virtual_pipeline_model_parallel_size": None,
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "data_parallel_random_init": False,
+    }
+
+
+def _write_scaling(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope.scaling
+    llama3 = scaling is not None and scaling.kind == "llama3"
+    if scaling is not None and llama3:
+        other = {key: getattr(scaling, key) for key, value in _LLAMA3.items() if getattr(scaling, key) != value}
+        if other:
+            shown = ", ".join(f"model.rope.scaling.{key}={value:g}" for key, value in other.items())
+            fixed = ", ".join(f"{_LLAMA3[key]:g}" for key in other)
+            raise CheckpointError(f"{shown}: fixed to {fixed} in Megatron's rotary embedding")
+    return {
+        "use_rope_scaling": llama3,
+        "rope_scaling_factor": scaling.factor if scaling is not None and llama3 else 8.0,
+        "rotary_seq_len_interpolation_factor": scaling.factor if scaling is not None and not llama3 else None,
+    }
+
+
+def unrestored(model: ModelConfig) -> list[str]:
+    """Options of Megatron-LM that --use-checkpoint-args does not set and that this model needs."""
+    found = [] if model.norm_epsilon == _EPSILON else [f"--norm-epsilon {model.norm_epsilon:g}"]
+    scaling = model.rope.scaling
+    if scaling is not None and scaling.kind == "llama3":
+        found.append(f"--use-rope-scaling --rope-scaling-factor {scaling.factor:g}")
+    elif scaling is not None:
+        found.append(f"--rotary-seq-len-interpolation-factor {scaling.factor:g}")
+    return found

@@ -1,0 +1,122 @@
+"""Canonical names to the keys of Megatron's GPTModel, several of our tensors to one of theirs.
+
+The layers of the decoder are stacked under one key along an axis put in front, or numbered
+(`non_homogeneous_layers`); both hold the same tensors. Names as in megatron-core 0.16's `GPTModel.sharded_state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.model.build import whole_shapes
+
+Kind = Literal["plain", "vocabulary", "query_key_value", "gate_up", "swapped"]
+"""How our tensors lie in Megatron's: see `fusing`."""
+
+DECODER, MODULE = "decoder.layers.", "mtp.layers.0."
+# What newer releases call the block inside an MTP layer.
+RENAMED = ("mtp.layers.0.transformer_layer.", "mtp.layers.0.mtp_model_layer.")
+# Modules that keep an `_extra_state` (of FP8) in the checkpoint, in local or Transformer Engine layers; loading asks for them.
+_BLOCK_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_MODULE_STATES = ("enorm", "hnorm", "eh_proj", "final_layernorm")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of Megatron's model, of one layer where layers may be stacked."""
+
+    key: str
+    """With the layer's number."""
+    stacked: str | None
+    """The key of all layers together, None outside the decoder's layers."""
+    layer: int | None
+    """Its place in that stack."""
+    parts: tuple[str, ...]
+    """The canonical tensors that it holds."""
+    shape: tuple[int, ...]
+    """Of one layer; the vocabulary without padding."""
+    kind: Kind
+    axis: int | None
+    """The axis that tensor ranks split; None where each holds all of it."""
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Makes entries of one model."""
+
+    shapes: dict[str, tuple[int, ...]]
+    qkv_bias: bool
+
+    def entry(
+        self, key: str, parts: tuple[str, ...], kind: Kind = "plain", axis: int | None = None, layer: int | None = None
+    ) -> Entry:
+        first = self.shapes[parts[0]]
+        shape = (sum(self.shapes[part][0] for part in parts), *first[1:])
+        stacked = None if layer is None else key.replace(f"{DECODER}{layer}.", DECODER, 1)
+        return Entry(key, stacked, layer, parts, shape, kind, axis)
+
+    def block(self, ours: str, theirs: str, layer: int | None = None) -> Iterator[Entry]:
+        def parts(parent: str, names: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+            return tuple(f"{ours}{parent}.{name}.{suffix}" for name in names)
+
+        attention, mlp = f"{theirs}self_attention.", f"{theirs}mlp."
+        heads = ("query", "key", "value")
+        yield self.entry(f"{attention}linear_qkv.layer_norm_weight", (f"{ours}attention_norm.weight",), layer=layer)
+        for suffix in ("weight", "bias") if self.qkv_bias else ("weight",):
+            held = parts("attention", heads, suffix)
+            yield self.entry(f"{attention}linear_qkv.{suffix}", held, "query_key_value", 0, layer)
+        yield self.entry(f"{attention}linear_proj.weight", (f"{ours}attention.output.weight",), axis=1, layer=layer)
+        yield self.entry(f"{mlp}linear_fc1.layer_norm_weight", (f"{ours}mlp_norm.weight",), layer=layer)
+        yield self.entry(f"{mlp}linear_fc1.weight", parts("mlp", ("gate", "up"), "weight"), "gate_up", 0, layer)
+        yield self.entry(f"{mlp}linear_fc2.weight", (f"{ours}mlp.down.weight",), axis=1, layer=layer)
+
+
+def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
+    """Every tensor of Megatron's model, in its order. Raises CheckpointError for a module that its MTP layer cannot hold."""
+    check_module(recycle)
+    names = _Names(whole_shapes(model, recycle), model.qkv_bias)
+    found = [names.entry("embedding.word_embeddings.weight", ("embedding.weight",), "vocabulary", 0)]
+    for layer in range(model.layers):
+        found += names.block(f"blocks.{layer}.", f"{DECODER}{layer}.", layer)
+    found.append(names.entry("decoder.final_layernorm.weight", ("final_norm.weight",)))
+    if not model.tied_embeddings:
+        found.append(names.entry("output_layer.weight", ("head.weight",), "vocabulary", 0))
+    if recycle.layers:
+        found.append(names.entry(f"{MODULE}enorm.weight", ("recycle.embedding_norm.weight",)))
+        found.append(names.entry(f"{MODULE}hnorm.weight", ("recycle.hidden_norm.weight",)))
+        found.append(names.entry(f"{MODULE}eh_proj.weight", ("recycle.projection.weight",), "swapped", 0))
+        found += names.block("recycle.blocks.0.", RENAMED[0])
+        found.append(names.entry(f"{MODULE}final_layernorm.weight", ("recycle.final_norm.weight",)))
+    return found
+
+
+def check_module(recycle: RecycleConfig) -> None:
+    """Raises CheckpointError for a module of several blocks."""
+    if recycle.layers > 1:
+        raise CheckpointError(
+            f"recycle.layers={recycle.layers}: an MTP layer of Megatron's has one block; convert it to portable or hf"
+        )
+
+
+def extra_states(model: ModelConfig, recycle: RecycleConfig) -> list[tuple[int | None, str]]:
+    """Layer (None behind the last one) and key of the empty states that loading asks for, with all layers stacked."""
+    count = model.layers
+    found: list[tuple[int | None, str]] = [
+        (layer, f"{DECODER}{name}._extra_state/shard_{layer}_{count}")
+        for layer in range(count)
+        for name in _BLOCK_STATES
+    ]
+    names = ["decoder.final_layernorm"]
+    if recycle.layers:
+        names += [f"{MODULE}{name}" for name in _MODULE_STATES] + [f"{RENAMED[0]}{name}" for name in _BLOCK_STATES]
+    return found + [(None, f"{name}._extra_state/shard_0_1") for name in names]

@@ -1,0 +1,240 @@
+"""Reading a checkpoint of megatron.core.dist_checkpointing (torch_dist) as a source of canonical tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.megatron.arguments import SEPARATE_DEPTHS, read_arguments, unrestored
+from recycle_ds.checkpoint.megatron.blocks import BlockFiles
+from recycle_ds.checkpoint.megatron.fusing import Box, take
+from recycle_ds.checkpoint.megatron.names import RENAMED, Entry, entries
+from recycle_ds.checkpoint.megatron.unpickling import METADATA, Stored, arguments, read_common, read_table
+from recycle_ds.checkpoint.shards import DTYPES
+from recycle_ds.checkpoint.sources import shorten
+from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.model.build import whole_shapes
+
+BACKEND, TRACKER, OURS = "metadata.json", "latest_checkpointed_iteration.txt", "recycle_ds.json"
+FORMAT, VERSION = "recycle_ds in Megatron's format", 1
+_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
+_DEEPER = re.compile(r"^mtp\.layers\.([1-9]\d*)\.")
+# A long context is not evaluated whole where the length of the training's sequences is not known.
+_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an entry, or one canonical tensor of it that has a key of its own, is stored."""
+
+    entry: Entry
+    stored: Stored
+    layer: int | None
+    """Place in a stack of layers, None where the tensor stands alone."""
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder is one of Megatron's checkpoints, or holds some."""
+    return (folder / TRACKER).is_file() or (folder / METADATA).is_file()
+
+
+class MegatronSource:
+    """See `Source`. Names, shapes and places are checked when it is opened; no code that a file names is run."""
+
+    kind = "megatron"
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a checkpoint, or the newest one of a folder of them. Raises CheckpointError that lists what does not fit."""
+        self.folder = _find(folder)
+        if not (self.folder / BACKEND).is_file():
+            raise CheckpointError(f"{self.folder}: no {BACKEND}: not saved by megatron.core.dist_checkpointing")
+        backend = read_json(self.folder / BACKEND).get("sharded_backend")
+        if backend != "torch_dist":
+            raise CheckpointError(
+                f"{self.folder}: format {backend!r}; only 'torch_dist' is read: save with --ckpt-format"
+            )
+        table = read_table(self.folder)
+        homes = [self.folder, *([folder] if folder != self.folder else [])]
+        beside = [home / "tokenizer.json" for home in homes if (home / "tokenizer.json").is_file()]
+        self.tokenizer = beside[0] if beside else None
+        self.notes: tuple[str, ...] = ()
+        self.layout: dict[str, Any] = {}
+        self._configure()
+        deeper = sorted({int(match.group(1)) for key in table if (match := _DEEPER.match(key))})
+        if deeper:
+            raise CheckpointError(f"{self.folder}: MTP layers 0 to {deeper[-1]}: {SEPARATE_DEPTHS}")
+        self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
+        self._files = BlockFiles(self.folder)
+        self._places = self._locate(table)
+
+    def has(self, name: str, kind: str) -> bool:
+        """See `Source`."""
+        return kind == "weight" and name in self.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `Source`."""
+        return self._places[name].stored.dtype
+
+    def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
+        """See `Source`."""
+        assert self.has(name, kind), f"{kind} of {name}"
+        place = self._places[name]
+        count = self.shapes[name][axis] - start if length is None else length
+
+        def read(box: Box) -> Tensor:
+            if place.layer is None:
+                return self._files.read(place.stored, box)
+            return self._files.read(place.stored, ((place.layer, 1), *box)).squeeze(0)
+
+        return take(place.entry, name, axis, start, count, self.model, read)
+
+    def _configure(self) -> None:
+        """The model, from our own file if there is one, else from Megatron-LM's arguments."""
+        path = self.folder / OURS
+        if path.is_file():
+            tree = read_json(path)
+            if tree.get("format") != FORMAT or tree.get("version") != VERSION:
+                raise CheckpointError(
+                    f"{path}: format {tree.get('format')!r}, version {tree.get('version')!r}; known is {FORMAT!r}, {VERSION}"
+                )
+            try:
+                self.model = build_section(ModelConfig, tree.get("model") or {})
+                self.recycle = build_section(RecycleConfig, tree.get("recycle") or {})
+            except ConfigError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+            if self.model.vocab_size is None:
+                raise CheckpointError(f"{path}: model.vocab_size is not given")
+            self.step, self.seq_length = _count(tree, "step", path), _count(tree, "seq_length", path)
+            self.layout = tree["layout"] if isinstance(tree.get("layout"), dict) else {}
+            self.notes = tuple(_own_notes(self.model, self.recycle))
+            return
+        common = read_common(self.folder)
+        args = arguments(common)
+        if args is None:
+            raise CheckpointError(
+                f"{self.folder}: common.pt has no args that describe the model; put a {OURS} with "
+                f'"format": "{FORMAT}", "version": {VERSION}, "step", "seq_length", "model" and "recycle" there'
+            )
+        self.model, self.recycle, notes = read_arguments(args, str(self.folder / "common.pt"), self._tokens())
+        step, length = common.get("iteration"), args.get("seq_length")
+        self.step = step if isinstance(step, int) and step >= 0 else 0
+        limit = self.model.max_positions
+        self.seq_length = min(length if isinstance(length, int) and length > 0 else _WINDOW, limit)
+        ranks = {name: args.get(f"{name}_model_parallel_size") for name in ("tensor", "pipeline")}
+        self.layout = {name: size for name, size in ranks.items() if isinstance(size, int)}
+        self.notes = tuple(notes)
+
+    def _tokens(self) -> int | None:
+        if self.tokenizer is None:
+            return None
+        try:
+            return Tokenizer.load(self.tokenizer).vocab_size
+        except DataError as error:
+            raise CheckpointError(str(error)) from None
+
+    def _locate(self, table: Mapping[str, Stored]) -> dict[str, _Place]:
+        """Where every canonical tensor is. Raises CheckpointError that lists what is missing, unknown or of another shape."""
+        places: dict[str, _Place] = {}
+        missing: list[str] = []
+        for entry in entries(self.model, self.recycle):
+            found = _find_entry(entry, table)
+            missing += [] if found else [entry.key]
+            places |= found
+        used = {place.stored.key for place in places.values()}
+        extra = sorted(key for key in table.keys() - used if not _OPTIMIZER.match(key))
+        kept = {(place.stored.key, place.entry.shape): place for place in places.values()}.values()
+        other = [fault for place in kept if (fault := _shape_fault(place, self.model.layers)) is not None]
+        types = sorted(
+            {f"{place.stored.key} {place.stored.dtype}" for place in kept if place.stored.dtype not in DTYPES.values()}
+        )
+        faults = [
+            f"{title}: {shorten(names)}"
+            for title, names in (
+                ("missing", missing), ("not supported", extra), ("other shape", other), ("other type", types),
+            )
+            if names
+        ]  # fmt: skip
+        if not faults:
+            stored = {place.stored.key: place.stored for place in kept}.values()
+            faults = [fault for tensor in stored if (fault := self._files.fault(tensor)) is not None][:1]
+        if faults:
+            raise CheckpointError(f"{self.folder}: its tensors are not those of its model: {'; '.join(faults)}")
+        return places
+
+
+def _find_entry(entry: Entry, table: Mapping[str, Stored]) -> dict[str, _Place]:
+    """The places of an entry's canonical tensors; none where it is missing."""
+    for key in (entry.key, entry.key.replace(*RENAMED)):
+        if key in table:
+            return dict.fromkeys(entry.parts, _Place(entry, table[key], None))
+        # gate and up under keys of their own: `singleton_local_shards`
+        apart = [f"{key}_w", f"{key}_v"]
+        if entry.kind == "gate_up" and all(name in table for name in apart):
+            shape = (entry.shape[0] // 2, *entry.shape[1:])
+            alone = [replace(entry, parts=(part,), shape=shape, kind="plain") for part in entry.parts]
+            return {one.parts[0]: _Place(one, table[name], None) for one, name in zip(alone, apart, strict=True)}
+    if entry.stacked is not None and entry.stacked in table:
+        return dict.fromkeys(entry.parts, _Place(entry, table[entry.stacked], entry.layer))
+    return {}
+
+
+def _shape_fault(place: _Place, layers: int) -> str | None:
+    """How a stored shape differs from what is expected, or None. Rows behind the vocabulary are padding."""
+    expected = place.entry.shape if place.layer is None else (layers, *place.entry.shape)
+    found = place.stored.shape
+    if found == expected:
+        return None
+    if place.entry.kind == "vocabulary" and found[1:] == expected[1:] and found[:1] > expected[:1]:
+        return None
+    return f"{place.stored.key} {list(found)} instead of {list(expected)}"
+
+
+def _own_notes(model: ModelConfig, recycle: RecycleConfig) -> list[str]:
+    notes = []
+    if recycle.layers and recycle.depth > 1:
+        notes.append(
+            f"recycle.depth={recycle.depth}: one MTP layer holds the module that all depths share; "
+            "Megatron has weights of their own for every depth and uses it at the first"
+        )
+    options = unrestored(model)
+    if options:
+        notes.append(
+            f"Megatron-LM takes these from its command line only, not from the checkpoint: {' '.join(options)}"
+        )
+    return notes
+
+
+def _find(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the one its tracker names. Raises CheckpointError."""
+    if (folder / METADATA).is_file():
+        return folder
+    try:
+        text = (folder / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / TRACKER}: cannot be read ({error})") from None
+    if not re.fullmatch(r"release|\d{1,18}", text):
+        raise CheckpointError(f"{folder / TRACKER}: {text[:40]!r} is neither an iteration nor 'release'")
+    found = folder / (text if text == "release" else f"iter_{int(text):07d}")
+    if (found / METADATA).is_file():
+        return found
+    why = f"no such folder, which {TRACKER} names"
+    if found.is_dir():
+        why = f"no {METADATA} there; only the torch_dist format is read: save with --ckpt-format torch_dist"
+    raise CheckpointError(f"{found}: {why}")
+
+
+def _count(tree: Mapping[str, Any], key: str, path: Path) -> int:
+    value = tree.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"{path}: {key}={value!r}: must be a number")
+    return value

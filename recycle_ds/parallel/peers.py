@@ -1,0 +1,21 @@
+"""Telling a rank that has gone from a fault of this rank's own."""
+
+from __future__ import annotations
+
+# What gloo's errors, which are plain RuntimeErrors, have in common.
+_GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Gloo connectFullMesh")
+
+
+class PeerLost(Exception):
+    """Another rank, or the way to it, has gone: what this rank waits for will not come."""
+
+
+def lost_peer(error: Exception) -> PeerLost | None:
+    """What an error of a collective says of another rank, in one line; None for any other error."""
+    import torch.distributed as dist  # late: what catches PeerLost need not wait for torch
+
+    text = str(error)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(part in text for part in _GLOO)):
+        reason = " ".join(text.split())[:200]
+        return PeerLost(f"lost contact with another rank ({reason}); what that rank says of it is the cause")
+    return None

@@ -1,0 +1,103 @@
+"""Whatever takes a job's ranks away, the job goes on by itself, with the losses of the run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import figures, read_metrics
+from tests.slurm.jobs import Jobs, ranks_of
+
+pytestmark = pytest.mark.slurm
+ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
+SAVED_BY_ITSELF = ("usr1", "term", "time_limit")
+
+
+def usr1(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """What --signal=B:USR1@N sends before the time limit."""
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+
+def term(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """What preemption with a grace time sends: to the steps, not to the shell."""
+    jobs.cluster.run("scancel", "--signal=TERM", job)
+
+
+def requeue(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """What an administrator does."""
+    jobs.cluster.run("scontrol", "requeue", job)
+
+
+def node_down(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """A node is taken out of service, and comes back."""
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    jobs.until(lambda: jobs.field(job, "JobState") != "RUNNING", job)
+    jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
+
+
+def killed_rank(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """The kernel's out-of-memory killer."""
+    os.kill(ranks_of(run_dir)[2], signal.SIGKILL)
+
+
+def killed_slurmd(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """A node's daemon dies; the controller notices, and the daemon is started again."""
+    jobs.cluster.kill_slurmd("node2")
+    jobs.until(lambda: jobs.field(job, "JobState") != "RUNNING", job)
+    jobs.cluster.start_slurmd("node2")
+
+
+WAYS: dict[str, Callable[[Jobs, str, Path], None]] = {
+    way.__name__: way for way in (usr1, term, requeue, node_down, killed_rank, killed_slurmd)
+}
+# One that the run saves for, one that SLURM does by itself, and one that it does not hear of.
+SAMPLE = [random.Random(7).choice(pair) for pair in (("usr1", "term"), ("requeue", "node_down"), ("killed_rank",))]
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS if ALL or name in SAMPLE])
+def test_the_job_goes_on_by_itself(jobs: Jobs, lab: Path, whole: list[list[float]], way: str) -> None:
+    """A job that waits for a person after a preemption, that loses steps it had saved, or goes on with other numbers."""
+    run_dir = lab / way
+    # the controller takes its time to notice that a daemon is gone: the run must not be over by then
+    slow = "slow:0.7" if way == "killed_slurmd" else ""
+    common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
+    job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), inject=slow)
+    jobs.until_step(run_dir, 12, job)
+    WAYS[way](jobs, job, run_dir)
+    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    log = jobs.log(job)
+    assert int(jobs.field(job, "Restarts")) >= 1, log
+    assert figures(run_dir) == whole, "bit for bit"
+    resumed = [record["step"] for record in read_metrics(run_dir) if record.get("event") == "resume"]
+    assert resumed and resumed[0] >= 10, log
+    if way in SAVED_BY_ITSELF:
+        assert resumed[0] % 5 or resumed[0] > 12, "it saved where it was asked to, not where it would have anyway"
+    assert "restarts 1" in log.rpartition("summary of")[2], log
+
+
+def test_ends(jobs: Jobs, lab: Path) -> None:
+    """A cancelled job that comes back; REQUEUE=0 that requeues; a run that cannot succeed started again for ever."""
+    common = ("--config", str(lab / "run.yaml"))
+    cancelled, kept = lab / "cancelled", lab / "kept"
+    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",))
+    wrong = jobs.submit("pretrain.sbatch", *common, "training.stps=3", nodes=1, tasks=1, options=("--time=10",))
+    jobs.until_step(cancelled, 6, first)
+    jobs.cluster.run("scancel", first)
+    assert jobs.wait(first) == "CANCELLED"
+    assert jobs.wait(wrong) == "FAILED" and int(jobs.field(wrong, "Restarts")) == 0
+    assert jobs.log(wrong).count("error: training.stps=3: unknown key, did you mean training.steps?") == 1
+    second = jobs.submit(
+        "pretrain.sbatch", *common, f"run_dir={kept}", options=("--time=10",), REQUEUE="0", LAUNCHER="torchrun"
+    )
+    jobs.until_step(kept, 6, second)
+    jobs.cluster.run("scancel", "--batch", "--signal=TERM", second)
+    jobs.wait(second)
+    assert jobs.field(second, "ExitCode") == "75:0", jobs.log(second)
+    time.sleep(5)
+    assert int(jobs.field(first, "Restarts")) == 0 and jobs.field(first, "JobState") == "CANCELLED"

@@ -1,0 +1,56 @@
+"""Tiny models that cover what conversion to Megatron can mix up."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from recycle_ds.checkpoint.megatron.arguments import write_arguments
+from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
+from recycle_ds.model import RecycleGPT, build_model
+from recycle_ds.model.layers import padded_vocabulary
+from tests.unit.checkpoint.memory import ModelSource
+
+MODEL = ModelConfig(
+    layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, vocab_size=107, vocab_multiple=16, max_positions=64, init_std=0.2
+)
+MODULE, NONE = RecycleConfig(layers=1), RecycleConfig(layers=0)
+LLAMA3 = RopeConfig(theta=5e5, scaling=RopeScaling(kind="llama3", factor=8.0))
+# name: model and module
+CASES: dict[str, tuple[ModelConfig, RecycleConfig]] = {
+    "grouped_tied": (MODEL, MODULE),
+    "untied_bias": (MODEL.model_copy(update={"tied_embeddings": False, "qkv_bias": True}), MODULE),
+    "multi_head_wide": (MODEL.model_copy(update={"kv_heads": 4, "head_dim": 12, "norm_epsilon": 1e-6}), NONE),
+    "deep_linear_rope": (
+        MODEL.model_copy(update={"rope": RopeConfig(scaling=RopeScaling(kind="linear", factor=4.0))}),
+        RecycleConfig(layers=1, depth=3),
+    ),
+    "bias_llama3_rope": (MODEL.model_copy(update={"qkv_bias": True, "rope": LLAMA3, "tied_embeddings": False}), NONE),
+}
+TOKENS = torch.randint(107, (2, 24), generator=torch.Generator().manual_seed(4))
+
+
+def build(model: ModelConfig, recycle: RecycleConfig, seed: int = 5) -> RecycleGPT:
+    """A model whose norms and biases are random too: ones and zeros would hide a mix-up."""
+    built = build_model(model, recycle, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return built
+
+
+def source_of(name: str, folder: Path) -> ModelSource:
+    """A case as a source."""
+    model, recycle = CASES[name]
+    return ModelSource(build(model, recycle), model, recycle, folder)
+
+
+def arguments_of(model: ModelConfig, recycle: RecycleConfig, tensor: int = 1) -> Namespace:
+    """What Megatron-LM would save as `args` for a model."""
+    assert model.vocab_size is not None
+    padded = padded_vocabulary(model.vocab_size, model.vocab_multiple, tensor)
+    return Namespace(**write_arguments(model, recycle, padded, 32, torch.float32, (tensor, 1)))

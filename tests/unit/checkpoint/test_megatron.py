@@ -1,0 +1,423 @@
+"""Megatron's format without Megatron: the same bits back at any layout, and an error that lists what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import weakref
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.inspection import describe
+from recycle_ds.checkpoint.megatron.reading import MegatronSource
+from recycle_ds.checkpoint.megatron.writing import write_megatron
+from recycle_ds.checkpoint.portable_export import write_portable
+from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.model import build_model
+from tests.unit.checkpoint.megatron_cases import CASES, MODEL, MODULE, arguments_of, source_of
+from tests.unit.checkpoint.memory import ModelSource
+
+CHECKPOINT = "release"
+
+
+def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: int = 2) -> ModelSource:
+    """A case as Megatron's checkpoint under folder/release; returns what it was made of."""
+    source = source_of(name, folder)
+    folder.mkdir(exist_ok=True)
+    write_megatron(source, folder, None, tensor, pipeline, lambda _: None)
+    return source
+
+
+def edit(folder: Path, change: Callable[[Any], None]) -> None:
+    """Changes the list of tensors of a checkpoint."""
+    path = folder / ".metadata"
+    listing = pickle.loads(path.read_bytes())
+    change(listing)
+    path.write_bytes(pickle.dumps(listing))
+
+
+def use_arguments(folder: Path, model: ModelConfig = MODEL, recycle: RecycleConfig = MODULE, **changes: Any) -> Path:
+    """Leaves a checkpoint to be read by Megatron-LM's arguments; values of ... are left out."""
+    (folder / "recycle_ds.json").unlink(missing_ok=True)
+    args = vars(arguments_of(model, recycle, 2)) | changes
+    kept = {key: value for key, value in args.items() if value is not ...}
+    torch.save({"args": Namespace(**kept), "iteration": 3}, folder / "common.pt")
+    return folder
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
+def test_there_and_back(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+    """A weight that changes, moves or gets lost on the way, or a module's settings."""
+    source = source_of(name, tmp_path)
+    (tmp_path / "portable").mkdir()
+    write_portable(source, tmp_path / "portable", None, 2**30, lambda _: None)
+    there = convert(
+        str(tmp_path / "portable"),
+        str(tmp_path / "megatron"),
+        Conversion("megatron", tensor=layout[0], pipeline=layout[1]),
+    )
+    assert (there.kind, there.step, there.model, there.recycle) == ("megatron", 7, source.model, source.recycle)
+    files = sorted(path.name for path in (tmp_path / "megatron" / CHECKPOINT).glob("*.distcp"))
+    assert files == sorted(f"__{rank}_0.distcp" for rank in range(layout[0] * layout[1]))
+    back = convert(str(tmp_path / "megatron"), str(tmp_path / "back"), Conversion("portable"))
+    assert (back.model, back.recycle, back.step) == (source.model, source.recycle, 7)
+    assert back.shapes == source.shapes
+    for key in source.shapes:
+        assert torch.equal(back.read(key), source.read(key)), key
+
+
+def test_any_part_of_a_tensor(tmp_path: Path) -> None:
+    """Rows of a neighbouring head or chunk where a rank reads its share of a checkpoint that was cut otherwise."""
+    draw = random.Random(3)
+    for name in ("untied_bias", "deep_linear_rope"):
+        source = write(tmp_path / name, name)
+        opened = open_source(tmp_path / name)
+        for key, shape in source.shapes.items():
+            for axis, size in enumerate(shape):
+                for _ in range(3):
+                    start = draw.randrange(size)
+                    length = draw.randint(1, size - start)
+                    part = opened.read(key, axis=axis, start=start, length=length)
+                    assert part.is_contiguous()
+                    assert torch.equal(part, source.read(key, axis=axis, start=start, length=length)), (key, axis)
+
+
+def test_types_and_tokenizer_travel(tmp_path: Path) -> None:
+    """A type that changes without having been asked, or layers of several types under Megatron's one type for all."""
+    source = source_of("grouped_tied", tmp_path)
+    Tokenizer.train(["some words of text"] * 9, 260).save(tmp_path / "tokenizer")
+    source.tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
+    (tmp_path / "out").mkdir()
+    write_megatron(source, tmp_path / "out", torch.bfloat16, 1, 1, lambda _: None)
+    result = open_source(tmp_path / "out")
+    assert result.tokenizer == tmp_path / "out" / CHECKPOINT / "tokenizer.json"
+    for key in source.shapes:
+        assert result.dtype(key) == torch.bfloat16
+        assert torch.equal(result.read(key), source.read(key).bfloat16()), key
+    found = describe(tmp_path / "out")
+    assert found["layout"] == {"tensor": 1, "pipeline": 1} and found["dtypes"] == {"bfloat16": len(source.shapes)}
+    source._values["blocks.1.mlp.down.weight"] = source.read("blocks.1.mlp.down.weight").half()
+    (tmp_path / "mixed").mkdir()
+    with pytest.raises(CheckpointError, match=r"types differ .* blocks\.1\.mlp\.down\.weight .* give --dtype"):
+        write_megatron(source, tmp_path / "mixed", None, 1, 1, lambda _: None)
+    assert not list((tmp_path / "mixed").iterdir())
+
+
+def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
+    """A 70 B model that is held whole while it is written: every tensor is read in its turn and let go."""
+    source = source_of("grouped_tied", tmp_path)
+    given: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    read = source.read
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        value = read(*args, **options).clone()
+        given.append(weakref.ref(value))
+        alive.append(sum(one() is not None for one in given))
+        return value
+
+    source.read = counted  # type: ignore[method-assign]
+    (tmp_path / "out").mkdir()
+    write_megatron(source, tmp_path / "out", None, 1, 1, lambda _: None)
+    assert max(alive) <= 4  # queries, keys and values of a layer, and what is left of the tensor before
+
+
+@pytest.mark.parametrize(
+    ("model", "recycle", "layout", "message"),
+    [
+        ({}, {"layers": 2}, (1, 1), "recycle.layers=2: an MTP layer of Megatron's has one block"),
+        ({"heads": 6, "kv_heads": 3, "head_dim": 8}, {}, (2, 1), r"model.kv_heads \(3\) must be divisible by --tp \(2\)"),
+        ({"ffn": 46}, {"layers": 0}, (4, 1), r"model.kv_heads \(2\) .* \(4\); model.ffn \(46\) must be divisible by --tp"),
+        ({}, {}, (1, 3), r"model.layers \(4\) must be divisible by --pp \(3\)"),
+        (
+            {"rope": RopeConfig(scaling=RopeScaling(kind="llama3", factor=8.0, original_positions=32))},
+            {}, (1, 1), r"model.rope.scaling.original_positions=32: fixed to 8192",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written(
+    model: dict[str, Any], recycle: dict[str, Any], layout: tuple[int, int], message: str, tmp_path: Path
+) -> None:
+    """A checkpoint that loads in part, or runs another computation than the model's."""
+    shape, module = MODEL.model_copy(update=model), MODULE.model_copy(update=recycle)
+    source = ModelSource(build_model(shape, module), shape, module, tmp_path)
+    (tmp_path / "portable").mkdir()
+    write_portable(source, tmp_path / "portable", None, 2**30, lambda _: None)
+    conversion = Conversion("megatron", tensor=layout[0], pipeline=layout[1])
+    with pytest.raises(CheckpointError, match=message):
+        convert(str(tmp_path / "portable"), str(tmp_path / "out"), conversion)
+    assert [path.name for path in tmp_path.iterdir()] == ["portable"], "nothing is left behind"
+
+
+def test_notes_say_what_megatron_does_otherwise(tmp_path: Path) -> None:
+    """A module trained at three depths whose other depths seem to be in the checkpoint; options that nobody passes on."""
+    write(tmp_path / "deep", "deep_linear_rope")
+    (depth, options) = open_source(tmp_path / "deep").notes
+    assert "recycle.depth=3: one MTP layer" in depth
+    assert options.endswith("--rotary-seq-len-interpolation-factor 4")
+    write(tmp_path / "llama", "bias_llama3_rope")
+    assert open_source(tmp_path / "llama").notes[0].endswith("--use-rope-scaling --rope-scaling-factor 8")
+    write(tmp_path / "plain")
+    assert open_source(tmp_path / "plain").notes == ()
+
+
+def test_iterations_are_found(tmp_path: Path) -> None:
+    """An older checkpoint, or none, where the tracker names one."""
+    write(tmp_path / "run")
+    (tmp_path / "run" / CHECKPOINT).rename(tmp_path / "run" / "iter_0000040")
+    tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    assert "release: no such folder" in refusal(tmp_path / "run")
+    tracker.write_text("40")
+    assert open_source(tmp_path / "run").folder == tmp_path / "run" / "iter_0000040"
+    assert open_source(tmp_path / "run" / "iter_0000040").kind == "megatron"
+    tracker.write_text("../../etc")
+    assert "'../../etc' is neither an iteration nor 'release'" in refusal(tmp_path / "run")
+    tracker.write_text("50")
+    (tmp_path / "run" / "iter_0000050" / "mp_rank_00").mkdir(parents=True)
+    assert "only the torch_dist format is read" in refusal(tmp_path / "run")
+
+
+class Foreign:
+    """What a hostile pickle would call."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.target,)
+
+
+def test_no_foreign_class_is_called(tmp_path: Path) -> None:
+    """A checkpoint that runs code when it is opened, by its list, its common part or a tensor's own bytes."""
+    write(tmp_path / "run")
+    folder, trap = tmp_path / "run" / CHECKPOINT, tmp_path / "trap"
+    whole = (folder / ".metadata").read_bytes()
+    edit(folder, lambda listing: setattr(listing, "planner_data", Foreign(str(trap))))
+    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
+    (folder / ".metadata").write_bytes(whole)
+    use_arguments(folder, trap=Foreign(str(trap)))
+    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
+    use_arguments(folder)
+    source = open_source(folder)
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(pickle.dumps(Foreign(str(trap))) + bytes(path.stat().st_size))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        source.read("final_norm.weight")
+    assert not trap.exists()
+    # and a class that is let through stays what it was: these are stand-ins
+    evil = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x08__init__Ns\x86b."
+    (folder / ".metadata").write_bytes(evil)
+    refusal(folder)
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    assert Metadata({}).state_dict_metadata == {}
+
+
+def drop(name: str) -> Callable[[Any], None]:
+    return lambda listing: listing.state_dict_metadata.pop(name)
+
+
+def rename(name: str, other: str) -> Callable[[Any], None]:
+    def change(listing: Any) -> None:
+        listing.state_dict_metadata[other] = listing.state_dict_metadata.pop(name)
+        for index in [index for index in listing.storage_data if index.fqn == name]:
+            listing.storage_data[type(index)(other, index.offset)] = listing.storage_data.pop(index)
+
+    return change
+
+
+def first_info(listing: Any) -> Any:
+    return next(info for index, info in listing.storage_data.items() if index.fqn == "decoder.final_layernorm.weight")
+
+
+def cut(listing: Any) -> None:
+    listing.state_dict_metadata["embedding.word_embeddings.weight"].chunks.pop()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (drop("decoder.final_layernorm.weight"), ["missing: decoder.final_layernorm.weight"]),
+        (
+            drop("decoder.layers.mlp.linear_fc2.weight"),
+            ["missing: decoder.layers.0.mlp.linear_fc2.weight, decoder.layers.1.mlp"],
+        ),
+        (
+            rename("decoder.final_layernorm.weight", "decoder.layers.mlp.router.weight"),
+            ["missing: decoder.final_layernorm.weight", "not supported: decoder.layers.mlp.router.weight"],
+        ),
+        (
+            rename("mtp.layers.0.enorm.weight", "mtp.layers.1.enorm.weight"),
+            ["MTP layers 0 to 1", "weights of its own for every depth"],
+        ),
+        (cut, ["embedding.word_embeddings.weight: its parts do not make up [128, 32]"]),
+        (
+            lambda listing: setattr(first_info(listing), "relative_path", "../secret.distcp"),
+            ["'../secret.distcp' is not the name of a .distcp file beside it"],
+        ),
+        (lambda listing: setattr(first_info(listing), "relative_path", "__9_0.distcp"), ["__9_0.distcp is missing"]),
+        (lambda listing: setattr(first_info(listing), "length", 10**12), ["lies beyond"]),
+        (lambda listing: setattr(first_info(listing), "transform_descriptors", ["zstd"]), ["is compressed"]),
+        (
+            lambda listing: setattr(
+                listing.state_dict_metadata["decoder.final_layernorm.weight"].properties, "dtype", torch.int8
+            ),
+            ["other type: decoder.final_layernorm.weight torch.int8"],
+        ),
+        (lambda listing: setattr(listing, "storage_data", 7), ["not such metadata"]),
+    ],
+)
+def test_a_list_that_does_not_fit(change: Callable[[Any], None], parts: list[str], tmp_path: Path) -> None:
+    """A model that loads in part, or reads what lies outside its folder."""
+    write(tmp_path / "run")
+    edit(tmp_path / "run" / CHECKPOINT, change)
+    message = refusal(tmp_path / "run")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_experts": 8}, ["num_experts=8 is not supported, only None"]),
+        ({"swiglu": False}, ["swiglu=False is not supported, only True"]),
+        ({"normalization": "LayerNorm"}, ["normalization='LayerNorm'", "only 'RMSNorm'"]),
+        ({"position_embedding_type": "learned_absolute"}, ["position_embedding_type='learned_absolute'"]),
+        ({"add_bias_linear": True}, ["add_bias_linear=True"]),
+        ({"multi_latent_attention": True}, ["multi_latent_attention=True"]),
+        ({"qk_layernorm": True}, ["qk_layernorm=True"]),
+        ({"rotary_percent": 0.5}, ["rotary_percent=0.5 is not supported, only 1.0"]),
+        ({"rotary_interleaved": True}, ["rotary_interleaved=True"]),
+        ({"window_size": (128, 0)}, ["window_size=(128, 0)"]),
+        ({"spec": torch.ones(3)}, ["spec='<Tensor>' is not supported"]),
+        ({"mtp_num_layers": 2}, ["mtp_num_layers=2", "weights of its own for every depth"]),
+        ({"mtp_num_layers": None}, ["not supported: mtp.layers.0."]),
+        ({"num_layers": ..., "swiglu": ...}, ["args without num_layers, swiglu"]),
+        ({"num_layers": 5}, ["other shape: ", "linear_fc1.layer_norm_weight [4, 32] instead of [5, 32]"]),
+        ({"ffn_hidden_size": 40}, ["other shape: ", "linear_fc1.weight [4, 96, 32] instead of [4, 80, 32]"]),
+        ({"untie_embeddings_and_output_weights": True}, ["missing: output_layer.weight"]),
+        ({"num_attention_heads": 7}, ["heads (7)"]),
+        ({"hidden_size": "wide"}, ["hidden='wide'"]),
+        ({"vocab_size": 129}, ["other shape: embedding.word_embeddings.weight [128, 32] instead of [129, 32]"]),
+    ],
+)
+def test_arguments_that_do_not_fit(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    """A model that is read without what its arguments ask for: it runs, and is wrong."""
+    write(tmp_path / "run")
+    message = refusal(use_arguments(tmp_path / "run" / CHECKPOINT, **changes))
+    for part in parts:
+        assert part in message
+
+
+def test_arguments_of_a_real_run(tmp_path: Path) -> None:
+    """A checkpoint that is refused for a class of Megatron-LM's that has nothing to do with the model."""
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.enums import AttnBackend
+
+    write(tmp_path / "run")
+    folder = use_arguments(
+        tmp_path / "run" / CHECKPOINT, attention_backend=AttnBackend.auto, model_type=ModelType.encoder_or_decoder,
+        save=Path("/somewhere"), params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    source = open_source(folder)
+    assert (source.model.vocab_size, source.step, source.recycle) == (107, 3, MODULE)
+    assert isinstance(source, MegatronSource) and source.layout == {"tensor": 2, "pipeline": 1}
+    use_arguments(folder, vocab_size=None)
+    source = open_source(folder)
+    assert source.model.vocab_size == 128 and "128 tokens with Megatron's padding" in source.notes[0]
+    assert source.read("embedding.weight").shape == (128, 32)
+    assert not source.read("embedding.weight", start=107).any()
+    torch.save({"iteration": 3}, folder / "common.pt")
+    assert "common.pt has no args" in refusal(folder) and "put a recycle_ds.json" in refusal(folder)
+    (folder / "common.pt").unlink()
+    assert "no common.pt" in refusal(folder)
+
+
+def test_optimizer_states_are_left_alone(tmp_path: Path) -> None:
+    """A training checkpoint that cannot be read for what stands beside its weights."""
+    source = write(tmp_path / "run")
+
+    def add(listing: Any) -> None:
+        for prefix in ("optimizer.state.exp_avg.", "chained_0.optimizer.distributed."):
+            entry = listing.state_dict_metadata["decoder.final_layernorm.weight"]
+            key = f"{prefix}decoder.final_layernorm.weight"
+            listing.state_dict_metadata[key] = entry
+            index = next(iter(listing.storage_data))
+            where = type(index)(key, entry.chunks[0].offsets)
+            listing.storage_data[where] = first_info(listing)
+
+    edit(tmp_path / "run" / CHECKPOINT, add)
+    opened = open_source(tmp_path / "run")
+    assert torch.equal(opened.read("final_norm.weight"), source.read("final_norm.weight"))
+
+
+def test_newer_names_of_the_block_in_an_mtp_layer(tmp_path: Path) -> None:
+    """A checkpoint of a newer release, refused for a name."""
+    source = write(tmp_path / "run")
+    folder = tmp_path / "run" / CHECKPOINT
+    for name in list(pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata):
+        if ".transformer_layer." in name:
+            edit(folder, rename(name, name.replace("transformer_layer", "mtp_model_layer")))
+    opened = open_source(folder)
+    for name in source.shapes:
+        assert torch.equal(opened.read(name), source.read(name)), name
+
+
+def test_other_formats_are_named(tmp_path: Path) -> None:
+    """A folder of an older format that is taken for a damaged one."""
+    write(tmp_path / "run")
+    folder = tmp_path / "run" / CHECKPOINT
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    assert "format 'zarr'; only 'torch_dist' is read" in refusal(folder)
+    (folder / "metadata.json").unlink()
+    assert "not saved by megatron.core.dist_checkpointing" in refusal(folder)
+
+
+def test_broken_checkpoints(tmp_path: Path) -> None:
+    """A crash, or a traceback for a user to read, where a file is damaged."""
+    source = write(tmp_path / "whole", tensor=1, pipeline=1)
+    draw = random.Random(5)
+    refused = 0
+    for number in range(120):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "whole" / CHECKPOINT, folder)
+        if number % 2:
+            use_arguments(folder)
+        path = folder / draw.choice([".metadata", ".metadata", "common.pt", "recycle_ds.json", "__0_0.distcp"])
+        content = bytearray(path.read_bytes() if path.exists() else b"")
+        for _ in range(draw.choice([1, 1, 30])):
+            if content:
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content[: draw.choice([len(content), len(content), draw.randrange(len(content) + 1)])])
+        try:
+            opened = open_source(folder)
+            for name in opened.shapes:
+                opened.read(name)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(folder) in str(error), str(error)
+        shutil.rmtree(folder)
+    assert refused > 40
+    assert open_source(tmp_path / "whole").shapes == source.shapes
