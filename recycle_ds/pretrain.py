@@ -185,6 +185,8 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
         finally:
             _end_records(records, ended or "error", trainer.state.step)
         job.tell("outcome", STOPPED if ended in REASONS else FINISHED)
+        if ended in REASONS:
+            job.requeue_if_orphaned()
         stop.obeyed()
         return ended
 

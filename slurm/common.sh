@@ -22,7 +22,7 @@ HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
 # The first node is where the shell runs. Ports differ from job to job, and from start to start: the one before may linger.
 export MASTER_ADDR=${HOSTS%% *} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 8) % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
-export RECYCLE_JOB_DIR=$JOB_DIR TASKS HOSTS PYTHON
+export RECYCLE_JOB_DIR=$JOB_DIR TASKS HOSTS PYTHON REQUEUE
 
 job_field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
 
@@ -59,6 +59,7 @@ launch() {
 run_and_requeue() {
     mkdir -p "$JOB_DIR"
     rm -f "$JOB_DIR"/{stop,outcome,error}
+    echo "$(hostname) $$" >"$JOB_DIR/shell"
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM

@@ -8,6 +8,8 @@ whether to requeue. Without such a folder all of this does nothing.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,27 @@ class Job:
             os.replace(temporary, self.folder / file)
         except OSError as error:
             print(f"warning: {self.folder / file}: {error.strerror or error}", flush=True)
+
+    def requeue_if_orphaned(self) -> bool:
+        """Starts the job again where its shell, which would do so, has been killed. Whether that was so."""
+        if self.folder is None or self.name is None or os.environ.get("REQUEUE") == "0":
+            return False
+        try:
+            host, pid = (self.folder / "shell").read_text(encoding="utf-8").split()
+        except (OSError, ValueError):
+            return False
+        if host != socket.gethostname() or _alive(pid):
+            return False
+        print(f"the shell of job {self.name} has gone: requeueing", flush=True)
+        return subprocess.run(["scontrol", "requeue", self.name], check=False).returncode == 0
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this host runs; one that only waits to be buried does not."""
+    try:
+        return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def job_of(environment: Mapping[str, str]) -> Job:

@@ -53,8 +53,14 @@ def killed_slurmd(jobs: Jobs, job: str, run_dir: Path) -> None:
     jobs.cluster.start_slurmd("node2")
 
 
+def killed_shell(jobs: Jobs, job: str, run_dir: Path) -> None:
+    """The batch shell dies; SLURM takes that for the end of the job, and ends the ranks."""
+    pid = (jobs.root / "jobs" / job / "shell").read_text().split()[1]
+    os.kill(int(pid), signal.SIGKILL)
+
+
 WAYS: dict[str, Callable[[Jobs, str, Path], None]] = {
-    way.__name__: way for way in (usr1, term, requeue, node_down, killed_rank, killed_slurmd)
+    way.__name__: way for way in (usr1, term, requeue, node_down, killed_rank, killed_slurmd, killed_shell)
 }
 # One that the run saves for, one that SLURM does by itself, and one that it does not hear of.
 SAMPLE = [random.Random(7).choice(pair) for pair in (("usr1", "term"), ("requeue", "node_down"), ("killed_rank",))]
@@ -65,7 +71,7 @@ def test_the_job_goes_on_by_itself(jobs: Jobs, lab: Path, whole: list[list[float
     """A job that waits for a person after a preemption, that loses steps it had saved, or goes on with other numbers."""
     run_dir = lab / way
     # the controller takes its time to notice that a daemon is gone: the run must not be over by then
-    slow = "slow:0.7" if way == "killed_slurmd" else ""
+    slow = "slow:3" if way == "killed_slurmd" else ""
     common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), inject=slow)
     jobs.until_step(run_dir, 12, job)

@@ -1,7 +1,7 @@
 """Gives the ranks of a job a fault, while the shipped commands run as they are. On PYTHONPATH of the job's processes only.
 
 INJECT is one of:
-    slow:SECONDS            every rank takes that much longer to read a step's data
+    slow:SECONDS            every rank takes that much longer to read a step's data, until the job starts again
     slow:SECONDS:RANK       one rank does
     slow_prompt:SECONDS     every prompt of a file takes that much longer
     nan:STEP:RANK           that rank's states are not numbers in that step
@@ -64,7 +64,8 @@ def _loop(module: Any) -> None:
 
 
 def _before_data(rank: int, step: int) -> None:
-    if KIND == "slow" and (len(WORDS) == 1 or str(rank) == WORDS[1]):
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if KIND == "slow" and (str(rank) == WORDS[1] if len(WORDS) > 1 else not restarted):
         time.sleep(float(WORDS[0]))
     if KIND == "hang" and [str(step), str(rank)] == WORDS and _first_time("hang"):
         time.sleep(100_000)
