@@ -5,8 +5,10 @@
 REPO=${SLURM_SUBMIT_DIR:?submit with sbatch from the root of the repository}
 [[ -f $REPO/slurm/common.sh ]] || { echo "error: $REPO is not the root of the repository: cd there, then sbatch" >&2; exit 2; }
 cd "$REPO"
-# shellcheck source=site.env
-source "${SITE_ENV:-slurm/site.env}"
+# shellcheck source=/dev/null
+if [[ -f slurm/site.env ]]; then source slurm/site.env; fi
+# shellcheck source=defaults.env
+source slurm/defaults.env
 
 say() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 fail() { echo "error: $*" >&2; exit 2; }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,31 +28,56 @@ def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
     return endings
 
 
-def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, int]]) -> list[str]:
-    """Like `run_all` for (configuration, step, rank): that rank's loss of that step becomes NaN."""
+@dataclass
+class Fault:
+    """What happens to one rank in one step: its states are multiplied by `factor`, at the first `times` tries at that step."""
+
+    config: RunConfig
+    step: int
+    rank: int
+    times: int = 1_000_000
+    factor: float = math.nan
+    stop_file: bool = False
+    """Instead, somebody asks the run to stop by a file."""
+
+
+def run_faulty(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
+    """Like `run_all`, a fault in each run."""
     from recycle_ds.training import loop
 
     original = loop.Trainer._step
 
-    def poisoned(trainer: Any, stop: Any) -> Any:
-        _, step, culprit = current[0]
-        if trainer.state.step + 1 == step and rank == culprit:
-            hook = trainer.engine.model.final_norm.register_forward_hook(lambda *_: _[2] * torch.nan)
-            try:
-                return original(trainer, stop)
-            finally:
-                hook.remove()
-        return original(trainer, stop)
+    def faulty(trainer: Any, stop: Any) -> Any:
+        fault = current[0]
+        if (trainer.state.step + 1, rank) != (fault.step, fault.rank) or fault.times == 0:
+            return original(trainer, stop)
+        fault.times -= 1
+        if fault.stop_file:
+            Path(fault.config.run_dir, "stop").touch()
+            return original(trainer, stop)
+        model = trainer.engine.model
+        # of a pipeline, each stage hands on what it computes
+        module = model.final_norm or list(model.blocks.values())[-1].mlp
+        hook = module.register_forward_hook(lambda *_: _[2] * fault.factor)
+        try:
+            return original(trainer, stop)
+        finally:
+            hook.remove()
 
     endings: list[str] = []
-    loop.Trainer._step = poisoned  # type: ignore[method-assign]
+    loop.Trainer._step = faulty  # type: ignore[method-assign]
     try:
-        for case in runs:
-            current = [case]
-            endings += run_all(rank, world_size, [case[0]])
+        for fault in faults:
+            current = [fault]
+            endings += run_all(rank, world_size, [fault.config])
     finally:
         loop.Trainer._step = original  # type: ignore[method-assign]
     return endings
+
+
+def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, int]]) -> list[str]:
+    """Like `run_all` for (configuration, step, rank): that rank's loss of that step becomes NaN, however often it is tried."""
+    return run_faulty(rank, world_size, [Fault(*case) for case in runs])
 
 
 def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -> str:

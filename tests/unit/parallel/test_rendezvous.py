@@ -6,6 +6,17 @@ import pytest
 
 from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
 
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_STEP_NODELIST": "gpu[007-009]",
+    "SLURM_JOB_ID": "12",
+}
+
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
@@ -19,6 +30,22 @@ from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
             {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
             Launch("mpi", 3, 4, 1),
         ),
+        (SRUN, Launch("srun", 5, 7, 1, 3)),
+        # srun's own support of MPI says rank and size as well
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, Launch("srun", 5, 7, 1, 3)),
+        # mpirun's processes below the proxy that it starts with srun
+        (
+            SRUN | {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
+            Launch("mpi", 0, 2, 0, 2),
+        ),
+        # one launcher a node, started by srun
+        (
+            SRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
+            Launch("torchrun", 1, 2, 1),
+        ),
+        # a shell on a node, and the shell of a batch job
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch("single", 0, 1, 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("single", 0, 1, 0)),
     ],
 )
 def test_each_launcher_is_recognised(environment: dict[str, str], expected: Launch) -> None:
@@ -35,7 +62,7 @@ def test_inconsistent_variables_are_refused(environment: dict[str, str]) -> None
 
 def test_tasks_that_would_each_train_alone() -> None:
     """Tasks of one srun, or ranks without a local rank, that take themselves for a single process or for one device."""
-    with pytest.raises(LaunchError, match="srun started 4 tasks"):
+    with pytest.raises(LaunchError, match="SLURM_LOCALID"):
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     with pytest.raises(LaunchError, match="LOCAL_RANK"):
         detect_launch({"RANK": "1", "WORLD_SIZE": "2"})

@@ -1,0 +1,151 @@
+"""Bad steps on one rank of two: what all ranks do about them, and that what is left is the run without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.config import RunConfig
+from tests.distributed import run_ranks
+from tests.parallel.parity import PIPELINE
+from tests.parallel.ranks import Fault, run_all, run_faulty
+from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero0": {"deepspeed": zero(0)},
+    "zero1": {"deepspeed": zero(1)},
+    "zero2_bf16": {"deepspeed": zero(2), "training__dtype": "bf16"},
+    "zero3": {"deepspeed": zero(3)},
+    "pipeline": {"deepspeed": PIPELINE, "parallel__pipeline": 2},
+    "tensor_sequence": {"deepspeed": zero(1), "parallel__tensor": 2, "parallel__sequence": True},
+}
+ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "training__keep_checkpoints": 9}
+
+
+class Runs:
+    """Configurations under one folder over one corpus, of twelve steps each."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.corpus = root, make_corpus(root / "corpus")
+
+    def config(self, name: str, **changes: Any) -> RunConfig:
+        return tiny_run(
+            self.corpus, self.root / name, **({"training__steps": 12, "training__learning_rate": 1e-3} | changes)
+        )
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        return [record for record in read_metrics(self.root / name) if record.get("event") == event]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """clean/LAYOUT and retry/LAYOUT, rollback/LAYOUT, and single runs by name."""
+    found = Runs(tmp_path_factory.mktemp("faults"))
+    clean = [found.config(f"clean/{name}", **change) for name, change in LAYOUTS.items()]
+    assert run_ranks(run_all, 2, clean, timeout=300) == [["finished"] * len(LAYOUTS)] * 2
+    retries = [
+        Fault(found.config(f"retry/{name}", training__nonfinite="retry", **change), 5, number % 2, times=1)
+        for number, (name, change) in enumerate(LAYOUTS.items())
+    ]
+    rollbacks = [
+        Fault(found.config(f"rollback/{name}", **ROLLBACK, **LAYOUTS[name]), 7, 1, times=1)
+        for name in ("zero1", "zero3", "pipeline")
+    ]
+    twice = Fault(found.config("twice", training__nonfinite="retry"), 5, 0, times=2)
+    endless = Fault(found.config("endless", **ROLLBACK, faults__max_rollbacks=2), 7, 0)
+    early = Fault(found.config("early", **ROLLBACK), 2, 0, times=1)
+    asked = Fault(found.config("asked"), 5, 0, times=1, stop_file=True)
+    faults = [*retries, *rollbacks, twice, endless, early, asked]
+    endings = run_ranks(run_faulty, 2, faults, timeout=400)
+    assert endings[0] == endings[1]
+    found.endings = dict(zip([fault.config.run_dir for fault in faults], endings[0], strict=True))  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_fault_that_does_not_come_again_costs_nothing(runs: Runs, name: str) -> None:
+    """A retry after which weights, moments, Adam's step or the position in the data are not what they were."""
+    assert figures(runs.root / "retry" / name) == figures(runs.root / "clean" / name), "bit for bit"
+    (event,) = runs.events(f"retry/{name}", "nonfinite")
+    assert (event["step"], event["action"]) == (5, "retry")
+    left, right = (completed(runs.root / kind / name)[0] for kind in ("retry", "clean"))
+    assert read_manifest(left).files["rng-00000.safetensors"] == read_manifest(right).files["rng-00000.safetensors"]
+    assert (read_manifest(left).skipped, read_manifest(left).adam_step) == (0, 12)
+
+
+def test_a_fault_that_comes_again_is_skipped(runs: Runs) -> None:
+    """A bad batch that is retried for ever."""
+    assert [event["action"] for event in runs.events("twice", "nonfinite")] == ["retry", "skip"]
+    manifest = read_manifest(completed(runs.root / "twice")[0])
+    assert (manifest.step, manifest.skipped, manifest.adam_step, manifest.next_sample) == (12, 1, 11, 96)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "pipeline"])
+def test_a_rollback_goes_on_from_the_checkpoint_with_other_data(runs: Runs, name: str) -> None:
+    """A rollback that keeps a moment or a weight of the steps it took back, reads their data again, or forgets a rank."""
+    mine, clean = figures(runs.root / "rollback" / name), figures(runs.root / "clean" / name)
+    assert len(mine) == 12 and mine[:4] == clean[:4] and mine[4] != pytest.approx(clean[4], rel=1e-4)
+    (event,) = runs.events(f"rollback/{name}", "rollback")
+    assert (event["step"], event["from_step"], event["samples"]) == (4, 7, 24)
+    manifest = read_manifest(completed(runs.root / "rollback" / name)[0])
+    assert (manifest.step, manifest.rollbacks, manifest.next_sample, manifest.adam_step) == (12, 1, 120, 12)
+    # all layouts go on alike, which they would not with anything left of the steps taken back
+    for left, right in zip(mine, figures(runs.root / "rollback" / "zero1"), strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+
+
+def test_after_a_rollback_it_is_the_run_that_began_at_the_checkpoint(runs: Runs) -> None:
+    """Figures after a rollback that are near those they should be, and not the same."""
+    import json
+    import shutil
+
+    from recycle_ds.checkpoint.manifest import write_manifest
+
+    again = runs.root / "again"
+    shutil.copytree(runs.root / "clean" / "zero1", again)
+    shutil.rmtree(again / "checkpoints")
+    source = runs.root / "rollback" / "zero1" / "checkpoints" / "step-00000004"
+    target = again / "checkpoints" / "step-00000004"
+    shutil.copytree(source, target)
+    tree = json.loads((target / "manifest.json").read_text())
+    write_manifest(target, {key: value for key, value in tree.items() if key != "digest"} | {"next_sample": 56})
+    config = runs.config("again", **ROLLBACK, **LAYOUTS["zero1"])
+    assert run_ranks(run_all, 2, [config], timeout=120) == [["finished"]] * 2
+    assert figures(again)[4:] == figures(runs.root / "rollback" / "zero1")[4:], "bit for bit"
+
+
+def test_rollbacks_end(runs: Runs) -> None:
+    """A run that goes back to the same checkpoint for ever; one that goes back to a checkpoint there is not."""
+    ending = runs.endings[str(runs.root / "endless")]  # type: ignore[attr-defined]
+    assert ending.startswith("error: step 7: loss nan") and "training.nonfinite=skip" in ending
+    assert [event["from_step"] for event in runs.events("endless", "rollback")] == [7, 7]
+    assert [event["action"] for event in runs.events("early", "nonfinite")] == ["skip"]
+    assert runs.endings[str(runs.root / "early")] == "finished"  # type: ignore[attr-defined]
+
+
+def test_a_stop_file_is_obeyed_once(runs: Runs) -> None:
+    """A request to stop that is not heard, or that is obeyed at every start from then on."""
+    assert runs.endings[str(runs.root / "asked")] == "stop file"  # type: ignore[attr-defined]
+    assert completed(runs.root / "asked")[0].name == "step-00000005"
+    assert not (runs.root / "asked" / "stop").exists()
+    (runs.root / "asked" / "stop").touch()  # left from whenever: not for this start
+    assert run_ranks(run_all, 2, [runs.config("asked")], timeout=120) == [["finished"]] * 2
+    assert figures(runs.root / "asked") == figures(runs.root / "clean" / "zero1")
+
+
+def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> None:
+    """A jump right after a restart that passes because the restart has forgotten what is usual."""
+    change: dict[str, Any] = {"training__steps": 24, "faults__spike": "skip", "faults__spike_window": 16}
+    whole, parts = (runs.config(f"judged/{name}", **change) for name in ("whole", "parts"))
+    first = runs.config("judged/parts", **change, training__stop_at=20)
+    faults = [Fault(whole, 22, 1, 1, 40.0), Fault(first, 30, 0), Fault(parts, 22, 1, 1, 40.0)]
+    assert run_ranks(run_faulty, 2, faults, timeout=200) == [["finished", "stop_at", "finished"]] * 2
+    assert figures(runs.root / "judged/parts") == figures(runs.root / "judged/whole")
+    for name in ("whole", "parts"):
+        (event,) = runs.events(f"judged/{name}", "loss_spike")
+        assert (event["step"], event["action"]) == (22, "skip") and event["score"] > 10
+    assert len(steps_of(runs.root / "judged/parts")) == 24

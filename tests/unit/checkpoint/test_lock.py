@@ -1,0 +1,110 @@
+"""One run at a time in a folder, and locks that nobody holds any more."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.lock import RunLock
+from recycle_ds.parallel.job import Job
+from tests.runs import ROOT
+
+HOLD = """
+import sys
+from pathlib import Path
+from recycle_ds.checkpoint.lock import RunLock
+from recycle_ds.parallel.job import Job
+lock = RunLock(Path(sys.argv[1]), Job(name=sys.argv[2] or None))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path, job: str = "") -> subprocess.Popen[str]:
+    """Another process that holds the folder's lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), job],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
+    """Two runs in one folder; or a folder that stays closed after a kill."""
+    process = holder(tmp_path, "8")
+    try:
+        with pytest.raises(CheckpointError, match=rf"in use by process {process.pid} on .* \(job 8\): wait for it"):
+            RunLock(tmp_path)
+        with pytest.raises(CheckpointError, match="in use"):
+            RunLock(tmp_path, Job(name="9", restarts=1))
+    finally:
+        process.kill()
+        process.communicate()
+    RunLock(tmp_path).release()
+
+
+def test_an_earlier_start_of_the_same_job_gives_way(tmp_path: Path) -> None:
+    """A job that was requeued from a lost node, whose kernel keeps the lock, waiting for a person."""
+    process = holder(tmp_path, "8")
+    try:
+        lock = RunLock(tmp_path, Job(name="8", restarts=1))
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
+            RunLock(tmp_path, Job(name="8", restarts=1))
+        lock.release()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, True),  # this very process
+        ({"pid": 999_999_999}, False),  # has ended
+        ({"begun": "1"}, False),  # the number is another process's by now
+        ({"host": "elsewhere", "pid": 999_999_999}, True),  # nobody here can know
+        ({"host": "elsewhere", "job": "4"}, False),  # the same job's earlier start
+        ({"host": "elsewhere", "job": "5"}, True),
+    ],
+)
+def test_without_the_kernels_locks_the_file_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], refused: bool
+) -> None:
+    """A file system without locks on which either every run is refused, or two run at once."""
+    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    record = json.loads((tmp_path / ".lock").read_text())
+    assert record["host"] == socket.gethostname() and record["pid"] == os.getpid()
+    lock.release()
+    (tmp_path / ".lock").write_text(json.dumps(record | change))
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    job = Job(name="4", restarts=1)
+    if refused:
+        with pytest.raises(CheckpointError, match="delete it if that process has ended"):
+            RunLock(tmp_path, job)
+    else:
+        RunLock(tmp_path, job).release()
+
+
+def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
+    """A run that cannot begin because a lock was half written when the machine went down."""
+    (tmp_path / ".lock").write_text('{"host": "a", "pi')
+    RunLock(tmp_path).release()

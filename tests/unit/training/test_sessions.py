@@ -1,0 +1,101 @@
+"""The story of a run over its restarts, those included that left no word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.parallel.job import Job
+from recycle_ds.training import sessions
+from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.sessions import SessionLog
+from recycle_ds.training.stragglers import slowest
+from recycle_ds.training.summary import read_summary, summarise_runs
+
+
+def write_metrics(run_dir: Path, steps: dict[int, float]) -> None:
+    lines = [json.dumps({"step": step, "loss": 3.0 / step, "time": at}) + "\n" for step, at in steps.items()]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+
+
+def at(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
+    monkeypatch.setattr(sessions.time, "time", lambda: now)
+
+
+def log_of(run_dir: Path, **job: Any) -> SessionLog:
+    return SessionLog(run_dir, Job(**job), tokens_per_step=100, target=20)
+
+
+def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that were made twice, and the time they cost, that no summary shows because nobody was left to write it."""
+    at(monkeypatch, 1000.0)
+    first = log_of(tmp_path, name="7")
+    first.begin(0)
+    for step in range(1, 9):
+        first.stepped(step, 1.0)
+    first.saved(0.5)
+    first.event("straggler")
+    write_metrics(tmp_path, {step: 1000.0 + step for step in range(1, 9)})
+    # killed at step 8; the checkpoint is that of step 5; the next start makes step 6 in the second that ends at 1100
+    at(monkeypatch, 1090.0)
+    second = log_of(tmp_path, name="7", restarts=1)
+    second.begin(5)
+    at(monkeypatch, 1100.0)
+    second.stepped(6, 1.0)
+    text = second.end("finished", 20)
+    tree = json.loads((tmp_path / "summary.json").read_text())
+    assert [one["ended"] for one in tree["sessions"]] == ["killed", "finished"]
+    assert (tree["restarts"], tree["killed"], tree["steps_repeated"], tree["steps_made"]) == (1, 1, 3, 8 + 15)
+    assert tree["lost_seconds"] == pytest.approx(1100 - 1 - 1005), "since step 5, the last one that was kept"
+    assert (tree["checkpoints"], tree["saving_seconds"], tree["anomalies"]) == (1, 0.5, {"straggler": 1})
+    assert tree["tokens"] == 2000 and "finished at step 20 of 20" in text and "straggler 1" in text
+
+
+def test_a_new_run_has_lost_nothing(tmp_path: Path) -> None:
+    """Start-up counted as time lost to restarts where there was none."""
+    log = log_of(tmp_path)
+    log.begin(0)
+    log.stepped(1, 0.1)
+    log.end("SIGTERM", 1)
+    tree = json.loads((tmp_path / "summary.json").read_text())
+    assert (tree["restarts"], tree["lost_seconds"], tree["state"]) == (0, 0.0, "SIGTERM")
+
+
+def test_a_damaged_summary_is_no_reason_to_lose_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that cannot begin because its summary was cut off."""
+    (tmp_path / "summary.json").write_text('{"sess')
+    log_of(tmp_path).begin(0)
+    assert "the summary begins anew" in capsys.readouterr().out
+
+
+def test_bad_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep of which one run failed, told as if all were well; a run that never began left out."""
+    good, bad, absent = tmp_path / "good", tmp_path / "bad", tmp_path / "absent"
+    for folder in (good, bad, absent):
+        folder.mkdir()
+    for folder, why in ((good, "finished"), (bad, "step 3: loss nan: not finite")):
+        log = log_of(folder)
+        log.begin(0)
+        log.end(why, 3)
+        write_metrics(folder, {3: 1.0})
+    (absent / "error.txt").write_text("training.stps=3: unknown key\n")
+    assert not summarise_runs([str(good), str(bad), str(absent)], as_json=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not finished")]
+    assert lines == [
+        f"not finished: {bad}: step 3: loss nan: not finite",
+        f"not finished: {absent}: training.stps=3: unknown key",
+    ]
+    assert summarise_runs([str(good)], as_json=False)
+    assert read_summary(good)["loss"] == 1.0
+    with pytest.raises(TrainingError, match="no such folder"):
+        read_summary(tmp_path / "nowhere")
+
+
+def test_the_slowest_rank() -> None:
+    """A slow rank that raises the median it is measured by, or a single rank called slow."""
+    assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0, 3.0)
+    assert slowest([1.0, 4.0]) == (1, 4.0, 4.0)
+    assert slowest([2.0]) == (0, 2.0, 1.0)

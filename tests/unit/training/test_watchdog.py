@@ -1,0 +1,66 @@
+"""A hang is noticed, every rank's stacks are written, and the one that holds up the others is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from recycle_ds.training.watchdog import HANG_EXIT, describe_hang
+from tests.runs import ROOT
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from recycle_ds.training.watchdog import Watchdog
+def stand_still():
+    {hang}
+dog = Watchdog(Path(sys.argv[1]), 0, 1, 0.4)
+dog.start()
+for step in range(1, 4):
+    dog.beat(step, "data")
+    time.sleep(0.2)
+    dog.beat(step, "compute")
+{then}
+dog.stop()
+print("done")
+"""
+
+
+def run(tmp_path: Path, hang: str, then: str) -> subprocess.CompletedProcess[str]:
+    code = STUCK.format(hang=hang, then=then)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "hangs")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_hang_ends_the_process_and_shows_where(tmp_path: Path) -> None:
+    """A rank that holds its node until the time limit, and leaves nothing to find out why."""
+    done = run(tmp_path, "time.sleep(600)", "stand_still()")
+    assert done.returncode == HANG_EXIT and "done" not in done.stdout
+    text = (tmp_path / "hangs" / "step-00000003" / "rank-00000.txt").read_text()
+    assert "in step 3, compute, by itself" in text.partition("\n")[0] and "in stand_still" in text
+    assert "ending the job" in done.stderr
+
+
+def test_progress_is_left_alone(tmp_path: Path) -> None:
+    """A run ended because it is slow, or after its last step."""
+    done = run(tmp_path, "pass", "stand_still()")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert not (tmp_path / "hangs").exists()
+
+
+def test_the_culprit_is_the_one_behind() -> None:
+    """The rank that waits named instead of the one it waits for."""
+    ahead = ((5, 3, True), "rank 0 on a: no progress for 9 s in step 5, compute, waiting for others")
+    stuck = ((5, 1, False), "rank 1 on b: no progress for 9 s in step 5, data, by itself")
+    assert describe_hang({0: ahead, 1: stuck, 2: ahead}, 3) == f"hang: behind the others: {stuck[1]}"
+    same = ((5, 3, False), "rank 2 on c: no progress for 9 s in step 5, compute, by itself")
+    assert describe_hang({0: ahead, 1: ahead, 2: same}, 3) == f"hang: behind the others: {same[1]}"
+    assert "all ranks stand at the same place (no progress for 9 s in step 5" in describe_hang({0: ahead, 1: ahead}, 2)
+    assert "ranks 1, 3 did not even write" in describe_hang({0: ahead, 2: ahead}, 4)
