@@ -11,6 +11,7 @@ from megatron.core import ModelParallelConfig as MegatronConfig
 from torch import Tensor, nn
 
 from recycle_ds.config import ModelConfig
+from recycle_ds.model import cpu_attention
 from recycle_ds.model.cache import LayerCache
 from recycle_ds.model.layers import ColumnLinear, RowLinear
 from recycle_ds.model.masks import AttentionMask, CachedMask
@@ -81,7 +82,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> 
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
-    """The reference back end: scaled_dot_product_attention with a dense mask."""
+    """The reference back end: scaled_dot_product_attention with a dense mask; products for causal bf16, where faster."""
+    if mask.chain == 1 and cpu_attention.serves(query):
+        return cpu_attention.causal(query, keys, values, None if mask.plain_causal else mask.additive(query.dtype))
     grouped = query.shape[1] != keys.shape[1]
     if mask.plain_causal:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)

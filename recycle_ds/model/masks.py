@@ -12,7 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 128  # queries and keys of a FlexAttention block: its default, a multiple of its kernels' tiles
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class AttentionMask:
 
     @cached_property
     def block_mask(self) -> Any:
-        """FlexAttention's BlockMask of the same description."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """FlexAttention's BlockMask of the same description. Does not synchronise the device."""
+        from torch.nn.attention.flex_attention import BlockMask
 
         documents, length = self.documents_BS, self.documents_BS.shape[1]
 
@@ -65,12 +68,49 @@ class AttentionMask:
             causal = (query >= position) & (documents[batch, query] == documents[batch, position])
             return torch.where(key < length, causal, query == position)
 
-        batch = documents.shape[0]
-        return create_block_mask(allowed, batch, None, length, self.chain * length, device=str(documents.device))
+        # create_block_mask evaluates `allowed` on S x chain S: tens of GiB at lengths that attention itself manages.
+        partial, full = visible_blocks(documents, self.chain, BLOCK)
+        return BlockMask.from_kv_blocks(
+            *_in_order(partial[:, None]),
+            *_in_order(full[:, None]),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=allowed,
+            seq_lengths=(length, self.chain * length),
+        )
 
     def chained(self, chain: int) -> AttentionMask:
         """The mask of step `chain` of the recycle module over the same documents."""
         return AttentionMask(self.documents_BS, chain)
+
+
+def visible_blocks(documents_BS: Tensor, chain: int, size: int) -> tuple[Tensor, Tensor]:
+    """The blocks of `size` x `size` of an AttentionMask that are visible in part and in full.
+
+    Bool [B, ceil(S / size), ceil(chain x S / size)] each. The first lists no block in vain where a row's numbers never
+    decrease, as in packed data; else it may, which costs time and not correctness.
+    """
+    length, device = documents_BS.shape[1], documents_BS.device
+    rows, columns = -(-length // size), -(-chain * length // size)
+    # A ragged last block is filled up with its last document, which leaves its range as it is.
+    filled = documents_BS[:, torch.arange(rows * size, device=device).clamp(max=length - 1)]
+    low, high = filled.unflatten(1, (rows, size)).aminmax(dim=2)
+    shared = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    single = low == high
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    # A ragged block is never full, as in create_block_mask.
+    full = (shared & single[:, :, None] & single[:, None, :] & (row < length // size)).tril(-1)
+    full, visible = (F.pad(blocks, (0, columns - rows)) for blocks in (full, shared.tril()))
+    first, last = row * size, ((row + 1) * size).clamp(max=length) - 1
+    for shift in range(length, chain * length, length):
+        # Where size does not divide S, the diagonals of later steps run across blocks.
+        visible |= ((shift + first) // size <= column) & (column <= (shift + last) // size)
+    return visible & ~full, full
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """FlexAttention's form of a bool matrix: how many columns each row lists, and the columns, those listed first."""
+    listed = blocks.int()
+    return listed.sum(-1, dtype=torch.int32), listed.argsort(dim=-1, descending=True, stable=True).int()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Which blocks each pipeline stage holds: a pure function of the shapes.
 
 The first stage adds the embedding, the last one the final norm, the recycle module and the output head, which is used once per
-loss. For a small model with a large vocabulary the head costs as much as many blocks, so the last stage gets fewer of them,
-down to none.
+loss. The embedding has no cost here: it is a lookup, which copies `hidden` numbers for a token where a block multiplies
+millions, and its backward pass adds as many. For a small model with a large vocabulary the head costs as much as many blocks,
+so the last stage gets fewer of them, down to none.
 """
 
 from __future__ import annotations

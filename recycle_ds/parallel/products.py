@@ -19,7 +19,8 @@ _FEW_ROWS = 16
 
 
 @lru_cache(maxsize=1)
-def _cpu_multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 matrices."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -29,7 +30,7 @@ def upcasts(x: Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.numel() >= _FEW_ROWS * x.shape[-1]
-        and not _cpu_multiplies_bf16()
+        and not multiplies_bf16()
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from recycle_ds.checkpoint.convert import Conversion, convert
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
@@ -115,3 +116,24 @@ def test_the_next_steps_equal_the_uninterrupted_run(root: Path, source: str, tar
         assert left == pytest.approx(right, rel=1e-5)
     first, fourth = figures(root / "whole")[0], mine[3]
     assert fourth != pytest.approx(first, rel=1e-2), "a run that started over would show the first step's figures"
+
+
+def test_weights_of_hugging_face_begin_a_run_at_any_layout(root: Path) -> None:
+    """Continued pretraining of another model's weights: a shard read for the wrong rank, or weights that stay random."""
+    source = root / f"from_{PAIRS[0][0]}"
+    convert(str(source), str(root / "hf"), Conversion("hf"))
+    layouts = ("one_zero0", "dp2_zero3", "tp2_sp_zero3", "pp2", "ulysses2_zero2", "tp2_dp2_zero3", "pp2_tp2_sp")
+    configs = {}
+    for number, name in enumerate(layouts):
+        ranks, change = LAYOUTS[name]
+        begin = {"init_from": str(root / "hf"), "training__steps": 2, "training__warmup_steps": 0, **settings(number)}
+        configs[name] = (ranks, tiny_run(root / "corpus", root / f"begun_{name}", **(BASE | change | begin)))
+    random = tiny_run(root / "corpus", root / "begun_random", **(BASE | {"training__steps": 2, "deepspeed": zero(0)}))
+    endings = run_together(configs | {"random": (1, random)})
+    assert set(endings.values()) == {"finished"}
+    curves = {name: figures(root / f"begun_{name}") for name in layouts}
+    for name in layouts:
+        for left, right in zip(curves[name], curves["one_zero0"], strict=True):
+            assert left == pytest.approx(right, rel=1e-5), name
+    trained, untrained = figures(root / "whole")[3], figures(root / "begun_random")[0]
+    assert abs(curves["one_zero0"][0][0] - trained[0]) < abs(curves["one_zero0"][0][0] - untrained[0]) / 3

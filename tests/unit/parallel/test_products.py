@@ -11,7 +11,7 @@ from recycle_ds.parallel import products
 
 @pytest.fixture
 def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: False)
 
 
 @pytest.mark.usefixtures("without_instructions")
@@ -47,5 +47,5 @@ def test_what_stays_as_it_is() -> None:
 
 def test_a_cpu_with_instructions_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A detour where bf16 is twice as fast as fp32."""
-    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
     assert not products.upcasts(torch.zeros(64, 8, dtype=torch.bfloat16))

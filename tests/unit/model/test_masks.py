@@ -1,0 +1,131 @@
+"""FlexAttention's blocks against the mask they stand for, and what it costs to make them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from recycle_ds.model.masks import BLOCK, AttentionMask, visible_blocks
+from recycle_ds.training.live_memory import PeakMemory
+
+
+def packed(length: int, *boundaries: list[int]) -> Tensor:
+    """Document numbers [B, S]; a row's documents begin at 0 and at its boundaries."""
+    documents = torch.zeros(len(boundaries), length, dtype=torch.int64)
+    for row, starts in zip(documents, boundaries, strict=True):
+        for start in starts:
+            row[start:] += 1
+    return documents
+
+
+def listed(count: Tensor | None, indices: Tensor | None) -> Tensor:
+    """Bool [B, 1, rows, columns] of the blocks that a pair of FlexAttention's tensors lists."""
+    assert count is not None and indices is not None
+    columns = indices.shape[-1]
+    places = torch.where(torch.arange(columns) < count[..., None], indices, columns).long()
+    return torch.zeros(*indices.shape[:3], columns + 1, dtype=torch.bool).scatter(3, places, True)[..., :columns]
+
+
+def materialised(mask: BlockMask) -> Tensor:
+    """What a kernel computes: full blocks whole, partial ones by mask_mod, no others. Bool [B, 1, S, chain x S]."""
+    queries, keys = mask.seq_lengths
+    rows, columns = mask.BLOCK_SIZE
+    partial, full = (
+        listed(count, indices).repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :queries, :keys]
+        for count, indices in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+    )
+    assert not (partial & full).any()
+    batch = torch.arange(partial.shape[0])[:, None, None, None]
+    query, key = torch.arange(queries)[:, None], torch.arange(keys)
+    return full | partial & mask.mask_mod(batch, torch.tensor(0), query, key)
+
+
+def reduced(dense: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of a dense mask that are visible in part and in full, found by looking at each element."""
+    rows, columns = (-(-side // size) for side in dense.shape[2:])
+    filled = torch.zeros(dense.shape[0], rows * size, columns * size, dtype=torch.bool)
+    filled[:, : dense.shape[2], : dense.shape[3]] = dense[:, 0]
+    blocks = filled.view(-1, rows, size, columns, size)
+    full = blocks.all(4).all(2)
+    return blocks.any(4).any(2) & ~full, full
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(1, 40), st.integers(1, 4), st.integers(2, 9))
+def test_blocks_are_those_of_the_dense_mask(data: st.DataObject, length: int, chain: int, size: int) -> None:
+    """A visible block left out, or listed as full though part of it is hidden; a hidden or full block visited for nothing."""
+    starts = st.lists(st.integers(0, length), max_size=5)
+    documents = packed(length, data.draw(starts), data.draw(starts))
+    partial, full = visible_blocks(documents, chain, size)
+    expected_partial, expected_full = reduced(AttentionMask(documents, chain).dense, size)
+    assert torch.equal(partial, expected_partial)
+    assert torch.equal(full, expected_full)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 20), st.integers(1, 3), st.integers(2, 5))
+def test_scattered_documents_lose_nothing(data: st.DataObject, length: int, chain: int, size: int) -> None:
+    """Wrong attention where a document's number comes back later in the row: the dense mask only compares numbers."""
+    row = st.lists(st.integers(0, 2), min_size=length, max_size=length)
+    documents = torch.tensor([data.draw(row), data.draw(row)])
+    partial, full = visible_blocks(documents, chain, size)
+    expected_partial, expected_full = reduced(AttentionMask(documents, chain).dense, size)
+    assert torch.equal(full, expected_full)
+    assert not (expected_partial & ~partial).any()
+    assert not (partial & full).any()
+
+
+LAYOUTS = [
+    packed(32, [], [10]),
+    packed(BLOCK, [], [1]),
+    packed(3 * BLOCK, [], [BLOCK, 2 * BLOCK]),
+    packed(3 * BLOCK + 1, [], [BLOCK + 5, 3 * BLOCK]),
+    packed(5 * BLOCK - 1, [7, 300, 301], [2 * BLOCK]),
+]
+
+
+@pytest.mark.parametrize("chain", [1, 2, 4])
+@pytest.mark.parametrize("documents", LAYOUTS, ids=lambda documents: str(documents.shape[1]))
+def test_block_mask_stands_for_the_dense_mask(documents: Tensor, chain: int) -> None:
+    """Counts, order or transposition that a kernel reads differently from PyTorch's own way of making them."""
+    mask = AttentionMask(documents, chain)
+    batch, length = documents.shape
+    mine = mask.block_mask
+    assert torch.equal(materialised(mine), mask.dense)
+    reference = create_block_mask(mine.mask_mod, batch, None, length, chain * length, device="cpu")
+    assert (mine.shape, mine.BLOCK_SIZE) == (reference.shape, reference.BLOCK_SIZE)
+    for name in BlockMask._TENSOR_ATTRS:
+        got, expected = getattr(mine, name), getattr(reference, name)
+        assert (got is None) == (expected is None), name
+        assert got is None or (got.dtype == expected.dtype and torch.equal(got, expected)), name
+
+
+def test_most_blocks_of_a_long_document_are_full() -> None:
+    """mask_mod evaluated in every block, where only those on the diagonals and at boundaries need it."""
+    mask = AttentionMask(packed(16 * BLOCK, []), 3).block_mask
+    assert mask.full_kv_num_blocks[0, 0].tolist() == list(range(16))
+    assert mask.kv_num_blocks[0, 0].tolist() == [3] * 16
+
+
+@pytest.mark.parametrize("chain", [1, 3])
+def test_block_mask_costs_little_memory(chain: int) -> None:
+    """A mask of S x chain S elements on the way, 48 GiB at S = 131,072: lengths that Ulysses exists for."""
+    peaks = {}
+    for length in (16_384, 32_768, 131_072):
+        # Meta tensors count bytes without taking them, and refuse to be read: this also shows that no host waits.
+        documents = torch.zeros(1, length, dtype=torch.int64, device="meta" if length > 32_768 else "cpu")
+        with PeakMemory() as tracker:
+            shape = AttentionMask(documents, chain).block_mask.shape
+        assert shape == (1, 1, length, chain * length)
+        peaks[length] = tracker.peak
+    print(f"peak of a mask of {chain} steps: " + ", ".join(f"{s:,}: {p / 2**20:.2f} MiB" for s, p in peaks.items()))
+    for length, peak in peaks.items():
+        assert peak < 40 * chain * (length // BLOCK) ** 2, length
+    assert peaks[16_384] < 2 * 2**20
