@@ -84,8 +84,10 @@ def read_manifest(folder: Path) -> Manifest:
     tree = read_json(path)
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a manifest of a {FORMAT}")
+    if tree.get("version") == 1 and "digest" not in tree:
+        tree = _upgrade(tree)
     if tree.get("version") != VERSION:
-        raise CheckpointError(f"{path}: version {tree.get('version')!r}; this release reads version {VERSION}")
+        raise CheckpointError(f"{path}: version {tree.get('version')!r}; this release reads versions 1 and {VERSION}")
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
@@ -104,6 +106,12 @@ def digest_of(tree: Mapping[str, Any]) -> str:
     content = {key: value for key, value in tree.items() if key != "digest"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of release 0.1, which had no digest and knew no rollbacks, as one of today."""
+    upgraded = {"rollbacks": 0, "recent": [], **tree, "version": VERSION}
+    return {**upgraded, "digest": digest_of(upgraded)}
 
 
 def write_manifest(folder: Path, tree: Mapping[str, Any]) -> None:

@@ -139,6 +139,23 @@ def test_broken_checkpoints(whole: tuple[Path, dict[str, Tensor]], tmp_path: Pat
     assert outcomes["change_files", "refused"] > 40 and outcomes["change_files", "loaded"] > 5
 
 
+def test_checkpoints_of_the_first_release_are_read(whole: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """A run of an older release that cannot go on; a damaged manifest of today that passes for an older one."""
+    source, expected = whole
+    folder = tmp_path / "old"
+    shutil.copytree(source, folder)
+    tree = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(tree | {"version": 1}))
+    with pytest.raises(CheckpointError, match="version 1"):
+        open_source(folder)
+    for key in ("digest", "rollbacks", "recent"):
+        del tree[key]
+    (folder / "manifest.json").write_text(json.dumps(tree | {"version": 1}))
+    model = build_model(CONFIG, MODULE, seed=4)
+    load_weights(model, open_source(folder))
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
+
+
 def test_nothing_of_a_file_is_unpickled() -> None:
     """A checkpoint that runs code when it is opened: the package calls no loader that could."""
     from tests.runs import ROOT
