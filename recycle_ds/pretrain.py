@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from recycle_ds.data.loader import BatchLoader
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
-    from recycle_ds.training.engine import TrainingEngine
     from recycle_ds.training.reporting import Records
     from recycle_ds.training.signals import StopRequest
     from recycle_ds.training.state import TrainingState
@@ -150,12 +149,14 @@ def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
 
 
 def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device, job: Job) -> str:
+    from recycle_ds.checkpoint import resume
     from recycle_ds.checkpoint.writing import PortableCheckpointer
     from recycle_ds.parallel.agree import on_first_rank, together
     from recycle_ds.parallel.job import FINISHED, STOPPED
     from recycle_ds.training.engine import build_engine
     from recycle_ds.training.loop import Trainer
     from recycle_ds.training.reporting import Records
+    from recycle_ds.training.run_record import describe_run
     from recycle_ds.training.signals import REASONS
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
@@ -164,10 +165,11 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
         for warning in _ignored(config):
             print(f"warning: {warning}", flush=True)
     with _stop_request(config, mesh, job) as stop:
-        engine = build_engine(config, dict(deepspeed_config), mesh, place)
-        state, source = _begin(config, inputs.identity, engine, place)
+        found = resume.find_checkpoint(config, inputs.identity, mesh, place)
+        engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
+        state, source = resume.begin(config, found, engine, place)
         records = on_first_rank(lambda: _begin_records(config, job, state, source), mesh, place) or Records()
-        _describe_run(config, engine, place)
+        describe_run(config, engine, place)
         checkpointer = PortableCheckpointer(config, engine, place, inputs.identity)
         trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, records, place)
         ended = ""
@@ -237,31 +239,6 @@ def _ignored(config: RunConfig) -> list[str]:
     return found
 
 
-def _begin(
-    config: RunConfig, identity: DataIdentity, engine: TrainingEngine, place: torch.device
-) -> tuple[TrainingState, Path | None]:
-    """Resumes from run_dir, else takes weights from init_from, else keeps the initial weights. Collective."""
-    from recycle_ds.checkpoint import resume
-    from recycle_ds.training.state import TrainingState
-
-    def say(text: str) -> None:
-        if engine.mesh.is_first:
-            print(text, flush=True)
-
-    found = resume.newest_whole(config, engine.mesh, place, say)
-    if found is not None:
-        folder, manifest = found
-        for note in resume.check_same_run(config, identity, manifest, folder):
-            say(note)
-        state = resume.restore(engine, folder, manifest, place)
-        say(f"resuming from {folder}")
-        return state, folder
-    if config.init_from is not None:
-        weights, missing = resume.initialise_from(engine, config.init_from, place)
-        say(f"weights from {weights}" + (f"; {len(missing)} tensors of the recycle module are new" if missing else ""))
-    return TrainingState(), None
-
-
 def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     """The tokenizer's vocabulary where the model's is not given. Raises ConfigError when the model's is too small."""
     given = config.model.vocab_size
@@ -272,45 +249,6 @@ def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
         )
     model = config.model.model_copy(update={"vocab_size": given or vocab_size})
     return config.model_copy(update={"model": model})
-
-
-def _describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device) -> None:
-    """Writes run_dir/run.json from the groups really built. Collective."""
-    import torch
-    import torch.distributed as dist
-
-    from recycle_ds.checkpoint.files import write_json
-    from recycle_ds.model.flops import parameters
-    from recycle_ds.training.engine import local_parameters
-
-    mesh = engine.mesh
-    counts = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(mesh.world_size)]
-    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=place))
-    total = parameters(config.model, config.recycle)
-    if not mesh.is_first:
-        return
-    record = {
-        "world_size": mesh.world_size,
-        "tensor": mesh.tensor.size,
-        "pipeline": mesh.pipeline.size,
-        "data": mesh.data.size,
-        "sequence": mesh.sequence,
-        "ulysses": mesh.ulysses.size,
-        "zero_stage": engine.zero_stage,
-        "dtype": config.training.dtype,
-        "parameters": total,
-        "parameters_per_rank": [int(count) for count in counts],
-    }
-    write_json(Path(config.run_dir) / "run.json", record)
-    degrees = {
-        f"tensor {mesh.tensor.size}{' (sequence-parallel)' if mesh.sequence else ''}": True,
-        f"pipeline {mesh.pipeline.size}": mesh.pipeline.size > 1,
-        f"ulysses {mesh.ulysses.size}": mesh.ulysses.size > 1,
-        f"data {mesh.data.size}": True,
-    }
-    shown = " x ".join(text for text, wanted in degrees.items() if wanted)
-    layout = f"{shown}, ZeRO {engine.zero_stage}, {config.training.dtype}"
-    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {place.type}: {layout}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -44,6 +44,46 @@ _FREE = (
 )  # fmt: skip
 
 
+def find_checkpoint(
+    config: RunConfig, identity: DataIdentity, mesh: Mesh, device: torch.device
+) -> tuple[Path, Manifest] | None:
+    """The newest whole checkpoint of this run, if there is one; says what has changed since. Collective.
+
+    Raises CheckpointError as `newest_whole` and `check_same_run` do.
+    """
+
+    def say(text: str) -> None:
+        if mesh.is_first:
+            print(text, flush=True)
+
+    found = newest_whole(config, mesh, device, say)
+    if found is not None:
+        for note in check_same_run(config, identity, found[1], found[0]):
+            say(note)
+    return found
+
+
+def begin(
+    config: RunConfig, found: tuple[Path, Manifest] | None, engine: TrainingEngine, device: torch.device
+) -> tuple[TrainingState, Path | None]:
+    """Where a run begins: at a checkpoint that was found, else with weights from init_from, else with its initial ones.
+
+    Returns the state, and the checkpoint. Raises CheckpointError. Collective.
+    """
+    text, state, source = "", TrainingState(), None
+    if found is not None:
+        source, manifest = found
+        state = restore(engine, source, manifest, device)
+        text = f"resuming from {source}"
+    elif config.init_from is not None:
+        weights, missing = initialise_from(engine, config.init_from, device)
+        new = f"; {len(missing)} tensors of the recycle module are new" if missing else ""
+        text = f"weights from {weights}{new}"
+    if text and engine.mesh.is_first:
+        print(text, flush=True)
+    return state, source
+
+
 def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of the run whose files all hold, or None where there is none at all.
 

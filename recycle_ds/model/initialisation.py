@@ -25,12 +25,16 @@ def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> 
         model.get_parameter(name).copy_(value)
 
 
-def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and fp32 value of this rank's whole local parameters, one at a time; of ZeRO-3's too, which stay partitioned."""
+def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value of this rank's whole local parameters, one at a time; of ZeRO-3's too, which stay partitioned.
+
+    seed None draws nothing: zeros, to be replaced.
+    """
     for name, row in pieces(model, mesh).items():
         parameter = model.get_parameter(name)
         value = torch.zeros(tuple(getattr(parameter, "ds_shape", parameter.shape)))
-        for piece in row:
+        for piece in row if seed is not None else ():
+            assert seed is not None
             full = initial_tensor(piece.name, piece.shape, config, seed)
             part = full.narrow(piece.axis, piece.start, piece.length)
             value.narrow(piece.axis, piece.local_start, piece.length).copy_(part)

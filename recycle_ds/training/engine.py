@@ -14,7 +14,6 @@ from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
-from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.gradients import GradientControl
 from recycle_ds.training.master import MasterState, keeper, write_partition
 from recycle_ds.training.optimizer import AdamW, parameter_groups, part_of
@@ -41,12 +40,13 @@ class TrainingEngine:
 
 
 def build_engine(
-    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device
+    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, *, initial: bool = True
 ) -> TrainingEngine:
     """Builds the model with its initial weights and wraps it. Collective over all ranks.
 
-    Under ZeRO-3 the weights are partitioned as they are made: no rank ever holds the whole model.
-    Raises TrainingError for combinations that DeepSpeed computes wrongly.
+    initial False leaves zeros where a checkpoint's weights follow: drawing 70 B numbers takes minutes at every restart.
+    deepspeed_config is what `resolve_deepspeed` returned, which refuses what DeepSpeed computes wrongly. Under ZeRO-3 the
+    weights are partitioned as they are made: no rank ever holds the whole model.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -56,12 +56,7 @@ def build_engine(
         logger.addFilter(lambda record: not any(text in record.getMessage() for text in _UNFOUNDED))
     training = config.training
     stage = zero_stage(deepspeed_config)
-    if stage == 0 and mesh.tensor.size * mesh.pipeline.size > 1 and training.dtype == "bf16":
-        raise TrainingError(
-            f"ZeRO 0 with bf16 at parallel.tensor={mesh.tensor.size}, parallel.pipeline={mesh.pipeline.size} gives wrong "
-            "gradients in DeepSpeed: use zero1.json, or pipeline.json"
-        )
-    model, frozen = _build_model(config, deepspeed_config, mesh, device)
+    model, frozen = _build_model(config, deepspeed_config, mesh, device, initial)
     optimizer = AdamW(parameter_groups(model, training.weight_decay), training)
     pipeline = mesh.pipeline.size > 1
     if stage == 3:
@@ -88,7 +83,7 @@ def build_engine(
 
 
 def _build_model(
-    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device
+    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, initial: bool
 ) -> tuple[RecycleGPT, dict[str, torch.Tensor] | None]:
     """The model, and fp32 host copies of the frozen weights that this replica keeps where DeepSpeed rounds to bf16."""
     import deepspeed
@@ -110,6 +105,9 @@ def _build_model(
             config.recycle,
             mesh,
             seed=None,
+            # DeepSpeed's fp32 masters start from the rounded weights either way; whole fp32 ones would be the largest thing
+            # that ever lies on the device. ZeRO-3 rounds each weight as it partitions it
+            dtype=torch.bfloat16 if training.dtype == "bf16" and not partitioned else torch.float32,
             checkpoint_blocks=training.activation_checkpointing == "full",
             loss_chunk=training.loss_chunk,
             seq_length=training.seq_length,
@@ -118,7 +116,7 @@ def _build_model(
     freeze(model, config.recycle.gradient)
     kept: dict[str, torch.Tensor] = {}
     ranks = keeper([name for name, _ in model.named_parameters()], mesh.replicas.size)
-    for name, value in initial_values(model, config.model, mesh, training.seed):
+    for name, value in initial_values(model, config.model, mesh, training.seed if initial else None):
         parameter = model.get_parameter(name)
         if partitioned:
             write_partition(parameter, value, mesh.replicas.size, mesh.replicas.rank)
