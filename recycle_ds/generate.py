@@ -127,9 +127,9 @@ def _run_many(request: Request, prompts: Path, output: Path) -> None:
     quiet_libraries()
     launch, job = detect_launch(os.environ), job_of(os.environ)
     share = PromptFile(prompts, output, launch.rank, launch.world_size, request.settings)
-    loaded = load(request.model, request.dtype, request.threads)
     longest = begun = 0.0
     with StopRequest(tuple(file for file in (job.stop_file,) if file), job.end) as stopping:
+        loaded = load(request.model, request.dtype, request.threads, launch.local_rank)
 
         def generate(index: int, text: str) -> dict[str, object]:
             nonlocal longest, begun
@@ -140,6 +140,7 @@ def _run_many(request: Request, prompts: Path, output: Path) -> None:
 
         def progress(done: int, of: int) -> None:
             print(f"rank {launch.rank}: {done} of {of} prompts", file=sys.stderr, flush=True)
+            job.tell("progress", f"rank {launch.rank}: {done}")
 
         complete = share.work(generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress)
         if complete:

@@ -77,6 +77,8 @@ def run(config: RunConfig) -> str:
         torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
         job = job_of(os.environ) if mesh.is_first else Job()
         lock = on_first_rank(lambda: _prepare(config, job), mesh, place)
+        if config.faults.hang_timeout:  # nobody waits for data any more; the first step may take four times as long
+            rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
             return _train(config, deepspeed_config, mesh, place, job)
         finally:
@@ -154,6 +156,7 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
     from recycle_ds.parallel.agree import on_first_rank, together
     from recycle_ds.parallel.job import FINISHED, STOPPED
     from recycle_ds.training.engine import build_engine
+    from recycle_ds.training.errors import OwnError
     from recycle_ds.training.loop import Trainer
     from recycle_ds.training.reporting import Records
     from recycle_ds.training.run_record import describe_run
@@ -177,6 +180,8 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
             ended = trainer.run(state, stop)
         except RecycleError as error:
             ended = str(error)
+            if isinstance(error, OwnError) and not mesh.is_first:
+                _tell_alone(error, mesh)
             raise
         except RuntimeError as error:
             lost = lost_peer(error)
@@ -191,6 +196,17 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
             job.requeue_if_orphaned()
         stop.obeyed()
         return ended
+
+
+def _tell_alone(error: RecycleError, mesh: Mesh) -> None:
+    """What only this rank knows, told here, and to the shell of the job: to start again would not help."""
+    import os
+
+    from recycle_ds.parallel.job import FAILED, job_of
+
+    print(f"error: rank {mesh.rank}: {error}", file=sys.stderr, flush=True)
+    job_of(os.environ).tell("error", f"rank {mesh.rank}: {error}")
+    job_of(os.environ).tell("outcome", FAILED)
 
 
 def _stop_request(config: RunConfig, mesh: Mesh, job: Job) -> StopRequest:

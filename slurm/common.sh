@@ -10,7 +10,10 @@ if [[ -f slurm/site.env ]]; then source slurm/site.env; fi
 # shellcheck source=defaults.env
 source slurm/defaults.env
 
-say() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+# What scontrol calls this job: the number alone may stand for all tasks of an array.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+say() { echo "[$(date '+%F %T')] job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 if [[ -z $PYTHON ]]; then
@@ -20,19 +23,21 @@ fi
 JOB_DIR=$JOBS_DIR/$SLURM_JOB_ID
 TASKS=${SLURM_NTASKS_PER_NODE:-1}
 TASKS=${TASKS%%(*}
+CPUS=${SLURM_CPUS_PER_TASK:-1}
 HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
 # The first node is where the shell runs. Ports differ from job to job, and from start to start: the one before may linger.
 export MASTER_ADDR=${HOSTS%% *} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 8) % 20000))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
-export RECYCLE_JOB_DIR=$JOB_DIR TASKS HOSTS PYTHON REQUEUE
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} PYTHONUNBUFFERED=1
+export RECYCLE_JOB_DIR=$JOB_DIR RECYCLE_JOB=$JOB TASKS HOSTS PYTHON REQUEUE
 
-job_field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+job_field() { scontrol show job --oneliner "$JOB" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
 
 # What SLURM knows beats the variable, which older releases lack and a job submitted from within a job inherits.
 end=$(job_field EndTime || true)
-if end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
+if [[ -n $end ]] && end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
 
-SRUN=(srun --kill-on-bad-exit=1) WRAP=()
+SRUN=(srun --kill-on-bad-exit=1)
+WRAP=() # where it is empty, bash before 4.4 takes "${WRAP[@]}" for an unset variable: hence ${WRAP[@]+"${WRAP[@]}"}
 case $CONTAINER in
     "") ;;
     apptainer) WRAP=(apptainer exec --nv ${MOUNTS:+--bind "$MOUNTS"} --pwd "$REPO" "${IMAGE:?CONTAINER=apptainer needs IMAGE}") ;;
@@ -45,23 +50,31 @@ esac
 
 # launch MODULE [ARGUMENT ...]: all ranks of the job. The GPUs that SLURM gave to a step stay as they are.
 launch() {
-    local per_task=${SLURM_CPUS_PER_TASK:-1}
-    local ranks=(--ntasks="$((SLURM_JOB_NUM_NODES * TASKS))" --ntasks-per-node="$TASKS" --cpus-per-task="$per_task")
-    local nodes=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((per_task * TASKS))")
+    local ranks=(--ntasks="$((SLURM_JOB_NUM_NODES * TASKS))" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
+    local nodes=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))")
     case $LAUNCHER in
-        srun) exec "${SRUN[@]}" "${ranks[@]}" "${WRAP[@]}" "$PYTHON" -m "$@" ;;
-        torchrun | deepspeed) exec "${SRUN[@]}" "${nodes[@]}" "${WRAP[@]}" bash slurm/node.sh "$LAUNCHER" "$@" ;;
+        srun) exec "${SRUN[@]}" "${ranks[@]}" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
+        torchrun | deepspeed) exec "${SRUN[@]}" "${nodes[@]}" ${WRAP[@]+"${WRAP[@]}"} bash slurm/node.sh "$LAUNCHER" "$@" ;;
         # shellcheck disable=SC2086 # a command with its options
-        mpirun) exec $MPIRUN -n "$((SLURM_JOB_NUM_NODES * TASKS))" "${WRAP[@]}" "$PYTHON" -m "$@" ;;
+        mpirun) exec $MPIRUN -n "$((SLURM_JOB_NUM_NODES * TASKS))" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
         *) fail "LAUNCHER=$LAUNCHER: must be srun, torchrun, deepspeed or mpirun" ;;
     esac
 }
 
-# run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, and does what their end asks for. Sets nothing, exits the job.
+# alone TOOL [ARGUMENT ...]: a short Python program of the repository, where its packages are.
+alone() {
+    if [[ $CONTAINER == pyxis ]]; then
+        "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 "$PYTHON" "$@"
+    else
+        ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" "$@"
+    fi
+}
+
+# run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, and does what their end asks for. It ends the job.
 run_and_requeue() {
     mkdir -p "$JOB_DIR"
     rm -f "$JOB_DIR"/{stop,outcome,error}
-    echo "$(hostname) $$" >"$JOB_DIR/shell"
+    note shell "$(hostname) $$"
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
@@ -78,11 +91,14 @@ run_and_requeue() {
     after "$code"
 }
 
+# A full disk must not end the job.
+note() { echo "$2" >"$JOB_DIR/$1" || say "$JOB_DIR/$1 cannot be written"; }
+
 # No signal goes to a launcher, which would end the ranks: the first rank finds the file at its next step.
 ask_to_stop() {
     stopping=$1
     say "got $1: the run is asked to save and to leave"
-    echo "$1" >"$JOB_DIR/stop"
+    note stop "$1"
 }
 
 after() {
@@ -94,7 +110,9 @@ after() {
         failed) say "given up: $(cat "$JOB_DIR/error" 2>/dev/null || echo 'the error is above')"; exit 1 ;;
         stopped) again "stopped" ;;
     esac
-    [[ -z $stopping ]] || again "stopped before its first step"
+    # 143: a signal came before the ranks could listen to it
+    [[ -z $stopping && $code != 143 ]] || again "stopped before its first step"
+    [[ $code != 0 ]] || exit 0
     crashed "$code"
 }
 
@@ -104,7 +122,7 @@ crashed() {
     progress=$(cat "$JOB_DIR/progress" 2>/dev/null || echo 0)
     read -r count before 2>/dev/null <"$JOB_DIR/crashes" || true
     if [[ ${before:-} == "$progress" ]]; then count=$((count + 1)); else count=1; fi
-    echo "$count $progress" >"$JOB_DIR/crashes"
+    note crashes "$count $progress"
     summary
     if ((count > MAX_CRASHES)); then
         say "given up: $count crashes in a row with nothing new on disk (last: exit code $code)"
@@ -117,21 +135,32 @@ crashed() {
 summary() {
     local run_dir
     run_dir=$(cat "$JOB_DIR/run_dir" 2>/dev/null) || return 0
-    "${WRAP[@]}" "$PYTHON" tools/summarise_runs.py "$run_dir" || true
+    alone tools/summarise_runs.py "$run_dir" || true
 }
 
-# Starts the job again, unless a person cancelled it or SLURM has requeued it already.
+# Starts the job again, unless a person cancelled it or SLURM has requeued it already. The controller may be busy: it is asked for
+# some minutes.
 again() {
     [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not started again"; exit 75; }
-    local state
-    state=$(job_field JobState || echo unknown)
-    case $state in
-        RUNNING | TIMEOUT | NODE_FAIL) ;;
-        *) say "$1; the job is $state: not requeued from here"; exit 75 ;;
-    esac
-    say "$1: requeueing"
-    scontrol requeue "$SLURM_JOB_ID" || exit 75
-    # SLURM ends this shell; leaving by itself could be taken for the end of the job
-    sleep 60 & wait $! || true
+    local try state reason
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        state=$(job_field JobState || true)
+        reason=$(job_field Reason || true)
+        case $state:$reason in
+            RUNNING:* | *:TimeLimit)
+                say "$1: requeueing"
+                if scontrol requeue "$JOB"; then
+                    requeued=1
+                    # SLURM ends this shell; leaving by itself could be taken for the end of the job
+                    sleep 60 & wait $! || true
+                    exit 75
+                fi
+                ;;
+            ?*) say "$1; the job is $state ($reason): not requeued from here"; exit 75 ;;
+        esac
+        say "the controller does not answer (try $try)"
+        sleep 20
+    done
+    say "$1; not requeued: the controller did not answer"
     exit 75
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.manifest import MANIFEST
 
+REPLACED = "replaced-"
+"""How the name of a checkpoint begins while another of the same step takes its place."""
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 
@@ -33,8 +35,14 @@ def completed(run_dir: Path) -> list[Path]:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Deletes what a killed save left behind."""
+    """Deletes what a killed save left behind, and puts back what it had moved aside and not yet replaced."""
     root = run_dir / "checkpoints"
+    for aside in root.glob(f"{REPLACED}*"):
+        final = root / aside.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
     for path in root.glob(".tmp-*"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -31,8 +31,10 @@ class LoadedModel:
     """Tokens in a sequence of its training, where that is known."""
 
 
-def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
-    """Loads a run folder's newest whole checkpoint, a checkpoint, or a Hugging Face folder. dtype: "fp32" or "bf16".
+def load_model(path: str, dtype: str = "fp32", local_rank: int = 0) -> LoadedModel:
+    """Loads a run folder's newest whole checkpoint, a checkpoint, or a folder of another known format.
+
+    dtype: "fp32" or "bf16". local_rank: which of this host's devices, where several processes decode.
 
     Checksums, names and shapes are compared before a weight is read. Raises CheckpointError.
     """
@@ -49,7 +51,7 @@ def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
         )
     model = build_model(source.model, source.recycle, seed=None)
     load_weights(model, source)
-    place = device()
+    place = device(local_rank)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(place, torch_dtype(dtype))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from recycle_ds.checkpoint.files import describe, write_text
-from recycle_ds.checkpoint.folders import completed, step_folder, step_of
+from recycle_ds.checkpoint.folders import REPLACED, completed, step_folder, step_of
 from recycle_ds.checkpoint.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.resume import newest_whole, restore
@@ -154,14 +154,17 @@ class PortableCheckpointer:
         }
         write_manifest(temporary, manifest)
         fsync(temporary)
-        if final.exists():  # the same step once more: the older one goes only now that this one is whole
-            shutil.rmtree(final)
+        aside = None
+        if final.exists():  # the same step once more: the older one goes when this one stands in its place
+            aside = final.with_name(f"{REPLACED}{final.name}")
+            os.rename(final, aside)
         os.rename(temporary, final)
+        fsync(final.parent)
         try:  # the checkpoint stands: what goes wrong from here on is told, and does not undo it
             write_text(final.parent / "latest", f"{final.name}\n")
             # newer ones can only be damaged ones that the run fell back from: they do not count
             older = [path for path in completed(self._run_dir) if (step_of(path) or 0) <= state.step]
-            for old in older[self._config.training.keep_checkpoints :]:
+            for old in [*([aside] if aside else []), *older[self._config.training.keep_checkpoints :]]:
                 shutil.rmtree(old)
         except OSError as error:
             print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)

@@ -17,6 +17,12 @@ from recycle_ds.config.schema import RunConfig
 
 AUTO = "auto"
 
+OFFLOAD_IN_PIPELINE = (
+    "in bf16 DeepSpeed then does not add up the tied embedding's gradients of the first and the last stage"
+)
+# Up to so many micro-batches a step are added up in bf16 at ZeRO 1.
+_FEW_MICRO_BATCHES = 8
+
 # Top-level keys that DeepSpeed 0.19 reads and that make sense for pretraining.
 _KNOWN = frozenset(
     {
@@ -149,11 +155,32 @@ def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
         )
     if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage == 0:
         raise ConfigError(f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 1, 2 or 3; use zero1.json')
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if stage < least and offloads(tree, key):
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} has no effect at ZeRO {stage}: remove it, or use zero{least}_offload.json"
+            )
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed tree; 0 where none is given, as in DeepSpeed."""
     return (tree.get("zero_optimization") or {}).get("stage", 0)
+
+
+def offloads(tree: Mapping[str, Any], key: str) -> bool:
+    """Whether zero_optimization.offload_optimizer or offload_param (`key`) of a DeepSpeed tree moves anything to the host."""
+    section = (tree.get("zero_optimization") or {}).get(key)
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def accumulates_in_fp32(stage: int, dtype: str, pipeline: int, micro_batches: int) -> bool:
+    """Whether gradients are added up in fp32 where the DeepSpeed file does not say.
+
+    stage: ZeRO's. dtype: training.dtype. micro_batches: of one rank in one step. Many micro-batches added up in bf16 lose the
+    small ones, and a pipeline has many. At stage 1 the price is an fp32 gradient of every weight, so few micro-batches without
+    a pipeline stay in bf16; at stage 0 DeepSpeed has no other way.
+    """
+    return dtype == "bf16" and (stage >= 2 or (stage == 1 and (pipeline > 1 or micro_batches > _FEW_MICRO_BATCHES)))
 
 
 def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
@@ -162,7 +189,7 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     data_size is the number of ranks that read different samples. To DeepSpeed Ulysses ranks, which hold the same weights, are
     data-parallel as well, so the batch it is told of counts a sample once for each of them. Clipping is done by recycle_ds (by
     part under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run
-    config, for a batch that does not divide, and for what does not go together with a pipeline.
+    config, for a batch that does not divide, and for what DeepSpeed does not do or does wrongly in the run's layout.
     """
     tree = load_deepspeed_json(config.deepspeed)
     _check_layout(config, tree)
@@ -173,10 +200,11 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
             f"training.global_batch_size ({training.global_batch_size}) must be a multiple of training.micro_batch_size "
             f"({training.micro_batch_size}) x data-parallel ranks ({data_size}) = {per_pass}"
         )
+    micro_batches = training.global_batch_size // per_pass
     owned: dict[str, tuple[Any, str]] = {
         "train_batch_size": (training.global_batch_size, "training.global_batch_size"),
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
-        "gradient_accumulation_steps": (training.global_batch_size // per_pass, "training.global_batch_size"),
+        "gradient_accumulation_steps": (micro_batches, "training.global_batch_size"),
         "gradient_clipping": (training.gradient_clipping, "training.gradient_clipping"),
     }
     for key, (value, owner) in owned.items():
@@ -188,9 +216,7 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     )
     bf16["check_grad_overflow"] = False  # recycle_ds looks at the norms itself, and acts alike at every stage
     tree["bf16"] = bf16
-    if training.dtype == "bf16" and (zero_stage(tree) >= 2 or (zero_stage(tree) and config.parallel.pipeline > 1)):
-        # many micro-batches added up in bf16 lose the small ones, and a pipeline has many. At stage 1 the price is an fp32
-        # gradient of every weight, so without a pipeline the file decides; at stage 0 DeepSpeed has no other way
+    if accumulates_in_fp32(zero_stage(tree), training.dtype, config.parallel.pipeline, micro_batches):
         tree["data_types"] = {"grad_accum_dtype": "fp32"} | tree.get("data_types", {})
     tree["gradient_clipping"] = 0.0
     # The optimizer passed to DeepSpeed is a subclass of torch's AdamW that only adds the clipping factor.
@@ -203,8 +229,14 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
 
 
 def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
-    """Refuses what DeepSpeed cannot combine with a pipeline."""
+    """Refuses what DeepSpeed computes wrongly, or not at all, with tensor parallelism or a pipeline."""
     stages, stage = config.parallel.pipeline, zero_stage(tree)
+    tensor, dtype = config.parallel.tensor, config.training.dtype
+    if stage == 0 and dtype == "bf16" and tensor * stages > 1:
+        raise ConfigError(
+            f"{config.deepspeed}: ZeRO 0 with training.dtype=bf16 at parallel.tensor={tensor}, parallel.pipeline={stages} "
+            "gives wrong gradients in DeepSpeed: use zero1.json, or pipeline.json"
+        )
     if stages == 1:
         return
     if stage > 1:
@@ -212,6 +244,11 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
             f"{config.deepspeed}: ZeRO {stage} does not work with parallel.pipeline={stages}, since it partitions gradients "
             "that a pipeline still adds up over its micro-batches: use pipeline.json (ZeRO 1), or parallel.tensor instead "
             "of parallel.pipeline"
+        )
+    if offloads(tree, "offload_optimizer"):
+        raise ConfigError(
+            f"{config.deepspeed}: offload_optimizer does not work with parallel.pipeline={stages}: {OFFLOAD_IN_PIPELINE}; "
+            "use pipeline.json, or parallel.tensor instead of parallel.pipeline"
         )
     if config.recycle.gradient == "frozen_backbone":
         raise ConfigError(

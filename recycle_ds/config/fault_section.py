@@ -24,7 +24,7 @@ class FaultConfig(Section):
     """Rollbacks of a run, restarts included, before a bad step stops it after all."""
     hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
     """Seconds without progress after which every rank writes its stacks to run_dir/hangs/ and leaves, so that the job restarts;
-    the first step may take four times as long. 0 waits for ever."""
+    the first step, saves and evaluations may take four times as long. 0 waits for ever."""
     straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
     """A rank whose own work takes this many times the median is named in the log."""
     stop_margin: Annotated[float, Field(ge=0)] = 60.0

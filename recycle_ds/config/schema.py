@@ -212,8 +212,15 @@ class RunConfig(Section):
     def _divides(self) -> None:
         """Raises ValueError with the numbers where a size does not divide over the ranks that split it."""
         parallel = self.parallel
+        if parallel.pipeline > self.model.layers:
+            raise ValueError(
+                f"parallel.pipeline ({parallel.pipeline}) exceeds model.layers ({self.model.layers}): a stage would have no "
+                "block; lower it"
+            )
         heads = {"model.heads": self.model.heads, "model.kv_heads": self.model.kv_heads}
-        widths = {"model.ffn": self.model.ffn, "model.hidden": self.model.hidden}
+        widths = {"model.ffn": self.model.ffn}
+        if self.recycle.layers:  # its first product alone is split over the hidden width
+            widths["model.hidden"] = self.model.hidden
         length = {"training.seq_length": self.training.seq_length}
         split_by = (
             ("parallel.tensor", parallel.tensor, heads | widths),

@@ -61,6 +61,11 @@ class PromptFile:
         """Where continuations wait for the others."""
         return self.output.with_name(f"{self.output.name}.parts")
 
+    @property
+    def _mark(self) -> Path:
+        """Beside the output: what it was made of, so that a process that comes late knows that all is done."""
+        return self.output.with_name(f".{self.output.name}.key")
+
     def work(
         self,
         generate: Callable[[int, str], dict[str, Any]],
@@ -77,6 +82,8 @@ class PromptFile:
         records = read_prompt_file(self.prompts)
         key = self._key(records)
         if self.output.is_file() and not self.parts.is_dir():
+            if self._mark.is_file() and self._mark.read_text(encoding="utf-8") == key:
+                return True  # another process was quicker, or an earlier start of the job
             raise DecodingError(f"{self.output}: already exists; name another --output, or remove it")
         self._claim(key)
         done = self._done()
@@ -113,20 +120,26 @@ class PromptFile:
         found: dict[int, dict[str, Any]] = {}
         for part in sorted(self.parts.glob("part-*.jsonl")):
             for line in part.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]:
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # torn by a crash of the machine
+                    continue
                 found[record["index"]] = record
         return found
 
     def _merge(self, count: int) -> bool:
+        """Writes the output if nothing is lacking any more. Whether the output is there."""
         try:
             done = self._done()
-        except FileNotFoundError:  # another process has merged and tidied up meanwhile
+            if len(done) < count:
+                return False
+            write_atomically(self._mark, (self.parts / "key").read_text(encoding="utf-8"))
+        except FileNotFoundError:  # another process has written it, and tidied up meanwhile
             return self.output.is_file()
-        if len(done) == count:
-            lines = [json.dumps(done[index], ensure_ascii=False) + "\n" for index in range(count)]
-            write_atomically(self.output, "".join(lines))
-            shutil.rmtree(self.parts, ignore_errors=True)
-        return self.output.is_file() and not self.parts.is_dir()
+        lines = [json.dumps(done[index], ensure_ascii=False) + "\n" for index in range(count)]
+        write_atomically(self.output, "".join(lines))
+        shutil.rmtree(self.parts, ignore_errors=True)
+        return True
 
 
 def _drop_partial_line(part: Path) -> None:

@@ -20,15 +20,15 @@ def check_runtime(dtype: str, threads: int | None) -> None:
         raise DecodingError(f"threads={threads}: must be at least 1")
 
 
-def load(path: str, dtype: str, threads: int | None) -> LoadedModel:
-    """Loads a model for decoding in this process. threads: CPU threads, None leaves PyTorch's choice.
+def load(path: str, dtype: str, threads: int | None, local_rank: int = 0) -> LoadedModel:
+    """Loads a model for decoding in this process. threads: CPU threads, None leaves PyTorch's choice. local_rank: the device.
 
     Raises DecodingError, and CheckpointError for a folder that cannot be loaded.
     """
     check_runtime(dtype, threads)
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(path, dtype=dtype)
+    return load_model(path, dtype=dtype, local_rank=local_rank)
 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:

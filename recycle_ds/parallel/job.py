@@ -46,7 +46,7 @@ class Job:
 
     def requeue_if_orphaned(self) -> bool:
         """Starts the job again where its shell, which would do so, has been killed. Whether that was so."""
-        if self.folder is None or self.name is None or os.environ.get("REQUEUE") == "0":
+        if self.folder is None or self.name is None or os.environ.get("REQUEUE") != "1":
             return False
         try:
             host, pid = (self.folder / "shell").read_text(encoding="utf-8").split()
@@ -54,8 +54,20 @@ class Job:
             return False
         if host != socket.gethostname() or _alive(pid):
             return False
-        print(f"the shell of job {self.name} has gone: requeueing", flush=True)
-        return subprocess.run(["scontrol", "requeue", self.name], check=False).returncode == 0
+        name = os.environ.get("RECYCLE_JOB") or self.name
+        try:
+            shown = subprocess.run(
+                ["scontrol", "show", "job", name], capture_output=True, text=True, check=False
+            ).stdout
+            if (
+                "ExitCode=0:9" not in shown
+            ):  # a shell that was killed; of a job that a person cancelled SLURM says otherwise
+                return False
+            print(f"the shell of job {name} has been killed: requeueing", flush=True)
+            return subprocess.run(["scontrol", "requeue", name], check=False).returncode == 0
+        except OSError as error:  # no scontrol in a container
+            print(f"warning: the shell of job {name} has gone, and it cannot be requeued: {error}", flush=True)
+            return False
 
 
 def _alive(pid: str) -> bool:

@@ -94,7 +94,10 @@ def start(launch: Launch) -> bool:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     if torch.cuda.is_available():
-        torch.cuda.set_device(device(launch.local_rank))
+        place = device(launch.local_rank)
+        torch.cuda.set_device(place)
+        # DeepSpeed takes it for the number of the device, of which SLURM may show a task its own only
+        os.environ["LOCAL_RANK"] = str(place.index)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
     import deepspeed

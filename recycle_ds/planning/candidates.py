@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from recycle_ds.config import RunConfig
+from recycle_ds.config.deepspeed_json import OFFLOAD_IN_PIPELINE
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.planning.hardware import Cluster
 
@@ -22,6 +24,10 @@ class Candidate:
     offload: bool
     """Optimizer state in host memory."""
     sequence: bool
+
+    def micro_batches(self, config: RunConfig) -> int:
+        """Forward passes of a rank in one optimizer step."""
+        return config.training.global_batch_size // (self.layout.data * self.micro_batch_size)
 
     def describe(self) -> dict[str, int | str | bool]:
         """The fields of the JSON report."""
@@ -60,19 +66,20 @@ def layouts(config: RunConfig, cluster: Cluster, *, ulysses: bool = False) -> It
 def candidates(config: RunConfig, layout: Layout, *, offload: bool) -> Iterator[tuple[Candidate, str]]:
     """ZeRO stage, micro-batch size and recomputation of a possible layout, each with its reason where it is impossible."""
     sequence = layout.tensor > 1 and config.training.seq_length % layout.tensor == 0
-    for stage in (0, 1, 2, 3):
-        fault = _stage_fault(config, layout, stage)
+    where = (False, True) if offload else (False,)
+    for stage, offloaded in ((0, False), *product((1, 2, 3), where)):
+        fault = _stage_fault(config, layout, stage, offload=offloaded)
         for micro in _micro_batches(config, layout):
             for recompute in ("none", "full"):
-                for offloaded in (False, True) if offload and stage else (False,):
-                    yield Candidate(layout, stage, micro, recompute, offloaded, sequence), fault
+                yield Candidate(layout, stage, micro, recompute, offloaded, sequence), fault
             if fault:
                 break  # the same for every micro-batch size
 
 
 def _layout_fault(config: RunConfig, layout: Layout) -> str:
     model, training = config.model, config.training
-    for name in ("heads", "kv_heads", "ffn", "hidden"):
+    split = ("heads", "kv_heads", "ffn", *(("hidden",) if config.recycle.layers else ()))
+    for name in split:
         size = getattr(model, name)
         if size % layout.tensor:
             return f"model.{name} ({size}) is not divisible by tensor {layout.tensor}"
@@ -90,12 +97,14 @@ def _layout_fault(config: RunConfig, layout: Layout) -> str:
     return ""
 
 
-def _stage_fault(config: RunConfig, layout: Layout, stage: int) -> str:
+def _stage_fault(config: RunConfig, layout: Layout, stage: int, *, offload: bool) -> str:
     if layout.pipeline > 1 and stage > 1:
         return f"ZeRO {stage} does not work with a pipeline: DeepSpeed partitions gradients that the pipeline still adds up"
     if stage == 0 and config.training.dtype == "bf16" and layout.tensor * layout.pipeline > 1:
         return "ZeRO 0 in bf16 gives wrong gradients with tensor or pipeline parallelism in DeepSpeed"
-    if stage > 1 and layout.replicas == 1:
+    if offload and layout.pipeline > 1:
+        return f"offload_optimizer does not work with a pipeline: {OFFLOAD_IN_PIPELINE}"
+    if stage > 1 and layout.replicas == 1 and not offload:
         return "ZeRO has nothing to partition at data 1"
     return ""
 

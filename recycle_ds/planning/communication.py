@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 
 from recycle_ds.config import RunConfig
 from recycle_ds.planning.candidates import Candidate
-from recycle_ds.planning.memory import LocalWeights
+from recycle_ds.planning.memory import LocalWeights, reduces_in_fp32
+from recycle_ds.planning.settings import Settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,27 @@ class Communication:
 
 
 def communication(
-    config: RunConfig, candidate: Candidate, blocks: int, weights: LocalWeights, *, last: bool
+    config: RunConfig,
+    candidate: Candidate,
+    blocks: int,
+    weights: LocalWeights,
+    *,
+    last: bool,
+    settings: Settings | None = None,
 ) -> Communication:
-    """What a rank of a stage with `blocks` blocks sends."""
-    training, layout = config.training, candidate.layout
+    """What a rank of a stage with `blocks` blocks sends. settings: those of the run's DeepSpeed file, read if not given."""
+    known = settings or read_settings(config.deepspeed)
+    training = config.training
     element = 2 if training.dtype == "bf16" else 4
-    micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
+    micro_batches = candidate.micro_batches(config)
     stream = element * candidate.micro_batch_size * training.seq_length * config.model.hidden
     return Communication(
         tensor=micro_batches * _tensor(config, candidate, blocks, last=last) * stream,
         ulysses=micro_batches * _ulysses(config, candidate, blocks) * element,
         pipeline=_pipeline(candidate, last=last) * micro_batches * stream,
-        gradients=_gradients(config, candidate, weights, element, micro_batches),
+        gradients=_gradients(
+            candidate, weights, 4 if reduces_in_fp32(config, candidate, known) else element, micro_batches
+        ),
         weights=_weights(candidate, weights, element, micro_batches),
     )
 
@@ -89,13 +99,9 @@ def _pipeline(candidate: Candidate, *, last: bool) -> float:
     return share * (1 if last or stages == 2 else 2)
 
 
-def _gradients(
-    config: RunConfig, candidate: Candidate, weights: LocalWeights, element: int, micro_batches: int
-) -> float:
-    ring = _ring(candidate.layout.replicas)
-    size = element * weights.total * ring
-    if candidate.zero_stage == 1 and candidate.layout.pipeline > 1 and config.training.dtype == "bf16":
-        size *= 2  # added up in fp32, reduced in fp32
+def _gradients(candidate: Candidate, weights: LocalWeights, element: int, micro_batches: int) -> float:
+    """element: bytes of a gradient as it is sent."""
+    size = element * weights.total * _ring(candidate.layout.replicas)
     # stages 0 and 1 reduce once a step (an all-reduce is two passes of the ring), 2 and 3 scatter in every micro-batch
     return size * (2 if candidate.zero_stage < 2 else micro_batches)
 

@@ -4,12 +4,14 @@ What DeepSpeed 0.19.8 keeps per weight (e bytes in the model's type, r ranks tha
 
     ZeRO 0, fp32      weight 4, gradient 4, moments 8
     ZeRO 1            weight e, gradient e until reduced, (master 4 + moments 8) / r
-    ZeRO 1, pipeline  the same in fp32; in bf16 an fp32 gradient 4 beside the bf16 one
-    ZeRO 2            weight e, gradient (4 in bf16 runs, which add up in fp32) / r, (master 4 + moments 8) / r
+    ZeRO 1, summing   the same, and an fp32 gradient 4 beside the bf16 one
+    ZeRO 2            weight e, gradient s / r, (master 4 + moments 8) / r
     ZeRO 3            all of it / r, but small weights stay gathered on every rank
 
-(Rajbhandari et al., arXiv 1910.02054, section 3; the fp32 master exists in fp32 runs too from stage 1 on.) The tests compare
-these figures with the tensors that real runs hold.
+"Summing" are bf16 runs that add gradients up in fp32 (`accumulates_in_fp32`, or the run's DeepSpeed file); s is 4 in them and
+in fp32 runs, else 2. (Rajbhandari et al., arXiv 1910.02054, section 3; the fp32 master exists in fp32 runs too from stage 1.)
+Building a model needs no more: its weights come to the device in the type they are trained in, and where DeepSpeed has no room
+to flatten them there it does so on the host. The tests compare these figures with the tensors that real runs hold.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
+from recycle_ds.config.deepspeed_json import accumulates_in_fp32
 from recycle_ds.model.stages import partition
 from recycle_ds.planning.activations import CUDA, Activations, Kernels, padded_rows
 from recycle_ds.planning.candidates import Candidate
+from recycle_ds.planning.settings import Settings, read_settings
 
 GIB = 2**30
-# DeepSpeed's default for a reduction bucket, in elements; stages 1 to 3 allocate one whole, however small the model.
-BUCKET = 5e8
-# And for the weights that ZeRO-3 keeps gathered during a pass, since they will be needed again soon.
-LIVE = 1e9
+# Elements that DeepSpeed copies together for an all-reduce where fp32 gradients are summed at stage 1; no setting changes it.
+ALL_REDUCE = 5e8
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,17 @@ def _stages(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages
     return tuple(len(part) for part in partition(config, recycle, seq_length, stages))
 
 
-def stage_memory(config: RunConfig, candidate: Candidate, stage: int, kernels: Kernels = CUDA) -> Memory:
-    """What a rank of pipeline stage `stage` holds."""
+def stage_memory(
+    config: RunConfig, candidate: Candidate, stage: int, kernels: Kernels = CUDA, settings: Settings | None = None
+) -> Memory:
+    """What a rank of pipeline stage `stage` holds. settings: those of the run's DeepSpeed file, which is read if not given."""
     training, layout = config.training, candidate.layout
-    element = 2 if training.dtype == "bf16" else 4
     counts = stage_counts(config, layout.pipeline)
     last = stage == layout.pipeline - 1
     weights = local_weights(config.model, config.recycle, layout.tensor, counts[stage], (stage == 0, last))
-    states = _states(weights, candidate, element)
+    states = _states(config, weights, candidate, settings or read_settings(config.deepspeed))
     activations = activations_of(config, candidate, kernels)
-    micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
-    in_flight = min(layout.pipeline - stage, micro_batches)
+    in_flight = min(layout.pipeline - stage, candidate.micro_batches(config))
     stream = activations.element * activations.tokens * config.model.hidden
     stream //= layout.tensor if candidate.sequence else 1
     buffers = states.buffers + activations.working_set()
@@ -124,9 +126,14 @@ def stage_memory(config: RunConfig, candidate: Candidate, stage: int, kernels: K
     )
 
 
-def worst_stage(config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA) -> tuple[int, Memory]:
-    """The stage that holds most, and what it holds."""
-    found = {stage: stage_memory(config, candidate, stage, kernels) for stage in range(candidate.layout.pipeline)}
+def worst_stage(
+    config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA, settings: Settings | None = None
+) -> tuple[int, Memory]:
+    """The stage that holds most, and what it holds. settings: see `stage_memory`."""
+    known = settings or read_settings(config.deepspeed)
+    found = {
+        stage: stage_memory(config, candidate, stage, kernels, known) for stage in range(candidate.layout.pipeline)
+    }
     stage = max(found, key=lambda number: found[number].total)
     return stage, found[stage]
 
@@ -148,30 +155,53 @@ def activations_of(config: RunConfig, candidate: Candidate, kernels: Kernels = C
     )
 
 
-def _states(weights: LocalWeights, candidate: Candidate, element: int) -> Memory:
+def sums_in_fp32(config: RunConfig, candidate: Candidate, settings: Settings) -> bool:
+    """Whether a bf16 run adds up its gradients in fp32: by the DeepSpeed file where that says so, else as training decides."""
+    dtype, stage = config.training.dtype, candidate.zero_stage
+    if settings.grad_accum_dtype is not None and stage:
+        return dtype == "bf16" and settings.grad_accum_dtype == "fp32"
+    return accumulates_in_fp32(stage, dtype, candidate.layout.pipeline, candidate.micro_batches(config))
+
+
+def reduces_in_fp32(config: RunConfig, candidate: Candidate, settings: Settings) -> bool:
+    """Whether a bf16 run also reduces them in fp32: at stage 1 DeepSpeed then takes another optimizer, unless it offloads."""
+    return candidate.zero_stage == 1 and not candidate.offload and sums_in_fp32(config, candidate, settings)
+
+
+def _states(config: RunConfig, weights: LocalWeights, candidate: Candidate, settings: Settings) -> Memory:
     """Weights, gradients, optimizer state and buckets, by ZeRO stage."""
+    element = 2 if config.training.dtype == "bf16" else 4
+    summing = sums_in_fp32(config, candidate, settings)
     count, stage = weights.total, candidate.zero_stage
     shared = count / candidate.layout.replicas
     held: float = element * count
-    gradients, optimizer, buckets = held, 12 * shared, 0.0
+    gradients, optimizer, buckets = held, 12 * shared, element * settings.reduce_bucket_size
+    summed = 4 if summing else element
     if stage == 0:
         # fp32: the weight is the master. bf16 (a single model rank): an fp32 master and gradient beside
-        optimizer = 8 * count if element == 4 else 16 * count
-    elif stage == 1:
-        if element == 2 and candidate.layout.pipeline > 1:
-            gradients += 4 * count
-        buckets = element * BUCKET
+        optimizer, buckets = 8 * count if element == 4 else 16 * count, 0.0
+    elif stage < 3 and settings.overlap:
+        buckets *= 2
+    if stage == 1 and summing:
+        gradients += 4 * count
+        if reduces_in_fp32(config, candidate, settings):
+            buckets = 4 * min(ALL_REDUCE, count)
     elif stage == 2:
-        gradients = 4 * shared
-        buckets = element * BUCKET
-    else:
+        gradients = summed * shared
+    elif stage == 3:
         persistent = weights.small * (1 - 1 / candidate.layout.replicas)
         held = element * (shared + persistent)
-        gradients = 4 * shared
-        buckets = element * (BUCKET + min(LIVE, count))
+        gradients = summed * shared
+        buckets += element * min(_largest(config, candidate) + settings.kept_gathered, count)
     host = 0.0
     if candidate.offload:
         host, optimizer = optimizer, 0.0
         if stage >= 2:
             host, gradients = host + gradients, 0.0
     return Memory(held, gradients, optimizer, 0.0, 0.0, buckets, host)
+
+
+def _largest(config: RunConfig, candidate: Candidate) -> int:
+    """Elements that a module of ZeRO-3 needs at once: the head's weight, gathered for the whole pass, and a product's."""
+    model, tensor = config.model, candidate.layout.tensor
+    return padded_rows(model, tensor) * model.hidden + 2 * model.hidden * model.ffn // tensor

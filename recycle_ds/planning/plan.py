@@ -11,6 +11,7 @@ from recycle_ds.planning.candidates import Candidate, candidates, layouts
 from recycle_ds.planning.communication import Communication, communication
 from recycle_ds.planning.hardware import Cluster
 from recycle_ds.planning.memory import GIB, Memory, local_weights, stage_counts, worst_stage
+from recycle_ds.planning.settings import Settings, read_settings
 from recycle_ds.planning.timing import StepTime, step_time
 
 # Of the device's memory: the CUDA context, NCCL's buffers and what fragmentation loses.
@@ -71,9 +72,13 @@ class Plans:
 
 
 def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True, ulysses: bool = False) -> Plans:
-    """Every layout of the run on the cluster, with Ulysses ones if asked for. model.vocab_size must be known."""
+    """Every layout of the run on the cluster, with Ulysses ones if asked for. model.vocab_size must be known.
+
+    Raises ConfigError when the run's DeepSpeed file, whose bucket sizes count, cannot be read.
+    """
     fitting: list[Plan] = []
     rejected: list[Rejection] = []
+    settings = read_settings(config.deepspeed)
     limit = USABLE * cluster.gpu.memory_gib * GIB
     for layout, fault in layouts(config, cluster, ulysses=ulysses):
         if fault:
@@ -83,11 +88,11 @@ def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True, uly
             if wrong:
                 rejected.append(Rejection(candidate.describe(), wrong))
                 continue
-            stage, memory = worst_stage(config, candidate)
+            stage, memory = worst_stage(config, candidate, settings=settings)
             if memory.total > limit:
                 rejected.append(Rejection(candidate.describe(), _too_large(memory, cluster)))
             else:
-                fitting.append(_plan(config, candidate, cluster, stage, memory))
+                fitting.append(_plan(config, candidate, cluster, stage, memory, settings))
     return Plans(parameters(config.model, config.recycle), rank(fitting), rejected)
 
 
@@ -105,7 +110,9 @@ def _too_large(memory: Memory, cluster: Cluster) -> str:
     )
 
 
-def _plan(config: RunConfig, candidate: Candidate, cluster: Cluster, stage: int, memory: Memory) -> Plan:
+def _plan(
+    config: RunConfig, candidate: Candidate, cluster: Cluster, stage: int, memory: Memory, settings: Settings
+) -> Plan:
     training, layout = config.training, candidate.layout
     counts = stage_counts(config, layout.pipeline)
     sent = [
@@ -115,6 +122,7 @@ def _plan(config: RunConfig, candidate: Candidate, cluster: Cluster, stage: int,
             blocks,
             local_weights(config.model, config.recycle, layout.tensor, blocks, _ends(number, counts)),
             last=number == len(counts) - 1,
+            settings=settings,
         )
         for number, blocks in enumerate(counts)
     ]

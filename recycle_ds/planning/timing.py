@@ -59,7 +59,7 @@ def step_time(
     """counts: blocks of each stage. sent, weights: bytes and elements of the busiest rank."""
     assumed = assumptions or Assumptions()
     training, layout, gpu = config.training, candidate.layout, cluster.gpu
-    micro_batches = training.global_batch_size // (layout.data * candidate.micro_batch_size)
+    micro_batches = candidate.micro_batches(config)
     tokens = training.global_batch_size * training.seq_length / layout.replicas
     width = config.model.ffn / layout.tensor
     rate = gpu.flops(training.dtype) * assumed.compute * width / (width + assumed.narrow)

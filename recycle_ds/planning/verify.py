@@ -14,8 +14,9 @@ from recycle_ds.model.flops import parameters
 from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
 from recycle_ds.parallel.mesh import virtual_mesh
-from recycle_ds.parallel.partitions import partition_range
+from recycle_ds.parallel.partitions import flat_partitions, partition_range
 from recycle_ds.planning.errors import PlanningError
+from recycle_ds.training.optimizer import parameter_groups
 
 
 @contextmanager
@@ -42,9 +43,11 @@ def verify_layout(config: RunConfig, layout: Layout, *, sequence: bool = False) 
     """Checks one layout; returns the number of parts built. Raises PlanningError naming what is missing or doubled.
 
     Data replicas hold what their first one holds, so each (tensor, pipeline) coordinate is built once; that ZeRO's partitions
-    cover each of its parameters is checked by the function that cuts them in training.
+    cover each of its parameters is checked by arithmetic: ZeRO-3's by the function that cuts them in training, ZeRO-1 and 2's
+    by DeepSpeed's rule.
     """
     tiles: dict[str, list[Piece]] = {}
+    firsts: list[tuple[Piece, ...]] = []
     built = 0
     with world_of_one():
         expected = whole_shapes(config.model, config.recycle)
@@ -52,6 +55,10 @@ def verify_layout(config: RunConfig, layout: Layout, *, sequence: bool = False) 
             for tensor in range(layout.tensor):
                 model = build_part(config, layout, Coordinates(pipeline, 0, 0, tensor), sequence=sequence)
                 _collect(model, tiles)
+                if pipeline == 0:
+                    firsts.append(pieces(model, model.mesh)["embedding.weight"])
+                else:
+                    check_copy(model, firsts[tensor])
                 check_partitions(model, layout.replicas)
                 built += 1
     check_tiling(expected, tiles)
@@ -69,6 +76,20 @@ def _collect(model: RecycleGPT, tiles: dict[str, list[Piece]]) -> None:
             # what tensor ranks hold alike (norms) counts once
             if not piece.whole or model.mesh.tensor.rank == 0:
                 tiles.setdefault(piece.name, []).append(piece)
+
+
+def check_copy(model: RecycleGPT, first: Sequence[Piece]) -> None:
+    """Whether a stage's copy of the embedding, where it has one, is the first stage's piece. Raises PlanningError."""
+    for name, row in pieces(model, model.mesh).items():
+        if is_copy(name, model.mesh) and list(row) != list(first):
+            raise PlanningError(
+                f"{name}: the last stage's copy at tensor rank {model.mesh.tensor.rank} is {_rows(row)}, the first stage has "
+                f"{_rows(first)}"
+            )
+
+
+def _rows(row: Sequence[Piece]) -> str:
+    return ", ".join(f"rows {piece.start} to {piece.start + piece.length}" for piece in row) or "padding only"
 
 
 def check_tiling(expected: dict[str, tuple[int, ...]], tiles: dict[str, list[Piece]]) -> None:
@@ -90,10 +111,28 @@ def check_tiling(expected: dict[str, tuple[int, ...]], tiles: dict[str, list[Pie
 
 
 def check_partitions(model: RecycleGPT, replicas: int) -> None:
-    """Whether ZeRO's partitions over the replicas cover every parameter of a part once. Raises PlanningError."""
-    for name, parameter in model.named_parameters():
+    """Whether ZeRO's partitions over the replicas cover every parameter of a part once. Raises PlanningError.
+
+    Stage 3 cuts each parameter by itself, stages 1 and 2 the flattened groups of the optimizer.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
         elements = parameter.numel()
         check_cover(name, elements, [partition_range(elements, replicas, rank) for rank in range(replicas)])
+    for group in parameter_groups(model, 0.0):
+        members = group["params"]
+        sizes = [parameter.numel() for parameter in members]
+        check_flat([names[parameter] for parameter in members], sizes, flat_partitions(sizes, replicas))
+
+
+def check_flat(names: Sequence[str], sizes: Sequence[int], held: Sequence[Sequence[tuple[int, range]]]) -> None:
+    """Whether the replicas' parts of a flattened group hold each element of its parameters once. Raises PlanningError."""
+    ranges: list[list[range]] = [[] for _ in sizes]
+    for part in held:
+        for index, elements in part:
+            ranges[index].append(elements)
+    for name, size, found in zip(names, sizes, ranges, strict=True):
+        check_cover(name, size, found)
 
 
 def check_cover(name: str, elements: int, ranges: Sequence[range]) -> None:

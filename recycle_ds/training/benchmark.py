@@ -25,7 +25,7 @@ from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.batches import assemble
 from recycle_ds.training.engine import build_engine
 from recycle_ds.training.errors import TrainingError
-from recycle_ds.training.live_memory import PeakMemory
+from recycle_ds.training.live_memory import Held, PeakMemory, bytes_of, held_by
 from recycle_ds.training.optimizer import AdamW, parameter_groups
 
 LEAST_ROUNDS = 3
@@ -41,8 +41,8 @@ class Subject(Protocol):
     def step(self) -> None:
         """One optimizer step."""
 
-    def lasting(self) -> list[torch.Tensor]:
-        """Weights, masters and moments."""
+    def held(self) -> Held:
+        """What it keeps from step to step."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class OurSubject:
         self._engine.passes.train(self._batches.micro, self._scales)
         self._engine.gradients.step(lambda _: True)
 
-    def lasting(self) -> list[torch.Tensor]:
+    def held(self) -> Held:
         """See `Subject`."""
-        return _lasting(self._engine.model, self._engine.optimizer)
+        return held_by(self._engine.model, self._engine.optimizer, self._engine.engine.optimizer)
 
 
 class HuggingFaceSubject:
@@ -105,9 +105,9 @@ class HuggingFaceSubject:
             self._engine.backward(loss)
             self._engine.step()
 
-    def lasting(self) -> list[torch.Tensor]:
+    def held(self) -> Held:
         """See `Subject`."""
-        return _lasting(self._model, self._optimizer)
+        return held_by(self._model, self._optimizer, self._engine.optimizer)
 
 
 def llama_config(config: RunConfig) -> Any:
@@ -252,17 +252,16 @@ def _figures(subject: Subject, seconds: list[float], rates: list[float], peak: i
     step = training.global_batch_size * training.seq_length
     per_token = training_flops_per_token(subject.config.model, subject.config.recycle, training.seq_length)
     tokens = step / statistics.median(seconds)
-    lasting = subject.lasting()
-    state = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lasting}.values())
+    held = subject.held()
     return Figures(
-        parameters=sum(t.numel() for t in lasting if isinstance(t, torch.nn.Parameter)),
+        parameters=held.parameters,
         tokens_per_second=tokens,
         model_flops_per_second=tokens * per_token,
         share_of_matmul_rate=statistics.median(
             step * per_token / took / rate for took, rate in zip(seconds, rates, strict=True)
         ),
-        state_gib=state / 2**30,
-        peak_gib=(state + peak) / 2**30,
+        state_gib=bytes_of(held.state) / 2**30,
+        peak_gib=(bytes_of(held.state + held.beside) + peak) / 2**30,
     )
 
 
@@ -277,12 +276,3 @@ def _peak_of(subject: Subject, device: torch.device) -> int:
     with PeakMemory() as tracker:
         subject.step()
     return tracker.peak
-
-
-def _lasting(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    moments = [
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    ]
-    own = {id(parameter) for parameter in model.parameters()}
-    return [*model.parameters(), *[tensor.detach() for tensor in masters if id(tensor) not in own], *moments]

@@ -7,11 +7,11 @@ import torch
 from recycle_ds.data.loader import Batch
 from recycle_ds.training.batches import StepBatches
 from recycle_ds.training.engine import TrainingEngine
-from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.errors import OwnError
 
 
 def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
-    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises TrainingError on the ranks whose memory does not suffice.
+    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises OwnError on the ranks whose memory does not suffice.
 
     autograd.grad walks the same graph as backward() but accumulates nothing, so no gradient, counter or reduction bucket
     changes; generators are put back. A pipeline stage holds as many micro-batches at once as 1F1B does, fed with zeros in place
@@ -22,7 +22,7 @@ def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) 
     try:
         _walk(engine, batches, scales)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(
+        raise OwnError(
             f"one micro-batch does not fit into memory ({' '.join(str(error).split())[:200]}): lower "
             "training.micro_batch_size or training.loss_chunk, or set training.activation_checkpointing=full"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,3 +42,43 @@ class PeakMemory(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         if self._live.pop(key, None) is not None:
             self.current -= size
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model in DeepSpeed's engine keeps on this rank from step to step."""
+
+    parameters: int
+    """Weights of the whole model, whether or not ZeRO-3 has partitioned them."""
+    state: list[torch.Tensor]
+    """Weights, fp32 masters and moments."""
+    beside: list[torch.Tensor]
+    """What ZeRO-3 makes once: its partition of the gradients, and a reduction bucket."""
+
+
+def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> Held:
+    """At any stage. optimizer: torch's. zero: DeepSpeed's around it.
+
+    ZeRO-3 keeps its partition of a weight beside the parameter, whose own data is empty or, of a small weight, stays gathered;
+    its masters are in none of the optimizer's groups between steps.
+    """
+    parameters = list(model.parameters())
+    masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    masters += getattr(zero, "fp32_partitioned_groups_flat", [])
+    partitions = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    moments = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    beside = []
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        beside = [zero.grad_partitions_flat_buffer, *(bucket.buffer for bucket in zero.ipg_buckets.values())]
+    return Held(
+        parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
+        state=[*parameters, *partitions, *masters, *moments],
+        beside=[tensor for tensor in beside if isinstance(tensor, torch.Tensor)],
+    )
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    """Of the tensors' storages, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -66,7 +66,8 @@ class Trainer:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.device = device
         self.state = TrainingState()
-        self._longest = 0.0
+        self._longest = self._evaluation = 0.0
+        self._first = True
         self._checkpointer = checkpointer
         self._reporter = Reporter(config, engine, records, device)
         self._saver = Saver(checkpointer, self._reporter.say, self._save_failed, self._saved)
@@ -173,14 +174,16 @@ class Trainer:
                 recent=self._bad.recent,
             )
         seconds = time.perf_counter() - begun
-        self._longest = max(self._longest, seconds)
+        if not self._first:  # which compiles, opens connections, reads what is read once
+            self._longest = max(self._longest, seconds)
+        self._first = False
         self._reporter.stepped(self.state.step, seconds)
         return StepResult(losses, total_loss, report, action, stopping, writing)
 
     @property
     def _margin(self) -> float:
         """Seconds before the job's end at which to save and leave."""
-        return self.config.faults.stop_margin + 2 * (self._longest + self._saver.longest)
+        return self.config.faults.stop_margin + 2 * (self._longest + self._saver.longest) + self._evaluation
 
     def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str, bool]:
         """Sums of the global batch, why to stop ("" for not) and whether any rank still writes a checkpoint: one collective
@@ -203,6 +206,8 @@ class Trainer:
 
     def _respond(self, step: int) -> str:
         """What is done about the step, on all ranks alike. Saves what came before one that ends the run, and raises."""
+        if self._bad.fault is not None:
+            self._saver.finish()  # whether there is a checkpoint to go back to is known when it is published
         action = self._bad.respond(rollbacks=self.state.rollbacks, can_roll_back=self._saver.any)
         fault = self._bad.fault
         if fault is None:
@@ -226,9 +231,15 @@ class Trainer:
         """Goes on from the newest whole checkpoint with the data after those that led here."""
         bad, jump = self.state.step + 1, self.state.next_sample + self.config.training.global_batch_size
         rollbacks = self.state.rollbacks + 1
-        self._saver.finish()
+        fault = self._bad.fault
+        assert fault is not None, "a rollback has a reason"
+        # the event that told it lies after the checkpoint, and goes with the steps taken back
+        cause = {"reason": fault.kind, "loss_then": fault.loss, "grad_norm_then": fault.norm, "score": fault.score}
         found = self._checkpointer.restore()
-        assert found is not None, "there was a checkpoint"
+        if found is None:
+            raise TrainingError(
+                f"step {bad}: the checkpoint to go back to has gone from {self.config.run_dir}/checkpoints; start again"
+            )
         restored, folder = found
         self.state = replace(restored, next_sample=jump, rollbacks=rollbacks)
         self._saver.forget()
@@ -242,7 +253,9 @@ class Trainer:
             restored.step,
             from_step=bad,
             samples=passed,
+            **cause,
         )
+        self._saver.now(self.state)  # what was decided must outlive a kill
 
     def _after_step(self, result: StepResult, last: int) -> None:
         """Log, save and evaluate when they are due; a stop request does not wait for an evaluation."""
@@ -262,7 +275,9 @@ class Trainer:
         due = training.eval_every and (step % training.eval_every == 0 or step == last)
         if self.validation is not None and due and not result.stop:
             self._watchdog.beat(step, "evaluate")
+            begun = time.perf_counter()
             self._reporter.evaluate(step, self.validation)
+            self._evaluation = max(self._evaluation, time.perf_counter() - begun)
 
     def _saved(self, step: int, waited: float) -> None:
         self._reporter.saved(step, waited)

@@ -15,11 +15,7 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         trim(self._path, resumed_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._board: Any = _board(run_dir, resumed_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line: floats unrounded. Non-finite numbers are written as JSON's extension NaN, as Python reads it back."""
@@ -33,9 +29,16 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """Forgets everything after `step`: the run goes on from there."""
-        self._file.close()
-        trim(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            self._file.flush()
+            trim(self._path, step)
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:  # a log is no reason to lose the run
+            print(f"warning: {self._path}: lines after step {step} stay: {error}", flush=True)
+        if self._board is not None:
+            self._board.close()
+            self._board = _board(self._path.parent, step)
 
     def close(self) -> None:
         """Writes what is buffered."""
@@ -52,6 +55,13 @@ class MetricsLog:
                 tag = f"{key}/{depth}" if isinstance(value, list) else key
                 if isinstance(number, int | float):
                     self._board.add_scalar(tag, number, record["step"])
+
+
+def _board(run_dir: Path, step: int) -> Any:
+    """TensorBoard's writer, which hides what an earlier one wrote after `step`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 def trim(path: Path, step: int) -> None:

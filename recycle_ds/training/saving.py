@@ -56,8 +56,8 @@ class Saver:
 
     @property
     def any(self) -> bool:
-        """Whether there is a checkpoint to go back to, published or being written."""
-        return self._published or self._saving is not None
+        """Whether there is a published checkpoint to go back to."""
+        return self._published
 
     def begin(self, state: TrainingState) -> None:
         """Copies the state and lets a thread write it; waits for the one before, if that is not done."""

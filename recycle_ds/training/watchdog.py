@@ -20,7 +20,9 @@ HANG_EXIT = 70
 """Exit code of a rank that left because of a hang (EX_SOFTWARE)."""
 PHASES = ("starting", "data", "count", "compute", "agree", "update", "log", "save", "evaluate")
 """Of a step, in order."""
-_FIRST_STEP = 4.0
+_LONG = ("save", "evaluate")
+_PATIENCE = 4.0
+"""How many times longer the first step, saves and evaluations may take."""
 _GRACE = 5.0
 """Seconds between a rank's stacks and its end: the others write theirs, and the first one reads them."""
 
@@ -31,7 +33,7 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
         self._folder, self._rank, self._world_size, self._timeout = folder, rank, world_size, timeout
         self._mark = (time.monotonic(), 0, PHASES[0])
-        self._limit = timeout * _FIRST_STEP
+        self._limit, self._settled = timeout * _PATIENCE, False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -44,9 +46,10 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """A sign of life: the step that is being made, and what is done of it."""
         if phase == PHASES[1] and self._mark[2] != PHASES[0]:
-            self._limit = self._timeout  # a whole step has been made
+            self._settled = True  # a whole step has been made
+        self._limit = self._timeout * (1 if self._settled and phase not in _LONG else _PATIENCE)
         self._mark = (time.monotonic(), step, phase)
-        if self._timeout and phase == PHASES[1] and sys.__stderr__ is not None:
+        if self._timeout and phase in (PHASES[1], *_LONG) and sys.__stderr__ is not None:
             # a native call that never gives the interpreter back stops the thread too, but not this timer, which is C
             faulthandler.dump_traceback_later(self._limit + _GRACE / 2, file=sys.__stderr__)
 
@@ -80,13 +83,20 @@ class Watchdog:
             print(f"warning: {headline}; its stacks cannot be written: {error}", file=sys.stderr, flush=True)
         faulthandler.cancel_dump_traceback_later()
         # the first rank speaks before any leaves: a launcher ends all at the first one's end
-        if self._over.wait(_GRACE / 2):  # it was only slow, and is done
+        if self._over.wait(_GRACE / 2) or self._moved_on(step, phase):
             return
         if self._rank == 0:
-            said = _verdict(self._folder, self._world_size, self._limit)
+            try:
+                said = _verdict(self._folder, self._world_size, self._limit)
+            except OSError as error:
+                said = f"hang ({error})"
             print(f"error: {said}; ending the job", file=sys.stderr, flush=True)
-        if not self._over.wait(_GRACE / 2):
+        if not self._over.wait(_GRACE / 2) and not self._moved_on(step, phase):
             os._exit(HANG_EXIT)
+
+    def _moved_on(self, step: int, phase: str) -> bool:
+        """It was only slow."""
+        return self._mark[1:] != (step, phase)
 
 
 def _waits_for_others() -> bool:

@@ -1,4 +1,4 @@
-"""What a rank holds while ZeRO-3 builds a model."""
+"""What a rank holds while ZeRO-3 builds a model, and from step to step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
     mesh = build_mesh(config.parallel)
     tree = resolve_deepspeed(config, mesh.data.size)
     with PeakMemory() as tracker:
-        model, _ = _build_model(config, dict(tree), mesh, torch.device("cpu"))
+        model, _ = _build_model(config, dict(tree), mesh, torch.device("cpu"), initial=True)
     held = sum(getattr(p, "ds_tensor", p).numel() * 4 for p in model.parameters())
     largest = max(getattr(p, "ds_numel", p.numel()) * 4 for p in model.parameters())
     weights = {}
@@ -34,3 +34,25 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
         with deepspeed.zero.GatheredParameters([parameter]):
             weights[name] = parameter.detach().clone()
     return tracker.peak, held, largest, weights, dict(model.named_buffers())
+
+
+def lasting(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, int]:
+    """After two steps of the benchmark's subject: weights, bytes of its state and of what lasts beside, as it counts them; and
+    bytes of all tensors alive but for batches and rotary tables."""
+    from recycle_ds.config import resolve_deepspeed
+    from recycle_ds.parallel import rendezvous
+    from recycle_ds.parallel.mesh import build_mesh
+    from recycle_ds.training.benchmark import OurSubject
+    from recycle_ds.training.live_memory import bytes_of
+    from tests.parallel.planner_reality import live, size_of
+
+    rendezvous.start(rendezvous.detect_launch(os.environ))
+    earlier = live()
+    mesh = build_mesh(config.parallel)
+    subject = OurSubject(config, resolve_deepspeed(config, mesh.data.size), mesh, torch.device("cpu"))
+    subject.step()
+    subject.step()
+    held = subject.held()
+    batches = [tensor for batch in subject._batches.micro for tensor in vars(batch).values()]
+    others = bytes_of([*batches, *subject._engine.model.buffers()])
+    return held.parameters, bytes_of(held.state), bytes_of(held.beside), size_of(live(earlier)) - others

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from recycle_ds.config import ConfigError
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, assert_rounded, curves_of, run_cases
-from tests.parallel.ranks import BREAKAGES, run_all, run_broken
+from tests.parallel.ranks import BREAKAGES, run_broken
 from tests.runs import make_corpus, read_metrics, tiny_run, zero
 
 # An odd number of layers: pipeline stages are uneven. Four query and two key/value heads: a rank has one of the latter.
@@ -69,6 +70,7 @@ SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
         "tp2_sp_small_chunk": (
             "tied3", {"parallel__tensor": 2, "parallel__sequence": True, "training__loss_chunk": 50},
         ),
+        "tp2_odd_hidden": ("odd_hidden", {"parallel__tensor": 2}),
         "tp2_sp_frozen": (
             "frozen", {"parallel__tensor": 2, "parallel__sequence": True, "deepspeed": zero(3)},
         ),
@@ -79,6 +81,18 @@ SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
         ),
         "tp2_dp2_micro1": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(2), "training__micro_batch_size": 1}),
         "tp2_dp2_micro2": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(3), "training__micro_batch_size": 2}),
+        # every tensor rank a head of its own, and one of them nothing but padding of the vocabulary
+        "tp4_sp": ("four_kv_heads", {"parallel__tensor": 4, "parallel__sequence": True, "deepspeed": zero(3)}),
+        "pp4_untied": (
+            "four_layers_untied", {"parallel__pipeline": 4, "deepspeed": PIPELINE, "training__micro_batch_size": 1},
+        ),
+        "pp2_tp2_zero0": ("tied3", {"parallel__pipeline": 2, "parallel__tensor": 2, "deepspeed": zero(0)}),
+        "pp2_dp2_zero0": ("untied1", {"parallel__pipeline": 2, "deepspeed": zero(0)}),
+        "tp2_dp2_zero0": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(0)}),
+        "tp2_dp2_offload2": ("tied3", {"parallel__tensor": 2, "deepspeed": zero("2_offload")}),
+        "tp2_dp2_offload3": ("untied3", {"parallel__tensor": 2, "deepspeed": zero("3_offload")}),
+        "ulysses2_dp2_micro1": ("tied3", {"parallel__ulysses": 2, "training__micro_batch_size": 1}),
+        "ulysses2_dp2_micro2": ("tied3", {"parallel__ulysses": 2, "training__micro_batch_size": 2}),
         "pp2_dp2_micro1": (
             "tied3", {"parallel__pipeline": 2, "deepspeed": PIPELINE, "training__micro_batch_size": 1},
         ),
@@ -89,7 +103,11 @@ EXTRA_SHAPES: dict[str, Change] = {
     "untied_detached": {"recycle__depth": 2, "recycle__gradient": "detached", "model__tied_embeddings": False},
     "plain_lm": {"recycle__layers": 0},
     "frozen": {"recycle__depth": 2, "recycle__gradient": "frozen_backbone"},
+    # without a module nothing splits the hidden width
+    "odd_hidden": {"recycle__layers": 0, "model__hidden": 45, "model__head_dim": 12},
     "four_layers": {"recycle__depth": 2, "model__layers": 4},
+    "four_layers_untied": {"recycle__depth": 2, "model__layers": 4, "model__tied_embeddings": False},
+    "four_kv_heads": {"recycle__depth": 2, "model__kv_heads": 4},
 }
 BF16: Change = {"training__dtype": "bf16"}
 
@@ -184,8 +202,18 @@ def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Pa
         assert_equal(broken, curves["tied3"])
 
 
+def test_a_broken_reduction_fails_in_bf16_too(curves: dict[str, Curve], corpus: Path, root: Path) -> None:
+    """A tolerance for rounding so wide that a whole reduction fits into it."""
+    change = BF16 | {"parallel__tensor": 2, "parallel__sequence": True}
+    config = tiny_run(corpus, root / "broken_bf16", **(BASE | SHAPES["tied3"] | change))
+    assert run_ranks(run_broken, 2, config, "norm_gradients") == ["finished"] * 2
+    with pytest.raises(AssertionError):
+        assert_rounded(curves_of(root, ["broken_bf16"])["broken_bf16"], curves["bf16"])
+
+
 def test_more_stages_than_layers_is_one_line(corpus: Path, root: Path) -> None:
-    """A stage without blocks that fails somewhere inside, on some ranks only."""
-    config = tiny_run(corpus, root / "too_many", parallel__pipeline=4, deepspeed=PIPELINE, training__micro_batch_size=1)
-    (ending,) = {ending for (ending,) in run_ranks(run_all, 4, [config])}
-    assert ending == "error: parallel.pipeline (4) exceeds model.layers (2): a stage would have no block; lower it"
+    """A stage without blocks that fails somewhere inside, on some ranks only, once the data have been prepared."""
+    with pytest.raises(ConfigError) as caught:
+        tiny_run(corpus, root / "too_many", parallel__pipeline=4, deepspeed=PIPELINE, training__micro_batch_size=1)
+    expected = "parallel.pipeline (4) exceeds model.layers (2): a stage would have no block; lower it"
+    assert str(caught.value) == expected

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from recycle_ds.config import load_deepspeed_json, resolve_deepspeed
 from recycle_ds.model import build_model
+from recycle_ds.model.flops import parameters
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.engine import _build_model
 from tests.distributed import run_ranks
-from tests.parallel.partitioned import build
+from tests.parallel.partitioned import build, lasting
 from tests.runs import make_corpus, tiny_run, zero
 
 
@@ -33,3 +38,41 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(weight, expected[name].to(weight.dtype)), name
         for name, table in whole.named_buffers():
             assert torch.equal(buffers[name], table), name
+
+
+@pytest.mark.parametrize(("stage", "dtype", "element"), [(0, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2)])
+def test_whole_weights_are_made_in_their_type(tmp_path: Path, stage: int, dtype: str, element: int) -> None:
+    """Twice the memory of the weights on the device while a bf16 model is built, more than a rank of ZeRO 2 holds later."""
+    change = {"deepspeed": zero(stage), "training__dtype": dtype, "model__vocab_size": 320}
+    config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # whose data are not read
+    model, kept = _build_model(config, resolve_deepspeed(config, 1), Mesh(), torch.device("cpu"), initial=True)
+    whole = build_model(config.model, config.recycle, seed=config.training.seed)
+    assert {parameter.element_size() for parameter in model.parameters()} == {element}
+    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs.to(mine.dtype)), name
+    for table, expected in zip(model.buffers(), whole.buffers(), strict=True):
+        assert torch.equal(table, expected)
+    assert not kept, "nothing is frozen"
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_what_lasts_is_counted(tmp_path: Path, stage: int, dtype: str) -> None:
+    """A benchmark that counts ZeRO-3's empty parameters: no weights, and memory without partitions and masters."""
+    tree = load_deepspeed_json(zero(stage))
+    tree["zero_optimization"]["reduce_bucket_size"] = 300_000
+    (tmp_path / "ds.json").write_text(json.dumps(tree))
+    config = tiny_run(
+        tmp_path / "corpus", tmp_path / "run", deepspeed=str(tmp_path / "ds.json"), training__dtype=dtype,
+        model__vocab_size=1024, model__hidden=256, model__ffn=512,
+    )  # fmt: skip
+    total = parameters(config.model, config.recycle)
+    sizes = [p.numel() for p in build_model(config.model, config.recycle).parameters()]
+    # weights of up to 1e5 elements stay gathered, beside their partitions
+    persistent = sum(size for size in sizes if size <= 1e5)
+    assert 0 < persistent < total / 3
+    element = 2 if dtype == "bf16" else 4
+    weights = element * (total / 2 + persistent if stage == 3 else total)
+    for counted, state, beside, live in run_ranks(lasting, 2, config):
+        assert counted == total
+        assert state == pytest.approx(weights + 12 * total / 2, rel=0.01)
+        assert state + beside == pytest.approx(live, rel=0.01)

@@ -34,6 +34,9 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ZeRO 0, DP 2": (2, 0, {}),
     "ZeRO 1, DP 2": (2, 1, {}),
     "ZeRO 1, DP 2, bf16": (2, 1, BF16),
+    "ZeRO 1, DP 2, bf16, 12 micro-batches": (
+        2, 1, BF16 | {"training__micro_batch_size": 1, "training__global_batch_size": 24},
+    ),
     "ZeRO 2, DP 2, bf16, depth 3": (2, 2, BF16 | {"recycle__depth": 3}),
     "ZeRO 3, DP 2": (2, 3, {"model__tied_embeddings": False}),
     "ZeRO 3, DP 2, bf16, recompute": (2, 3, BF16 | FULL | {"recycle__depth": 3}),
@@ -46,7 +49,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "PP 2 x TP 2 + SP": (4, 1, PP2 | TP2 | SP),
     "PP 2 x DP 2": (4, 1, PP2),
     "TP 2 x DP 2, ZeRO 2": (4, 2, TP2),
-}
+}  # fmt: skip
 
 
 def make_runs(root: Path) -> dict[str, RunConfig]:

@@ -29,6 +29,13 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("zero0_bf16", {"deepspeed": zero(0), "training__dtype": "bf16"}),
     ("zero3", {"deepspeed": zero(3)}),
     ("zero3_bf16", {"deepspeed": zero(3), "training__dtype": "bf16"}),
+    (
+        "zero1_bf16_many",  # so many micro-batches are added up in fp32
+        {
+            "deepspeed": zero(1), "training__dtype": "bf16", "training__micro_batch_size": 1,
+            "training__global_batch_size": 24,
+        },
+    ),
     ("detached", {"deepspeed": zero(1), "recycle__gradient": "detached"}),
     ("frozen", {"deepspeed": zero(3), "recycle__gradient": "frozen_backbone"}),
     ("pipeline", {"deepspeed": PIPELINE, "parallel__pipeline": 2}),
@@ -36,7 +43,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("tensor_sequence", {"deepspeed": zero(2), "parallel__tensor": 2, "parallel__sequence": True}),
     ("ulysses", {"deepspeed": zero(3), "parallel__ulysses": 2}),
     ("grown", {"deepspeed": zero(1), "training__schedule": "constant"}),
-]
+]  # fmt: skip
 
 
 class Runs:
@@ -86,7 +93,8 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> 
     whole, parts = runs.root / name / "whole", runs.root / name / "parts"
     assert figures(parts) == figures(whole)
     events = [record for record in read_metrics(parts) if "event" in record]
-    assert [(event["event"], event["step"]) for event in events] == [("resume", 3)]
+    # on a busy machine a step of one rank may well take long
+    assert [(one["event"], one["step"]) for one in events if one["event"] != "straggler"] == [("resume", 3)]
     last = "checkpoints/step-00000006"
     left, right = tensors(parts / last), tensors(whole / last)
     assert left.keys() == right.keys()
@@ -213,13 +221,22 @@ def test_non_finite_steps(runs: Runs) -> None:
             f"nan{stage}_bf16", deepspeed=zero(stage), training__nonfinite="skip", training__dtype="bf16"
         )
         cases.append((bf16, 3, 0))
+    summing = {"data_types": {"grad_accum_dtype": "fp32"}} | json.loads(Path(zero(1)).read_text())
+    (runs.root / "zero1_fp32_sums.json").write_text(json.dumps(summing))
+    sums = runs.config(
+        "nan1s_bf16", deepspeed=str(runs.root / "zero1_fp32_sums.json"), training__nonfinite="skip",
+        training__dtype="bf16",
+    )  # fmt: skip
+    cases.append((sums, 3, 0))
     endings = run_ranks(run_poisoned, 2, cases, timeout=300)
     assert endings[0] == endings[1]
-    assert endings[0][6:] == ["finished"] * 4
-    for stage in (0, 1, 2, 3):
-        manifest = read_manifest(runs.root / f"nan{stage}_bf16/checkpoints/step-00000006")
+    assert endings[0][6:] == ["finished"] * 5
+    for name in ("0", "1", "2", "3", "1s"):
+        manifest = read_manifest(runs.root / f"nan{name}_bf16/checkpoints/step-00000006")
         assert (manifest.adam_step, manifest.skipped) == (5, 1)
-        figure = steps_of(runs.root / f"nan{stage}_bf16")
+        figure = steps_of(runs.root / f"nan{name}_bf16")
+        weights = tensors(runs.root / f"nan{name}_bf16/checkpoints/step-00000006")
+        assert all(value.isfinite().all() for value in weights.values())
         assert not math.isfinite(figure[2]["loss"]) and math.isfinite(figure[3]["loss"])
     for stage, skipped, stopped in zip((0, 1, 3), endings[0][:6:2], endings[0][1:6:2], strict=True):
         assert skipped == "finished"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recycle_ds.config import ConfigError, load_config, load_deepspeed_json, resolve_deepspeed, save_config
+from recycle_ds.config.deepspeed_json import accumulates_in_fp32, offloads, zero_stage
 
 RUNS = Path(__file__).parents[3] / "ds_configs" / "runs"
 DEEPSPEED = Path(__file__).parents[3] / "ds_configs" / "deepspeed"
@@ -126,6 +127,14 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
             {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 0}},
             ["needs ZeRO 1, 2 or 3", "zero1.json"],
         ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer has no effect at ZeRO 0", "zero1_offload.json"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param has no effect at ZeRO 2", "zero3_offload.json"],
+        ),
         ({"activation_checkpointing": {}}, ["set training.activation_checkpointing"]),
     ],
 )
@@ -146,6 +155,40 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     assert tree["gradient_accumulation_steps"] * 2 * 2 == tree["train_batch_size"] == 8
     with pytest.raises(ConfigError, match=r"global_batch_size \(8\).*micro_batch_size \(2\).*ranks \(3\) = 6"):
         resolve_deepspeed(config, 3)
+
+
+@pytest.mark.parametrize(("stage", "dtype", "pipeline", "micro_batches", "expected"), [
+    (0, "bf16", 1, 99, False), (1, "bf16", 1, 8, False), (1, "bf16", 1, 9, True), (1, "bf16", 2, 1, True),
+    (2, "bf16", 1, 1, True), (3, "bf16", 1, 1, True), (1, "fp32", 2, 99, False), (2, "fp32", 1, 99, False),
+])  # fmt: skip
+def test_many_gradients_are_added_up_in_fp32(
+    tmp_path: Path, stage: int, dtype: str, pipeline: int, micro_batches: int, expected: bool
+) -> None:
+    """Small gradients lost in a bf16 sum of many, or four bytes a weight spent where there are few; a file not heard."""
+    assert accumulates_in_fp32(stage, dtype, pipeline, micro_batches) is expected
+    changes = [
+        f"training.dtype={dtype}", f"parallel.pipeline={pipeline}", "training.micro_batch_size=1",
+        f"training.global_batch_size={2 * micro_batches}",
+    ]  # fmt: skip
+    zero = {"stage": stage}
+
+    def resolved(**given: object) -> object:
+        path = deepspeed_file(tmp_path, zero_optimization=zero, **given)
+        return resolve_deepspeed(load_config(RUNS / "demo.yaml", [f"deepspeed={path}", *changes]), 2).get("data_types")
+
+    assert resolved() == ({"grad_accum_dtype": "fp32"} if expected else None)
+    assert resolved(data_types={"grad_accum_dtype": "bf16"}) == {"grad_accum_dtype": "bf16"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_offload_files_offload(stage: int) -> None:
+    """A file whose name promises what it does not do, or a device that is none refused as if it were one."""
+    tree = load_deepspeed_json(str(DEEPSPEED / f"zero{stage}_offload.json"))
+    assert zero_stage(tree) == stage and offloads(tree, "offload_optimizer")
+    assert not offloads(
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}}, "offload_optimizer"
+    )
+    assert not offloads({}, "offload_param")
 
 
 def test_merge_keys_of_yaml(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ PIPELINE = str(ROOT / "ds_configs" / "deepspeed" / "pipeline.json")
             ["parallel.tensor=2", "parallel.sequence=true", "training.seq_length=127"],
             ["training.seq_length (127)", "parallel.tensor (2)", "when parallel.sequence is on"],
         ),
+        (["parallel.pipeline=9"], ["parallel.pipeline (9)", "exceeds model.layers (4)", "lower it"]),
+        (["parallel.tensor=2", "model.hidden=63", "model.head_dim=16"], ["model.hidden (63)", "parallel.tensor (2)"]),
         (["parallel.ulysses=2", "parallel.tensor=2"], ["ulysses (2)", "tensor=2", "combine it with ZeRO"]),
         (["parallel.ulysses=2", "parallel.pipeline=2"], ["ulysses (2)", "pipeline=2", "combine it with ZeRO"]),
     ],
@@ -32,7 +34,9 @@ PIPELINE = str(ROOT / "ds_configs" / "deepspeed" / "pipeline.json")
 def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> None:
     """A degree that cuts a head in two, found out by a shape error deep inside, or not at all."""
     with pytest.raises(ConfigError) as caught:
-        load_config(RUNS / "demo.yaml", ["model.heads=4", "model.kv_heads=2", "model.hidden=64", *overrides])
+        load_config(
+            RUNS / "demo.yaml", ["model.heads=4", "model.kv_heads=2", "model.hidden=64", "model.layers=4", *overrides]
+        )
     for part in parts:
         assert part in str(caught.value)
 
@@ -42,6 +46,10 @@ def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> Non
     [
         ([f"deepspeed={zero(2)}"], ["ZeRO 2", "parallel.pipeline=2", "pipeline.json"]),
         ([f"deepspeed={zero(3)}"], ["ZeRO 3", "parallel.pipeline=2", "pipeline.json"]),
+        (
+            [f"deepspeed={zero('1_offload')}"],
+            ["offload_optimizer", "parallel.pipeline=2", "tied embedding", "pipeline.json", "parallel.tensor"],
+        ),
         (["recycle.gradient=frozen_backbone"], ["frozen_backbone", "parallel.pipeline=2", "ZeRO 3"]),
         (["training.compile=true"], ["training.compile=true", "parallel.pipeline=2"]),
     ],
@@ -53,6 +61,23 @@ def test_what_does_not_go_with_a_pipeline(overrides: list[str], parts: list[str]
         resolve_deepspeed(config, 1)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_zero_0_in_bf16_is_refused_before_anything_is_read(axis: str) -> None:
+    """Wrong gradients, or a refusal that comes when the data have been prepared on every node."""
+    sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=64"]
+    overrides = [f"deepspeed={zero(0)}", f"parallel.{axis}=2", "training.dtype=bf16"]
+    with pytest.raises(ConfigError, match=rf"ZeRO 0 with training.dtype=bf16 at .*parallel.{axis}=2.* wrong gradients"):
+        resolve_deepspeed(load_config(RUNS / "demo.yaml", sizes + overrides), 1)
+    for allowed in (overrides[:2], overrides[::2]):
+        resolve_deepspeed(load_config(RUNS / "demo.yaml", sizes + allowed), 1)
+
+
+def test_without_a_module_nothing_splits_the_hidden_width() -> None:
+    """A model refused for a size that its layout does not split."""
+    sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=63", "model.head_dim=16", "recycle.layers=0"]
+    assert load_config(RUNS / "demo.yaml", ["parallel.tensor=2", *sizes]).model.hidden == 63
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RUNS.glob("*.yaml")))

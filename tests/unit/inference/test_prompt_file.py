@@ -57,8 +57,9 @@ def test_other_settings_are_not_mixed_in(prompts: Path) -> None:
     with pytest.raises(DecodingError, match="begun with other prompts or settings"):
         work(share(prompts, 1, 2, mode="alternate"))
     assert work(share(prompts, 1, 2))
+    assert work(share(prompts, 1, 4)), "whoever comes late finds all done"
     with pytest.raises(DecodingError, match="already exists"):
-        work(share(prompts, 0, 1))
+        work(share(prompts, 0, 1, mode="alternate"))
 
 
 def test_separators_inside_a_text_are_no_line_ends(tmp_path: Path) -> None:

@@ -68,10 +68,13 @@ def test_a_full_disk_does_not_end_what_is_told(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_job_is_requeued_by_its_run_only_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that is requeued twice, by its shell and by its run; or one of another host, of whose shell nothing is known."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    said = tmp_path / "said"
+    said, state = tmp_path / "said", tmp_path / "state"
+    state.write_text("JobState=COMPLETING ExitCode=0:9")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("REQUEUE", "1")
+    monkeypatch.setenv("RECYCLE_JOB", "30_2")
     program = tmp_path / "scontrol"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    program.write_text(f'#!/bin/sh\n[ $1 = show ] && cat {state} || echo "$@" >> {said}\n')
     program.chmod(0o755)
     job, shell = Job(tmp_path, None, "31", 0), tmp_path / "shell"
     assert not job.requeue_if_orphaned(), "there is no word of a shell"
@@ -85,7 +88,11 @@ def test_a_job_is_requeued_by_its_run_only_without_a_shell(tmp_path: Path, monke
     assert not said.exists()
     monkeypatch.setenv("REQUEUE", "1")
     assert job.requeue_if_orphaned()
-    assert said.read_text() == "requeue 31\n"
+    assert said.read_text() == "requeue 30_2\n"
+    state.write_text("JobState=CANCELLED ExitCode=0:15")
+    assert not job.requeue_if_orphaned(), "a person has cancelled it"
+    program.unlink()
+    assert not job.requeue_if_orphaned(), "there is no scontrol"
 
 
 def test_one_rank_speaks() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recycle_ds.config import RunConfig
+from recycle_ds.config import ConfigError, RunConfig
 from recycle_ds.model.flops import parameters
 from recycle_ds.model.stages import partition
 from recycle_ds.parallel.layout import Layout
@@ -67,12 +70,70 @@ def test_impossible_layouts_are_not_offered() -> None:
     """A plan that pretraining would refuse at start-up."""
     for plan in plans("70b", 16).fitting:
         layout = plan.candidate.layout
-        assert layout.pipeline == 1 or plan.candidate.zero_stage < 2
+        assert layout.pipeline == 1 or (plan.candidate.zero_stage < 2 and not plan.candidate.offload)
         assert 8 % layout.tensor == 0, "70 B has eight key/value heads, and a node eight GPUs"
         assert 1024 % (layout.data * plan.candidate.micro_batch_size) == 0
     reasons = {rejection.reason for rejection in plans("70b", 16).rejected}
-    assert any("does not work with a pipeline" in reason for reason in reasons)
+    assert any("ZeRO 2 does not work with a pipeline" in reason for reason in reasons)
+    assert any("offload_optimizer does not work with a pipeline" in reason for reason in reasons)
     assert any("needs" in reason and "GiB" in reason for reason in reasons)
+
+
+def test_one_replica_may_offload() -> None:
+    """The only layouts in which a model fits one GPU rejected, since ZeRO 2 and 3 have nothing to partition there."""
+    alone = make_plans(preset("recyclegpt_1.3b"), Cluster(1, 1, find_gpu("h100")))
+    offered = {(plan.candidate.zero_stage, plan.candidate.offload) for plan in alone.fitting}
+    assert {(2, True), (3, True)} <= offered
+    assert not {(2, False), (3, False)} & offered
+    reasons = {rejection.reason for rejection in alone.rejected}
+    assert "ZeRO has nothing to partition at data 1" in reasons
+
+
+def with_file(folder: Path, zero: dict[str, Any], **more: Any) -> RunConfig:
+    """7 B with a DeepSpeed file of its own."""
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1} | zero} | more))
+    return preset("7b").model_copy(update={"deepspeed": str(path)})
+
+
+def test_the_runs_deepspeed_file_counts(tmp_path: Path) -> None:
+    """Buckets that the run makes smaller, or larger, planned at DeepSpeed's defaults."""
+    plain = preset("7b")
+
+    def buffers(stage: int, **zero: Any) -> float:
+        return stage_memory(with_file(tmp_path, zero), candidate(zero_stage=stage), 0).buffers
+
+    for stage in (2, 3):
+        usual = stage_memory(plain, candidate(zero_stage=stage), 0).buffers
+        assert usual - buffers(stage, reduce_bucket_size=1e8) == pytest.approx(2 * 4e8)
+    assert buffers(2, overlap_comm=True) - buffers(2) == pytest.approx(2 * 5e8)
+    assert buffers(3, overlap_comm=True) == buffers(3)
+    assert buffers(2, allgather_bucket_size=1e6) == buffers(2), "weights are gathered where they lie"
+    assert buffers(3) - buffers(3, stage3_max_live_parameters=1e8) == pytest.approx(2 * 9e8)
+    near = {"stage3_max_reuse_distance": 0}
+    assert buffers(3, stage3_prefetch_bucket_size=3e8, **near) - buffers(3, **near) == pytest.approx(2 * 2.5e8)
+    assert buffers(2, stage3_max_live_parameters=1e8) == buffers(2)
+    with pytest.raises(ConfigError, match=r"reduce_bucket_size='many': must be a number of elements"):
+        buffers(2, reduce_bucket_size="many")
+    with pytest.raises(ConfigError, match=r"deepspeed='nowhere.json': no such file"):
+        stage_memory(plain.model_copy(update={"deepspeed": "nowhere.json"}), candidate(), 0)
+
+
+def test_sums_in_fp32_are_those_of_training(tmp_path: Path) -> None:
+    """Four bytes a weight that the run takes and the plan does not, or that it plans and the run does not take."""
+    plain, bf16 = preset("7b"), with_file(tmp_path, {}, data_types={"grad_accum_dtype": "bf16"})
+    weights = local_weights(plain.model, plain.recycle, 1, 32, (True, True)).total
+    per_rank = plain.training.global_batch_size // 8
+    for micro, sums in ((1, True), (per_rank // 8, False)):  # 8 micro-batches are few
+        one = candidate(micro_batch_size=micro)
+        assert stage_memory(plain, one, 0).gradients == pytest.approx((6 if sums else 2) * weights)
+        sent = communication(plain, one, 32, local_weights(plain.model, plain.recycle, 1, 32, (True, True)), last=True)
+        assert sent.gradients == pytest.approx((4 if sums else 2) * weights * 7 / 8 * 2)
+        assert stage_memory(bf16, one, 0).gradients == pytest.approx(2 * weights)
+    two = candidate(zero_stage=2)
+    assert stage_memory(plain, two, 0).gradients == 2 * stage_memory(bf16, two, 0).gradients
+    staged = candidate(layout=Layout(pipeline=2, data=4), micro_batch_size=plain.training.global_batch_size // 8)
+    assert stage_memory(plain, staged, 0).gradients == 3 * stage_memory(bf16, staged, 0).gradients
 
 
 def test_no_offload_offers_none() -> None:
@@ -194,6 +255,28 @@ def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1
     assert json.loads(printed.out)["layouts"] == []
     assert "error: nothing fits: the smallest layout needs" in printed.err
+
+
+def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_the_tool_as_scripts_call_it() -> None:
+    """Anything but JSON on stdout, or an exit code that does not tell a plan, none and a misspelt GPU apart."""
+    fits = plan_tool("--config", "recyclegpt_1.3b", "--nodes", "1", "--gpus-per-node", "2", "--json", "--verify")
+    assert fits.returncode == 0, fits.stderr
+    assert json.loads(fits.stdout)["layouts"] and "verified: tensor" in fits.stderr
+    none = plan_tool("--config", "70b", "--gpus-per-node", "1", "--gpu", "l40s", "--no-offload", "--json")
+    assert none.returncode == 1
+    assert json.loads(none.stdout)["layouts"] == []
+    assert "error: nothing fits: the smallest layout needs" in none.stderr and "Traceback" not in none.stderr
+    wrong = plan_tool("--config", "7b", "--gpu", "h1000", "--json")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    errors = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--gpu h1000: not known" in errors[0] and "Traceback" not in wrong.stderr
 
 
 def test_wrong_cluster_is_one_line() -> None:

@@ -10,14 +10,26 @@ from recycle_ds.config import RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import Piece, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
+from recycle_ds.parallel.partitions import flat_partitions
 from recycle_ds.planning import command
 from recycle_ds.planning.errors import PlanningError
-from recycle_ds.planning.verify import build_part, check_cover, check_tiling, verify_layout, world_of_one
+from recycle_ds.planning.verify import (
+    build_part,
+    check_copy,
+    check_cover,
+    check_flat,
+    check_tiling,
+    verify_layout,
+    world_of_one,
+)
 from tests.runs import ROOT
 
 
 @lru_cache
 def preset(name: str) -> RunConfig:
+    if name == "odd":  # no module, so nothing splits the hidden width
+        sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=63", "model.head_dim=16", "recycle.layers=0"]
+        return command.read_run(str(ROOT / "ds_configs/runs/demo.yaml"), ["model.vocab_size=1000", *sizes])
     return command.read_run(str(ROOT / "ds_configs" / "runs" / f"{name}.yaml"), [])
 
 
@@ -31,6 +43,7 @@ def preset(name: str) -> RunConfig:
     ("70b", Layout(tensor=8)),
     ("70b", Layout(tensor=8, pipeline=4, data=2)),
     ("70b", Layout(tensor=4, pipeline=8, data=32)),
+    ("odd", Layout(tensor=2, pipeline=2, data=2)),
 ])  # fmt: skip
 def test_parts_tile_the_model(name: str, layout: Layout) -> None:
     """Rows of a weight that no rank of 8, 64 or 1,024 holds, or that two stages train apart."""
@@ -95,3 +108,29 @@ def test_a_wrong_partition_is_found(ranges: list[range], message: str) -> None:
     check_cover("norm.weight", 9, [range(0, 5), range(5, 9)])
     with pytest.raises(PlanningError, match=rf"norm.weight: {message}"):
         check_cover("norm.weight", 9, ranges)
+
+
+def test_a_wrong_flat_partition_is_found() -> None:
+    """The same for what ZeRO-1 and 2 cut out of a flattened group: an element that no replica updates, or that two do."""
+    names, sizes = ["a", "b", "c"], [5, 9, 3]
+    held = flat_partitions(sizes, 3)
+    check_flat(names, sizes, held)
+    with pytest.raises(PlanningError, match="b: 2 ZeRO partitions cover 7 of 9 elements"):
+        check_flat(names, sizes, held[:-1])
+    with pytest.raises(PlanningError, match=r"b: elements \d+ to \d+ are doubled"):
+        check_flat(names, sizes, [held[0], held[1], *held[1:]])
+
+
+def test_a_copy_of_other_rows_is_found() -> None:
+    """Ends of a pipeline that embed with different rows of one matrix."""
+    config, layout = preset("recyclegpt_1.3b"), Layout(tensor=2, pipeline=2)
+    with world_of_one():
+        first, other, last = (
+            build_part(config, layout, Coordinates(stage, 0, 0, tensor), sequence=False)
+            for stage, tensor in ((0, 0), (0, 1), (1, 0))
+        )
+        check_copy(last, pieces(first, first.mesh)["embedding.weight"])
+        with pytest.raises(
+            PlanningError, match=r"embedding\.weight: the last stage's copy at tensor rank 0 is rows 0 to"
+        ):
+            check_copy(last, pieces(other, other.mesh)["embedding.weight"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from recycle_ds.config import RecycleConfig, load_config
-from recycle_ds.model.flops import training_flops_per_token
+from recycle_ds.model.flops import parameters, training_flops_per_token
 from recycle_ds.training.benchmark import BACKBONE, HUGGING_FACE, RECYCLE, llama_config, ratios
 from tests.runs import ROOT
 
@@ -59,6 +59,21 @@ def test_report(tmp_path: Path) -> None:
     assert "Hugging Face's tokens/s" in done.stdout
 
 
+def test_zero_3_has_weights_too(tmp_path: Path) -> None:
+    """No weights and half the state, since ZeRO-3 leaves parameters of over 1e5 elements empty."""
+    path = tmp_path / "bench.json"
+    wide = ["model.hidden=256", "model.ffn=512", "deepspeed=ds_configs/deepspeed/zero3.json"]
+    done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, *wide, "--steps", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    config = load_config(ROOT / "ds_configs" / "runs" / "bench_20m.yaml", [*SMALL, *wide])
+    for name, one in json.loads(path.read_text())["subjects"].items():
+        recycle = config.recycle if name == RECYCLE else RecycleConfig(layers=0)
+        assert one["parameters"] == parameters(config.model, recycle)
+        # a partition, its master and moments, all on the one rank, and small weights once more
+        assert 15.9 < one["state_gib"] * 2**30 / one["parameters"] < 18
+        assert one["peak_gib"] > one["state_gib"]
+
+
 def test_ratios_pair_the_rounds() -> None:
     """A slow spell of the machine, which hits all subjects of a round, counted against one of them."""
     config = load_config(ROOT / "ds_configs" / "runs" / "bench_20m.yaml")
@@ -81,8 +96,8 @@ def test_hugging_faces_model_has_the_runs_shape() -> None:
     import torch
 
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in LlamaForCausalLM(llama).parameters())
-    assert 130e6 < parameters < 140e6
+        count = sum(p.numel() for p in LlamaForCausalLM(llama).parameters())
+    assert 130e6 < count < 140e6
 
 
 @pytest.mark.parametrize(
