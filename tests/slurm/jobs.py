@@ -96,7 +96,9 @@ def ranks_of(run_dir: Path) -> list[int]:
             )
         except OSError:
             continue
+        launchers = (b"torch.distributed.run", b"deepspeed.launcher.launch", b"slurm/shielded.py")
         is_rank = b"recycle_ds.pretrain" in words and b"python" in Path(os.fsdecode(words[0])).name.encode()
+        is_rank = is_rank and not any(name in words for name in launchers)
         if is_rank and f"run_dir={run_dir}".encode() in words:
             found.append((int(variables.get(b"RANK", variables.get(b"SLURM_PROCID", b"0"))), int(entry.name)))
     return [pid for _, pid in sorted(found)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from tests.slurm.jobs import Jobs, ranks_of
 
 pytestmark = pytest.mark.slurm
 ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
-SAVED_BY_ITSELF = ("usr1", "term", "time_limit")
+# What the log calls the reason of a stop that the run saved for.
+REASONS = {"usr1": "stop file", "term": "SIGTERM"}
 
 
 def usr1(jobs: Jobs, job: str, run_dir: Path) -> None:
@@ -82,9 +84,57 @@ def test_the_job_goes_on_by_itself(jobs: Jobs, lab: Path, whole: list[list[float
     assert figures(run_dir) == whole, "bit for bit"
     resumed = [record["step"] for record in read_metrics(run_dir) if record.get("event") == "resume"]
     assert resumed and resumed[0] >= 10, log
-    if way in SAVED_BY_ITSELF:
-        assert resumed[0] % 5 or resumed[0] > 12, "it saved where it was asked to, not where it would have anyway"
+    if way in REASONS:
+        stopped = re.search(rf"^{REASONS[way]} at step (\d+)$", log, re.MULTILINE)
+        assert stopped is not None and int(stopped.group(1)) == resumed[0], "it saved where it was asked to"
     assert "restarts 1" in log.rpartition("summary of")[2], log
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("way", ["term", "killed_rank"])
+def test_under_other_launchers(jobs: Jobs, lab: Path, whole: list[list[float]], way: str, launcher: str) -> None:
+    """A launcher that ends its ranks before they have saved, or that outlives a rank that died."""
+    run_dir = lab / f"{way}_{launcher}"
+    common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
+    job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), LAUNCHER=launcher)
+    jobs.until_step(run_dir, 12, job)
+    WAYS[way](jobs, job, run_dir)
+    assert jobs.wait(job, timeout=240) == "COMPLETED", jobs.log(job)
+    assert figures(run_dir) == whole, "bit for bit"
+    assert int(jobs.field(job, "Restarts")) == 1, jobs.log(job)
+
+
+@pytest.mark.full
+def test_the_signal_before_the_time_limit(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
+    """A signal that SLURM itself sends, and that nobody hears: the job then ends at its limit, and does not come back."""
+    run_dir = lab / "limit"
+    common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
+    job = jobs.submit("pretrain.sbatch", *common, options=("--time=1",), signal="B:USR1@30", inject="slow:2.5")
+    assert jobs.wait(job, timeout=240) == "COMPLETED", jobs.log(job)
+    assert figures(run_dir) == whole, "bit for bit"
+    assert int(jobs.field(job, "Restarts")) >= 1 and "got USR1" in jobs.log(job)
+
+
+@pytest.mark.full
+def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
+    """A preempted run of a sweep that takes all others with it: one task of an array bears the array's own number."""
+    sweep = lab / "preempted.txt"
+    sweep.write_text("one\ntwo training.learning_rate=2e-3\n")
+    common = ("--config", str(lab / "run.yaml"), "training.steps=30")
+    folder = lab / "sweeps" / "preempted"
+    array = jobs.submit(
+        "sweep.sbatch", str(sweep), *common, options=("--time=10", "--array=1-2"), tasks=1, nodes=1,
+        inject="slow:0.5", RUNS_DIR=str(lab / "sweeps"),
+    )  # fmt: skip
+    tasks = [f"{array}_1", f"{array}_2"]
+    for name in ("one", "two"):
+        jobs.until_step(folder / name, 4, array)
+    # the last task has the array's own number
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", tasks[1])
+    for task in tasks:
+        assert jobs.wait(task) == "COMPLETED", jobs.log(jobs.field(task, "JobId"))
+    assert [int(jobs.field(task, "Restarts")) for task in tasks] == [0, 1]
 
 
 def test_ends(jobs: Jobs, lab: Path) -> None:
