@@ -26,6 +26,9 @@ from recycle_ds.data.targets import IGNORE
 from recycle_ds.parallel.mesh import Axis
 from recycle_ds.parallel.products import upcasts
 
+_ROWS_IN_CACHE = 32
+"""Rows of logits that a CPU passes over together: 2 MiB of a vocabulary of 16,384."""
+
 
 @dataclass(frozen=True)
 class HeadShard:
@@ -95,6 +98,27 @@ def head_predictions(
     return total, best
 
 
+class _HeadGradient:
+    """The head's gradient, a sum over chunks: in fp32 even for bf16 weights as soon as there are two of them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._sum: Tensor | None = None
+
+    def add(self, error: Tensor, states: Tensor) -> None:
+        """Adds error^T states. error: [n, V_local], states: [n, D]."""
+        if self._sum is None:
+            self._sum = error.t() @ states
+        elif error.dtype == torch.float32:
+            self._sum.addmm_(error.t(), states)
+        else:
+            self._sum = self._sum.float().add_(error.t() @ states)
+
+    def total(self) -> Tensor:
+        """[V_local, D] in the weight's type."""
+        return torch.zeros_like(self._weight) if self._sum is None else self._sum.to(self._weight.dtype)
+
+
 class _HeadLosses(torch.autograd.Function):
     """Forms the gradients in the forward pass; the backward pass only scales them."""
 
@@ -112,11 +136,10 @@ class _HeadLosses(torch.autograd.Function):
         want_weight = ctx.needs_input_grad[0]
         want_hidden = ctx.needs_input_grad[6:]
         sums = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
-        # fp32 even for bf16 weights: many chunks are added up
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
+        head = _HeadGradient(weight)
         grads: list[Tensor | None] = []
         for index, hidden in enumerate(hiddens):
-            into_weight = grad_weight if train_head[index] else None
+            into_weight = head if want_weight and train_head[index] else None
             grad = torch.empty_like(hidden) if want_hidden[index] else None
             for part in _chunks(hidden, weight, targets[index], shard, chunk, want_best=False):
                 sums[index] += part.loss.sum()
@@ -125,7 +148,7 @@ class _HeadLosses(torch.autograd.Function):
             if grad is not None and shard.axis.size > 1 and not shard.scattered:
                 dist.all_reduce(grad, group=shard.axis.group)
             grads.append(grad)
-        ctx.save_for_backward(None if grad_weight is None else grad_weight.to(weight.dtype), *grads)
+        ctx.save_for_backward(head.total() if want_weight else None, *grads)
         ctx.mark_non_differentiable(sums)
         return torch.dot(sums, scales), sums
 
@@ -164,6 +187,8 @@ def _softmax(
     logits: Tensor, targets: Tensor, rows: slice, states: Tensor, shard: HeadShard, want_best: bool
 ) -> ChunkLogits:
     """Cross entropy of a chunk; `logits` is overwritten by its exponentials."""
+    if shard.axis.size == 1 and logits.device.type == "cpu" and not want_best:
+        return _softmax_in_cache(logits, targets, rows, states)
     if logits.shape[1] and shard.valid:
         peak, local_best = logits.max(dim=1)
     else:  # a rank that holds padding only
@@ -186,8 +211,27 @@ def _softmax(
     )
 
 
+def _softmax_in_cache(logits: Tensor, targets: Tensor, rows: slice, states: Tensor) -> ChunkLogits:
+    """The same on one CPU rank, a few rows at a time: their logits stay in the cache between the passes over them."""
+    ignored = targets == IGNORE
+    column = targets.clamp_min(0)
+    loss = torch.empty(logits.shape[0], dtype=logits.dtype)
+    for first in range(0, logits.shape[0], _ROWS_IN_CACHE):
+        block = slice(first, first + _ROWS_IN_CACHE)
+        logarithms = torch.log_softmax(logits[block], dim=1)
+        loss[block] = -logarithms.gather(1, column[block, None]).squeeze(1)
+        torch.exp(logarithms, out=logits[block])
+    total = torch.ones_like(loss).masked_fill_(ignored, float("inf"))
+    return ChunkLogits(rows, states, logits, total, loss.masked_fill_(ignored, 0.0), column, ~ignored, None)
+
+
 def _chunk_gradients(
-    part: ChunkLogits, weight: Tensor, shard: HeadShard, scale: Tensor, grad: Tensor | None, into_weight: Tensor | None
+    part: ChunkLogits,
+    weight: Tensor,
+    shard: HeadShard,
+    scale: Tensor,
+    grad: Tensor | None,
+    into_weight: _HeadGradient | None,
 ) -> None:
     """Adds a chunk's share to the gradients. A row without a target has total = inf: its softmax is zero."""
     error = part.exponentials.mul_((scale / part.total)[:, None])
@@ -203,10 +247,7 @@ def _chunk_gradients(
         else:
             grad[part.rows] = into_states
     if into_weight is not None:
-        if into_weight.dtype == error.dtype:
-            into_weight.addmm_(error.t(), states)
-        else:
-            into_weight += error.t() @ states
+        into_weight.add(error, states)
 
 
 def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:

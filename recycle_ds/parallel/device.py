@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import time
 
@@ -14,6 +15,10 @@ _CUDA_PEAKS = {
     "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
     "fp32": {"H200": 67e12, "H100 80GB HBM3": 67e12, "H100 PCIe": 51e12, "A100": 19.5e12, "A800": 19.5e12},
 }
+
+
+# glibc's names for mallopt (malloc.h).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def device(local_rank: int = 0) -> torch.device:
@@ -73,6 +78,22 @@ def let_megatron_run_on_cpu() -> None:
     """megatron-core's gather and scatter ask for the current CUDA device; without CUDA the answer is the CPU."""
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def keep_freed_memory() -> bool:
+    """On a CPU, has the C library keep the memory that tensors free, for the next ones. Whether it could be told so.
+
+    glibc returns large blocks to the kernel at once, and every step then pays for the same pages again, cleared one by one: up
+    to half of a training step. On CUDA PyTorch's own allocator does this.
+    """
+    if torch.cuda.is_available():
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    # no block is a mapping of its own; the heap grows in steps of 64 MiB and never shrinks
+    return all(mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**26)))
 
 
 def synchronise(device: torch.device) -> None:

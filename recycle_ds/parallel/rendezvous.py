@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 
 from recycle_ds.config import RecycleError
-from recycle_ds.parallel.device import backend, device
+from recycle_ds.parallel.device import backend, device, keep_freed_memory
 from recycle_ds.parallel.slurm import meeting_point, started_by_srun, tasks_on_host
 
 # The first of these that is set tells an MPI process its rank, world size and rank on its host.
@@ -85,6 +85,7 @@ def start(launch: Launch) -> bool:
     """
     if torch.distributed.is_initialized():
         return False
+    keep_freed_memory()
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
     elif launch.launcher == "srun":
