@@ -11,6 +11,7 @@ import torch
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.manifest import MANIFEST
+from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.data.tokenizer import Tokenizer
@@ -63,6 +64,8 @@ def load_weights(model: RecycleGPT, source: Source) -> None:
     """Fills a whole model. Raises CheckpointError, before anything changes, where names or shapes differ."""
     table = pieces(model, model.mesh)
     check_tensors(source, canonical_shapes(table))
+    if isinstance(source, PortableSource):
+        source.probe(source.shapes)
     for name, parameter in model.named_parameters():
         parameter.copy_(assemble(source, table[name], tuple(parameter.shape), "weight"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -64,6 +64,24 @@ class PortableSource:
             return whole.narrow(axis, start, length).contiguous()
         return self._gather(entry, slices, axis, start, start + length)
 
+    def probe(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError unless every stored part of these tensors is there in the shape that the manifest says.
+
+        For manifests that are in order by themselves and speak of other files than these: before a weight changes.
+        """
+        for name in names:
+            entry = self._entry(name)
+            for piece in entry.slices:
+                self._check(entry, piece)
+
+    def _check(self, entry: TensorEntry, piece: Slice) -> None:
+        stored, expected = self._files.shape(piece.file, piece.key), slice_shape(entry, piece)
+        if stored != expected:
+            raise CheckpointError(
+                f"{self.folder / piece.file}: {piece.key} has shape {stored}, the manifest says {expected}"
+            )
+        self._files.dtype(piece.file, piece.key)
+
     def _entry(self, name: str) -> TensorEntry:
         entry = self.manifest.tensors.get(name)
         if entry is None:
@@ -75,11 +93,6 @@ class PortableSource:
         for piece in sorted(slices, key=lambda piece: piece.start):
             first, last = max(start, piece.start), min(end, piece.start + piece.length)
             if first < last:
-                stored, expected = self._files.shape(piece.file, piece.key), slice_shape(entry, piece)
-                if stored != expected:
-                    raise CheckpointError(
-                        f"{self.folder / piece.file}: {piece.key} has shape {stored}, the manifest says {expected}"
-                    )
-                self._files.dtype(piece.file, piece.key)
+                self._check(entry, piece)
                 parts.append(self._files.read(piece.file, piece.key, axis, first - piece.start, last - first))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)

@@ -20,6 +20,7 @@ from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ModelConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
+from recycle_ds.parallel.agree import together
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
@@ -190,10 +191,17 @@ def _differences(config: ModelConfig, source: Source) -> str | None:
 
 
 def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, may_lack: str | None = None) -> list[str]:
-    master = engine.master
-    table = pieces(engine.model, engine.mesh)
-    # against the whole model: a pipeline stage knows its own part only
-    missing = check_tensors(source, whole_shapes(engine.model.config, engine.model.recycle_config), may_lack)
+    master, model = engine.master, engine.model
+    table = pieces(model, engine.mesh)
+
+    def check() -> list[str]:
+        # against the whole model: a pipeline stage knows its own part only
+        lacks = check_tensors(source, whole_shapes(model.config, model.recycle_config), may_lack)
+        if isinstance(source, PortableSource):
+            source.probe({piece.name for row in table.values() for piece in row}.difference(lacks))
+        return lacks
+
+    missing = together(check, engine.mesh, next(model.parameters()).device)
     lacking = set(missing)
     for name in sorted(master.parameters):
         if any(piece.name in lacking for piece in table[name]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -54,11 +55,14 @@ def test_every_resume_is_exact(root: Path) -> None:
             open_source(checkpoint)  # its checksums hold, each of those that were renamed into place
         resumed.append(step_of(whole[0]) if whole else None)
     assert run_ranks(run_all, 2, [run], timeout=300) == [["finished"]] * 2
-    # no step was lost that a completed checkpoint had, and every restart began at the newest of them
-    events = [record["step"] for record in read_metrics(run.run_dir) if record.get("event") == "resume"]
-    newest = [step for step in resumed if step is not None]
-    assert newest == sorted(newest) and len(newest) >= KILLS // 2
-    assert events == [step for step in newest if step in events] and events[-1] == newest[-1]
+    # no step was lost that a completed checkpoint had: every start went on from the newest of them
+    sessions = json.loads((Path(run.run_dir) / "summary.json").read_text())["sessions"]
+    starts = [session["first_step"] for session in sessions]
+    newest = [0, *(step or 0 for step in resumed)]
+    assert newest == sorted(newest) and newest[-1] >= KILLS // 2
+    # a start that was killed before it had begun leaves no session
+    assert starts[-1] == newest[-1] and [step for step in newest if step in starts] and set(starts) <= set(newest)
+    assert len(starts) > KILLS // 2 and starts == sorted(starts)
     assert [record["step"] for record in read_metrics(run.run_dir) if "loss" in record] == list(
         range(1, run.training.steps + 1)
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.loading import load_weights
+from recycle_ds.checkpoint.manifest import digest_of
 from recycle_ds.checkpoint.portable_export import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import ModelConfig, RecycleConfig
@@ -137,6 +138,43 @@ def test_broken_checkpoints(whole: tuple[Path, dict[str, Tensor]], tmp_path: Pat
     # nearly all of them matter; a file that nobody reads may be added
     assert outcomes["change_json", "refused"] > 70 and outcomes["change_bytes", "refused"] > 70
     assert outcomes["change_files", "refused"] > 40 and outcomes["change_files", "loaded"] > 5
+
+
+def test_a_manifest_that_is_signed_is_read_with_the_same_suspicion(
+    whole: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """A digest that hides whatever lies behind it from the mutations above: a manifest written by somebody else's program."""
+    source, expected = whole
+    draw = random.Random(17)
+    outcomes: Counter[str] = Counter()
+    original = json.loads((source / "manifest.json").read_text())
+    for number in range(MUTATIONS):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(source, folder)
+        change_json(folder, draw)
+        path = folder / "manifest.json"
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError:
+            continue
+        tree["digest"] = digest_of(tree)
+        path.write_text(json.dumps(tree))
+        model = build_model(CONFIG, MODULE, seed=4)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        try:
+            opened = open_source(folder)
+            load_weights(model, opened)
+            outcome, wanted = "loaded", expected
+            same = (opened.model, opened.recycle) == (CONFIG, MODULE) and tree["tensors"] == original["tensors"]
+        except CheckpointError as error:
+            assert "\n" not in str(error) and str(folder) in str(error), str(error)
+            outcome, wanted, same = "refused", before, True
+        if same:
+            assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters()), number
+        outcomes[outcome] += 1
+        shutil.rmtree(folder)
+    # numbers that mean something else, such as the step, may change unseen; the places of tensors may not
+    assert outcomes["refused"] > MUTATIONS / 2, outcomes
 
 
 def test_checkpoints_of_the_first_release_are_read(whole: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
