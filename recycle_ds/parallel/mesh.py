@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +88,24 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     return _mesh(layout, rank, groups, sequence=parallel.sequence and layout.tensor > 1)
 
 
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """A process group of this process alone: megatron-core asks groups for their size only where one exists."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def virtual_mesh(layout: Layout, rank: int, *, sequence: bool = False) -> Mesh:
     """The mesh of one rank of a world that does not exist, to build its part of a model on the meta device.
 
     Its groups know their size and this rank's place and cannot communicate. megatron-core asks groups for their size only
-    where some process group has been initialised, so a world of one must be.
+    where some process group has been initialised: see `world_of_one`.
     """
     return _mesh(layout, rank, None, sequence=sequence and layout.tensor > 1)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -13,23 +12,10 @@ from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.flops import parameters
 from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
-from recycle_ds.parallel.mesh import virtual_mesh
+from recycle_ds.parallel.mesh import virtual_mesh, world_of_one
 from recycle_ds.parallel.partitions import flat_partitions, partition_range
 from recycle_ds.planning.errors import PlanningError
 from recycle_ds.training.optimizer import parameter_groups
-
-
-@contextmanager
-def world_of_one() -> Iterator[None]:
-    """A process group of this process alone: megatron-core asks groups for their size only where one exists."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def build_part(config: RunConfig, layout: Layout, place: Coordinates, *, sequence: bool) -> RecycleGPT:

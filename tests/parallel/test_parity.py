@@ -202,15 +202,6 @@ def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Pa
         assert_equal(broken, curves["tied3"])
 
 
-def test_a_broken_reduction_fails_in_bf16_too(curves: dict[str, Curve], corpus: Path, root: Path) -> None:
-    """A tolerance for rounding so wide that a whole reduction fits into it."""
-    change = BF16 | {"parallel__tensor": 2, "parallel__sequence": True}
-    config = tiny_run(corpus, root / "broken_bf16", **(BASE | SHAPES["tied3"] | change))
-    assert run_ranks(run_broken, 2, config, "norm_gradients") == ["finished"] * 2
-    with pytest.raises(AssertionError):
-        assert_rounded(curves_of(root, ["broken_bf16"])["broken_bf16"], curves["bf16"])
-
-
 def test_more_stages_than_layers_is_one_line(corpus: Path, root: Path) -> None:
     """A stage without blocks that fails somewhere inside, on some ranks only, once the data have been prepared."""
     with pytest.raises(ConfigError) as caught:

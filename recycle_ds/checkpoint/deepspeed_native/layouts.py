@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, RunConfig
 from recycle_ds.model.build import build_model, whole_shapes
 from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
-from recycle_ds.parallel.mesh import virtual_mesh
+from recycle_ds.parallel.mesh import virtual_mesh, world_of_one
 from recycle_ds.training.optimizer import parameter_groups, part_of
 
 RUN_CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
@@ -101,7 +100,7 @@ def _own(inventory: Inventory, path: Path) -> Described:
     layout = Layout(inventory.tensor, inventory.pipeline)
     shards: dict[str, list[Shard]] = {}
     expected, groups = [], []
-    with _world_of_one():
+    with world_of_one():
         for rank in range(layout.world_size):
             table, own, grouped = _part(config, layout, rank)
             expected.append(own)
@@ -172,16 +171,3 @@ def _hugging_face(inventory: Inventory, path: Path) -> Described:
         frozenset({"lm_head.weight"} if model.tied_embeddings else ()),
         ((),),
     )
-
-
-@contextmanager
-def _world_of_one() -> Iterator[None]:
-    """A process group of this process alone: megatron-core asks a mesh's groups for their size only where one exists."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

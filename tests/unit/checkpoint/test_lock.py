@@ -107,4 +107,7 @@ def test_without_the_kernels_locks_the_file_decides(
 def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
     """A run that cannot begin because a lock was half written when the machine went down."""
     (tmp_path / ".lock").write_text('{"host": "a", "pi')
-    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    lock.release()
+    assert (tmp_path / ".lock").read_text() == ""

@@ -10,6 +10,7 @@ from recycle_ds.config import RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import Piece, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
+from recycle_ds.parallel.mesh import world_of_one
 from recycle_ds.parallel.partitions import flat_partitions
 from recycle_ds.planning import command
 from recycle_ds.planning.errors import PlanningError
@@ -20,7 +21,6 @@ from recycle_ds.planning.verify import (
     check_flat,
     check_tiling,
     verify_layout,
-    world_of_one,
 )
 from tests.runs import ROOT
 
