@@ -287,6 +287,13 @@ def main(argv: list[str] | None = None) -> None:
         if first:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
+    except SystemExit as leaving:
+        distributed = sys.modules.get("torch.distributed")
+        if leaving.code == 0 and distributed is not None and argv is None:
+            from recycle_ds.parallel.rendezvous import leave
+
+            leave(0)
+        raise
 
 
 if __name__ == "__main__":

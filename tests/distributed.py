@@ -168,6 +168,10 @@ def _rank_main(rank: int, world_size: int, port: int, deadline: float, parent: i
         finally:
             faulthandler.cancel_dump_traceback_later()
     _leave_groups()
+    if "torch" in sys.modules:
+        from recycle_ds.parallel.rendezvous import leave
+
+        leave(0)
 
 
 def _die_with(parent: int) -> None:
