@@ -288,8 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
     except SystemExit as leaving:
-        distributed = sys.modules.get("torch.distributed")
-        if leaving.code == 0 and distributed is not None and argv is None:
+        if leaving.code == 0 and "deepspeed" in sys.modules:  # ranks were started, not only help printed
             from recycle_ds.parallel.rendezvous import leave
 
             leave(0)

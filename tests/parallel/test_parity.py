@@ -110,6 +110,12 @@ EXTRA_SHAPES: dict[str, Change] = {
     "four_kv_heads": {"recycle__depth": 2, "model__kv_heads": 4},
 }
 BF16: Change = {"training__dtype": "bf16"}
+# The layout that each breakage is a fault of.
+BROKEN: dict[str, Change] = {
+    "norm_gradients": {"parallel__tensor": 2, "parallel__sequence": True},
+    "tied_embedding": {"parallel__pipeline": 2, "deepspeed": PIPELINE},
+    "recycle_scale": {"parallel__ulysses": 2},
+}
 
 
 def cases(world_size: int) -> dict[str, tuple[str, Change]]:
@@ -190,16 +196,25 @@ def test_run_json_tells_the_layout(curves: dict[str, Curve], root: Path, name: s
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Path, root: Path, breakage: str) -> None:
     """A parity suite that would pass whatever the ranks reduce."""
-    change = {
-        "norm_gradients": {"parallel__tensor": 2, "parallel__sequence": True},
-        "tied_embedding": {"parallel__pipeline": 2, "deepspeed": PIPELINE},
-        "recycle_scale": {"parallel__ulysses": 2},
-    }[breakage]
-    config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | SHAPES["tied3"] | change))
+    config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | SHAPES["tied3"] | BROKEN[breakage]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
     broken = curves_of(root, [f"broken_{breakage}"])[f"broken_{breakage}"]
     with pytest.raises(AssertionError, match="step"):
         assert_equal(broken, curves["tied3"])
+
+
+@pytest.mark.parametrize("breakage", ["tied_embedding", "recycle_scale"])
+def test_a_broken_reduction_fails_in_bf16_too(
+    curves: dict[str, Curve], corpus: Path, root: Path, breakage: str
+) -> None:
+    """A tolerance for rounding so wide that a whole reduction fits into it.
+
+    The norms' gradients alone, which fp32 controls, move the total norm by 0.2 %: as little as bf16's own rounding does.
+    """
+    config = tiny_run(corpus, root / f"bf16_{breakage}", **(BASE | SHAPES["tied3"] | BF16 | BROKEN[breakage]))
+    assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
+    with pytest.raises(AssertionError):
+        assert_rounded(curves_of(root, [f"bf16_{breakage}"])[f"bf16_{breakage}"], curves["bf16"])
 
 
 def test_more_stages_than_layers_is_one_line(corpus: Path, root: Path) -> None:
