@@ -165,7 +165,10 @@ class PortableCheckpointer:
             # newer ones can only be damaged ones that the run fell back from: they do not count
             older = [path for path in completed(self._run_dir) if (step_of(path) or 0) <= state.step]
             for old in [*([aside] if aside else []), *older[self._config.training.keep_checkpoints :]]:
-                shutil.rmtree(old)
+                # under its own name, half of it would be taken for a checkpoint if this is cut short
+                doomed = old.with_name(f".tmp-old-{old.name}")
+                os.rename(old, doomed)
+                shutil.rmtree(doomed)
         except OSError as error:
             print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)
 

@@ -137,7 +137,7 @@ class Reporter:
     def _look_for_stragglers(self, step: int, record: dict[str, Any]) -> None:
         """Adds the seconds of the ranks' own work to the record, and names a rank that takes far longer than the others."""
         seconds = self.work.gather()
-        rank, most, ratio = slowest(seconds)
+        rank, most, ratio = slowest(seconds, self._engine.mesh.pipeline.size)
         record["rank_seconds"] = {"median": median(seconds), "slowest": most, "slowest_rank": rank}
         warm, self._logged = self._logged, True  # first steps are slow on one rank or another
         if not warm or ratio <= self._config.faults.straggler_ratio or most < _NOTICEABLE:
@@ -145,7 +145,7 @@ class Reporter:
         host = self.work.host_of(rank)
         self.event(
             "straggler",
-            f"rank {rank} on {host} works {most:.2f} s a step, {ratio:.1f} times the median of the others",
+            f"rank {rank} on {host} works {most:.2f} s a step, {ratio:.1f} times the median of its peers",
             step,
             rank=rank,
             host=host,

@@ -82,8 +82,17 @@ class WorkTimer:
         self._begun = None
 
 
-def slowest(seconds: list[float]) -> tuple[int, float, float]:
-    """The slowest rank, its seconds, and how many times the median of the others that is (1 without others)."""
-    rank = max(range(len(seconds)), key=lambda one: seconds[one])
-    others = seconds[:rank] + seconds[rank + 1 :]
-    return rank, seconds[rank], seconds[rank] / max(median(others), 1e-9) if others else 1.0
+def slowest(seconds: list[float], stages: int = 1) -> tuple[int, float, float]:
+    """The rank that is furthest behind its peers, its seconds, and how many times the others' median that is (1 without peers).
+
+    Peers are the ranks of one pipeline stage: stages have unequal work by nature, and are adjacent blocks of ranks.
+    """
+    size = len(seconds) // stages
+
+    def ratio(rank: int) -> float:
+        first = rank - rank % size
+        others = [seconds[peer] for peer in range(first, first + size) if peer != rank]
+        return seconds[rank] / max(median(others), 1e-9) if others else 1.0
+
+    rank = max(range(len(seconds)), key=lambda one: (ratio(one), seconds[one]))
+    return rank, seconds[rank], ratio(rank)

@@ -108,7 +108,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_next_steps_equal_the_uninterrupted_run(root: Path, source: str, target: str) -> None:
     """Weights, moments, Adam's step, schedule or data position that are bound to the ranks that saved them."""
     run = root / f"{source}_to_{target}"
-    events = [record for record in read_metrics(run) if "event" in record]
+    # a busy machine may make any rank slow
+    events = [record for record in read_metrics(run) if record.get("event", "straggler") != "straggler"]
     assert [(event["event"], event["step"]) for event in events] == [("resume", 3)], "it must not have started over"
     mine, whole = figures(run), figures(root / "whole")
     assert len(mine) == len(whole) == 6

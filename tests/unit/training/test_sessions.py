@@ -99,3 +99,10 @@ def test_the_slowest_rank() -> None:
     assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0, 3.0)
     assert slowest([1.0, 4.0]) == (1, 4.0, 4.0)
     assert slowest([2.0]) == (0, 2.0, 1.0)
+
+
+def test_a_stage_with_more_work_is_not_a_slow_rank() -> None:
+    """The last stage of every pipeline, which has the head and the module, called slow at every step."""
+    assert slowest([1.0, 1.0, 5.0, 5.0], stages=2)[2] == 1.0
+    assert slowest([1.0, 2.0, 5.0, 5.0], stages=2) == (1, 2.0, 2.0)
+    assert slowest([1.0, 5.0], stages=2) == (1, 5.0, 1.0)
