@@ -12,6 +12,7 @@ import pytest
 from recycle_ds.checkpoint.folders import completed, step_of
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import RunConfig
+from recycle_ds.parallel.peers import PeerLost
 from tests.distributed import RankError, run_ranks
 from tests.parallel.killing import run_until_killed
 from tests.parallel.ranks import run_all
@@ -47,7 +48,7 @@ def test_every_resume_is_exact(root: Path) -> None:
         report = root / f"moment-{number}"
         culprit, event, delay = draw.randrange(2), draw.randrange(1, 36), draw.choice([0.0, 0.0, 0.002])
         # the killed rank's exit code, or what the other one says of the connection that broke, whichever comes first
-        with pytest.raises((RankError, RuntimeError), match=r"exit code -9|[Cc]onnection"):
+        with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exit code -9|[Cc]onnection"):
             run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
         moments.append(report.read_text())
         whole = completed(Path(run.run_dir))
