@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from recycle_ds.config import (
     save_config,
 )
 from recycle_ds.config.command import run_command
-from recycle_ds.parallel.peers import PeerLost, lost_peer
+from recycle_ds.parallel.peers import PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def run(config: RunConfig) -> str:
         if config.faults.hang_timeout:  # nobody waits for data any more; the first step may take four times as long
             rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
-            return _train(config, deepspeed_config, mesh, place, job)
+            return _train(config, deepspeed_config, mesh, place, job, lock)
         finally:
             if lock is not None:
                 lock.release()
@@ -150,7 +151,14 @@ def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
     return _Inputs(config, DataIdentity(tokenizer=tokenizer.fingerprint, train=files), train, validation)
 
 
-def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, place: torch.device, job: Job) -> str:
+def _train(
+    config: RunConfig,
+    deepspeed_config: dict[str, object],
+    mesh: Mesh,
+    place: torch.device,
+    job: Job,
+    lock: RunLock | None,
+) -> str:
     from recycle_ds.checkpoint import resume
     from recycle_ds.checkpoint.writing import PortableCheckpointer
     from recycle_ds.parallel.agree import on_first_rank, together
@@ -167,17 +175,21 @@ def _train(config: RunConfig, deepspeed_config: dict[str, object], mesh: Mesh, p
     if mesh.is_first:
         for warning in _ignored(config):
             print(f"warning: {warning}", flush=True)
-    with _stop_request(config, mesh, job) as stop:
+    taken_by: Callable[[], str | None] = lock.taken_by if lock is not None else lambda: None
+    with _stop_request(config, mesh, job, taken_by) as stop:
         found = resume.find_checkpoint(config, inputs.identity, mesh, place)
         engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
         state, source = resume.begin(config, found, engine, place)
         records = on_first_rank(lambda: _begin_records(config, job, state, source), mesh, place) or Records()
         describe_run(config, engine, place)
-        checkpointer = PortableCheckpointer(config, engine, place, inputs.identity)
+        checkpointer = PortableCheckpointer(config, engine, place, inputs.identity, taken_by)
         trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, records, place)
         ended = ""
         try:
             ended = trainer.run(state, stop)
+        except TakenOver:
+            records = Records()  # they are the later start's
+            raise
         except RecycleError as error:
             ended = str(error)
             if isinstance(error, OwnError) and not mesh.is_first:
@@ -209,14 +221,14 @@ def _tell_alone(error: RecycleError, mesh: Mesh) -> None:
     job_of(os.environ).tell("outcome", FAILED)
 
 
-def _stop_request(config: RunConfig, mesh: Mesh, job: Job) -> StopRequest:
-    """The first rank looks at the stop files and at the clock; the others hear of it."""
+def _stop_request(config: RunConfig, mesh: Mesh, job: Job, taken_by: Callable[[], str | None]) -> StopRequest:
+    """The first rank looks at the stop files, at the clock and at the lock; the others hear of it."""
     from recycle_ds.training.signals import StopRequest
 
     if not mesh.is_first:
         return StopRequest()
     files = (Path(config.run_dir) / STOP, *([job.stop_file] if job.stop_file else []))
-    return StopRequest(files, job.end)
+    return StopRequest(files, job.end, taken_by)
 
 
 def _begin_records(config: RunConfig, job: Job, state: TrainingState, source: Path | None) -> Records:
@@ -283,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     first = speaks(os.environ)
     try:
         run_command(app, argv, speak=first, tell=tell)
-    except PeerLost as lost:  # nothing that the user must mend: a batch job starts again
+    except (PeerLost, TakenOver) as lost:  # nothing that the user must mend: a batch job starts again, or has done so
         if first:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)

@@ -97,6 +97,10 @@ note() { echo "$2" >"$JOB_DIR/$1" || say "$JOB_DIR/$1 cannot be written"; }
 # No signal goes to a launcher, which would end the ranks: the first rank finds the file at its next step.
 ask_to_stop() {
     stopping=$1
+    # the folder is a later start's where this node was only lost from sight: that one is not to stop
+    local holder
+    holder=$(cat "$JOB_DIR/shell" 2>/dev/null || true)
+    if [[ -n $holder && $holder != "$(hostname) $$" ]]; then say "got $1: the job goes on elsewhere"; return; fi
     say "got $1: the run is asked to save and to leave"
     note stop "$1"
 }
@@ -142,10 +146,15 @@ summary() {
 # some minutes.
 again() {
     [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not started again"; exit 75; }
-    local try state reason
+    local try state reason restarts
     for try in 1 2 3 4 5 6 7 8 9 10; do
         state=$(job_field JobState || true)
         reason=$(job_field Reason || true)
+        restarts=$(job_field Restarts || true)
+        if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
+            say "$1; the job has been started again elsewhere: not requeued from here"
+            exit 75
+        fi
         case $state:$reason in
             RUNNING:* | *:TimeLimit)
                 say "$1: requeueing"

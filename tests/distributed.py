@@ -18,6 +18,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -62,10 +63,13 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this host that nobody listens on at the moment, below those that the kernel hands out by itself: of
+    these, a connection of another test could take it before its listener does."""
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports between 15000 and 32000 are in use")
 
 
 def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...], timeout: float) -> list[T]:

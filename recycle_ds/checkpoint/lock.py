@@ -21,13 +21,16 @@ class RunLock:
 
     A kernel on a node that was lost may keep it for ever on a shared file system, and some file systems know no locks: the
     file also says who holds it. A lock of an earlier start of the same job, which SLURM has ended, and one of a process on
-    this host that has ended are taken over at once. Raises CheckpointError while another run holds it.
+    this host that has ended are taken over at once. Should the earlier start still live, on a node that only SLURM cannot
+    reach, `taken_by` tells it so, and it must write nothing any more. Raises CheckpointError while another run holds it.
     """
 
     def __init__(self, run_dir: Path, job: Job = Job()) -> None:  # noqa: B008 - frozen
         self._path = run_dir / NAME
         self._file = self._open()
         holder = _read(self._file)
+        if holder.get("released"):
+            holder = {}
         held = _lock(self._file)
         if held is False and _same_job(holder, job):
             # a new file under the same name: whoever still holds the old one holds nothing any more
@@ -39,26 +42,44 @@ class RunLock:
             self._refuse(run_dir, holder, " (this file system has no locks: delete it if that process has ended)")
         if held is False:
             self._refuse(run_dir, holder)
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "begun": _begun(os.getpid()), "job": job.name}
-        self._file.seek(0)
-        self._file.truncate(0)
-        self._file.write(json.dumps(record | {"restarts": job.restarts}) + "\n")
-        self._file.flush()
+        self._record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "begun": _begun(os.getpid()),
+            "job": job.name,
+            "restarts": job.restarts,
+        }
+        self._write(self._record)
+
+    def taken_by(self) -> str | None:
+        """Who has taken the folder over, None while it is ours. The file is opened anew: that is when NFS asks its server."""
+        try:
+            with self._path.open(encoding="utf-8") as file:
+                holder = _read(file)
+        except OSError:  # gone with the folder, or out of reach for now: no word of another run
+            return None
+        holder.pop("released", None)  # it was taken over all the same
+        return None if not holder or holder == self._record else _describe(holder)
 
     def release(self) -> None:
         """Lets the next run in."""
-        with contextlib.suppress(OSError):  # a full disk: the kernel's lock ends with the file all the same
-            self._file.truncate(0)
+        if self.taken_by() is None:
+            with contextlib.suppress(OSError):  # a full disk: the kernel's lock ends with the file all the same
+                self._write(self._record | {"released": True})
         self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.seek(0)
+        self._file.truncate(0)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def _open(self) -> IO[str]:
         return self._path.open("a+", encoding="utf-8")
 
     def _refuse(self, run_dir: Path, holder: dict[str, Any], advice: str = "") -> None:
         self._file.close()
-        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        if holder.get("job"):
-            who += f" (job {holder['job']})"
+        who = _describe(holder) if holder else "another process"
         raise CheckpointError(
             f"{run_dir} is in use by {who}: wait for it, or use another run_dir; its lock is {self._path}{advice}"
         )
@@ -83,6 +104,11 @@ def _read(file: IO[str]) -> dict[str, Any]:
     except ValueError:
         return {}
     return record if isinstance(record, dict) and {"host", "pid", "begun"} <= record.keys() else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    who = f"process {holder['pid']} on {holder['host']}"
+    return f"{who} (job {holder['job']})" if holder.get("job") else who
 
 
 def _same_job(holder: dict[str, Any], job: Job) -> bool:

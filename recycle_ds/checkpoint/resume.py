@@ -20,7 +20,7 @@ from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ModelConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
-from recycle_ds.parallel.agree import together
+from recycle_ds.parallel.agree import from_rank, together
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
@@ -92,7 +92,7 @@ def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) 
     Collective: ranks share the checksums and agree.
     """
     # shared file systems may show ranks different lists: the first rank's holds
-    names = _from_rank(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
+    names = from_rank(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
     root = Path(config.run_dir) / "checkpoints"
     for name in names:
         folder, manifest, fault = root / name, None, None
@@ -225,16 +225,7 @@ def _share_verification(
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     culprit = int(votes.item()) - 1
-    return None if culprit < 0 else _from_rank(culprit, fault, mesh, device)
-
-
-def _from_rank(rank: int, value: Any, mesh: Mesh, device: torch.device) -> Any:
-    """What one rank holds, on all ranks. Collective."""
-    if mesh.world_size == 1:
-        return value
-    told = [value]
-    dist.broadcast_object_list(told, src=rank, device=device)
-    return told[0]
+    return None if culprit < 0 else from_rank(culprit, fault, mesh, device)
 
 
 def _restore_generators(path: Path, device: torch.device) -> None:

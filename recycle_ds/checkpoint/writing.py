@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from recycle_ds.checkpoint.shard_writer import ShardWriter, disk_fault
 from recycle_ds.config import RunConfig
 from recycle_ds.data.atomic import flush as fsync
 from recycle_ds.model.sharding import is_copy, pieces
+from recycle_ds.parallel.agree import from_rank
+from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.master import keeper
 from recycle_ds.training.state import TrainingState
@@ -43,11 +47,24 @@ class _Save:
 
 
 class PortableCheckpointer:
-    """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state."""
+    """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state.
 
-    def __init__(self, config: RunConfig, engine: TrainingEngine, device: torch.device, identity: DataIdentity) -> None:
+    taken_by: who has taken the run folder over, asked by the first rank before it touches the folder; None for nobody. `begin`
+    and `finish` raise TakenOver on all ranks then. Construction is collective.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: TrainingEngine,
+        device: torch.device,
+        identity: DataIdentity,
+        taken_by: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._config, self._engine, self._device = config, engine, device
-        self._identity = identity
+        self._identity, self._taken_by = identity, taken_by
+        # two starts never write to the same temporary folder, even if the earlier does not know yet that it has been replaced
+        self._token = from_rank(0, secrets.token_hex(4), engine.mesh, device)
         self._run_dir = Path(config.run_dir)
         self._save: _Save | None = None
 
@@ -55,9 +72,9 @@ class PortableCheckpointer:
         """See `Checkpointer`. Copies to the host up to training.save_buffer_gib ahead of the disk."""
         assert self._save is None, "one checkpoint is written at a time"
         final = step_folder(self._run_dir, state.step)
-        temporary = final.with_name(f".tmp-{final.name}")
+        temporary = final.with_name(f".tmp-{final.name}-{self._token}")
         mesh = self._engine.mesh
-        if not self._agree(disk_fault(lambda: _fresh(temporary)) if mesh.is_first else None):
+        if not self._first(lambda: _fresh(temporary)):
             return False
         writer = ShardWriter(temporary, mesh.rank, int(self._config.training.save_buffer_gib * 2**30))
         self._gather(writer)
@@ -76,15 +93,13 @@ class PortableCheckpointer:
         """See `Checkpointer`. Writes the manifest, then `latest`; what was there before stays if the disk refuses."""
         assert self._save is not None, "begin comes first"
         save, self._save = self._save, None
-        fault = save.writer.wait()
-        published = self._agree(fault)
-        if published:
-            first = self._engine.mesh.is_first
-            published = self._agree(disk_fault(lambda: self._publish(save)) if first else None)
-        if not published:
-            self._discard(save.temporary)
-            return None
-        return save.final
+        published = False
+        try:
+            published = self._agree(save.writer.wait()) and self._first(lambda: self._publish(save))
+        finally:
+            if not published:
+                self._discard(save.temporary)
+        return save.final if published else None
 
     def restore(self) -> tuple[TrainingState, Path] | None:
         """See `Checkpointer`. Raises CheckpointError when there are checkpoints and none is whole."""
@@ -171,6 +186,19 @@ class PortableCheckpointer:
                 shutil.rmtree(doomed)
         except OSError as error:
             print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)
+
+    def _first(self, action: Callable[[], None]) -> bool:
+        """Has the first rank change the run folder, if that is still ours. Whether the disk let it; TakenOver if it is not."""
+        fault, taker = None, None
+        if self._engine.mesh.is_first:
+            taker = self._taken_by()
+            if taker is None:
+                fault = disk_fault(action)
+                taker = self._taken_by() if fault is not None else None  # files vanish when another start tidies up
+        taker = from_rank(0, taker, self._engine.mesh, self._device)
+        if taker is not None:
+            raise TakenOver(self._config.run_dir, taker)
+        return self._agree(fault)
 
     def _agree(self, fault: str | None) -> bool:
         """Whether no rank has a fault; each prints its own."""

@@ -37,14 +37,20 @@ def together(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     culprit = int(votes.item()) - 1
     if culprit >= 0:
-        told = [text]
-        if mesh.world_size > 1:
-            dist.broadcast_object_list(told, src=culprit, device=device)
         where = f" (rank {culprit})" if culprit else ""
-        raise SharedError(f"{told[0]}{where}", culprit)
+        raise SharedError(f"{from_rank(culprit, text, mesh, device)}{where}", culprit)
     return result  # type: ignore[return-value]
 
 
 def on_first_rank(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T | None:
     """Runs `action` on rank 0 while the others wait; None on those. Errors as in `together`. Collective."""
     return together(lambda: action() if mesh.is_first else None, mesh, device)
+
+
+def from_rank(rank: int, value: T, mesh: Mesh, device: torch.device) -> T:
+    """What one rank holds, on all ranks. Collective."""
+    if mesh.world_size == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=rank, device=device)
+    return told[0]

@@ -1,4 +1,4 @@
-"""Telling a rank that has gone from a fault of this rank's own."""
+"""What others have to do with the end of a rank: a fault of its own is told from peers that have gone, or taken over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by pee
 
 class PeerLost(Exception):
     """Another rank, or the way to it, has gone: what this rank waits for will not come."""
+
+
+class TakenOver(Exception):
+    """A later start of the same job has taken over what this process works on: it must write nothing any more."""
+
+    def __init__(self, what: str, by: str | None) -> None:
+        by = by or "another process"
+        super().__init__(
+            f"{what} has been taken over by {by}, a later start of this job: this one leaves, and saves nothing"
+        )
 
 
 def lost_peer(error: Exception) -> PeerLost | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recycle_ds.config import RunConfig
 from recycle_ds.data.loader import BatchLoader
+from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.parallel.rendezvous import shorten_timeouts
 from recycle_ds.training.anomalies import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps
 from recycle_ds.training.batches import StepBatches, assemble
@@ -24,7 +25,7 @@ from recycle_ds.training.profiling import StepProfiler
 from recycle_ds.training.reporting import Records, Reporter
 from recycle_ds.training.saving import Saver
 from recycle_ds.training.schedule import learning_rate, loss_weights
-from recycle_ds.training.signals import REASONS, StopRequest
+from recycle_ds.training.signals import REASONS, TAKEN_OVER, StopRequest
 from recycle_ds.training.state import Checkpointer, TrainingState
 from recycle_ds.training.watchdog import Watchdog
 
@@ -77,7 +78,8 @@ class Trainer:
 
     def run(self, state: TrainingState, stop: StopRequest) -> str:
         """Trains from `state` on. Returns why it ended: "finished", "stop_at" or a stop request's reason, on all ranks
-        alike. Raises TrainingError on a step that is not finite, and when the last checkpoint cannot be written."""
+        alike. Raises TrainingError on a step that is not finite, and when the last checkpoint cannot be written; TakenOver,
+        with nothing written any more, when a later start of the job goes on with the run."""
         training = self.config.training
         self.state = state
         self._saver.start(state.step)
@@ -115,6 +117,8 @@ class Trainer:
             profiler.before(self.state.step + 1)
             result = self._step(stop)
             profiler.after(self.state.step)
+            if result.stop == TAKEN_OVER:
+                raise TakenOver(self.config.run_dir, stop.taker)
             self._after_step(result, last)
             if first:
                 self._settle()

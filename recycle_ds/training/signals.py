@@ -1,17 +1,21 @@
-"""Requests to stop: signals on any rank, a stop file, and the end of the job; the ranks agree on them at a step boundary."""
+"""Reasons to stop: signals on any rank, a stop file, the end of the job, a later start of it that has taken over. The ranks
+agree on them at a step boundary."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 STOP_FILE, TIME_LIMIT = "stop file", "time limit"
-REASONS = (*STOP_SIGNALS, STOP_FILE, TIME_LIMIT)
+TAKEN_OVER = "taken over"
+"""Without saving, unlike for every other reason."""
+REASONS = (*STOP_SIGNALS, STOP_FILE, TIME_LIMIT, TAKEN_OVER)
 """Why a run that is not finished may end. Ranks vote by place; the last one that has a vote wins."""
 
 
@@ -19,16 +23,26 @@ class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however often they come.
 
     files: what to look for at every step; one rank need have them. end: unix time at which the job is ended from outside.
+    taken_by: who has taken over what this process works on, asked at every step; None for nobody.
     """
 
-    def __init__(self, files: tuple[Path, ...] = (), end: float | None = None) -> None:
+    def __init__(
+        self,
+        files: tuple[Path, ...] = (),
+        end: float | None = None,
+        taken_by: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.reason: str | None = None
-        self._files, self._end = files, end
+        self.taker: str | None = None
+        self._files, self._end, self._taken_by = files, end, taken_by
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self, margin: float) -> str | None:
         """Why to stop now, if at all; `margin` is how many seconds before the job's end that is."""
-        if self.reason is None:
+        self.taker = self._taken_by()
+        if self.taker is not None:
+            self.reason = TAKEN_OVER
+        elif self.reason is None:
             if any(os.path.exists(file) for file in self._files):
                 self.reason = STOP_FILE
             elif self._end is not None and time.time() + margin >= self._end:

@@ -3,93 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.manifest import read_manifest
 from recycle_ds.config import save_config
-from tests.distributed import free_port
+from tests.launching import PRETRAIN, await_step, deepspeed, finish, mpirun, ranks_of, start, torchrun
 from tests.runs import ROOT, figures, make_corpus, steps_of, tiny_run
-
-PRETRAIN = "recycle_ds.pretrain"
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("launch") / "corpus")
-
-
-def deepspeed() -> list[str]:
-    port = str(free_port())
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        port,
-        "--module",
-        PRETRAIN,
-    ]
-
-
-def torchrun() -> list[str]:
-    port = str(free_port())
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        port,
-        "-m",
-        PRETRAIN,
-    ]
-
-
-def mpirun() -> list[str]:
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        pytest.skip("no mpiexec: pip install mpich")
-    return [mpiexec, "-n", "2", sys.executable, "-m", PRETRAIN]
-
-
-def start(command: list[str], config: Any, folder: Path) -> subprocess.Popen[str]:
-    """Starts a run in a session of its own, its output in run.log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "input.yaml")
-    with (folder / "run.log").open("w") as log:
-        return subprocess.Popen(
-            [*command, "--config", str(folder / "input.yaml")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-
-def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 180) -> int:
-    """Exit code; a run that does not end is killed with all its ranks and fails the test with its log."""
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError((folder / "run.log").read_text()) from None
 
 
 def test_launchers_train_alike(corpus: Path, tmp_path: Path) -> None:
@@ -108,30 +40,12 @@ def test_launchers_train_alike(corpus: Path, tmp_path: Path) -> None:
         assert left == pytest.approx(right, rel=1e-5)
 
 
-def ranks_of(folder: Path) -> list[int]:
-    """Pids of the processes that run a rank of the run in `folder`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            is_rank = PRETRAIN.encode() in words and b"deepspeed.launcher" not in b" ".join(words)
-            if is_rank and str(folder / "input.yaml").encode() in words:
-                found.append(int(entry.name))
-    return sorted(found)
-
-
 @pytest.mark.parametrize("way", ["SIGTERM to one rank", "SIGTERM to the group", "SIGINT to the group, twice"])
 def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str) -> None:
     """A signal that kills ranks before they save, that only one rank obeys, or that leaves ranks running."""
     config = tiny_run(corpus, tmp_path, training__steps=100_000, training__save_every=0)
     process = start(deepspeed(), config, tmp_path)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").exists() or len(steps_of(tmp_path)) < 4:
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "run.log").read_text()
-        time.sleep(0.05)
+    await_step(process, tmp_path, 4)
     if way == "SIGTERM to one rank":
         os.kill(ranks_of(tmp_path)[1], signal.SIGTERM)
     elif way == "SIGTERM to the group":

@@ -100,6 +100,55 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
         files.save_file = original
 
 
+def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -> str:
+    """Like `run_all` for one configuration; once it has a checkpoint, another start takes the folder over: at the next "step",
+    or just before the next checkpoint is published ("publish"), or while it is, by tidying up ("tidied")."""
+    import shutil
+
+    from recycle_ds.checkpoint import writing
+    from recycle_ds.checkpoint.lock import RunLock
+    from recycle_ds.parallel.peers import TakenOver
+
+    folder = Path(config.run_dir) / "checkpoints"
+    holder: list[str] = []
+    finish, publish = writing.PortableCheckpointer.finish, writing.PortableCheckpointer._publish
+
+    def take(when: str) -> None:
+        if moment == when and (folder / "latest").exists():
+            holder.append("process 1 on elsewhere (job 8)")
+
+    def finish_late(checkpointer: Any) -> Path | None:
+        take("publish")
+        return finish(checkpointer)
+
+    def publish_tidied(checkpointer: Any, save: Any) -> None:
+        take("tidied")
+        if holder:
+            shutil.rmtree(save.temporary)
+        publish(checkpointer, save)
+
+    def taken_by(lock: Any) -> str | None:
+        if not list(folder.glob(".tmp-*")):
+            take("step")
+        return holder[0] if holder else None
+
+    patches = {
+        (RunLock, "taken_by"): taken_by,
+        (writing.PortableCheckpointer, "finish"): finish_late,
+        (writing.PortableCheckpointer, "_publish"): publish_tidied,
+    }
+    originals = {place: getattr(*place) for place in patches}
+    for (owner, name), patch in patches.items():
+        setattr(owner, name, patch)
+    try:
+        return run_all(rank, world_size, [config])[0]
+    except TakenOver as error:
+        return f"taken over: {error}"
+    finally:
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
+
+
 BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")
 
 

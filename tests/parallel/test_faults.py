@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from recycle_ds.checkpoint.manifest import read_manifest
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE
-from tests.parallel.ranks import Fault, run_all, run_faulty
+from tests.parallel.ranks import Fault, run_all, run_faulty, run_taken_over
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -100,7 +101,6 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_other_data(runs: Runs, name
 
 def test_after_a_rollback_it_is_the_run_that_began_at_the_checkpoint(runs: Runs) -> None:
     """Figures after a rollback that are near those they should be, and not the same."""
-    import json
     import shutil
 
     from recycle_ds.checkpoint.manifest import write_manifest
@@ -149,3 +149,18 @@ def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> Non
         (event,) = runs.events(f"judged/{name}", "loss_spike")
         assert (event["step"], event["action"]) == (22, "skip") and event["score"] > 10
     assert len(steps_of(runs.root / "judged/parts")) == 24
+
+
+@pytest.mark.parametrize("moment", ["step", "publish", "tidied"])
+def test_a_run_that_is_taken_over_leaves_the_folder_alone(runs: Runs, moment: str) -> None:
+    """A later start's summary or checkpoints replaced by those of one that SLURM has given up; ranks that wait for ever."""
+    config = runs.config(f"taken/{moment}", training__save_every=2, training__steps=1000)
+    ending, other = run_ranks(run_taken_over, 2, config, moment, timeout=120)
+    assert ending.startswith(f"taken over: {config.run_dir} has been taken over by process 1 on elsewhere (job 8)")
+    assert other.startswith("taken over: ")
+    folder = Path(config.run_dir)
+    assert [path.name for path in completed(folder)] == ["step-00000002"]
+    assert not list((folder / "checkpoints").glob(".tmp-*"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["state"] == "running" and summary["anomalies"] == {}, "not written once more"
+    assert "released" not in (folder / ".lock").read_text()

@@ -70,6 +70,28 @@ def test_an_earlier_start_of_the_same_job_gives_way(tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_an_earlier_start_that_lives_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+    """Two starts that both write, one of them on a node that SLURM has lost from sight; or one that stops for no other."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    earlier = RunLock(tmp_path, Job(name="8"))
+    assert earlier.taken_by() is None
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    later = RunLock(tmp_path, Job(name="8", restarts=1))
+    assert later.taken_by() is None
+    assert earlier.taken_by() == f"process {os.getpid()} on elsewhere (job 8)"
+    earlier.release()
+    assert later.taken_by() is None and "released" not in json.loads((tmp_path / ".lock").read_text())
+    later.release()
+    assert earlier.taken_by() is not None, "finished meanwhile"
+    RunLock(tmp_path, Job(name="9")).release()  # what was released is free, without the kernel's locks too
+
+
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
@@ -110,4 +132,4 @@ def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     lock.release()
-    assert (tmp_path / ".lock").read_text() == ""
+    assert json.loads((tmp_path / ".lock").read_text())["released"]

@@ -1,0 +1,111 @@
+"""Runs started as a user starts them: a launcher's command, in a session of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.config import save_config
+from tests.distributed import free_port
+from tests.runs import ROOT, steps_of
+
+PRETRAIN = "recycle_ds.pretrain"
+
+
+def deepspeed() -> list[str]:
+    port = str(free_port())
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+        "--module",
+        PRETRAIN,
+    ]
+
+
+def torchrun() -> list[str]:
+    port = str(free_port())
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        "-m",
+        PRETRAIN,
+    ]
+
+
+def mpirun() -> list[str]:
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("no mpiexec: pip install mpich")
+    return [mpiexec, "-n", "2", sys.executable, "-m", PRETRAIN]
+
+
+def start(
+    command: list[str], config: Any, folder: Path, log: str = "run.log", **variables: str
+) -> subprocess.Popen[str]:
+    """Starts a run in a session of its own, its output in the file `log`, with more variables in its environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "input.yaml")
+    with (folder / log).open("w") as output:
+        return subprocess.Popen(
+            [*command, "--config", str(folder / "input.yaml")],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 180) -> int:
+    """Exit code; a run that does not end is killed with all its ranks and fails the test with its log."""
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        for pid in ranks_of(folder):  # torchrun's are in sessions of their own
+            os.kill(pid, signal.SIGKILL)
+        raise AssertionError((folder / "run.log").read_text()) from None
+
+
+def await_step(process: subprocess.Popen[str], folder: Path, steps: int, timeout: float = 120) -> None:
+    """Waits until the run has logged so many steps."""
+    deadline = time.monotonic() + timeout
+    while not (folder / "metrics.jsonl").exists() or len(steps_of(folder)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "run.log").read_text()
+        time.sleep(0.05)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Pids of the processes that run a rank of the run in `folder`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            is_rank = PRETRAIN.encode() in words and b"deepspeed.launcher" not in b" ".join(words)
+            if is_rank and str(folder / "input.yaml").encode() in words:
+                found.append(int(entry.name))
+    return sorted(found)
