@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What a shell reports of a program ended by SIGPIPE: the reader of stdout, `head` perhaps, had enough.
 _BROKEN_PIPE = 141
+# What tells the shell of a batch job that its share is to be gone on with, where it cannot be told otherwise (EX_TEMPFAIL).
+_STOPPED_UNHEARD = 75
 # Seconds before the end of a job at which no prompt is begun any more, beside what two of them took.
 _MARGIN = 10.0
 
@@ -72,35 +74,28 @@ def generate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
-    from recycle_ds.parallel.job import FAILED, job_of, speaks
+    many = _many(prompts, output, prompt, prompt_file)
+    if many is None:
+        _check_single_process()
+    text = "" if many else _read_prompt(prompt, prompt_file)
+    from recycle_ds.inference.console import private_stdout
+    from recycle_ds.inference.request import Request
+    from recycle_ds.inference.sampling import SamplingParams
 
-    def tell(text: str) -> None:
-        job_of(os.environ).tell("error", text)
-        job_of(os.environ).tell("outcome", FAILED)
-
-    with user_errors(speak=speaks(os.environ), tell=tell):
-        many = _many(prompts, output, prompt, prompt_file)
-        if many is None:
-            _check_single_process()
-        text = "" if many else _read_prompt(prompt, prompt_file)
-        from recycle_ds.inference.console import private_stdout
-        from recycle_ds.inference.request import Request
-        from recycle_ds.inference.sampling import SamplingParams
-
-        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        try:
-            with private_stdout() as out:
-                request = Request(
-                    model, text, mode, max_new_tokens, draft_tokens, dtype, params, tuple(stop or ()), threads
-                )
-                if many is not None:
-                    _run_many(request, *many)
-                    return
-                interrupted = request.run(out, as_json)
-        except BrokenPipeError:
-            sys.exit(_BROKEN_PIPE)
-        if interrupted:
-            sys.exit(INTERRUPTED)
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    try:
+        with private_stdout() as out:
+            request = Request(
+                model, text, mode, max_new_tokens, draft_tokens, dtype, params, tuple(stop or ()), threads
+            )
+            if many is not None:
+                _run_many(request, *many)
+                return
+            interrupted = request.run(out, as_json)
+    except BrokenPipeError:
+        sys.exit(_BROKEN_PIPE)
+    if interrupted:
+        sys.exit(INTERRUPTED)
 
 
 def _many(
@@ -117,23 +112,26 @@ def _many(
 
 
 def _run_many(request: Request, prompts: Path, output: Path) -> None:
-    """This process's share of a file of prompts, until all are done or the job must end."""
-    from recycle_ds.inference.prompt_file import PromptFile
+    """This process's share of a file of prompts, until all are done or the job must end. Raises RecycleError; what is wrong
+    with one of its own prompts is printed here, whichever rank this is."""
+    from recycle_ds.inference.prompt_file import PromptError, PromptFile
     from recycle_ds.inference.setup import load
     from recycle_ds.parallel.job import FINISHED, STOPPED, job_of
-    from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
-    from recycle_ds.training.signals import StopRequest
+    from recycle_ds.parallel.rendezvous import detect_launch, own_device, quiet_libraries
+    from recycle_ds.training.signals import JOB_SIGNAL, StopRequest
 
     quiet_libraries()
     launch, job = detect_launch(os.environ), job_of(os.environ)
-    share = PromptFile(prompts, output, launch.rank, launch.world_size, request.settings)
+    own_device(launch)  # refused before a model is loaded onto another rank's
+    share = PromptFile(prompts, output, launch.rank, launch.world_size, request.model, request.settings)
     longest = begun = 0.0
-    with StopRequest(tuple(file for file in (job.stop_file,) if file), job.end) as stopping:
-        loaded = load(request.model, request.dtype, request.threads, launch.local_rank)
+    with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping:
+        loaded = share.settle(lambda path: load(path, request.dtype, request.threads, launch.local_rank))
 
         def generate(index: int, text: str) -> dict[str, object]:
             nonlocal longest, begun
             begun = time.monotonic()
+            assert loaded is not None
             record = request.record_of_one(loaded, text, index)
             longest = max(longest, time.monotonic() - begun)
             return record
@@ -142,13 +140,20 @@ def _run_many(request: Request, prompts: Path, output: Path) -> None:
             print(f"rank {launch.rank}: {done} of {of} prompts", file=sys.stderr, flush=True)
             job.tell("progress", f"rank {launch.rank}: {done}")
 
-        complete = share.work(generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress)
+        try:
+            complete = loaded is None or share.work(
+                generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress
+            )
+        except PromptError:
+            with user_errors(tell=job.fail):  # no other rank knows of it
+                raise
         if complete:
             job.tell("outcome", FINISHED)
             print(f"{output}: all prompts are done", file=sys.stderr, flush=True)
         elif stopping.reason:
-            job.tell("outcome", STOPPED)
             print(f"rank {launch.rank}: stopped ({stopping.reason}); the same command goes on", file=sys.stderr)
+            if not job.tell("outcome", STOPPED):
+                sys.exit(_STOPPED_UNHEARD)
 
 
 def _check_single_process() -> None:
@@ -187,8 +192,11 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments."""
-    run_command(app, argv)
+    """Runs the command with `argv`, or the process's own arguments. Of ranks that share an error the first alone prints it;
+    each tells it to the shell of a batch job, since what the user must mend is no reason to start again."""
+    from recycle_ds.parallel.job import job_of, speaks
+
+    run_command(app, argv, speak=speaks(os.environ), tell=job_of(os.environ).fail)
 
 
 if __name__ == "__main__":

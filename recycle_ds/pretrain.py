@@ -20,7 +20,8 @@ from recycle_ds.config import (
     save_config,
 )
 from recycle_ds.config.command import run_command
-from recycle_ds.parallel.peers import PeerLost, TakenOver, lost_peer
+from recycle_ds.parallel.job import Unheard
+from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
     from recycle_ds.training.reporting import Records
-    from recycle_ds.training.signals import StopRequest
     from recycle_ds.training.state import TrainingState
 
-STOP = "stop"
-"""A file of this name in run_dir makes the run save and leave; the shell of a batch job has one of its own."""
 PEER_LOST = 69
-"""Exit code of a rank that waits for one that has gone (EX_UNAVAILABLE)."""
+"""Exit code of a rank that waits for one that has gone, or for a file system (EX_UNAVAILABLE)."""
+STOPPED_UNHEARD = 75
+"""Exit code of a run that saved for its job's sake and could not tell the job's shell (EX_TEMPFAIL)."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -82,6 +82,11 @@ def run(config: RunConfig) -> str:
             rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
             return _train(config, deepspeed_config, mesh, place, job, lock)
+        except RuntimeError as error:
+            lost = lost_peer(error)
+            if lost is None:
+                raise
+            raise lost from None
         finally:
             if lock is not None:
                 lock.release()
@@ -95,6 +100,7 @@ def _prepare(config: RunConfig, job: Job) -> RunLock:
     from recycle_ds.checkpoint.folders import remove_unfinished
     from recycle_ds.checkpoint.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
+    from recycle_ds.training.job_end import STOP
 
     prepare_if_missing(config.data, progress=sys.stderr.isatty())
     run_dir = Path(config.run_dir)
@@ -162,13 +168,12 @@ def _train(
     from recycle_ds.checkpoint import resume
     from recycle_ds.checkpoint.writing import PortableCheckpointer
     from recycle_ds.parallel.agree import on_first_rank, together
-    from recycle_ds.parallel.job import FINISHED, STOPPED
     from recycle_ds.training.engine import build_engine
     from recycle_ds.training.errors import OwnError
+    from recycle_ds.training.job_end import conclude, stop_request, tell_alone
     from recycle_ds.training.loop import Trainer
     from recycle_ds.training.reporting import Records
     from recycle_ds.training.run_record import describe_run
-    from recycle_ds.training.signals import REASONS
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
     config = inputs.config
@@ -176,7 +181,7 @@ def _train(
         for warning in _ignored(config):
             print(f"warning: {warning}", flush=True)
     taken_by: Callable[[], str | None] = lock.taken_by if lock is not None else lambda: None
-    with _stop_request(config, mesh, job, taken_by) as stop:
+    with stop_request(config, mesh, job, taken_by) as stop:
         found = resume.find_checkpoint(config, inputs.identity, mesh, place)
         engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
         state, source = resume.begin(config, found, engine, place)
@@ -193,7 +198,7 @@ def _train(
         except RecycleError as error:
             ended = str(error)
             if isinstance(error, OwnError) and not mesh.is_first:
-                _tell_alone(error, mesh)
+                tell_alone(error, mesh)
             raise
         except RuntimeError as error:
             lost = lost_peer(error)
@@ -203,32 +208,9 @@ def _train(
             raise
         finally:
             _end_records(records, ended or "error", trainer.state.step)
-        job.tell("outcome", STOPPED if ended in REASONS else FINISHED)
-        if ended in REASONS:
-            job.requeue_if_orphaned()
         stop.obeyed()
+        conclude(job, ended)
         return ended
-
-
-def _tell_alone(error: RecycleError, mesh: Mesh) -> None:
-    """What only this rank knows, told here, and to the shell of the job: to start again would not help."""
-    import os
-
-    from recycle_ds.parallel.job import FAILED, job_of
-
-    print(f"error: rank {mesh.rank}: {error}", file=sys.stderr, flush=True)
-    job_of(os.environ).tell("error", f"rank {mesh.rank}: {error}")
-    job_of(os.environ).tell("outcome", FAILED)
-
-
-def _stop_request(config: RunConfig, mesh: Mesh, job: Job, taken_by: Callable[[], str | None]) -> StopRequest:
-    """The first rank looks at the stop files, at the clock and at the lock; the others hear of it."""
-    from recycle_ds.training.signals import StopRequest
-
-    if not mesh.is_first:
-        return StopRequest()
-    files = (Path(config.run_dir) / STOP, *([job.stop_file] if job.stop_file else []))
-    return StopRequest(files, job.end, taken_by)
 
 
 def _begin_records(config: RunConfig, job: Job, state: TrainingState, source: Path | None) -> Records:
@@ -280,31 +262,35 @@ def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments. Ranks share errors: the first alone tells them, also to
-    the shell of a batch job, since what the user must mend is no reason to start again."""
+    """Runs the command with `argv`, or the process's own arguments. Of ranks that share an error the first alone prints it;
+    each tells it to the shell of a batch job, since what the user must mend is no reason to start again."""
     import os
 
-    from recycle_ds.parallel.job import FAILED, job_of, speaks
-
-    job = job_of(os.environ)
-
-    def tell(text: str) -> None:
-        job.tell("error", text)
-        job.tell("outcome", FAILED)
+    from recycle_ds.parallel.job import job_of, speaks
 
     first = speaks(os.environ)
     try:
-        run_command(app, argv, speak=first, tell=tell)
-    except (PeerLost, TakenOver) as lost:  # nothing that the user must mend: a batch job starts again, or has done so
+        run_command(app, argv, speak=first, tell=job_of(os.environ).fail)
+    except (PeerLost, MachineFault, TakenOver) as lost:  # nothing that the user must mend: a batch job starts again
         if first:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
+    except Unheard as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        _leave(STOPPED_UNHEARD)
     except SystemExit as leaving:
-        if leaving.code == 0 and "deepspeed" in sys.modules:  # ranks were started, not only help printed
-            from recycle_ds.parallel.rendezvous import leave
-
-            leave(0)
+        if leaving.code == 0:
+            _leave(0)
         raise
+
+
+def _leave(code: int) -> None:
+    """Ends the process; as it should where ranks were started, and not only help printed."""
+    if "deepspeed" in sys.modules:
+        from recycle_ds.parallel.rendezvous import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

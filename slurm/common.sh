@@ -13,6 +13,11 @@ source slurm/defaults.env
 # What scontrol calls this job: the number alone may stand for all tasks of an array.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
+# scontrol must not be told by the user's environment how to print times.
+job_field() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$JOB" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+# A job that was submitted from within a task of an array inherits that array's number.
+known=$(job_field JobId || true)
+[[ -z $known || $known == "$SLURM_JOB_ID" ]] || JOB=$SLURM_JOB_ID
 say() { echo "[$(date '+%F %T')] job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -30,13 +35,12 @@ export MASTER_ADDR=${HOSTS%% *} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLU
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} PYTHONUNBUFFERED=1
 export RECYCLE_JOB_DIR=$JOB_DIR RECYCLE_JOB=$JOB TASKS HOSTS PYTHON REQUEUE
 
-job_field() { scontrol show job --oneliner "$JOB" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
-
 # What SLURM knows beats the variable, which older releases lack and a job submitted from within a job inherits.
 end=$(job_field EndTime || true)
 if [[ -n $end ]] && end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
 
-SRUN=(srun --kill-on-bad-exit=1)
+# One task's failure ends the others; one that has finished does not, whatever the site's WaitTime.
+SRUN=(srun --kill-on-bad-exit=1 --wait=0)
 WRAP=() # where it is empty, bash before 4.4 takes "${WRAP[@]}" for an unset variable: hence ${WRAP[@]+"${WRAP[@]}"}
 case $CONTAINER in
     "") ;;
@@ -74,7 +78,7 @@ alone() {
 run_and_requeue() {
     mkdir -p "$JOB_DIR"
     rm -f "$JOB_DIR"/{stop,outcome,error}
-    note shell "$(hostname) $$"
+    note shell "$(hostname) $$" || true
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
@@ -92,7 +96,7 @@ run_and_requeue() {
 }
 
 # A full disk must not end the job.
-note() { echo "$2" >"$JOB_DIR/$1" || say "$JOB_DIR/$1 cannot be written"; }
+note() { echo "$2" >"$JOB_DIR/$1" || { say "$JOB_DIR/$1 cannot be written"; return 1; }; }
 
 # No signal goes to a launcher, which would end the ranks: the first rank finds the file at its next step.
 ask_to_stop() {
@@ -102,7 +106,7 @@ ask_to_stop() {
     holder=$(cat "$JOB_DIR/shell" 2>/dev/null || true)
     if [[ -n $holder && $holder != "$(hostname) $$" ]]; then say "got $1: the job goes on elsewhere"; return; fi
     say "got $1: the run is asked to save and to leave"
-    note stop "$1"
+    note stop "$1" || true
 }
 
 after() {
@@ -111,11 +115,12 @@ after() {
     say "the ranks left with exit code $code, outcome: ${outcome:-none}"
     case $outcome in
         finished) rm -rf "$JOB_DIR"; exit 0 ;;
+        left) say "stopped for good, as a person asked"; rm -rf "$JOB_DIR"; exit 0 ;;
         failed) say "given up: $(cat "$JOB_DIR/error" 2>/dev/null || echo 'the error is above')"; exit 1 ;;
-        stopped) again "stopped" ;;
+        # where a rank crashed, the signal that ended the others was srun's own
+        stopped) [[ $code != 0 && -z $stopping ]] || again "stopped" ;;
     esac
-    # 143: a signal came before the ranks could listen to it
-    [[ -z $stopping && $code != 143 ]] || again "stopped before its first step"
+    [[ -z $stopping && $code != 75 ]] || again "stopped"
     [[ $code != 0 ]] || exit 0
     crashed "$code"
 }
@@ -123,12 +128,15 @@ after() {
 # A crash that came further than the one before may have been a node's fault; one that comes again at the same place is not.
 crashed() {
     local code=$1 progress count=0 before=
+    # a requeue of SLURM's own ends the ranks too
+    [[ $(job_field JobState || true) =~ ^(RUNNING|)$ ]] || again "ended by SLURM"
     progress=$(cat "$JOB_DIR/progress" 2>/dev/null || echo 0)
     read -r count before 2>/dev/null <"$JOB_DIR/crashes" || true
     if [[ ${before:-} == "$progress" ]]; then count=$((count + 1)); else count=1; fi
-    note crashes "$count $progress"
+    # what cannot be written down is counted by SLURM
+    note crashes "$count $progress" || count=$((${SLURM_RESTART_COUNT:-0} + 1))
     summary
-    if ((count > MAX_CRASHES)); then
+    if ((count >= MAX_CRASHES)); then
         say "given up: $count crashes in a row with nothing new on disk (last: exit code $code)"
         exit 1
     fi
@@ -146,28 +154,32 @@ summary() {
 # some minutes.
 again() {
     [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not started again"; exit 75; }
-    local try state reason restarts
+    local try state reason restarts said
     for try in 1 2 3 4 5 6 7 8 9 10; do
         state=$(job_field JobState || true)
         reason=$(job_field Reason || true)
         restarts=$(job_field Restarts || true)
         if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
             say "$1; the job has been started again elsewhere: not requeued from here"
+            requeued=1
             exit 75
         fi
         case $state:$reason in
-            RUNNING:* | *:TimeLimit)
+            RUNNING:* | PREEMPTED:* | *:TimeLimit)
                 say "$1: requeueing"
-                if scontrol requeue "$JOB"; then
+                if said=$(scontrol requeue "$JOB" 2>&1); then
                     requeued=1
                     # SLURM ends this shell; leaving by itself could be taken for the end of the job
                     sleep 60 & wait $! || true
                     exit 75
                 fi
+                # asked once more only where nobody answered
+                grep -qiE 'timed out|contact|connect|unavailable|socket' <<<"$said" || { say "not requeued: $said"; exit 75; }
                 ;;
-            ?*) say "$1; the job is $state ($reason): not requeued from here"; exit 75 ;;
+            CANCELLED:*) say "$1; the job is cancelled: not requeued"; exit 75 ;;
+            ?*) say "$1; the job is $state ($reason): not requeued from here"; requeued=1; exit 75 ;;
         esac
-        say "the controller does not answer (try $try)"
+        say "the controller does not answer (try $try)${said:+: $said}"
         sleep 20
     done
     say "$1; not requeued: the controller did not answer"

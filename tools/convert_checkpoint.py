@@ -36,6 +36,20 @@ def convert_checkpoint(
         str | None,
         typer.Option(metavar="FILE", help="DeepSpeed's folders: the run's config.yaml or the model's config.json."),
     ] = None,
+    recycle_layers: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Add a newly initialised recycle module to a model without one; 0 adds none."
+        ),
+    ] = 0,
+    recycle_depth: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Tokens ahead that it is to be unrolled for in training; 1 by default."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", min=0, help="Of its weights: those that a run of this training.seed begins with."),
+    ] = None,
 ) -> None:
     """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
     from recycle_ds.parallel.rendezvous import quiet_libraries
@@ -44,7 +58,8 @@ def convert_checkpoint(
     from recycle_ds.checkpoint.convert import Conversion
     from recycle_ds.checkpoint.convert_command import run
 
-    run(source, target, Conversion(to, dtype, shard_gib, tp, pp, verify, config))
+    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, recycle_layers, recycle_depth, seed)
+    run(source, target, conversion)
 
 
 if __name__ == "__main__":

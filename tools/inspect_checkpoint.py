@@ -20,6 +20,10 @@ def inspect_checkpoint(
         typer.Option("--diff", metavar="DIR", help="Compare with this one; exit code 1 if they differ."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="DeepSpeed's folders: the run's config.yaml or the model's config.json."),
+    ] = None,
 ) -> None:
     """Print kind, step, layout, parameters by part, types, provenance and integrity. Exit code 2 for a damaged one."""
     from recycle_ds.parallel.rendezvous import quiet_libraries
@@ -28,9 +32,9 @@ def inspect_checkpoint(
     from recycle_ds.checkpoint.inspection import compare, describe, print_comparison, print_description
 
     if diff is None:
-        print_description(describe(folder), as_json=as_json)
+        print_description(describe(folder, config), as_json=as_json)
         return
-    found = compare(folder, diff)
+    found = compare(folder, diff, config)
     print_comparison(found, as_json=as_json)
     sys.exit(0 if found["equal"] else 1)
 

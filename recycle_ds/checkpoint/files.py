@@ -31,7 +31,8 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError: text of another coding, no JSON, or a number of more digits than Python reads
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not a {type(tree).__name__}")

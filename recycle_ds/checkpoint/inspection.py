@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,28 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from recycle_ds.checkpoint.bits import gap_between
+from recycle_ds.checkpoint.deepspeed_native.files import find_tag, take_inventory
+from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
+from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.manifest import MANIFEST
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.reading import PortableSource
-from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source
+from recycle_ds.config import ModelConfig, RecycleConfig
 
 PARTS = ("embedding", "blocks", "final_norm", "head", "recycle")
+_TRAINING_ONLY = ("model.vocab_multiple", "model.init_std")
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, config: str | Path | None = None) -> dict[str, Any]:
     """Kind, step, layout, shape, parameters by part, types and provenance. Checksums are compared on the way.
 
-    Raises CheckpointError for a folder that is none or is damaged.
+    config: the configuration of a source that does not hold its own. Raises CheckpointError for a folder that is none or is
+    damaged.
     """
-    source = open_source(path)
+    source = open_source(path, config=config)
     counts: Counter[str] = Counter()
     types: Counter[str] = Counter()
     for name, shape in source.shapes.items():
@@ -55,15 +64,26 @@ def describe(path: str | Path) -> dict[str, Any]:
         }
     if isinstance(source, MegatronSource):
         found["layout"] = source.layout
+    if isinstance(source, DeepSpeedSource):
+        found["layout"] = _deepspeed_layout(source)
     return found
 
 
-def compare(left_path: str | Path, right_path: str | Path) -> dict[str, Any]:
-    """Tensors that only one of two folders has, that differ in shape, and by how much the others differ."""
-    left, right = open_source(left_path), open_source(right_path)
+def compare(left_path: str | Path, right_path: str | Path, config: str | Path | None = None) -> dict[str, Any]:
+    """Whether two folders are one model: tensors that only one has, that differ in shape or in value, and settings.
+
+    config: the configuration of those that do not hold their own. Settings that only a training reads are told, not counted.
+    Raises CheckpointError for a folder that is none or is damaged.
+    """
+    left, right = _open_two(left_path, right_path, config)
     both = sorted(left.shapes.keys() & right.shapes.keys())
     shapes = [name for name in both if tuple(left.shapes[name]) != tuple(right.shapes[name])]
-    values = {name: gap for name in both if name not in shapes and (gap := _gap(left, right, name)) is not None}
+    values = {
+        name: asdict(gap)
+        for name in both
+        if name not in shapes and (gap := gap_between(left.read(name), right.read(name))) is not None
+    }
+    settings = _settings(left, right)
     found: dict[str, Any] = {
         "left": str(left.folder),
         "right": str(right.folder),
@@ -71,10 +91,13 @@ def compare(left_path: str | Path, right_path: str | Path) -> dict[str, Any]:
         "only_right": sorted(right.shapes.keys() - left.shapes.keys()),
         "other_shape": {name: [list(left.shapes[name]), list(right.shapes[name])] for name in shapes},
         "other_values": values,
-        "settings": _settings(left, right),
+        "settings": {key: pair for key, pair in settings.items() if not _only_trains(key)},
+        "training_settings": {key: pair for key, pair in settings.items() if _only_trains(key)},
         "same": len(both) - len(shapes) - len(values),
     }
-    found["equal"] = not any(found[key] for key in ("only_left", "only_right", "other_shape", "other_values"))
+    found["equal"] = not any(
+        found[key] for key in ("only_left", "only_right", "other_shape", "other_values", "settings")
+    )
     return found
 
 
@@ -114,21 +137,61 @@ def print_comparison(found: dict[str, Any], *, as_json: bool) -> None:
     for name, (left, right) in found["other_shape"].items():
         print(f"{name}: shape {left} and {right}")
     for name, gap in found["other_values"].items():
-        print(f"{name}: differs by at most {gap:.3g}")
+        print(f"{name}: {_told(gap)}")
     for key, (left, right) in found["settings"].items():
         print(f"{key}: {left} and {right}")
+    for key, (left, right) in found["training_settings"].items():
+        print(f"{key}: {left} and {right} (read in training only)")
     print(f"{found['same']} tensors are equal" + ("" if found["equal"] else "; the folders differ"))
 
 
-def _gap(left: Source, right: Source, name: str) -> float | None:
-    """The largest difference of a tensor's values, None where all are equal."""
-    mine, theirs = left.read(name).double(), right.read(name).double()
-    return None if torch.equal(mine, theirs) else float((mine - theirs).abs().max())
+def _told(gap: dict[str, Any]) -> str:
+    parts = []
+    if gap["gap"] or not gap["not_finite"]:
+        parts.append(f"differs by at most {gap['gap']:.3g}")
+    if gap["not_finite"]:
+        parts.append(f"{gap['not_finite']} values are NaN or infinite on one side only")
+    return "; ".join(parts)
+
+
+def _open_two(left: str | Path, right: str | Path, config: str | Path | None) -> tuple[Source, Source]:
+    """Both, with the configuration for those that take one; if neither does, the first refuses it."""
+    takes = [config is not None and _is_deepspeed(Path(path)) for path in (left, right)]
+    given = [config if takes_it or not any(takes) else None for takes_it in takes]
+    return open_source(left, config=given[0]), open_source(right, config=given[1])
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    held = (folder / MANIFEST).is_file() or completed(folder) or is_hugging_face(folder)
+    return not held and find_tag(folder) is not None
+
+
+def _deepspeed_layout(source: DeepSpeedSource) -> dict[str, int]:
+    """Degrees of the save, by the names of its files; of the data axis where any file is of one."""
+    inventory = take_inventory(source.folder)
+    layout = {"tensor": inventory.tensor, "pipeline": inventory.pipeline}
+    return layout | ({"data": inventory.data} if inventory.optimizer or inventory.partitioned else {})
+
+
+def _only_trains(key: str) -> bool:
+    """Whether a setting changes nothing of what a model with its weights computes."""
+    return key in _TRAINING_ONLY or (key.startswith("recycle.") and key != "recycle.layers")
 
 
 def _settings(left: Source, right: Source) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for section in ("model", "recycle"):
-        mine, theirs = (getattr(source, section).model_dump(mode="json") for source in (left, right))
+        mine, theirs = (_plain(getattr(source, section)) for source in (left, right))
         found |= {f"{section}.{key}": [mine[key], theirs[key]] for key in mine if mine[key] != theirs[key]}
     return found
+
+
+def _plain(section: ModelConfig | RecycleConfig) -> dict[str, Any]:
+    """As JSON, in one spelling of what can be written in two."""
+    tree = section.model_dump(mode="json")
+    if isinstance(section, ModelConfig):
+        tree["head_dim"] = section.dim_per_head
+        scaling = section.rope.scaling
+        if scaling is not None and scaling.kind == "linear":
+            tree["rope"]["scaling"] = {"kind": "linear", "factor": scaling.factor}
+    return tree

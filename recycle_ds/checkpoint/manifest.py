@@ -51,6 +51,27 @@ class DataIdentity(_Record):
     train: list[dict[str, int | str]]
 
 
+class _Weighted(BaseModel):
+    weight: float
+
+
+class _Data(BaseModel):
+    train: list[_Weighted]
+
+
+class _Training(BaseModel):
+    seed: int
+    seq_length: Annotated[int, Field(gt=0)]
+
+
+class _RunConfig(BaseModel):
+    """What a resume reads of a run's configuration before it compares the rest; later releases may have other keys."""
+
+    model_config = ConfigDict(strict=True)
+    data: _Data
+    training: _Training
+
+
 class Manifest(_Record):
     """Everything about a checkpoint but the numbers."""
 
@@ -91,11 +112,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{path}: {_first_fault(error)}") from None
     if manifest.digest != digest_of(tree):
         raise CheckpointError(f"{path}: does not match its own digest: it was changed or damaged")
+    _check_config(path, manifest.config)
     for name, entry in manifest.tensors.items():
         _check_tensor(path, name, entry, manifest.files)
     return manifest
@@ -119,6 +139,21 @@ def write_manifest(folder: Path, tree: Mapping[str, Any]) -> None:
     # as JSON gives it back: tuples are lists there
     plain = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **tree}))
     write_json(folder / MANIFEST, {**plain, "digest": digest_of(plain)})
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """A run's configuration has what a resume needs; that of weights alone has no training."""
+    if "training" not in config:
+        return
+    try:
+        _RunConfig.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: config.{_first_fault(error)}") from None
 
 
 def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, FileEntry]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from recycle_ds.checkpoint.files import describe
 from recycle_ds.checkpoint.manifest import write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
+from recycle_ds.checkpoint.tokenizer_files import copy_tokenizer
+from recycle_ds.checkpoint.window import CONVERTED
 from recycle_ds.data.atomic import flush as fsync
 from recycle_ds.data.tokenizer import Tokenizer
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write_portable(
@@ -35,11 +34,7 @@ def write_portable(
     files = list(written)
     if source.tokenizer is not None:
         fingerprint = Tokenizer.load(source.tokenizer).fingerprint
-        for name in _TOKENIZER_FILES:
-            if source.tokenizer.with_name(name).is_file():
-                shutil.copyfile(source.tokenizer.with_name(name), folder / name)
-                fsync(folder / name)
-                files.append(name)
+        files += copy_tokenizer(source.tokenizer, folder)
     tensors: dict[str, Any] = {}
     for name, shape in source.shapes.items():
         key = f"{name}/weight/0"
@@ -52,7 +47,11 @@ def write_portable(
         "rollbacks": 0,
         "recent": [],
         "adam_step": 0,
-        "config": {"model": source.model.model_dump(mode="json"), "recycle": source.recycle.model_dump(mode="json")},
+        "config": {
+            "model": source.model.model_dump(mode="json"),
+            "recycle": source.recycle.model_dump(mode="json"),
+            CONVERTED: {"seq_length": source.seq_length},
+        },
         "data": {"tokenizer": fingerprint, "train": []},
         "layout": {},
         "provenance": provenance() | {"converted_from": {"kind": source.kind, "folder": source.folder.name}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -16,7 +17,7 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "tokenizers")
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, command line, git revision (None outside a checkout) and time of this process."""
+    """Versions, command line, git revision (None outside a checkout of this package) and time of this process."""
     return {
         "recycle_ds": recycle_ds.__version__,
         "python": platform.python_version(),
@@ -34,12 +35,30 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _revision() -> str | None:
-    here = Path(recycle_ds.__file__).parent
+def _revision(package: Path | None = None) -> str | None:
+    """The commit that the package's folder is a checkout of, with -dirty where tracked files differ from it.
+
+    None where the folder above is not the top of a checkout: a package that is installed inside some project's folder is no
+    part of that project's history.
+    """
+    above = (package or Path(recycle_ds.__file__).parent).resolve().parent
+    top = _git(above, "rev-parse", "--show-toplevel")
+    revision = _git(above, "rev-parse", "HEAD")
+    if not top or not revision or Path(top).resolve() != above:
+        return None
+    changed = _git(above, "status", "--porcelain", "--untracked-files=no")
+    return f"{revision}-dirty" if changed else revision
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git says, None where it fails or is not there."""
+    # nothing that a caller's environment says of another repository counts, and no index is rewritten on the way
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+            ["git", "-C", str(folder), *command],
+            capture_output=True, text=True, timeout=10, check=False, env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.manifest import Manifest, Slice, TensorEntry, slice_shape
 from recycle_ds.checkpoint.shards import ShardFiles
+from recycle_ds.checkpoint.window import read_window
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 
 
@@ -34,8 +35,7 @@ class PortableSource:
             name: tuple(entry.shape) for name, entry in manifest.tensors.items()
         }
         self._files = ShardFiles(folder)
-        training = manifest.config.get("training")
-        self.seq_length = int(training["seq_length"]) if isinstance(training, dict) else self.model.max_positions
+        self.seq_length = read_window(folder, manifest.config, self.model)
 
     @property
     def weights_only(self) -> bool:

@@ -40,7 +40,7 @@ def open_source(path: str | Path, *, verify: bool = True, config: str | Path | N
     if config is not None:
         raise CheckpointError(f"--config {config}: only DeepSpeed's folders need one, and {path} is none: leave it out")
     if is_megatron(folder):
-        return MegatronSource(folder)
+        return MegatronSource(folder, verify=verify)
     if is_hugging_face(folder):
         return HuggingFaceSource(folder)
     checkpoint = find_checkpoint(path)

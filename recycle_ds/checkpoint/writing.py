@@ -25,6 +25,7 @@ from recycle_ds.checkpoint.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.resume import newest_whole, restore
 from recycle_ds.checkpoint.shard_writer import ShardWriter, disk_fault
+from recycle_ds.checkpoint.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.config import RunConfig
 from recycle_ds.data.atomic import flush as fsync
 from recycle_ds.model.sharding import is_copy, pieces
@@ -141,11 +142,8 @@ class PortableCheckpointer:
                 entry["slices"].append(piece)
             part.unlink()
         tokenizer = Path(self._config.data.tokenizer)
-        tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-            fsync(temporary / "tokenizer.json")
-            files["tokenizer.json"] = describe(temporary / "tokenizer.json").model_dump()
+        tokenizer = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
+        files |= {name: describe(temporary / name).model_dump() for name in copy_tokenizer(tokenizer, temporary)}
         manifest = {
             "step": state.step,
             "next_sample": state.next_sample,

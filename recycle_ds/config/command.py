@@ -17,15 +17,15 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 @contextmanager
 def user_errors(*, speak: bool = True, tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into 130. `speak` False keeps quiet; `tell` is
-    told the error's text as well."""
+    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into 130. `speak` False keeps quiet on stderr;
+    `tell` is told the error's text all the same: whoever leaves first may take the others with it, the first rank too."""
     try:
         yield
     except RecycleError as error:
+        if tell is not None:
+            tell(str(error))
         if speak:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            if tell is not None:
-                tell(str(error))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -47,11 +47,11 @@ def run_command(
         try:
             code = application(args=argv, standalone_mode=False)
         except usage_error as error:
+            message = " ".join(str(cast(Any, error).format_message()).split())
+            if tell is not None:
+                tell(message)
             if speak:
-                message: str = cast(Any, error).format_message()
-                print(f"error: {' '.join(message.split())} (--help lists all options)", file=sys.stderr, flush=True)
-                if tell is not None:
-                    tell(" ".join(message.split()))
+                print(f"error: {message} (--help lists all options)", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
         except typer.Abort:
             sys.exit(INTERRUPTED)

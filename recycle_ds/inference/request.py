@@ -90,9 +90,8 @@ class Request:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a continuation depends on, beside its prompt."""
+        """What a continuation depends on, beside its prompt and the model."""
         return {
-            "model": self.model,
             "mode": self.mode,
             "dtype": self.dtype,
             "max_new_tokens": self.max_new_tokens,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,8 +12,10 @@ import torch.distributed as dist
 
 from recycle_ds.config import RecycleError
 from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.parallel.peers import MachineFault
 
 T = TypeVar("T")
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN)
 
 
 class SharedError(RecycleError):
@@ -23,22 +27,25 @@ class SharedError(RecycleError):
 
 
 def together(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
-    """Runs `action` on every rank; a RecycleError or an error of the file system on any becomes a SharedError on all.
+    """Runs `action` on every rank; a RecycleError or an error of the file system on any becomes a SharedError on all, or a
+    MachineFault where it is one that may pass (an unreachable server, a full disk).
 
     Collective; `action` itself may be collective only where it fails alike.
     """
-    text, result = None, None
+    text, passing, result = None, False, None
     try:
         result = action()
     except (RecycleError, OSError) as error:
         text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
+        passing = isinstance(error, OSError) and error.errno in _PASSING
     votes = torch.tensor([mesh.rank + 1 if text else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     culprit = int(votes.item()) - 1
     if culprit >= 0:
-        where = f" (rank {culprit})" if culprit else ""
-        raise SharedError(f"{from_rank(culprit, text, mesh, device)}{where}", culprit)
+        text, passing = from_rank(culprit, (text, passing), mesh, device)
+        where = f" (rank {culprit} on {from_rank(culprit, socket.gethostname(), mesh, device)})" if culprit else ""
+        raise MachineFault(f"{text}{where}") if passing else SharedError(f"{text}{where}", culprit)
     return result  # type: ignore[return-value]
 
 

@@ -2,7 +2,8 @@
 
 The shell (slurm/common.sh) makes a folder for the job and names it in RECYCLE_JOB_DIR. It writes `stop` there when the job must
 end; the first rank writes `run_dir`, `progress` (the step of the newest checkpoint) and `outcome`, by which the shell decides
-whether to requeue. Without such a folder all of this does nothing.
+whether to requeue; any rank that meets an error which a new start would meet again writes it to `error`, and FAILED to
+`outcome`. Without such a folder all of this does nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+FINISHED, STOPPED, LEFT, FAILED = "finished", "stopped", "left", "failed"
+"""Outcomes: all is done; saved for the job's sake, to go on in its next start; saved and left for good, as a person asked; an
+error that a new start would meet again."""
+
+
+class Unheard(Exception):
+    """A run has saved for its job's sake, and could not tell the job's shell so: the exit code must."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +40,34 @@ class Job:
         """Appears when the job must end."""
         return None if self.folder is None else self.folder / "stop"
 
-    def tell(self, file: str, text: str) -> None:
-        """Leaves a line for the shell. A full disk must not end the run: it is reported, and the shell goes by exit codes."""
+    def tell(self, file: str, text: str) -> bool:
+        """Leaves a line for the shell; an outcome FAILED stays. Whether it is there: a full disk must not end the run, it is
+        reported, and the shell goes by exit codes."""
         if self.folder is None:
-            return
-        temporary = self.folder / f".tmp-{file}"
+            return True
+        # ranks that fail alike tell it at the same time
+        temporary = self.folder / f".tmp-{file}-{socket.gethostname()}-{os.getpid()}"
         try:
+            if file == "outcome" and text != FAILED and self._outcome() == FAILED:
+                return True
             temporary.write_text(f"{text}\n", encoding="utf-8")
             os.replace(temporary, self.folder / file)
         except OSError as error:
             print(f"warning: {self.folder / file}: {error.strerror or error}", flush=True)
+            return False
+        return True
+
+    def fail(self, text: str) -> None:
+        """Tells the shell of an error that a new start would meet again. Every rank may: the first to leave takes the others
+        with it, perhaps before they know."""
+        self.tell("error", text)
+        self.tell("outcome", FAILED)
+
+    def _outcome(self) -> str:
+        try:
+            return (self.folder or Path()).joinpath("outcome").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
 
     def requeue_if_orphaned(self) -> bool:
         """Starts the job again where its shell, which would do so, has been killed. Whether that was so."""

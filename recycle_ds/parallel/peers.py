@@ -10,6 +10,10 @@ class PeerLost(Exception):
     """Another rank, or the way to it, has gone: what this rank waits for will not come."""
 
 
+class MachineFault(Exception):
+    """A file system that one node cannot use for now: a later start, on other nodes perhaps, may well succeed."""
+
+
 class TakenOver(Exception):
     """A later start of the same job has taken over what this process works on: it must write nothing any more."""
 

@@ -81,13 +81,39 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
     return Launch(launcher, values[0], values[1], values[2], int(on_host))
 
 
+def device_index(launch: Launch, visible: int) -> int:
+    """Which of the `visible` GPUs is this rank's. A pure function.
+
+    srun and mpirun may show a process one GPU only, its own; torchrun and deepspeed show each rank all of them. Raises
+    LaunchError where ranks would share one. Every rank of a host does, so that the first one can tell.
+    """
+    ranks = max(launch.local_world_size, launch.local_rank + 1)
+    if visible >= ranks:
+        return launch.local_rank
+    if visible == 1 and launch.launcher in ("srun", "mpi"):
+        return 0
+    gpus = "1 visible GPU" if visible == 1 else f"{visible} visible GPUs"
+    raise LaunchError(
+        f"{ranks} ranks on this host and {gpus}: ask for a GPU for each task (--gpus-per-node), or fewer tasks"
+    )
+
+
+def own_device(launch: Launch) -> torch.device:
+    """This rank's device, which no other rank has, or the CPU. Raises LaunchError where there are too few GPUs."""
+    if torch.cuda.is_available():
+        device_index(launch, torch.cuda.device_count())
+    return device(launch.local_rank)
+
+
 def start(launch: Launch) -> bool:
     """Sets up torch.distributed through DeepSpeed, on the backend of this machine's device. False where it already was.
 
     DeepSpeed's shared-memory collective would be compiled on first use (and ignores process groups): it is switched off.
+    Raises LaunchError where there are fewer GPUs than ranks on this host, or MPI does not work.
     """
     if torch.distributed.is_initialized():
         return False
+    place = own_device(launch)  # before ranks wait for one another
     keep_freed_memory()
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
@@ -97,8 +123,7 @@ def start(launch: Launch) -> bool:
     elif launch.launcher == "single":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
-    if torch.cuda.is_available():
-        place = device(launch.local_rank)
+    if place.type == "cuda":
         torch.cuda.set_device(place)
         # DeepSpeed takes it for the number of the device, of which SLURM may show a task its own only
         os.environ["LOCAL_RANK"] = str(place.index)

@@ -38,6 +38,6 @@ def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a node list: "gpu[007-012,020],login1" begins with gpu007."""
-    head = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
-    return "".join(part or "" for part in head.groups()) if head else "127.0.0.1"
+    """The first name of a node list: "gpu[007-012,020],login1" begins with gpu007, "rack[1-2]node[3-4]" with rack1node3."""
+    item = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # commas inside brackets do not end it
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", item.group()) if item else "127.0.0.1"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recycle_ds.config import RunConfig
+from recycle_ds.data.errors import DataError
 from recycle_ds.data.loader import BatchLoader
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.parallel.rendezvous import shorten_timeouts
@@ -19,7 +20,7 @@ from recycle_ds.training.anomalies import APPLY, RETRY, ROLLBACK, SKIP, STOP, Ba
 from recycle_ds.training.batches import StepBatches, assemble
 from recycle_ds.training.dry_run import dry_run
 from recycle_ds.training.engine import TrainingEngine
-from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.errors import OwnError, TrainingError
 from recycle_ds.training.gradients import GradientReport
 from recycle_ds.training.profiling import StepProfiler
 from recycle_ds.training.reporting import Records, Reporter
@@ -27,7 +28,7 @@ from recycle_ds.training.saving import Saver
 from recycle_ds.training.schedule import learning_rate, loss_weights
 from recycle_ds.training.signals import REASONS, TAKEN_OVER, StopRequest
 from recycle_ds.training.state import Checkpointer, TrainingState
-from recycle_ds.training.watchdog import Watchdog
+from recycle_ds.training.watchdog import PATIENCE, Watchdog
 
 _ANSWERS = {
     SKIP: "the step and its data are skipped",
@@ -128,15 +129,19 @@ class Trainer:
         return None
 
     def _settle(self) -> None:
-        """After a first step nothing takes long any more: collectives wait a little longer than the watchdog, no more."""
+        """After a first step nothing takes long any more: collectives wait a little longer than the watchdog does for a save
+        on another rank, no more."""
         timeout = self.config.faults.hang_timeout
         if timeout:
-            shorten_timeouts(1.5 * timeout + 60)
+            shorten_timeouts(PATIENCE * timeout + 60)
 
     def _draw(self) -> StepBatches:
         losses = 1 + self.engine.model.depth
         begun = time.perf_counter()
-        micro = self.loader.step(self.state.next_sample)
+        try:
+            micro = self.loader.step(self.state.next_sample)
+        except DataError as error:  # of this rank's part of the files
+            raise OwnError(f"step {self.state.step + 1}: {error}") from error
         self._reporter.work.data(time.perf_counter() - begun)
         self._watchdog.beat(self.state.step + 1, "count")
         return assemble(micro, losses, self.engine.mesh, self.device)

@@ -6,35 +6,38 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-STOP_FILE, TIME_LIMIT = "stop file", "time limit"
+JOB_SIGNAL, TIME_LIMIT = "job signal", "time limit"
+STOP_FILE = "stop file"
+"""A person's wish: a job does not start again."""
 TAKEN_OVER = "taken over"
 """Without saving, unlike for every other reason."""
-REASONS = (*STOP_SIGNALS, STOP_FILE, TIME_LIMIT, TAKEN_OVER)
+REASONS = (*STOP_SIGNALS, JOB_SIGNAL, TIME_LIMIT, STOP_FILE, TAKEN_OVER)
 """Why a run that is not finished may end. Ranks vote by place; the last one that has a vote wins."""
 
 
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however often they come.
 
-    files: what to look for at every step; one rank need have them. end: unix time at which the job is ended from outside.
+    files: what to look for at every step, and the reason that each one is; the last one that is there counts. One rank need
+    have them. end: unix time at which the job is ended from outside.
     taken_by: who has taken over what this process works on, asked at every step; None for nobody.
     """
 
     def __init__(
         self,
-        files: tuple[Path, ...] = (),
+        files: Mapping[Path, str] | None = None,
         end: float | None = None,
         taken_by: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.reason: str | None = None
         self.taker: str | None = None
-        self._files, self._end, self._taken_by = files, end, taken_by
+        self._files, self._end, self._taken_by = files or {}, end, taken_by
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self, margin: float) -> str | None:
@@ -43,8 +46,9 @@ class StopRequest:
         if self.taker is not None:
             self.reason = TAKEN_OVER
         elif self.reason is None:
-            if any(os.path.exists(file) for file in self._files):
-                self.reason = STOP_FILE
+            found = [reason for file, reason in self._files.items() if os.path.exists(file)]
+            if found:
+                self.reason = found[-1]
             elif self._end is not None and time.time() + margin >= self._end:
                 self.reason = TIME_LIMIT
         return self.reason

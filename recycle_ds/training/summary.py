@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.sessions import SUMMARY, describe
 
 _GOOD = ("finished", "stop_at")
+# Characters of an error in the table; it stands below as a whole.
+_SHOWN = 40
+# Columns of a log, which nothing folds; a terminal says its own.
+_WIDTH = 240
 
 
 def summarise_runs(run_dirs: Sequence[str], *, as_json: bool) -> bool:
@@ -29,7 +35,7 @@ def summarise_runs(run_dirs: Sequence[str], *, as_json: bool) -> bool:
     else:
         _print_table(rows)
         for name in bad:
-            print(f"not finished: {name}: {rows[name]['state']}")
+            print(f"not finished: {name}: {_one_line(rows[name]['state'])}")
     return not bad
 
 
@@ -61,20 +67,27 @@ def _last_loss(metrics: Path) -> float | None:
     return found
 
 
+def _one_line(state: object) -> str:
+    return " ".join(str(state).split())
+
+
 def _print_table(rows: dict[str, dict[str, Any]]) -> None:
     table = Table()
     for heading in ("run", "state", "step", "loss", "restarts", "lost s", "anomalies"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, row in rows.items():
         loss = row.get("loss")
         anomalies = ", ".join(f"{event} {count}" for event, count in row.get("anomalies", {}).items())
-        table.add_row(
+        state = _one_line(row["state"])
+        cells = (
             name,
-            str(row["state"]),
+            state if len(state) <= _SHOWN else f"{state[: _SHOWN - 3]}...",
             f"{row['step']}/{row['steps'] or '?'}",
             "-" if loss is None or not math.isfinite(loss) else f"{loss:.4f}",
             str(row.get("restarts", 0)),
             f"{row.get('lost_seconds', 0):.0f}",
             anomalies or "-",
         )
-    Console().print(table)
+        # as they are: a string would be read as markup, and an error may hold anything
+        table.add_row(*(Text(cell) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)

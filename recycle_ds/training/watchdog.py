@@ -21,7 +21,7 @@ HANG_EXIT = 70
 PHASES = ("starting", "data", "count", "compute", "agree", "update", "log", "save", "evaluate")
 """Of a step, in order."""
 _LONG = ("save", "evaluate")
-_PATIENCE = 4.0
+PATIENCE = 4.0
 """How many times longer the first step, saves and evaluations may take."""
 _GRACE = 5.0
 """Seconds between a rank's stacks and its end: the others write theirs, and the first one reads them."""
@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
         self._folder, self._rank, self._world_size, self._timeout = folder, rank, world_size, timeout
         self._mark = (time.monotonic(), 0, PHASES[0])
-        self._limit, self._settled = timeout * _PATIENCE, False
+        self._limit, self._settled = timeout * PATIENCE, False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -47,7 +47,7 @@ class Watchdog:
         """A sign of life: the step that is being made, and what is done of it."""
         if phase == PHASES[1] and self._mark[2] != PHASES[0]:
             self._settled = True  # a whole step has been made
-        self._limit = self._timeout * (1 if self._settled and phase not in _LONG else _PATIENCE)
+        self._limit = self._timeout * (1 if self._settled and phase not in _LONG else PATIENCE)
         self._mark = (time.monotonic(), step, phase)
         if self._timeout and phase in (PHASES[1], *_LONG) and sys.__stderr__ is not None:
             # a native call that never gives the interpreter back stops the thread too, but not this timer, which is C

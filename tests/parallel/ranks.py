@@ -28,6 +28,19 @@ def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
     return endings
 
 
+def run_quietly(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[str, str]]:
+    """Like `run_all`; also what each run printed."""
+    import contextlib
+    import io
+
+    endings = []
+    for config in runs:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            (ending,) = run_all(rank, world_size, [config])
+        endings.append((ending, said.getvalue()))
+    return endings
+
+
 @dataclass
 class Fault:
     """What happens to one rank in one step: its states are multiplied by `factor`, at the first `times` tries at that step."""
@@ -98,6 +111,27 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
         return run_all(rank, world_size, [config])[0]
     finally:
         files.save_file = original
+
+
+def run_and_read_timeouts(rank: int, world_size: int, config: RunConfig) -> list[float]:
+    """Like `run_all` for one configuration; the seconds that collectives of each group wait afterwards."""
+    from torch.distributed import distributed_c10d as c10d
+
+    run_all(rank, world_size, [config])
+    backends = [group._get_backend(torch.device("cpu")) for group in c10d._world.pg_map]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def run_with_small_shards(rank: int, world_size: int, runs: list[RunConfig], shard_bytes: int) -> list[str]:
+    """Like `run_all`, with checkpoints in files of about `shard_bytes` instead of a gibibyte."""
+    from recycle_ds.checkpoint import shard_writer
+
+    original = shard_writer.SHARD_BYTES
+    shard_writer.SHARD_BYTES = shard_bytes
+    try:
+        return run_all(rank, world_size, runs)
+    finally:
+        shard_writer.SHARD_BYTES = original
 
 
 def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -> str:

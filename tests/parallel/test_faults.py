@@ -13,7 +13,7 @@ from recycle_ds.checkpoint.manifest import read_manifest
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE
-from tests.parallel.ranks import Fault, run_all, run_faulty, run_taken_over
+from tests.parallel.ranks import Fault, run_all, run_and_read_timeouts, run_faulty, run_taken_over
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -164,3 +164,9 @@ def test_a_run_that_is_taken_over_leaves_the_folder_alone(runs: Runs, moment: st
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "running" and summary["anomalies"] == {}, "not written once more"
     assert "released" not in (folder / ".lock").read_text()
+
+
+def test_collectives_wait_less_after_the_first_step(runs: Runs) -> None:
+    """Ranks that wait six hours for one that has gone; or that give up while another one's disk is slow at a save."""
+    found = run_ranks(run_and_read_timeouts, 2, runs.config("timeouts", faults__hang_timeout=50.0), timeout=120)
+    assert found[0] and {seconds for rank in found for seconds in rank} == {4 * 50 + 60}

@@ -19,7 +19,7 @@ from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
-from tests.parallel.ranks import run_all, run_on_full_disk, run_poisoned
+from tests.parallel.ranks import run_all, run_on_full_disk, run_poisoned, run_with_small_shards
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
@@ -101,14 +101,32 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> 
     assert all(left[key].equal(right[key]) for key in left)
 
 
-def test_a_run_that_starts_over_differs(runs: Runs) -> None:
-    """The comparison above passing for a run that began again instead of resuming: here one does, and must not equal."""
+def test_a_run_that_starts_over_is_told_from_one_that_resumes(runs: Runs) -> None:
+    """The comparison above passing for a run that began again: its figures are the same, and only its events are not."""
     again = runs.root / "again"
     shutil.copytree(runs.root / "zero1" / "parts", again)
     shutil.rmtree(again / "checkpoints")
-    assert run_ranks(run_all, 1, [runs.config("again", training__steps=3)]) == [["finished"]]
-    assert figures(again) != figures(runs.root / "zero1" / "whole")[3:]
-    assert not [record for record in read_metrics(again) if "event" in record]
+    assert run_ranks(run_all, 2, [runs.config("again", **dict(LAYOUTS)["zero1"])]) == [["finished"]] * 2
+    assert figures(again) == figures(runs.root / "zero1" / "whole")
+    assert "resume" not in [record.get("event") for record in read_metrics(again)]
+    began = json.loads((again / "summary.json").read_text())["sessions"][-1]["first_step"]
+    resumed = json.loads((runs.root / "zero1" / "parts" / "summary.json").read_text())["sessions"][-1]["first_step"]
+    assert (began, resumed) == (0, 3)
+
+
+def test_a_checkpoint_of_many_shards(runs: Runs) -> None:
+    """A run of some size, whose ranks write several files each and wait for the disk: tiny ones never do."""
+    whole = runs.config("shards/whole", deepspeed=zero(1))
+    first = runs.config("shards/parts", deepspeed=zero(1), training__stop_at=3, training__save_buffer_gib=6e-5)
+    second = runs.config("shards/parts", deepspeed=zero(1), training__save_buffer_gib=0)
+    ended = run_ranks(run_with_small_shards, 2, [whole, first, second], 50_000, timeout=200)
+    assert ended == [["finished", "stop_at", "finished"]] * 2
+    for step in ("step-00000003", "step-00000006"):
+        folder = runs.root / "shards" / "parts" / "checkpoints" / step
+        names = {name.split("-")[1] for name in read_manifest(folder).files if name.startswith("shard-")}
+        counts = [len(list(folder.glob(f"shard-{rank}-*"))) for rank in sorted(names)]
+        assert len(counts) == 2 and min(counts) >= 3, counts
+    assert figures(runs.root / "shards" / "parts") == figures(runs.root / "shards" / "whole"), "bit for bit"
 
 
 def test_resume_at_another_layout(runs: Runs) -> None:

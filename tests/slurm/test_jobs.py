@@ -13,10 +13,16 @@ import pytest
 from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.recognition import open_source
 from tests.runs import ROOT, figures, read_metrics, steps_of
-from tests.slurm.jobs import Jobs, reached
+from tests.slurm.jobs import Jobs, ranks_of, reached
 
 pytestmark = pytest.mark.slurm
 TIME = ("--time=10",)
+
+
+def devices_of(pid: int) -> str:
+    """The GPUs that a process was told to use."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(line.decode().partition("=")[2] for line in variables if line.startswith(b"CUDA_VISIBLE_DEVICES="))
 
 
 def events_of(run_dir: Path, *names: str) -> list[dict[str, object]]:
@@ -28,7 +34,16 @@ def test_every_launcher_trains_alike(jobs: Jobs, lab: Path, whole: list[list[flo
     """Ranks that do not find each other over nodes, take one another's place, or lose the GPUs that SLURM gave them."""
     run_dir = lab / launcher
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
-    job = jobs.submit("pretrain.sbatch", *config, options=TIME, LAUNCHER=launcher)
+    # two of a node's four GPUs are somebody else's: the first two
+    held = jobs.cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--output=/dev/null",
+        "--wrap=sleep 300",
+    ).strip()  # fmt: skip
+    jobs.until(lambda: jobs.field(held, "JobState") == "RUNNING", held)
+    job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="slow:0.1", LAUNCHER=launcher)
+    jobs.until_step(run_dir, 1, job)
+    assert [devices_of(pid) for pid in ranks_of(run_dir)] == ["2,3"] * 4
+    jobs.cluster.run("scancel", held)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     assert figures(run_dir) == whole, "bit for bit"
     assert json.loads((run_dir / "run.json").read_text())["world_size"] == 4

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from recycle_ds.checkpoint.folders import completed
 from tests.runs import figures, read_metrics
-from tests.slurm.jobs import Jobs, ranks_of
+from tests.slurm.jobs import Jobs, ranks_of, reached
 
 pytestmark = pytest.mark.slurm
 ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
 # What the log calls the reason of a stop that the run saved for.
-REASONS = {"usr1": "stop file", "term": "SIGTERM"}
+REASONS = {"usr1": "job signal", "term": "SIGTERM"}
 
 
 def usr1(jobs: Jobs, job: str, run_dir: Path) -> None:
@@ -138,16 +139,21 @@ def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
 
 
 def test_ends(jobs: Jobs, lab: Path) -> None:
-    """A cancelled job that comes back; REQUEUE=0 that requeues; a run that cannot succeed started again for ever."""
+    """A cancelled job that comes back, or one that a person asked to stop; REQUEUE=0 that requeues; two jobs in one folder."""
     common = ("--config", str(lab / "run.yaml"))
-    cancelled, kept = lab / "cancelled", lab / "kept"
-    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",))
-    wrong = jobs.submit("pretrain.sbatch", *common, "training.stps=3", nodes=1, tasks=1, options=("--time=10",))
+    cancelled, kept, asked = lab / "cancelled", lab / "kept", lab / "asked"
+    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",), inject="slow:3")
     jobs.until_step(cancelled, 6, first)
+    twin = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",))
+    assert jobs.wait(twin) == "FAILED" and int(jobs.field(twin, "Restarts")) == 0
+    assert f"{cancelled} is in use by process" in jobs.log(twin) and f"(job {first})" in jobs.log(twin)
     jobs.cluster.run("scancel", first)
     assert jobs.wait(first) == "CANCELLED"
-    assert jobs.wait(wrong) == "FAILED" and int(jobs.field(wrong, "Restarts")) == 0
-    assert jobs.log(wrong).count("error: training.stps=3: unknown key, did you mean training.steps?") == 1
+    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={asked}", options=("--time=10",), inject="slow:0.5")
+    jobs.until_step(asked, 6, third)
+    (asked / "stop").touch()
+    assert jobs.wait(third) == "COMPLETED" and int(jobs.field(third, "Restarts")) == 0
+    assert completed(asked)[0].name == f"step-{reached(asked):08d}" and "stopped for good" in jobs.log(third)
     second = jobs.submit(
         "pretrain.sbatch", *common, f"run_dir={kept}", options=("--time=10",), REQUEUE="0", LAUNCHER="torchrun"
     )
@@ -157,3 +163,21 @@ def test_ends(jobs: Jobs, lab: Path) -> None:
     assert jobs.field(second, "ExitCode") == "75:0", jobs.log(second)
     time.sleep(5)
     assert int(jobs.field(first, "Restarts")) == 0 and jobs.field(first, "JobState") == "CANCELLED"
+
+
+def test_what_starting_again_would_not_help(jobs: Jobs, lab: Path) -> None:
+    """A job that cannot begin and is started again for ever, because the first rank was ended before it could say why."""
+    common = ("--config", str(lab / "run.yaml"), f"run_dir={lab / 'never'}")
+    wrong = jobs.submit("pretrain.sbatch", *common, "training.stps=3", options=("--time=10",))
+    assert jobs.wait(wrong) == "FAILED" and int(jobs.field(wrong, "Restarts")) == 0, jobs.log(wrong)
+    assert (
+        jobs.log(wrong)
+        .splitlines()[-1]
+        .endswith("given up: training.stps=3: unknown key, did you mean training.steps?")
+    )
+    dies = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), inject="die:3", MAX_CRASHES="2")
+    assert jobs.wait(dies) == "FAILED" and int(jobs.field(dies, "Restarts")) == 1, jobs.log(dies)
+    assert "given up: 2 crashes in a row" in jobs.log(dies).splitlines()[-1]
+    asks = ("--modle", "x", "--prompts", "a", "--output", "b")
+    generate = jobs.submit("generate.sbatch", *asks, options=("--time=10",), nodes=1)
+    assert jobs.wait(generate) == "FAILED" and int(jobs.field(generate, "Restarts")) == 0, jobs.log(generate)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from recycle_ds.checkpoint.deepspeed_native.autotp import Shape, Shard, split
 from recycle_ds.checkpoint.deepspeed_native.files import Inventory
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import read_json
@@ -27,15 +28,6 @@ RUN_CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
 _ABOVE = {RUN_CONFIG: 3, MODEL_CONFIG: 2}
 # A long context is not evaluated whole where the length of the training's sequences is not known.
 _WINDOW = 2048
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A piece of a canonical tensor, and the parameter of a model-parallel rank that holds it."""
-
-    rank: int
-    parameter: str
-    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -60,15 +52,17 @@ class Described:
     """Parameters by optimizer group, for each model-parallel rank; empty where they are not known."""
 
 
-def describe(inventory: Inventory, names: Collection[str], config: Path | None) -> Described:
-    """Recognises the naming by `names` and reads its configuration: `config`, or one beside or above the files.
+def describe(inventory: Inventory, held: Sequence[Mapping[str, Shape]], config: Path | None) -> Described:
+    """Recognises the naming and reads its configuration: `config`, or one beside or above the files. held: what each
+    model-parallel rank's parameters are called, and their shapes.
 
     Raises CheckpointError for names of neither kind, and for a configuration that is missing or not valid.
     """
+    names = set().union(*held)
     if any(name.startswith(("blocks.", "embedding.")) for name in names):
         return _own(inventory, config or _search(inventory.folder, RUN_CONFIG))
     if any(name.startswith("model.layers.") for name in names):
-        return _hugging_face(inventory, config or _search(inventory.folder, MODEL_CONFIG))
+        return _hugging_face(inventory, held, config or _search(inventory.folder, MODEL_CONFIG))
     raise CheckpointError(
         f"{inventory.folder}: its parameters are named neither as this package's nor as Hugging Face's LLaMA family: "
         f"{shorten(sorted(names)) or 'there are none'}"
@@ -147,15 +141,22 @@ def _part(
     return table, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, groups
 
 
-def _hugging_face(inventory: Inventory, path: Path) -> Described:
-    if inventory.model_parallel > 1:
-        raise CheckpointError(
-            f"{inventory.folder}: tensor ranks ({inventory.tensor}) x stages ({inventory.pipeline}) of a Hugging Face model: "
-            "only 1 x 1 is supported"
-        )
+def _hugging_face(inventory: Inventory, held: Sequence[Mapping[str, Shape]], path: Path) -> Described:
     model, notes = read_model(read_json(path), str(path))
     recycle = RecycleConfig(layers=0)
     shapes = whole_shapes(model, recycle)
+    expected: list[dict[str, Shape]] = [{} for _ in held]
+    shards: dict[str, tuple[Shard, ...]] = {}
+    for name, shape in shapes.items():
+        parameter = hugging_face_name(name)
+        shards[name], local = split(name, shape, [own.get(parameter) for own in held])
+        for own, part in zip(expected, local, strict=True):
+            own[parameter] = part
+    if inventory.model_parallel > 1 and (inventory.pipeline > 1 or all(len(row) == 1 for row in shards.values())):
+        raise CheckpointError(
+            f"{inventory.folder}: tensor ranks ({inventory.tensor}) x stages ({inventory.pipeline}) of a Hugging Face model: "
+            "stages are not supported, and tensor ranks only where DeepSpeed split the linear layers over them"
+        )
     return Described(
         model,
         recycle,
@@ -163,11 +164,8 @@ def _hugging_face(inventory: Inventory, path: Path) -> Described:
         None,
         tuple(notes),
         shapes,
-        {
-            name: (Shard(0, hugging_face_name(name), Piece(name, shape, 0, 0, shape[0], 0)),)
-            for name, shape in shapes.items()
-        },
-        ({hugging_face_name(name): shape for name, shape in shapes.items()},),
+        shards,
+        tuple(expected),
         frozenset({"lm_head.weight"} if model.tied_embeddings else ()),
-        ((),),
+        ((),) * len(held),
     )

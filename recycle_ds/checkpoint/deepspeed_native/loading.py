@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from recycle_ds.checkpoint.archives import archive_fault, one_line
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.sources import shorten
 
@@ -110,7 +110,7 @@ class PtFiles:
 
     def verify(self, files: Sequence[str]) -> None:
         """Compares the checksums that torch.save wrote with the content. Raises CheckpointError for the first that differ."""
-        damaged = [fault for file in files if (fault := _damage(self.folder / file))]
+        damaged = [f"{file} ({fault})" for file in files if (fault := archive_fault(self.folder / file))]
         if damaged:
             raise CheckpointError(f"{self.folder}: damaged: {shorten(damaged)}; copy it anew")
 
@@ -141,19 +141,3 @@ def _load(path: Path) -> Any:
         ) from None
     names = shorten([one_line(name) for name in foreign]) or "something that weights do not need"
     raise CheckpointError(f"{path}: holds {names}, which DeepSpeed's own files do not: it was not loaded")
-
-
-def one_line(text: object) -> str:
-    """A text of someone else's as part of an error: without line breaks, and not all of it."""
-    words = " ".join(str(text).split())
-    return words if len(words) <= 160 else f"{words[:160]}..."
-
-
-def _damage(path: Path) -> str | None:
-    """The name of a file whose checksums do not hold, read in small blocks; None for a whole one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            fault = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"{path.name} ({one_line(error)})"
-    return None if fault is None else f"{path.name} (checksum of {fault})"

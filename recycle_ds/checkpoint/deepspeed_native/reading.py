@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recycle_ds.checkpoint.archives import one_line
+from recycle_ds.checkpoint.deepspeed_native.autotp import Shard, check_order
 from recycle_ds.checkpoint.deepspeed_native.files import Inventory, take_inventory
-from recycle_ds.checkpoint.deepspeed_native.layouts import Described, Shard, describe
-from recycle_ds.checkpoint.deepspeed_native.loading import PtFiles, one_line
+from recycle_ds.checkpoint.deepspeed_native.layouts import Described, describe
+from recycle_ds.checkpoint.deepspeed_native.loading import PtFiles
 from recycle_ds.checkpoint.deepspeed_native.plain_optimizer import with_optimizer
 from recycle_ds.checkpoint.deepspeed_native.ranks import Stored, read_rank
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -26,30 +28,38 @@ class DeepSpeedSource:
     kind = "deepspeed"
 
     def __init__(self, folder: Path, config: Path | None = None, *, verify: bool = True) -> None:
-        """Opens the folder of a tag. config: the run's config.yaml or the model's config.json, where none lies near.
+        """Opens the folder of a tag. config: the run's config.yaml or the model's config.json, where none lies near. verify:
+        whether to compare all checksums first; without, that is left to `verify`.
 
         Raises CheckpointError that lists what is missing, does not agree, or does not fit the configuration.
         """
         self.folder = folder
-        inventory = take_inventory(folder)
+        self._inventory = inventory = take_inventory(folder)
         self._files = PtFiles(folder)
         if verify:
-            self._files.verify(inventory.files)
+            self.verify()
         self.step = _check_agreement(self._files, inventory)
+        self.layout = _layout(self._files, inventory)
+        """Ranks at save, as far as the folder tells: tensor, pipeline, data (those of a sequence counted too), world_size."""
         ranks = [read_rank(self._files, inventory, rank) for rank in range(inventory.model_parallel)]
-        described = describe(inventory, set().union(*ranks), config)
+        described = describe(inventory, [{name: one.shape for name, one in own.items()} for own in ranks], config)
         if not inventory.optimizer:
             ranks = [
                 with_optimizer(self._files, inventory.model[rank, 0], stored, described.groups[rank])
                 for rank, stored in enumerate(ranks)
             ]
         _check(inventory, ranks, described)
+        check_order(self._files, inventory, described.shards)
         self._ranks, self._shards = ranks, described.shards
         self.model, self.recycle, self.seq_length = described.model, described.recycle, described.seq_length
         self.shapes: Mapping[str, tuple[int, ...]] = described.shapes
         self.tokenizer = _tokenizer(folder, described.tokenizer)
         self.notes: tuple[str, ...] = (*described.notes, *self._rounded())
         self._files.close()
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compares the checksums of this rank's share of the files. Raises CheckpointError that names the damaged ones."""
+        self._files.verify(sorted(self._inventory.files)[rank::world_size])
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
@@ -130,6 +140,15 @@ def _check_agreement(files: PtFiles, inventory: Inventory) -> int:
         for count in counts if isinstance(counts, list) else [counts]:
             _compare(files.folder / file, {"data ranks": (count, inventory.data)})
     return next(iter(steps))
+
+
+def _layout(files: PtFiles, inventory: Inventory) -> dict[str, int]:
+    layout = {"tensor": inventory.tensor, "pipeline": inventory.pipeline}
+    said = files.find(inventory.model[0, 0], ("dp_world_size",))  # ZeRO 0 leaves no other trace of them
+    data = inventory.data if inventory.optimizer else said
+    if type(data) is not int or data < 1:
+        return layout
+    return {"world_size": inventory.model_parallel * data, **layout, "data": data}
 
 
 def _compare(path: Path, said: Mapping[str, tuple[object, int]]) -> None:

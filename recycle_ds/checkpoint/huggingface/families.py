@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, build_section
 
 
@@ -33,12 +34,13 @@ FAMILIES = {
         Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, sliding_window=None),
     )
 }
+_PARTIAL = "partial_rotary_factor"
 # Must have these values where they are given; everything else changes the computation.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "partial_rotary_factor": (1.0, 1, None),
+    _PARTIAL: (1.0, 1, None),
     "use_sliding_window": (False,),
     "quantization_config": (None,),
 }
@@ -50,6 +52,9 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
 }
+_TIED = "tie_word_embeddings"
+_NUMBERS = (*_SIZES.values(), "num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "rope_theta")
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
@@ -62,35 +67,62 @@ def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[s
     for key, allowed in _FIXED.items():
         if key in tree and tree[key] not in allowed:
             raise CheckpointError(f"{where}: {key}={tree[key]!r} is not supported, only {allowed[0]!r}")
-    missing = [key for key in _SIZES.values() if key not in tree]
+    missing = [key for key in _SIZES.values() if tree.get(key) is None]
     if missing:
         raise CheckpointError(f"{where}: without {', '.join(missing)}")
-    fields: dict[str, Any] = {ours: tree[theirs] for ours, theirs in _SIZES.items()}
-    notes = []
-    window = tree.get("sliding_window", family.sliding_window)
-    if family.model_type == "mistral" and window is not None and window < fields["max_positions"]:
-        notes.append(f"sliding_window={window}: positions are limited to it, from {fields['max_positions']}")
-        fields["max_positions"] = window
-    fields |= {
-        "kv_heads": tree.get("num_key_value_heads") or fields["heads"],
+    _check_numbers(tree, where)
+    groups = tree.get("num_key_value_heads")
+    fields: dict[str, Any] = {ours: tree[theirs] for ours, theirs in _SIZES.items()} | {
+        "kv_heads": tree[_SIZES["heads"]] if groups is None else groups,
         "head_dim": tree.get("head_dim"),
         "norm_epsilon": tree.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": tree.get("tie_word_embeddings", False),
+        "tied_embeddings": tree.get(_TIED, False),
         "qkv_bias": family.qkv_bias,
         "init_std": tree.get("initializer_range", 0.02),
         "rope": _read_rope(tree, where),
     }
     try:
-        return build_section(ModelConfig, fields), notes
+        model = build_section(ModelConfig, fields)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
+    check_sizes(model, where)
+    window = _window(tree, family, where)
+    if window is None or window >= model.max_positions:
+        return model, []
+    note = f"sliding_window={window}: positions are limited to it, from {model.max_positions}"
+    return model.model_copy(update={"max_positions": window}), [note]
+
+
+def _check_numbers(tree: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for true or false in a number's place, which Python would take for 1 or 0, and for the reverse."""
+    for key in _NUMBERS:
+        if isinstance(tree.get(key), bool):
+            raise CheckpointError(f"{where}: {key}={tree[key]!r}: must be a number")
+    if not isinstance(tree.get(_TIED, False), bool):
+        raise CheckpointError(f"{where}: {_TIED}={tree[_TIED]!r}: must be true or false")
+
+
+def _window(tree: Mapping[str, Any], family: Family, where: str) -> int | None:
+    """Positions that a token sees, None for all. Raises CheckpointError."""
+    window = tree.get("sliding_window", family.sliding_window)
+    if family.model_type != "mistral" or window is None:  # Qwen2's has no effect without use_sliding_window
+        return None
+    if type(window) is not int or window < 1:
+        raise CheckpointError(f"{where}: sliding_window={window!r}: must be a whole number above 0, or null")
+    return window
 
 
 def _read_rope(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(tree.get(name), Mapping | None):
+            raise CheckpointError(f"{where}: {name}={tree[name]!r}: must be an object")
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise CheckpointError(f"{where}: rope_scaling={scaling!r}: must be an object")
+    for key in _ROPE_NUMBERS:
+        if isinstance(scaling.get(key), bool):
+            raise CheckpointError(f"{where}: {key}={scaling[key]!r}: must be a number")
+    if scaling.get(_PARTIAL) not in _FIXED[_PARTIAL]:
+        raise CheckpointError(f"{where}: {_PARTIAL}={scaling[_PARTIAL]!r} is not supported, only 1.0")
     theta = scaling.get("rope_theta", tree.get("rope_theta", 10_000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":

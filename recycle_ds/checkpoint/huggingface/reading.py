@@ -12,19 +12,17 @@ from torch import Tensor
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import read_json
 from recycle_ds.checkpoint.huggingface.families import read_model
-from recycle_ds.checkpoint.huggingface.module import MODULE_WEIGHTS, read_module
+from recycle_ds.checkpoint.huggingface.module import read_module
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
 from recycle_ds.checkpoint.shards import ShardFiles
 from recycle_ds.checkpoint.sources import shorten
+from recycle_ds.checkpoint.window import default_window
 from recycle_ds.model.build import whole_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
 # Buffers that old releases saved and that are computed anew.
 _IGNORED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
-
-# A long context is not evaluated whole where the length of the training's sequences is not known.
-_WINDOW = 2048
 
 
 class HuggingFaceSource:
@@ -38,9 +36,9 @@ class HuggingFaceSource:
         self.folder = folder
         tree = read_json(folder / CONFIG)
         self.model, notes = read_model(tree, str(folder / CONFIG))
-        self.recycle = read_module(folder)
+        self.recycle, self._module_files = read_module(folder)
         self.notes = tuple(notes)
-        self.seq_length = min(_WINDOW, self.model.max_positions)
+        self.seq_length = default_window(self.model)
         tokenizer = folder / "tokenizer.json"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
@@ -66,13 +64,11 @@ class HuggingFaceSource:
     def _locate(self) -> dict[str, str]:
         """File of every stored tensor, by its name there."""
         where: dict[str, str] = {}
-        for file in self._weight_files():
+        for file in (*self._weight_files(), *self._module_files):
             for key in self._files.keys(file):
                 if key in where:
                     raise CheckpointError(f"{self.folder}: {key} lies in {where[key]} and in {file}")
                 where[key] = file
-        if self.recycle.layers:
-            where |= dict.fromkeys(self._files.keys(MODULE_WEIGHTS), MODULE_WEIGHTS)
         return where
 
     def _weight_files(self) -> list[str]:

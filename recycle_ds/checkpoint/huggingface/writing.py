@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import torch
 from recycle_ds.checkpoint.exporting import Named, split, write_shards
 from recycle_ds.checkpoint.files import write_json
 from recycle_ds.checkpoint.huggingface.families import write_model
-from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, MODULE_WEIGHTS, describe_module
+from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, describe_module, module_file
 from recycle_ds.checkpoint.huggingface.names import RECYCLE, hugging_face_name
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
+from recycle_ds.checkpoint.tokenizer_files import copy_tokenizer
 from recycle_ds.data.tokenizer import Tokenizer
 
 
@@ -42,17 +42,14 @@ def write_hugging_face(
         tree |= _write_tokenizer(source.tokenizer, folder)
     write_json(folder / CONFIG, tree)
     if module:
-        write_shards(folder, [module], lambda *_: MODULE_WEIGHTS, step)
-        description = describe_module(source.recycle, folder / MODULE_WEIGHTS, provenance())
-        write_json(folder / MODULE_CONFIG, description)
+        shards = split(module, shard_bytes)
+        files = write_shards(folder, shards, module_file, step)
+        write_json(folder / MODULE_CONFIG, describe_module(source.recycle, folder, list(files), provenance()))
 
 
 def _write_tokenizer(path: Path, folder: Path) -> dict[str, int]:
     """Copies the tokenizer's files; returns the special tokens of config.json."""
     tokenizer = Tokenizer.load(path)
-    tokenizer.save(folder)
-    for name in ("special_tokens_map.json", "chat_template.jinja"):
-        if path.with_name(name).is_file():
-            shutil.copyfile(path.with_name(name), folder / name)
+    copy_tokenizer(path, folder)
     found = {"eos_token_id": tokenizer.eos_id}
     return found | ({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {})

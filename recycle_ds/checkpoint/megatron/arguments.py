@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 
 # Must be given, and be so.
@@ -24,11 +25,12 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 _ABSENT = (
     "activation_func_clamp_value", "experimental_attention_variant", "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path", "hybrid_layer_pattern", "hybrid_override_pattern", "linear_attention_freq",
-    "linear_attention_type", "no_rope_freq", "num_experts", "spec", "window_size",
+    "linear_attention_type", "no_rope_freq", "num_experts", "num_moe_experts", "softmax_scale", "spec", "window_size",
 )  # fmt: skip
 _OFF = (
-    "apply_layernorm_1p", "attention_output_gate", "is_hybrid_model", "mtp_use_repeated_layer", "multi_latent_attention",
-    "qk_l2_norm", "qk_layernorm", "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
+    "apply_layernorm_1p", "apply_residual_connection_post_layernorm", "attention_output_gate", "heterogeneous_block_specs",
+    "is_hybrid_model", "layernorm_zero_centered_gamma", "mtp_use_repeated_layer", "multi_latent_attention", "qk_l2_norm",
+    "qk_layernorm", "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
 )  # fmt: skip
 # Must have one of these values where they are given.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -45,7 +47,20 @@ _SIZES = {
     "ffn": "ffn_hidden_size",
     "max_positions": "max_position_embeddings",
 }
-_PADDED = "padded_vocab_size"
+_PADDED, _GROUPED, _GROUPS = "padded_vocab_size", "group_query_attention", "num_query_groups"
+_UNTIED, _BIAS, _SCALED, _DEPTH = (
+    "untie_embeddings_and_output_weights",
+    "add_qkv_bias",
+    "use_rope_scaling",
+    "mtp_num_layers",
+)
+_FLAGS = (_GROUPED, _UNTIED, _BIAS, _SCALED)
+# Of what is read as a number, none is ever true or false: Python would take those for 1 and 0.
+_NUMBERS = (
+    *_SIZES.values(), _PADDED, _GROUPS, _DEPTH, "init_method_std", "kv_channels", "layernorm_epsilon",
+    "make_vocab_size_divisible_by", "norm_epsilon", "rope_scaling_factor", "rotary_base", "rotary_seq_len_interpolation_factor",
+    "vocab_size",
+)  # fmt: skip
 _LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_positions": 8192}
 """Constants of Megatron's RotaryEmbedding."""
 _EPSILON = 1e-5
@@ -59,31 +74,50 @@ def read_arguments(
     args: Mapping[str, Any], where: str, tokens: int | None
 ) -> tuple[ModelConfig, RecycleConfig, list[str]]:
     """Model, module and notes. tokens: those of the tokenizer beside it, if there is one. Raises CheckpointError."""
-    missing = [key for key in (*_SIZES.values(), _PADDED, *_REQUIRED) if args.get(key) is None]
+    _check(args, where)
+    vocabulary, notes = _vocabulary(args, tokens)
+    fields: dict[str, Any] = {ours: args[theirs] for ours, theirs in _SIZES.items()} | {
+        "kv_heads": args[_GROUPS] if args.get(_GROUPED) else args[_SIZES["heads"]],
+        "head_dim": args.get("kv_channels"),
+        "vocab_size": vocabulary,
+        "vocab_multiple": _first(args, ("make_vocab_size_divisible_by",), 128),
+        "rope": _read_rope(args, where),
+        "norm_epsilon": _first(args, ("norm_epsilon", "layernorm_epsilon"), _EPSILON),
+        "tied_embeddings": not args.get(_UNTIED),
+        "qkv_bias": bool(args.get(_BIAS)),
+        "init_std": _first(args, ("init_method_std",), 0.02),
+    }
+    depth = _first(args, (_DEPTH,), 0)
+    if type(depth) is not int or depth not in (0, 1):
+        raise CheckpointError(f"{where}: mtp_num_layers={depth!r}: {SEPARATE_DEPTHS}")
+    try:
+        model = build_section(ModelConfig, fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    check_sizes(model, where)
+    return model, RecycleConfig(layers=depth), notes
+
+
+def _check(args: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for what is missing, of another kind than it must be, or not supported."""
+    wanted = (*_SIZES.values(), _PADDED, *_REQUIRED, *([_GROUPS] if args.get(_GROUPED) else []))
+    missing = [key for key in wanted if args.get(key) is None]
     if missing:
         raise CheckpointError(f"{where}: args without {', '.join(missing)}")
     for key, allowed in (_REQUIRED | _FIXED).items():
         if key in args and args[key] not in allowed:
             raise CheckpointError(f"{where}: {key}={args[key]!r} is not supported, only {allowed[0]!r}")
-    vocabulary, notes = _vocabulary(args, tokens)
-    fields: dict[str, Any] = {ours: args[theirs] for ours, theirs in _SIZES.items()} | {
-        "kv_heads": args["num_query_groups"] if args.get("group_query_attention") else args[_SIZES["heads"]],
-        "head_dim": args.get("kv_channels"),
-        "vocab_size": vocabulary,
-        "vocab_multiple": args.get("make_vocab_size_divisible_by") or 128,
-        "rope": _read_rope(args, where),
-        "norm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon") or _EPSILON,
-        "tied_embeddings": not args.get("untie_embeddings_and_output_weights"),
-        "qkv_bias": bool(args.get("add_qkv_bias")),
-        "init_std": args.get("init_method_std") or 0.02,
-    }
-    depth = args.get("mtp_num_layers") or 0
-    if depth not in (0, 1):
-        raise CheckpointError(f"{where}: mtp_num_layers={depth!r}: {SEPARATE_DEPTHS}")
-    try:
-        return build_section(ModelConfig, fields), RecycleConfig(layers=depth), notes
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+    for key in _FLAGS:
+        if type(args.get(key)) not in (bool, type(None)):
+            raise CheckpointError(f"{where}: {key}={args[key]!r}: must be True or False")
+    for key in _NUMBERS:
+        if isinstance(args.get(key), bool):
+            raise CheckpointError(f"{where}: {key}={args[key]!r}: must be a number")
+
+
+def _first(args: Mapping[str, Any], keys: tuple[str, ...], otherwise: Any) -> Any:
+    """The first of them that is given. None is not; 0 is, and is then judged as any other value."""
+    return next((args[key] for key in keys if args.get(key) is not None), otherwise)
 
 
 def _vocabulary(args: Mapping[str, Any], tokens: int | None) -> tuple[int, list[str]]:
@@ -100,14 +134,14 @@ def _vocabulary(args: Mapping[str, Any], tokens: int | None) -> tuple[int, list[
 
 
 def _read_rope(args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"theta": args.get("rotary_base") or 10_000.0}
+    found: dict[str, Any] = {"theta": _first(args, ("rotary_base",), 10_000.0)}
     factor = args.get("rotary_seq_len_interpolation_factor")
-    if args.get("use_rope_scaling"):
+    if args.get(_SCALED):
         if factor is not None:
             raise CheckpointError(
                 f"{where}: use_rope_scaling together with rotary_seq_len_interpolation_factor={factor!r}: only one of them"
             )
-        scaling = {"kind": "llama3", "factor": args.get("rope_scaling_factor") or 8.0, **_LLAMA3}
+        scaling = {"kind": "llama3", "factor": _first(args, ("rope_scaling_factor",), 8.0), **_LLAMA3}
         return found | {"scaling": scaling}
     return found if factor is None else found | {"scaling": {"kind": "linear", "factor": factor}}
 

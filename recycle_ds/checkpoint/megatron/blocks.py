@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import IO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.utils import _create_file_view
 
+from recycle_ds.checkpoint.archives import FilePart, archive_fault
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.megatron.fusing import Box
 from recycle_ds.checkpoint.megatron.unpickling import Chunk, Stored
+from recycle_ds.checkpoint.sources import shorten
 
 
 class BlockFiles:
@@ -40,6 +41,25 @@ class BlockFiles:
                 return f"{chunk.file} has {self._lengths[chunk.file]} bytes, {stored.key} lies beyond them"
         return None
 
+    def verify(self, tensors: Iterable[Stored], rank: int, world_size: int) -> None:
+        """Compares the checksums of every world_size-th chunk from the rank-th, in their order on disk: a share of chunks and
+        not of files, of which there may be one. Raises CheckpointError that names the damaged ones.
+        """
+        chunks = {
+            (chunk.file, chunk.position, chunk.bytes): stored.key for stored in tensors for chunk in stored.chunks
+        }
+        damaged = []
+        for name, share in groupby(sorted(chunks)[rank::world_size], key=lambda chunk: chunk[0]):
+            try:
+                with (self.folder / name).open("rb") as file:
+                    for chunk in share:
+                        fault = archive_fault(FilePart(file, *chunk[1:]))
+                        damaged += [] if fault is None else [f"{name} ({chunks[chunk]}: {fault})"]
+            except OSError as error:
+                damaged.append(f"{name} ({error.strerror})")
+        if damaged:
+            raise CheckpointError(f"{self.folder}: damaged: {shorten(damaged)}; copy it anew")
+
     def read(self, stored: Stored, box: Box) -> Tensor:
         """A new tensor of the box's lengths, in the stored type. Raises CheckpointError."""
         value = torch.empty([length for _, length in box], dtype=stored.dtype)
@@ -60,7 +80,7 @@ class BlockFiles:
         path = self.folder / chunk.file
         try:
             with path.open("rb") as file:
-                view = cast("IO[bytes]", _create_file_view(file, chunk.position, chunk.bytes))
+                view = cast("IO[bytes]", FilePart(file, chunk.position, chunk.bytes))
                 found = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged archive raises whatever its bytes happen to ask for
             raise CheckpointError(f"{path}: {stored.key} cannot be read ({type(error).__name__})") from None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.limits import check_sizes
 from recycle_ds.checkpoint.megatron.arguments import SEPARATE_DEPTHS, read_arguments, unrestored
 from recycle_ds.checkpoint.megatron.blocks import BlockFiles
 from recycle_ds.checkpoint.megatron.fusing import Box, take
@@ -53,8 +54,10 @@ class MegatronSource:
 
     kind = "megatron"
 
-    def __init__(self, folder: Path) -> None:
-        """Opens a checkpoint, or the newest one of a folder of them. Raises CheckpointError that lists what does not fit."""
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        """Opens a checkpoint, or the newest one of a folder of them. verify: whether to compare all checksums; without, that is
+        left to `verify`. Raises CheckpointError that lists what does not fit.
+        """
         self.folder = _find(folder)
         if not (self.folder / BACKEND).is_file():
             raise CheckpointError(f"{self.folder}: no {BACKEND}: not saved by megatron.core.dist_checkpointing")
@@ -76,6 +79,12 @@ class MegatronSource:
         self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
         self._files = BlockFiles(self.folder)
         self._places = self._locate(table)
+        if verify:
+            self.verify()
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compares the checksums of this rank's share of the weights. Raises CheckpointError that names the damaged files."""
+        self._files.verify((place.stored for place in self._places.values()), rank, world_size)
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
@@ -114,6 +123,7 @@ class MegatronSource:
                 raise CheckpointError(f"{path}: {error}") from None
             if self.model.vocab_size is None:
                 raise CheckpointError(f"{path}: model.vocab_size is not given")
+            check_sizes(self.model, str(path))
             self.step, self.seq_length = _count(tree, "step", path), _count(tree, "seq_length", path)
             self.layout = tree["layout"] if isinstance(tree.get("layout"), dict) else {}
             self.notes = tuple(_own_notes(self.model, self.recycle))
@@ -127,11 +137,11 @@ class MegatronSource:
             )
         self.model, self.recycle, notes = read_arguments(args, str(self.folder / "common.pt"), self._tokens())
         step, length = common.get("iteration"), args.get("seq_length")
-        self.step = step if isinstance(step, int) and step >= 0 else 0
+        self.step = step if type(step) is int and step >= 0 else 0
         limit = self.model.max_positions
-        self.seq_length = min(length if isinstance(length, int) and length > 0 else _WINDOW, limit)
+        self.seq_length = min(length if type(length) is int and length > 0 else _WINDOW, limit)
         ranks = {name: args.get(f"{name}_model_parallel_size") for name in ("tensor", "pipeline")}
-        self.layout = {name: size for name, size in ranks.items() if isinstance(size, int)}
+        self.layout = {name: size for name, size in ranks.items() if type(size) is int}
         self.notes = tuple(notes)
 
     def _tokens(self) -> int | None:
@@ -235,6 +245,6 @@ def _find(folder: Path) -> Path:
 
 def _count(tree: Mapping[str, Any], key: str, path: Path) -> int:
     value = tree.get(key)
-    if not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"{path}: {key}={value!r}: must be a number")
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{path}: {key}={value!r}: must be a whole number, 0 or more")
     return value

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from recycle_ds.checkpoint.archives import archive_fault
 from recycle_ds.checkpoint.errors import CheckpointError
 
 METADATA, COMMON = ".metadata", "common.pt"
@@ -174,6 +175,9 @@ def read_common(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {why}: not read") from None
     except Exception as error:  # a damaged archive raises whatever its bytes happen to ask for
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from None
+    fault = archive_fault(path)
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged ({fault}); copy it anew")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: must hold a dictionary, not a {type(found).__name__}")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -38,6 +37,7 @@ from recycle_ds.checkpoint.megatron.reading import BACKEND, FORMAT, OURS, TRACKE
 from recycle_ds.checkpoint.megatron.unpickling import COMMON, METADATA
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source, check_tensors, shorten
+from recycle_ds.checkpoint.tokenizer_files import copy_tokenizer
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.atomic import flush as fsync
 from recycle_ds.model.build import whole_shapes
@@ -45,7 +45,6 @@ from recycle_ds.model.layers import padded_vocabulary
 
 # Weights without an optimizer are what Megatron-LM calls a release: it then looks for no optimizer and no generators.
 RELEASE = "release"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def write_megatron(
@@ -232,8 +231,5 @@ def _write_rest(source: Source, checkpoint: Path, args: dict[str, Any], layout: 
     }
     write_json(checkpoint / OURS, ours)
     if source.tokenizer is not None:
-        for name in _TOKENIZER_FILES:
-            if source.tokenizer.with_name(name).is_file():
-                shutil.copyfile(source.tokenizer.with_name(name), checkpoint / name)
-                fsync(checkpoint / name)
+        copy_tokenizer(source.tokenizer, checkpoint)
     fsync(checkpoint)

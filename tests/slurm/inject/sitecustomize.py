@@ -8,7 +8,9 @@ INJECT is one of:
     spike:STEP              the states of all ranks are fifty times too large in that step
     hang:STEP:RANK          that rank never comes back from reading that step's data
     enospc:STEP:RANK        that rank's disk is full when the checkpoint of that step is written
-All but the slow ones happen once: a mark in INJECT_ONCE keeps them from a restart, and from a second try at the same step.
+    die:RANK                that rank lacks a library, at every start
+All but the slow ones and the last happen once: a mark in INJECT_ONCE keeps them from a restart, and from a second try at the
+same step.
 """
 
 from __future__ import annotations
@@ -123,5 +125,8 @@ class _Patcher(importlib.abc.MetaPathFinder):
         return spec
 
 
+if KIND == "die" and os.environ.get("SLURM_PROCID") == WORDS[0] and "recycle_ds.pretrain" in sys.orig_argv:
+    print("ImportError: libcuda.so.1: cannot open shared object file", file=sys.stderr, flush=True)
+    os._exit(1)
 if KIND:
     sys.meta_path.insert(0, _Patcher())

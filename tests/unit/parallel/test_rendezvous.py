@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch
+from recycle_ds.parallel.rendezvous import Launch, LaunchError, detect_launch, device_index
 
 SRUN = {
     "SLURM_STEP_ID": "0",
@@ -66,3 +66,42 @@ def test_tasks_that_would_each_train_alone() -> None:
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     with pytest.raises(LaunchError, match="LOCAL_RANK"):
         detect_launch({"RANK": "1", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("launcher", "on_host", "local_rank", "visible", "expected"),
+    [
+        ("single", 0, 0, 1, 0),
+        ("single", 0, 0, 8, 0),
+        ("torchrun", 8, 5, 8, 5),
+        ("deepspeed", 2, 1, 4, 1),
+        ("torchrun", 1, 0, 1, 0),
+        # --gpus-per-task=1: a task sees its own GPU only
+        ("srun", 8, 5, 1, 0),
+        ("mpi", 4, 3, 1, 0),
+        ("srun", 8, 5, 8, 5),
+        # a launcher that does not say how many there are
+        ("mpi", 0, 3, 8, 3),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    launcher: str, on_host: int, local_rank: int, visible: int, expected: int
+) -> None:
+    """A rank on the GPU of another, or a task that asks for a device beyond the only one that SLURM shows it."""
+    assert device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible) == expected
+
+
+@pytest.mark.parametrize(
+    ("launcher", "on_host", "local_rank", "visible", "words"),
+    [
+        ("srun", 8, 0, 4, "8 ranks on this host and 4 visible GPUs"),
+        ("srun", 8, 7, 4, "8 ranks on this host and 4 visible GPUs"),
+        ("deepspeed", 2, 0, 1, "2 ranks on this host and 1 visible GPU:"),
+        ("torchrun", 4, 0, 1, "4 ranks on this host and 1 visible GPU:"),
+        ("mpi", 0, 5, 4, "6 ranks on this host and 4 visible GPUs"),
+    ],
+)
+def test_a_gpu_is_not_shared_in_silence(launcher: str, on_host: int, local_rank: int, visible: int, words: str) -> None:
+    """Two ranks on one GPU, which run out of memory or take twice the time, and nobody is told why."""
+    with pytest.raises(LaunchError, match=f"{words}.*ask for a GPU for each task"):
+        device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible)

@@ -22,6 +22,9 @@ from recycle_ds.parallel.slurm import first_host, meeting_point, tasks_on_host
         ("a1,b[2-3]", "a1"),
         ("rack[3]-blade", "rack3-blade"),
         ("tux[2,5]", "tux2"),
+        ("rack[1-2]node[3-4]", "rack1node3"),
+        ("rack[01,03]-node[007,9],login1", "rack01-node007"),
+        ("login1,rack[1-2]node[3-4]", "login1"),
         ("", "127.0.0.1"),
     ],
 )

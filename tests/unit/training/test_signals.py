@@ -7,19 +7,22 @@ import signal
 import time
 from pathlib import Path
 
-from recycle_ds.training.signals import REASONS, STOP_FILE, TAKEN_OVER, TIME_LIMIT, StopRequest
+from recycle_ds.training.signals import JOB_SIGNAL, REASONS, STOP_FILE, TAKEN_OVER, TIME_LIMIT, StopRequest
 
 
 def test_every_reason_is_heard(tmp_path: Path) -> None:
     """A stop file, the job's end or a signal that nobody looks at; one that is heard before it is due."""
-    with StopRequest((tmp_path / "a", tmp_path / "stop"), time.time() + 100) as stop:
+    files = {tmp_path / "of the shell": JOB_SIGNAL, tmp_path / "stop": STOP_FILE}
+    with StopRequest(files, time.time() + 100) as stop:
         assert stop.poll(50) is None
         assert stop.poll(101) == TIME_LIMIT
-    with StopRequest((tmp_path / "a", tmp_path / "stop")) as stop:
-        (tmp_path / "stop").touch()
-        assert stop.poll(0) == STOP_FILE
-        stop.obeyed()
-        assert not (tmp_path / "stop").exists()
+    for names, reason in ((["of the shell"], JOB_SIGNAL), (["stop"], STOP_FILE), (["of the shell", "stop"], STOP_FILE)):
+        with StopRequest(files) as stop:
+            for name in names:
+                (tmp_path / name).touch()
+            assert stop.poll(0) == reason, "a person's wish counts more"
+            stop.obeyed()
+            assert not list(tmp_path.iterdir())
     with StopRequest() as stop:
         for name in ("SIGUSR1", "SIGTERM", "SIGTERM"):
             os.kill(os.getpid(), signal.Signals[name])

@@ -1,0 +1,30 @@
+"""Sizes that no model has: building one of a billion layers, if only to learn its shapes, would never end."""
+
+from __future__ import annotations
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config import ModelConfig
+
+LAYERS, WIDTH, POSITIONS = 10_000, 1 << 24, 1 << 31
+
+
+def check_sizes(model: ModelConfig, where: str) -> None:
+    """Raises CheckpointError for a size of somebody else's configuration that is beyond any model's."""
+    width, scaling = model.heads * model.dim_per_head, model.rope.scaling
+    sizes = {
+        "layers": (model.layers, LAYERS),
+        "hidden": (model.hidden, WIDTH),
+        "heads x head_dim": (width, WIDTH),
+        "ffn": (model.ffn, WIDTH),
+        "vocab_size": (model.vocab_size or 0, WIDTH),
+        "vocab_multiple": (model.vocab_multiple, WIDTH),
+        "max_positions": (model.max_positions, POSITIONS),
+        "rope.scaling.original_positions": (scaling.original_positions if scaling is not None else 0, POSITIONS),
+    }
+    for name, (size, limit) in sizes.items():
+        if size > limit:
+            raise CheckpointError(f"{where}: {name} is {_shown(size)}, above {limit:,}: the configuration is damaged")
+
+
+def _shown(size: int) -> str:
+    return f"{size:,}" if size < 10**18 else "over 10^18"

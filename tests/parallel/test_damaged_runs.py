@@ -1,0 +1,100 @@
+"""Broken checkpoints of real runs, on the way that a restart takes: an exact resume from an older one, or one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recycle_ds.checkpoint import load_model
+from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.manifest import digest_of
+from recycle_ds.config import RunConfig
+from recycle_ds.data.prepare import prepare
+from recycle_ds.data.tokenizer import Tokenizer
+from tests.distributed import run_ranks
+from tests.parallel.ranks import run_all, run_quietly
+from tests.runs import figures, make_corpus, tiny_run, zero
+from tests.unit.checkpoint.test_fuzz import change_bytes, change_files, change_json
+
+MUTATIONS = 120 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 30
+
+
+def config(root: Path, name: str, **changes: Any) -> RunConfig:
+    return tiny_run(
+        root / "corpus", root / name, training__steps=6, training__save_every=2, deepspeed=zero(1), **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/: a run of six steps; parts/: the first four of them, with checkpoints of steps 2 and 4."""
+    root = tmp_path_factory.mktemp("damaged")
+    make_corpus(root / "corpus")
+    runs = [config(root, "whole"), config(root, "parts", training__stop_at=4)]
+    assert run_ranks(run_all, 1, runs, timeout=120) == [["finished", "stop_at"]]
+    return root
+
+
+def test_a_broken_checkpoint_never_goes_on_with_other_weights(root: Path) -> None:
+    """Moments, generators or a position that are read from a damaged file; a restart that ends in a traceback."""
+    draw = random.Random(29)
+    names = []
+    for number in range(MUTATIONS):
+        target = root / f"broken-{number}"
+        shutil.copytree(root / "parts", target)
+        (change_json, change_bytes, change_files)[number % 3](completed(target)[0], draw)
+        names.append(target.name)
+    endings = run_ranks(run_quietly, 1, [config(root, name) for name in names], timeout=60 + 3 * MUTATIONS)[0]
+    fell_back = 0
+    for name, (ending, said) in zip(names, endings, strict=True):
+        assert ending == "finished", (name, ending)
+        fell_back += "falling back" in said
+        assert figures(root / name) == figures(root / "whole"), f"{name}: not the run that it was"
+    assert fell_back > MUTATIONS / 2
+
+
+def test_a_signed_manifest_of_nonsense_is_refused(root: Path) -> None:
+    """A KeyError or a TypeError about a manifest that some other program wrote, after weights have been changed perhaps."""
+    draw = random.Random(31)
+    runs = []
+    for number in range(MUTATIONS):
+        target = root / f"signed-{number}"
+        shutil.copytree(root / "parts", target)
+        change_json(completed(target)[0], draw)
+        path = completed(target)[0] / "manifest.json"
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError:
+            continue
+        path.write_text(json.dumps(tree | {"digest": digest_of(tree)}))
+        runs.append(config(root, target.name))
+    endings = run_ranks(run_quietly, 1, runs, timeout=60 + 3 * MUTATIONS)[0]
+    for ending, _ in endings:
+        assert ending == "finished" or (ending.startswith("error: ") and "\n" not in ending), ending
+    assert any("falling back" in said for _, said in endings)
+
+
+def test_a_checkpoint_ends_texts_as_its_run_did(tmp_path: Path) -> None:
+    """A model whose end token, named beside its tokenizer alone, is another one once it is loaded from a checkpoint."""
+    corpus = make_corpus(tmp_path / "plain")
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    tree = json.loads((corpus / "tokenizer.json").read_text())
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 300, "content": "<|turn|>"})
+    (chat / "tokenizer.json").write_text(json.dumps(tree))
+    (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|turn|>"}))
+    (chat / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = Tokenizer.load(chat)
+    assert tokenizer.eos_id == 300
+    prepare(str(corpus / "texts.jsonl"), chat, tokenizer, validation_fraction=0.1, workers=1)
+    run = tiny_run(chat, tmp_path / "run", training__steps=1)
+    assert run_ranks(run_all, 1, [run], timeout=120) == [["finished"]]
+    shutil.rmtree(chat)
+    assert load_model(str(tmp_path / "run")).tokenizer.eos_id == 300
+    assert (completed(tmp_path / "run")[0] / "chat_template.jinja").read_text() == "{{ messages }}"

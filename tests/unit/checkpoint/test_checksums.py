@@ -1,0 +1,177 @@
+"""Checksums of other programs' checkpoints: compared before a weight is read, in shares, and block by block."""
+
+from __future__ import annotations
+
+import io
+import random
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.archives import FilePart, archive_fault
+from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
+from recycle_ds.checkpoint.megatron.reading import MegatronSource
+from recycle_ds.checkpoint.megatron.writing import write_megatron
+from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.config import save_config
+from recycle_ds.model import build_model
+from tests.runs import tiny_run
+from tests.unit.checkpoint.megatron_cases import source_of
+from tests.unit.checkpoint.memory import ModelSource
+from tests.unit.checkpoint.native_folder import write_folder
+
+
+@pytest.fixture
+def megatron(tmp_path: Path) -> tuple[Path, ModelSource]:
+    """release/ of two tensor ranks and two stages, and what it was made of."""
+    source = source_of("grouped_tied", tmp_path)
+    (tmp_path / "run").mkdir()
+    write_megatron(source, tmp_path / "run", None, 2, 2, lambda _: None)
+    return tmp_path / "run" / "release", source
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    """A tag of DeepSpeed's, of three data ranks."""
+    config = tiny_run(tmp_path / "corpus", tmp_path / "run", model__vocab_size=30, model__layers=1)
+    model = build_model(config.model, config.recycle, seed=3)
+    tag = write_folder(tmp_path / "native", {name: value.detach() for name, value in model.named_parameters()})
+    save_config(config, tmp_path / "config.yaml")
+    return tag
+
+
+def flip(path: Path, value: torch.Tensor) -> None:
+    """A bit of the first places of a tensor's values in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(value.flatten()[:4].numpy().tobytes()) + 5] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_megatrons_is_seen(megatron: tuple[Path, ModelSource]) -> None:
+    """A weight that a bad disk changed: torch.load reads it without a word."""
+    folder, source = megatron
+    flip(folder / "__0_0.distcp", source.read("embedding.weight"))
+    with pytest.raises(CheckpointError) as caught:
+        open_source(folder)
+    assert "damaged: __0_0.distcp (embedding.word_embeddings.weight: checksum of" in str(caught.value)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    # and the change is one that no other check sees
+    opened = MegatronSource(folder, verify=False)
+    assert not torch.equal(opened.read("embedding.weight"), source.read("embedding.weight"))
+
+
+def test_a_flipped_bit_of_megatrons_arguments_is_seen(megatron: tuple[Path, ModelSource]) -> None:
+    """Another rotary base, in a file that is read as it stands."""
+    folder, _ = megatron
+    (folder / "recycle_ds.json").unlink()
+    path = folder / "common.pt"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"rotary_base")
+    number = content.index((10_000).to_bytes(2, "little"), place)
+    content[number] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"common\.pt: damaged \(checksum of common/data\.pkl\)"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
+def test_megatrons_shares_are_the_whole(megatron: tuple[Path, ModelSource], world_size: int) -> None:
+    """A part that no rank compares, or a rank beyond the last file that fails."""
+    folder, source = megatron
+    opened = MegatronSource(folder, verify=False)
+    for rank in range(world_size):
+        opened.verify(rank, world_size)
+    for file, name in (("__0_0.distcp", "embedding.weight"), ("__2_0.distcp", "final_norm.weight")):
+        whole = (folder / file).read_bytes()
+        flip(folder / file, source.read(name))
+        refused = []
+        for rank in range(world_size):
+            try:
+                opened.verify(rank, world_size)
+            except CheckpointError as error:
+                assert f"damaged: {file} (" in str(error)
+                refused.append(rank)
+        assert len(refused) == 1, file
+        (folder / file).write_bytes(whole)
+
+
+def test_deepspeeds_shares_are_the_whole(native: Path) -> None:
+    """A file that no rank compares; checksums that are compared by every rank although it was left to the caller."""
+    source = DeepSpeedSource(native)
+    files = sorted(path.name for path in native.glob("*.pt"))
+    last = native / files[-1]
+    values = torch.load(last, weights_only=False)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
+    flip(last, values)
+    refused = []
+    for rank in range(3):
+        try:
+            source.verify(rank, 3)
+        except CheckpointError as error:
+            assert f"damaged: {last.name} (checksum of" in str(error) and "\n" not in str(error)
+            refused.append(rank)
+    assert refused == [(len(files) - 1) % 3]
+    DeepSpeedSource(native, verify=False)
+    with pytest.raises(CheckpointError, match="damaged"):
+        DeepSpeedSource(native)
+
+
+def test_a_part_that_is_gone_is_named(megatron: tuple[Path, ModelSource]) -> None:
+    """A traceback where a file disappears between opening and comparing."""
+    folder, _ = megatron
+    opened = MegatronSource(folder, verify=False)
+    (folder / "__3_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"damaged: __3_0\.distcp \(No such file or directory\)"):
+        opened.verify()
+
+
+def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
+    """Tens of gigabytes held while they are compared."""
+    torch.save(torch.zeros(32 << 20, dtype=torch.uint8), tmp_path / "large.pt")
+    tracemalloc.start()
+    try:
+        with (tmp_path / "large.pt").open("rb") as file:
+            assert archive_fault(FilePart(file, 0, (tmp_path / "large.pt").stat().st_size)) is None
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_part_of_a_file_is_a_file_of_its_own() -> None:
+    """Bytes of the neighbouring chunk, read or reached from the end."""
+    part = FilePart(io.BytesIO(b"--chunk--"), 2, 5)
+    assert part.read() == b"chunk" and part.read() == b"" and part.tell() == 5
+    assert part.seek(-2, io.SEEK_END) == 3 and part.read(9) == b"nk"
+    assert part.seek(1) == 1 and part.seek(2, io.SEEK_CUR) == 3 and part.read(1) == b"n"
+    buffer = bytearray(9)
+    part.seek(0)
+    assert part.readinto(memoryview(buffer)) == 5 and buffer == b"chunk\0\0\0\0"
+    assert part.seek(7) == 7 and part.read() == b""
+    with pytest.raises(OSError, match="seek"):
+        part.seek(-1)
+
+
+def test_any_flipped_bit_of_an_archive(tmp_path: Path) -> None:
+    """A bit of a name, a length or a checksum, rather than of the content, that raises or gives other values."""
+    value = torch.arange(40, dtype=torch.float32)
+    torch.save(value, tmp_path / "value.pt")
+    whole = (tmp_path / "value.pt").read_bytes()
+    draw = random.Random(1)
+    seen = 0
+    for _ in range(600):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        fault = archive_fault(io.BytesIO(bytes(content)))
+        if fault is None:  # of the padding between its members, or of what nobody reads
+            try:
+                assert torch.equal(torch.load(io.BytesIO(bytes(content)), weights_only=True), value)
+            except RuntimeError as error:  # torch's reader minds a field that Python's does not
+                assert "PytorchStreamReader" in str(error)
+        else:
+            assert fault and "\n" not in fault
+            seen += 1
+    assert seen > 200
+    assert zipfile.is_zipfile(tmp_path / "value.pt") and archive_fault(tmp_path / "value.pt") is None

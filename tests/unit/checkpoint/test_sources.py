@@ -1,0 +1,43 @@
+"""Which differences between a source and a model are let pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.sources import check_tensors
+from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.model import build_model
+from recycle_ds.model.build import whole_shapes
+from tests.unit.checkpoint.memory import ModelSource
+
+CONFIG = ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=30, max_positions=16)
+
+
+def source(layers: int) -> ModelSource:
+    module = RecycleConfig(layers=layers, depth=2)
+    return ModelSource(build_model(CONFIG, module, seed=1), CONFIG, module, Path("models/one"))
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(3, 1), (1, 3), (1, 0), (0, 1), (2, 2)])
+def test_a_module_comes_whole_or_not_at_all(held: int, wanted: int) -> None:
+    """Trained blocks of a module beside random ones, or the first of three blocks taken for the whole."""
+    shapes = whole_shapes(CONFIG, RecycleConfig(layers=wanted, depth=2))
+    if held and wanted and held != wanted:
+        with pytest.raises(CheckpointError, match=r"recycle\.blocks\.\d.* recycle\.layers as it was saved with"):
+            check_tensors(source(held), shapes, "recycle.")
+        return
+    lacking = check_tensors(source(held), shapes, "recycle.")
+    assert lacking == sorted(name for name in shapes if name.startswith("recycle.") and not held)
+    if held != wanted:
+        with pytest.raises(CheckpointError, match=r"recycle\."):
+            check_tensors(source(held), shapes)
+
+
+def test_the_backbone_is_never_optional() -> None:
+    """A model with a random layer because its source had fewer."""
+    shapes = whole_shapes(CONFIG.model_copy(update={"layers": 3}), RecycleConfig(layers=0))
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.2\."):
+        check_tensors(source(1), shapes, "recycle.")
