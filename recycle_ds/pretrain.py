@@ -62,7 +62,6 @@ def run(config: RunConfig) -> str:
 
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.agree import on_first_rank
-    from recycle_ds.parallel.device import device
     from recycle_ds.parallel.job import Job, job_of
     from recycle_ds.parallel.layout import check_node, layout_of
     from recycle_ds.parallel.mesh import build_mesh
@@ -74,7 +73,7 @@ def run(config: RunConfig) -> str:
     begun_here = rendezvous.start(launch)
     try:
         mesh = build_mesh(config.parallel)
-        place = device(launch.local_rank)
+        place = rendezvous.own_device(launch)
         torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
         job = job_of(os.environ) if mesh.is_first else Job()
         lock = on_first_rank(lambda: _prepare(config, job), mesh, place)
@@ -174,6 +173,7 @@ def _train(
     from recycle_ds.training.loop import Trainer
     from recycle_ds.training.reporting import Records
     from recycle_ds.training.run_record import describe_run
+    from recycle_ds.training.signals import REASONS
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
     config = inputs.config
@@ -208,8 +208,9 @@ def _train(
             raise
         finally:
             _end_records(records, ended or "error", trainer.state.step)
+        # somebody may have asked meanwhile that it stops for good
+        conclude(job, (stop.poll(0) or ended) if ended in REASONS else ended)
         stop.obeyed()
-        conclude(job, ended)
         return ended
 
 

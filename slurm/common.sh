@@ -34,6 +34,7 @@ HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
 export MASTER_ADDR=${HOSTS%% *} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 8) % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} PYTHONUNBUFFERED=1
 export RECYCLE_JOB_DIR=$JOB_DIR RECYCLE_JOB=$JOB TASKS HOSTS PYTHON REQUEUE
+unset RECYCLE_SHELL
 
 # What SLURM knows beats the variable, which older releases lack and a job submitted from within a job inherits.
 end=$(job_field EndTime || true)
@@ -77,8 +78,8 @@ alone() {
 # run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, and does what their end asks for. It ends the job.
 run_and_requeue() {
     mkdir -p "$JOB_DIR"
-    rm -f "$JOB_DIR"/{stop,outcome,error}
-    note shell "$(hostname) $$" || true
+    rm -f "$JOB_DIR"/{stop,outcome,error} || say "$JOB_DIR cannot be tidied up"
+    if note shell "$(hostname) $$"; then export RECYCLE_SHELL="$(hostname) $$"; fi
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
@@ -98,19 +99,24 @@ run_and_requeue() {
 # A full disk must not end the job.
 note() { echo "$2" >"$JOB_DIR/$1" || { say "$JOB_DIR/$1 cannot be written"; return 1; }; }
 
+# Whether the folder is a later start's, this node having been lost from SLURM's sight only: what is in it is not for this one.
+replaced() {
+    local holder
+    holder=$(cat "$JOB_DIR/shell" 2>/dev/null || true)
+    [[ -n $holder && $holder != "${RECYCLE_SHELL:-$holder}" ]]
+}
+
 # No signal goes to a launcher, which would end the ranks: the first rank finds the file at its next step.
 ask_to_stop() {
     stopping=$1
-    # the folder is a later start's where this node was only lost from sight: that one is not to stop
-    local holder
-    holder=$(cat "$JOB_DIR/shell" 2>/dev/null || true)
-    if [[ -n $holder && $holder != "$(hostname) $$" ]]; then say "got $1: the job goes on elsewhere"; return; fi
+    if replaced; then say "got $1: the job goes on elsewhere"; return; fi
     say "got $1: the run is asked to save and to leave"
     note stop "$1" || true
 }
 
 after() {
     local code=$1 outcome
+    if replaced; then say "the ranks left with exit code $code; the job goes on elsewhere"; requeued=1; exit 75; fi
     outcome=$(cat "$JOB_DIR/outcome" 2>/dev/null || true)
     say "the ranks left with exit code $code, outcome: ${outcome:-none}"
     case $outcome in
@@ -133,8 +139,10 @@ crashed() {
     progress=$(cat "$JOB_DIR/progress" 2>/dev/null || echo 0)
     read -r count before 2>/dev/null <"$JOB_DIR/crashes" || true
     if [[ ${before:-} == "$progress" ]]; then count=$((count + 1)); else count=1; fi
-    # what cannot be written down is counted by SLURM
-    note crashes "$count $progress" || count=$((${SLURM_RESTART_COUNT:-0} + 1))
+    if ! note crashes "$count $progress" && ((${SLURM_RESTART_COUNT:-0} + 1 >= MAX_CRASHES)); then
+        say "given up: exit code $code after ${SLURM_RESTART_COUNT:-0} restarts, and crashes cannot be counted in $JOB_DIR"
+        exit 1
+    fi
     summary
     if ((count >= MAX_CRASHES)); then
         say "given up: $count crashes in a row with nothing new on disk (last: exit code $code)"
@@ -173,15 +181,15 @@ again() {
                     sleep 60 & wait $! || true
                     exit 75
                 fi
-                # asked once more only where nobody answered
-                grep -qiE 'timed out|contact|connect|unavailable|socket' <<<"$said" || { say "not requeued: $said"; exit 75; }
+                # anything else may pass: a busy controller, or one that hands over to another
+                ! grep -qiE 'disabled|permission|denied|not supported|invalid' <<<"$said" || { say "not requeued: $said"; exit 75; }
                 ;;
-            CANCELLED:*) say "$1; the job is cancelled: not requeued"; exit 75 ;;
-            ?*) say "$1; the job is $state ($reason): not requeued from here"; requeued=1; exit 75 ;;
+            PENDING:* | REQUEUED:*) say "$1; SLURM has requeued the job by itself"; requeued=1; exit 75 ;;
+            ?*) say "$1; the job is $state ($reason): not requeued from here"; exit 75 ;;
         esac
-        say "the controller does not answer (try $try)${said:+: $said}"
+        say "not requeued yet (try $try): ${said:-the controller does not answer}"
         sleep 20
     done
-    say "$1; not requeued: the controller did not answer"
+    say "$1; not requeued: ${said:-the controller did not answer}"
     exit 75
 }

@@ -4,11 +4,9 @@ set -euo pipefail
 launcher=$1
 shift
 
-# SLURM's SIGTERM goes to every process of a step. Launchers answer by ending their ranks within 30 seconds, saved or not: they are
-# shielded from it (slurm/shielded.py), the ranks hear it themselves, and this file serves those that do not listen yet.
-trap 'echo TERM >"$RECYCLE_JOB_DIR/stop" || true' TERM
-# Other signals to the whole step mean the ranks, which listen to them; launchers do not.
-trap '' USR1 INT
+# SLURM's signals go to every process of a step. Launchers answer by ending their ranks, at once or within 30 seconds: they are
+# shielded from them (slurm/shielded.py), the ranks hear them themselves, and this file serves those that do not listen yet.
+trap 'echo signal >"$RECYCLE_JOB_DIR/stop" || true' TERM USR1 INT
 
 if [[ $launcher == torchrun ]]; then
     command=(torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$TASKS"

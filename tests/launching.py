@@ -85,14 +85,19 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 180) -
         os.killpg(process.pid, signal.SIGKILL)
         for pid in ranks_of(folder):  # torchrun's are in sessions of their own
             os.kill(pid, signal.SIGKILL)
-        raise AssertionError((folder / "run.log").read_text()) from None
+        raise AssertionError(logs(folder)) from None
+
+
+def logs(folder: Path) -> str:
+    """All that the starts of a run have printed."""
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
 
 
 def await_step(process: subprocess.Popen[str], folder: Path, steps: int, timeout: float = 120) -> None:
     """Waits until the run has logged so many steps."""
     deadline = time.monotonic() + timeout
     while not (folder / "metrics.jsonl").exists() or len(steps_of(folder)) < steps:
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "run.log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, logs(folder)
         time.sleep(0.05)
 
 

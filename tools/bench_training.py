@@ -35,7 +35,6 @@ def bench_training(
     import torch
 
     from recycle_ds.parallel import rendezvous
-    from recycle_ds.parallel.device import device
 
     rendezvous.quiet_libraries()
     from recycle_ds.planning.command import read_run
@@ -50,7 +49,7 @@ def bench_training(
     from recycle_ds.training.benchmark import profile_subjects, run_benchmark
 
     try:
-        mesh, place = build_mesh(run.parallel), device(launch.local_rank)
+        mesh, place = build_mesh(run.parallel), rendezvous.own_device(launch)
         if profile:
             for name, table in profile_subjects(run, mesh, place).items():
                 if mesh.is_first:

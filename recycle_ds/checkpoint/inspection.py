@@ -13,13 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from recycle_ds.checkpoint.bits import gap_between
-from recycle_ds.checkpoint.deepspeed_native.files import find_tag, take_inventory
 from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import MANIFEST
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.reading import PortableSource
-from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
+from recycle_ds.checkpoint.recognition import is_deepspeed, open_source
 from recycle_ds.checkpoint.sources import Source
 from recycle_ds.config import ModelConfig, RecycleConfig
 
@@ -62,10 +59,8 @@ def describe(path: str | Path, config: str | Path | None = None) -> dict[str, An
             "checksums": "hold",
             "provenance": manifest.provenance,
         }
-    if isinstance(source, MegatronSource):
+    if isinstance(source, MegatronSource | DeepSpeedSource):
         found["layout"] = source.layout
-    if isinstance(source, DeepSpeedSource):
-        found["layout"] = _deepspeed_layout(source)
     return found
 
 
@@ -156,21 +151,9 @@ def _told(gap: dict[str, Any]) -> str:
 
 def _open_two(left: str | Path, right: str | Path, config: str | Path | None) -> tuple[Source, Source]:
     """Both, with the configuration for those that take one; if neither does, the first refuses it."""
-    takes = [config is not None and _is_deepspeed(Path(path)) for path in (left, right)]
+    takes = [config is not None and is_deepspeed(Path(path)) for path in (left, right)]
     given = [config if takes_it or not any(takes) else None for takes_it in takes]
     return open_source(left, config=given[0]), open_source(right, config=given[1])
-
-
-def _is_deepspeed(folder: Path) -> bool:
-    held = (folder / MANIFEST).is_file() or completed(folder) or is_hugging_face(folder)
-    return not held and find_tag(folder) is not None
-
-
-def _deepspeed_layout(source: DeepSpeedSource) -> dict[str, int]:
-    """Degrees of the save, by the names of its files; of the data axis where any file is of one."""
-    inventory = take_inventory(source.folder)
-    layout = {"tensor": inventory.tensor, "pipeline": inventory.pipeline}
-    return layout | ({"data": inventory.data} if inventory.optimizer or inventory.partitioned else {})
 
 
 def _only_trains(key: str) -> bool:

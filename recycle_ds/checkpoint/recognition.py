@@ -26,6 +26,11 @@ def is_hugging_face(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or find_tag(folder) is None
 
 
+def is_deepspeed(folder: Path) -> bool:
+    """Whether a folder is DeepSpeed's, or names one."""
+    return _deepspeed_tag(folder) is not None
+
+
 def open_source(path: str | Path, *, verify: bool = True, config: str | Path | None = None) -> Source:
     """Opens a run folder, a checkpoint, a Hugging Face, Megatron or DeepSpeed folder; checksums, where there are any, are
     compared first (`verify` False leaves that to the caller).

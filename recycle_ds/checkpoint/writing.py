@@ -96,7 +96,10 @@ class PortableCheckpointer:
         save, self._save = self._save, None
         published = False
         try:
-            published = self._agree(save.writer.wait()) and self._first(lambda: self._publish(save))
+            if self._agree(save.writer.wait()):
+                published = self._first(lambda: self._publish(save))
+            else:  # a later start that tidies up looks like a fault of the disk
+                self._first(lambda: None)
         finally:
             if not published:
                 self._discard(save.temporary)

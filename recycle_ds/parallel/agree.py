@@ -15,7 +15,11 @@ from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
 
 T = TypeVar("T")
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN)
+# Of file servers that are away (NFS, Lustre, FUSE), and of disks that are full or broken.
+_PASSING = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN, errno.ESHUTDOWN,
+    errno.ENOTCONN,
+)  # fmt: skip
 
 
 class SharedError(RecycleError):
@@ -37,7 +41,7 @@ def together(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
         result = action()
     except (RecycleError, OSError) as error:
         text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
-        passing = isinstance(error, OSError) and error.errno in _PASSING
+        passing = _may_pass(error)
     votes = torch.tensor([mesh.rank + 1 if text else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
@@ -61,3 +65,12 @@ def from_rank(rank: int, value: T, mesh: Mesh, device: torch.device) -> T:
     told = [value]
     dist.broadcast_object_list(told, src=rank, device=device)
     return told[0]
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a fault of a file system that may pass is behind an error, whoever has put it in other words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

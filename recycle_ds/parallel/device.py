@@ -21,12 +21,9 @@ _CUDA_PEAKS = {
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
-def device(local_rank: int = 0) -> torch.device:
-    """This rank's device: the CUDA device of its local rank, the only one where SLURM shows a task no more than its own, or the
-    CPU. Whether there is one for each rank is for `rendezvous.own_device` to say, which comes first."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
-    return torch.device("cpu")
+def device(index: int = 0) -> torch.device:
+    """The CUDA device of that number, or the CPU. Which number is a rank's own: `rendezvous.own_device`."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def backend() -> str:

@@ -34,6 +34,8 @@ class Job:
     name: str | None = None
     """SLURM's number of the job, the same after a requeue."""
     restarts: int = 0
+    shell: str | None = None
+    """Host and process of the shell of this start; a later start of the same job has another one in the same folder."""
 
     @property
     def stop_file(self) -> Path | None:
@@ -41,9 +43,9 @@ class Job:
         return None if self.folder is None else self.folder / "stop"
 
     def tell(self, file: str, text: str) -> bool:
-        """Leaves a line for the shell; an outcome FAILED stays. Whether it is there: a full disk must not end the run, it is
-        reported, and the shell goes by exit codes."""
-        if self.folder is None:
+        """Leaves a line for the shell; an outcome FAILED stays, and so does all that is a later start's. False where it cannot
+        be written: a full disk must not end the run, it is reported, and the shell goes by exit codes."""
+        if self.folder is None or self._replaced():
             return True
         # ranks that fail alike tell it at the same time
         temporary = self.folder / f".tmp-{file}-{socket.gethostname()}-{os.getpid()}"
@@ -63,6 +65,15 @@ class Job:
         self.tell("error", text)
         self.tell("outcome", FAILED)
 
+    def _replaced(self) -> bool:
+        """Whether the folder has the shell of another start by now."""
+        if self.folder is None or self.shell is None:
+            return False
+        try:
+            return (self.folder / "shell").read_text(encoding="utf-8").strip() not in (self.shell, "")
+        except OSError:  # no word of another start
+            return False
+
     def _outcome(self) -> str:
         try:
             return (self.folder or Path()).joinpath("outcome").read_text(encoding="utf-8").strip()
@@ -71,7 +82,7 @@ class Job:
 
     def requeue_if_orphaned(self) -> bool:
         """Starts the job again where its shell, which would do so, has been killed. Whether that was so."""
-        if self.folder is None or self.name is None or os.environ.get("REQUEUE") != "1":
+        if self.folder is None or self.name is None or os.environ.get("REQUEUE") != "1" or self._replaced():
             return False
         try:
             host, pid = (self.folder / "shell").read_text(encoding="utf-8").split()
@@ -112,6 +123,7 @@ def job_of(environment: Mapping[str, str]) -> Job:
         end=float(end) if end.isdigit() else None,
         name=environment.get("SLURM_JOB_ID"),
         restarts=int(restarts) if restarts.isdigit() else 0,
+        shell=environment.get("RECYCLE_SHELL"),
     )
 
 

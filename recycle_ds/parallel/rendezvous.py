@@ -45,6 +45,8 @@ class Launch:
     local_rank: int
     local_world_size: int = 0
     """Ranks on this host; 0 where the launcher does not say."""
+    own_gpus: bool = False
+    """Whether the GPUs that this process sees are no other one's (srun --gpus-per-task)."""
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
@@ -62,7 +64,8 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
             return _launch(environment, "mpi", rank, size, local)
     if srun:
         found = _launch(environment, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return replace(found, local_world_size=tasks_on_host(environment))
+        own = bool(environment.get("SLURM_GPUS_PER_TASK"))
+        return replace(found, local_world_size=tasks_on_host(environment), own_gpus=own)
     return Launch("single", 0, 1, 0)
 
 
@@ -85,8 +88,10 @@ def device_index(launch: Launch, visible: int) -> int:
     """Which of the `visible` GPUs is this rank's. A pure function.
 
     srun and mpirun may show a process one GPU only, its own; torchrun and deepspeed show each rank all of them. Raises
-    LaunchError where ranks would share one. Every rank of a host does, so that the first one can tell.
+    LaunchError where ranks would share one.
     """
+    if launch.own_gpus and visible:
+        return 0
     ranks = max(launch.local_world_size, launch.local_rank + 1)
     if visible >= ranks:
         return launch.local_rank
@@ -99,10 +104,18 @@ def device_index(launch: Launch, visible: int) -> int:
 
 
 def own_device(launch: Launch) -> torch.device:
-    """This rank's device, which no other rank has, or the CPU. Raises LaunchError where there are too few GPUs."""
-    if torch.cuda.is_available():
-        device_index(launch, torch.cuda.device_count())
-    return device(launch.local_rank)
+    """This rank's device, which no other rank has, or the CPU. Raises LaunchError where there are too few GPUs.
+
+    Every rank of a host does then. The first rank of all tells errors, but its host may have enough: one of each host prints.
+    """
+    if not torch.cuda.is_available():
+        return device()
+    try:
+        return device(device_index(launch, torch.cuda.device_count()))
+    except LaunchError as error:
+        if launch.rank and not launch.local_rank:
+            print(f"error: rank {launch.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def start(launch: Launch) -> bool:

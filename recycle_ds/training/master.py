@@ -1,6 +1,6 @@
 """fp32 master weights and Adam moments of one engine, whole parameters at a time, whatever the ZeRO stage.
 
-Every method that reads or writes a parameter is collective over the replicas, so all its ranks must call in the same order.
+`read` and `refresh` are collective over the replicas, so all ranks must call them in the same order; `write` is not.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recycle_ds.parallel.partitions import partition_range, partition_size
@@ -173,10 +174,9 @@ class MasterState:
             return parameter.data.clone()
 
     def _write_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """No collective, as no other `write` is: a rank that cannot read its part must not leave the others in one."""
         if self._stage != 3:
             parameter.data.copy_(value)
             return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
+        group = parameter.ds_process_group  # type: ignore[attr-defined]
+        write_partition(parameter, value, dist.get_world_size(group), dist.get_rank(group))

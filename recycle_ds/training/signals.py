@@ -41,12 +41,15 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self, margin: float) -> str | None:
-        """Why to stop now, if at all; `margin` is how many seconds before the job's end that is."""
+        """Why to stop now, if at all; `margin` is how many seconds before the job's end that is. A person's wish counts more
+        than what came before it."""
+        found = [reason for file, reason in self._files.items() if os.path.exists(file)]
         self.taker = self._taken_by()
         if self.taker is not None:
             self.reason = TAKEN_OVER
+        elif STOP_FILE in found:
+            self.reason = STOP_FILE
         elif self.reason is None:
-            found = [reason for file, reason in self._files.items() if os.path.exists(file)]
             if found:
                 self.reason = found[-1]
             elif self._end is not None and time.time() + margin >= self._end:
@@ -56,7 +59,10 @@ class StopRequest:
     def obeyed(self) -> None:
         """Takes the stop files away, or the next start would stop as well."""
         for file in self._files:
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                print(f"warning: {file} cannot be removed: {error.strerror or error}", flush=True)
 
     def __enter__(self) -> StopRequest:
         for number in (signal.Signals[name] for name in STOP_SIGNALS):

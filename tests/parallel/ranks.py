@@ -136,7 +136,8 @@ def run_with_small_shards(rank: int, world_size: int, runs: list[RunConfig], sha
 
 def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -> str:
     """Like `run_all` for one configuration; once it has a checkpoint, another start takes the folder over: at the next "step",
-    or just before the next checkpoint is published ("publish"), or while it is, by tidying up ("tidied")."""
+    or just before the next checkpoint is published ("publish"), or by tidying up while it is ("tidied") or is being written
+    ("writing")."""
     import shutil
 
     from recycle_ds.checkpoint import writing
@@ -153,6 +154,9 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
 
     def finish_late(checkpointer: Any) -> Path | None:
         take("publish")
+        take("writing")
+        if holder and moment == "writing" and rank == 1:
+            checkpointer._save.writer.wait = lambda: "No such file or directory"
         return finish(checkpointer)
 
     def publish_tidied(checkpointer: Any, save: Any) -> None:

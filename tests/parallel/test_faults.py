@@ -151,7 +151,7 @@ def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> Non
     assert len(steps_of(runs.root / "judged/parts")) == 24
 
 
-@pytest.mark.parametrize("moment", ["step", "publish", "tidied"])
+@pytest.mark.parametrize("moment", ["step", "publish", "tidied", "writing"])
 def test_a_run_that_is_taken_over_leaves_the_folder_alone(runs: Runs, moment: str) -> None:
     """A later start's summary or checkpoints replaced by those of one that SLURM has given up; ranks that wait for ever."""
     config = runs.config(f"taken/{moment}", training__save_every=2, training__steps=1000)

@@ -15,8 +15,9 @@ import resource, sys, torch
 from recycle_ds.parallel.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-torch.ones(2**24)
-torch.ones(2**24)
+# a small object above a block keeps it from growing at first: a block freed is then a few bytes too short for the next
+for _ in range(32):
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):
     torch.ones(2**24)

@@ -11,7 +11,7 @@ import torch
 
 from recycle_ds.config import ConfigError
 from recycle_ds.parallel.agree import SharedError, together
-from recycle_ds.parallel.job import FAILED, LEFT, STOPPED, Job, Unheard
+from recycle_ds.parallel.job import FAILED, LEFT, STOPPED, Job, Unheard, job_of
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
 from recycle_ds.training.job_end import conclude
@@ -24,6 +24,17 @@ def test_a_failure_is_not_talked_over(tmp_path: Path) -> None:
     job.fail("the error")
     assert job.tell("outcome", STOPPED)
     assert (tmp_path / "outcome").read_text() == f"{FAILED}\n" and (tmp_path / "error").read_text() == "the error\n"
+
+
+def test_a_later_starts_folder_is_left_alone(tmp_path: Path) -> None:
+    """A start that SLURM has lost from sight, and that has its successor given up by an error of its own."""
+    (tmp_path / "shell").write_text("node2 41\n")
+    earlier, later = (
+        job_of({"RECYCLE_JOB_DIR": str(tmp_path), "RECYCLE_SHELL": name}) for name in ("node1 7", "node2 41")
+    )
+    earlier.fail("cannot be written")
+    assert not (tmp_path / "outcome").exists() and not (tmp_path / "error").exists()
+    assert later.tell("outcome", STOPPED) and (tmp_path / "outcome").read_text() == f"{STOPPED}\n"
 
 
 def test_ranks_that_fail_at_once(tmp_path: Path) -> None:
@@ -54,10 +65,18 @@ def test_a_fault_that_may_pass_is_no_users_error() -> None:
     def fail(error: Exception) -> None:
         raise error
 
+    def reword(error: OSError) -> None:
+        try:
+            raise error
+        except OSError:
+            raise ConfigError("in other words") from None
+
     place = torch.device("cpu")
     for number in (errno.ESTALE, errno.EIO, errno.ENOSPC):
         with pytest.raises(MachineFault, match="data"):
             together(lambda n=number: fail(OSError(n, "away", "data")), Mesh(), place)  # type: ignore[misc]
+        with pytest.raises(MachineFault, match="in other words"):
+            together(lambda n=number: reword(OSError(n, "away")), Mesh(), place)  # type: ignore[misc]
     with pytest.raises(SharedError, match="no such thing"):
         together(lambda: fail(FileNotFoundError(errno.ENOENT, "no such thing")), Mesh(), place)
     with pytest.raises(SharedError, match="wrong"):

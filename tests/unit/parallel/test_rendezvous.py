@@ -91,6 +91,12 @@ def test_each_rank_has_a_gpu_of_its_own(
     assert device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible) == expected
 
 
+def test_gpus_that_slurm_bound_to_a_task() -> None:
+    """--gpus-per-task=2: a task that takes one of its own two for another task's, or refuses to begin."""
+    bound = detect_launch(SRUN | {"SLURM_GPUS_PER_TASK": "2"})
+    assert bound.local_rank == 1 and device_index(bound, 2) == 0
+
+
 @pytest.mark.parametrize(
     ("launcher", "on_host", "local_rank", "visible", "words"),
     [

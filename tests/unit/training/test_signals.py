@@ -23,6 +23,14 @@ def test_every_reason_is_heard(tmp_path: Path) -> None:
             assert stop.poll(0) == reason, "a person's wish counts more"
             stop.obeyed()
             assert not list(tmp_path.iterdir())
+    with StopRequest(files) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.poll(0) == "SIGTERM"
+        (tmp_path / "stop").touch()
+        assert stop.poll(0) == STOP_FILE, "at any time"
+        stop.obeyed()
+    with StopRequest({tmp_path / "no folder" / "stop": STOP_FILE, tmp_path: JOB_SIGNAL}) as stop:
+        stop.obeyed()  # a file that cannot be removed is no reason to crash
     with StopRequest() as stop:
         for name in ("SIGUSR1", "SIGTERM", "SIGTERM"):
             os.kill(os.getpid(), signal.Signals[name])
