@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,7 +186,8 @@ def _train(
         found = resume.find_checkpoint(config, inputs.identity, mesh, place)
         engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
         state, source = resume.begin(config, found, engine, place)
-        records = on_first_rank(lambda: _begin_records(config, job, state, source), mesh, place) or Records()
+        begin = functools.partial(_begin_records, config, job, state, source, taken_by)
+        records = on_first_rank(begin, mesh, place) or Records()
         describe_run(config, engine, place)
         checkpointer = PortableCheckpointer(config, engine, place, inputs.identity, taken_by)
         trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, records, place)
@@ -214,7 +216,9 @@ def _train(
         return ended
 
 
-def _begin_records(config: RunConfig, job: Job, state: TrainingState, source: Path | None) -> Records:
+def _begin_records(
+    config: RunConfig, job: Job, state: TrainingState, source: Path | None, taken_by: Callable[[], str | None]
+) -> Records:
     """On the first rank: the resolved configuration, the metrics' log cut to the checkpoint, the summary's new session."""
     from recycle_ds.training.metrics import MetricsLog
     from recycle_ds.training.reporting import Records
@@ -223,7 +227,7 @@ def _begin_records(config: RunConfig, job: Job, state: TrainingState, source: Pa
     training, run_dir = config.training, Path(config.run_dir)
     save_config(config, run_dir / "config.yaml")
     tokens = training.global_batch_size * training.seq_length
-    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps)
+    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
     sessions.begin(state.step)
     metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
     if source is not None:

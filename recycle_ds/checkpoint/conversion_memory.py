@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Peak:
-    """One conversion. Memory in MiB: the process's largest resident set, beyond that of one that converts nothing."""
+    """One conversion. Memory in MiB: the most that the process had, beyond that of one that converts nothing. Files that are
+    mapped are left aside: the kernel drops their pages where it needs them."""
 
     source: str
     target: str
@@ -38,7 +40,7 @@ def measure(model: str, shard_gib: float) -> dict[str, object]:
     """Converts a model to portable, to Hugging Face, to Megatron (two stages) and back, each result the next one's source.
 
     Returns the model's size and the idle process's memory in MiB, and a `Peak` for every conversion. Raises CheckpointError
-    for a model that cannot be opened, and for a conversion that fails. Needs a system that tells a process's peak (Linux).
+    for a model that cannot be opened, and for a conversion that fails. Linux only.
     """
     source = open_source(model)
     size = sum(torch.Size(shape).numel() * source.dtype(name).itemsize for name, shape in source.shapes.items()) / 2**20
@@ -56,16 +58,33 @@ def measure(model: str, shard_gib: float) -> dict[str, object]:
 
 
 def _peak(program: list[str]) -> float:
-    """Largest resident set of a Python process, in MiB. Raises CheckpointError where it fails."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", *program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stderr.close()
+    """Most memory of its own that a Python process has, in MiB, by looking every few milliseconds. Raises CheckpointError where
+    it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", *program], stdout=subprocess.DEVNULL, stderr=errors
+        )
+        most = 0.0
+        while process.poll() is None:
+            most = max(most, _anonymous_mib(process.pid))
+            time.sleep(0.005)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
     if process.returncode:
-        last = said.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise CheckpointError(f"the conversion of {' '.join(program[1:4])} failed: {last[0]}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        reason = said[-1] if said else f"exit code {process.returncode}"
+        raise CheckpointError(f"the conversion of {' '.join(program[1:4])} failed: {reason}")
+    return most
+
+
+def _anonymous_mib(pid: int) -> float:
+    """Resident memory that is no file's, 0 for a process that has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except FileNotFoundError:
+        if not Path("/proc/self/status").exists():
+            raise CheckpointError("a process's memory is read from /proc, which only Linux has") from None
+        return 0.0
+    except ProcessLookupError:
+        return 0.0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) / 2**10 if found else 0.0

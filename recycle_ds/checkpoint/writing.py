@@ -176,6 +176,8 @@ class PortableCheckpointer:
             os.rename(final, aside)
         os.rename(temporary, final)
         fsync(final.parent)
+        if self._taken_by() is not None:  # since it was asked last: another start's `latest` is newer
+            return
         try:  # the checkpoint stands: what goes wrong from here on is told, and does not undo it
             write_text(final.parent / "latest", f"{final.name}\n")
             # newer ones can only be damaged ones that the run fell back from: they do not count

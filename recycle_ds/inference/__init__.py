@@ -1,8 +1,8 @@
 """Decoding: autoregressive, alternate (the paper) and verified (lossless)."""
 
 from recycle_ds.inference.decoder import MODES, Decoder
-from recycle_ds.inference.errors import DecodingError, DecodingInterrupted
-from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.sampling import SamplingParams
 from recycle_ds.inference.stopping import TextFilter
 

@@ -15,8 +15,8 @@ import torch
 
 from recycle_ds.inference import draft_length
 from recycle_ds.inference.drafting import Drafts
-from recycle_ds.inference.errors import DecodingError, DecodingInterrupted
-from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.protocol import DecodableModel, TextSource
 from recycle_ds.inference.sampling import SamplingParams
 from recycle_ds.inference.stopping import FinishReason, StopCondition, TextFilter, check_stop_strings

@@ -86,3 +86,11 @@ class Tally:
             counts.extend([0] * (drafted - len(counts)))
             for position in range(number):
                 counts[position] += 1
+
+
+class DecodingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during decoding. It behaves like any KeyboardInterrupt and carries what had been produced by then."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__("decoding was interrupted")
+        self.generation = generation

@@ -11,8 +11,8 @@ from recycle_ds.checkpoint import LoadedModel
 from recycle_ds.data.tokenizer import TextStream
 from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colour
 from recycle_ds.inference.decoder import check_mode
-from recycle_ds.inference.errors import DecodingError, DecodingInterrupted
-from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.sampling import SamplingParams
 from recycle_ds.inference.setup import check_runtime, decoder_of, load
 from recycle_ds.inference.stopping import check_stop_strings

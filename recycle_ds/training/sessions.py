@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,23 @@ class Session:
 
 
 class SessionLog:
-    """Kept by the first rank. `begin` must come before the metrics are trimmed to the checkpoint."""
+    """Kept by the first rank. `begin` must come before the metrics are trimmed to the checkpoint.
 
-    def __init__(self, run_dir: Path, job: Job, *, tokens_per_step: int, target: int) -> None:
+    taken_by: who has taken the run folder over, None for nobody; what is said after that is not written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        job: Job,
+        *,
+        tokens_per_step: int,
+        target: int,
+        taken_by: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._path, self._tokens, self._target = run_dir / SUMMARY, tokens_per_step, target
         self._metrics = run_dir / "metrics.jsonl"
-        self._job = job
+        self._job, self._taken_by = job, taken_by
         self._sessions = _read(self._path)
         self._lost_since: float | None = None
         self._anomalies: Counter[str] = Counter()
@@ -102,6 +114,8 @@ class SessionLog:
         return summarise(self._sessions, self._tokens, self._target)
 
     def _write(self) -> None:
+        if self._taken_by() is not None:
+            return
         temporary = self._path.with_name(f".tmp-{SUMMARY}")
         try:
             temporary.write_text(json.dumps(self._tree(), indent=1) + "\n", encoding="utf-8")

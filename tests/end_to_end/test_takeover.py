@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+from recycle_ds.checkpoint.folders import completed
 from recycle_ds.config import RunConfig
 from tests.launching import await_step, finish, ranks_of, start, torchrun
 from tests.runs import figures, make_corpus, tiny_run
@@ -24,6 +25,13 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def between_saves(run: Path) -> bool:
+    """Whether no checkpoint is being written or published; there, a start that is stopped would go on where it was."""
+    folder = run / "checkpoints"
+    newest = [path.name for path in completed(run)[:1]]
+    return not list(folder.glob(".tmp-*")) and newest == (folder / "latest").read_text().split()
+
+
 def test_the_earlier_start_writes_nothing_once_a_later_one_has_gone_on(tmp_path: Path) -> None:
     """A run of two authors: checkpoints of the one under the manifest of the other, or a log with steps of both."""
     corpus = make_corpus(tmp_path / "corpus")
@@ -38,7 +46,7 @@ def test_the_earlier_start_writes_nothing_once_a_later_one_has_gone_on(tmp_path:
     earlier = start(torchrun(), config("run", STEPS), run, "earlier.log", SLURM_JOB_ID="77")
     try:
         await_step(earlier, run, 9)
-        while list((run / "checkpoints").glob(".tmp-*")):
+        while not between_saves(run):
             time.sleep(0.001)
         ranks = ranks_of(run)
         for pid in ranks:

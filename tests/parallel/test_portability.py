@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def pairs() -> list[tuple[str, str]]:
         sources, targets = draw.sample(names, len(names)), draw.sample(names, len(names))
         new = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1] and pair not in found]
         found += new
-    return found if ALL else draw.sample(found, 4)
+    # of the long list four, others every day: all have been seen to hold, and a test's name tells its pair
+    seed = int(os.environ.get("RECYCLE_TEST_SEED", date.today().toordinal()))
+    return found if ALL else random.Random(seed).sample(found, 4)
 
 
 PAIRS = pairs()
