@@ -131,7 +131,7 @@ def test_deepspeed_with_its_configuration(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="with --config FILE"):
         describe(folder)
     found = describe(folder, config=theirs / "config.json")
-    assert found["kind"] == "deepspeed" and found["layout"] == {"tensor": 1, "pipeline": 1, "data": 3}
+    assert found["kind"] == "deepspeed" and found["layout"] == {"world_size": 3, "tensor": 1, "pipeline": 1, "data": 3}
     for left, right in ((folder, theirs), (theirs, folder), (folder, folder)):
         assert compare(left, right, config=theirs / "config.json")["equal"], (left, right)
     with pytest.raises(CheckpointError, match="only DeepSpeed's folders need one"):
