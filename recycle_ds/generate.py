@@ -126,7 +126,9 @@ def _run_many(request: Request, prompts: Path, output: Path) -> None:
     share = PromptFile(prompts, output, launch.rank, launch.world_size, request.model, request.settings)
     longest = begun = 0.0
     with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping:
-        loaded = share.settle(lambda path: load(path, request.dtype, request.threads, index))
+        # files may be missing, or others, on one host only: one rank of each tells, and the first one always
+        with user_errors(speak=launch.rank == 0 or launch.local_rank == 0, tell=job.fail):
+            loaded = share.settle(lambda path: load(path, request.dtype, request.threads, index))
 
         def generate(index: int, text: str) -> dict[str, object]:
             nonlocal longest, begun

@@ -18,7 +18,6 @@ from recycle_ds.config import (
     TokenSource,
     load_config,
     resolve_deepspeed,
-    save_config,
 )
 from recycle_ds.config.command import run_command
 from recycle_ds.parallel.job import Unheard
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from recycle_ds.data.loader import BatchLoader
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
-    from recycle_ds.training.reporting import Records
-    from recycle_ds.training.state import TrainingState
 
 PEER_LOST = 69
 """Exit code of a rank that waits for one that has gone, or for a file system (EX_UNAVAILABLE)."""
@@ -172,7 +169,7 @@ def _train(
     from recycle_ds.training.errors import OwnError
     from recycle_ds.training.job_end import conclude, stop_request, tell_alone
     from recycle_ds.training.loop import Trainer
-    from recycle_ds.training.reporting import Records
+    from recycle_ds.training.records import Records, begin_records
     from recycle_ds.training.run_record import describe_run
     from recycle_ds.training.signals import REASONS
 
@@ -186,7 +183,7 @@ def _train(
         found = resume.find_checkpoint(config, inputs.identity, mesh, place)
         engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
         state, source = resume.begin(config, found, engine, place)
-        begin = functools.partial(_begin_records, config, job, state, source, taken_by)
+        begin = functools.partial(begin_records, config, job, state, source, taken_by)
         records = on_first_rank(begin, mesh, place) or Records()
         describe_run(config, engine, place)
         checkpointer = PortableCheckpointer(config, engine, place, inputs.identity, taken_by)
@@ -203,44 +200,14 @@ def _train(
                 tell_alone(error, mesh)
             raise
         except RuntimeError as error:
-            lost = lost_peer(error)
-            ended = str(lost or error)
-            if lost is not None:
-                raise lost from None
+            ended = str(lost_peer(error) or error)
             raise
         finally:
-            _end_records(records, ended or "error", trainer.state.step)
+            records.end(ended or "error", trainer.state.step)
         # somebody may have asked meanwhile that it stops for good
         conclude(job, (stop.poll(0) or ended) if ended in REASONS else ended)
         stop.obeyed()
         return ended
-
-
-def _begin_records(
-    config: RunConfig, job: Job, state: TrainingState, source: Path | None, taken_by: Callable[[], str | None]
-) -> Records:
-    """On the first rank: the resolved configuration, the metrics' log cut to the checkpoint, the summary's new session."""
-    from recycle_ds.training.metrics import MetricsLog
-    from recycle_ds.training.reporting import Records
-    from recycle_ds.training.sessions import SessionLog
-
-    training, run_dir = config.training, Path(config.run_dir)
-    save_config(config, run_dir / "config.yaml")
-    tokens = training.global_batch_size * training.seq_length
-    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
-    sessions.begin(state.step)
-    metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
-    if source is not None:
-        metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
-    return Records(metrics, sessions, job)
-
-
-def _end_records(records: Records, ended: str, step: int) -> None:
-    """Closes the log, and prints the summary of the run so far."""
-    if records.metrics is not None:
-        records.metrics.close()
-    if records.sessions is not None:
-        print(records.sessions.end(ended, step), flush=True)
 
 
 def _ignored(config: RunConfig) -> list[str]:

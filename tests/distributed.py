@@ -147,6 +147,7 @@ def _stacks(folder: Path, world_size: int) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    # pickles go between this process and the ranks that it has started, and nowhere else
     return pickle.loads(file.read_bytes()) if file.exists() else None
 
 

@@ -21,33 +21,13 @@ PRETRAIN = "recycle_ds.pretrain"
 
 
 def deepspeed() -> list[str]:
-    port = str(free_port())
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        port,
-        "--module",
-        PRETRAIN,
-    ]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    return [*runner, "--module", PRETRAIN]
 
 
 def torchrun() -> list[str]:
-    port = str(free_port())
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        port,
-        "-m",
-        PRETRAIN,
-    ]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return [*runner, "-m", PRETRAIN]
 
 
 def mpirun() -> list[str]:

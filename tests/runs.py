@@ -68,3 +68,17 @@ def steps_of(run_dir: str | Path) -> list[dict[str, Any]]:
 def figures(run_dir: str | Path) -> list[list[float]]:
     """Per logged step: the total, backbone and recycle losses and the gradient norm."""
     return [[r["loss"], r["backbone_loss"], *r["recycle_loss"], r["grad_norm"]] for r in steps_of(run_dir)]
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint, whole, by kind and canonical name."""
+    from recycle_ds.checkpoint.manifest import read_manifest
+    from recycle_ds.checkpoint.reading import PortableSource
+
+    manifest = read_manifest(folder)
+    reader = PortableSource(folder, manifest)
+    return {
+        f"{kind}/{name}": reader.read(name, kind)
+        for name, entry in manifest.tensors.items()
+        for kind in {piece.kind for piece in entry.slices}
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.manifest import MANIFEST
+from recycle_ds.data.atomic import TEMPORARY
 
 REPLACED = "replaced-"
 """How the name of a checkpoint begins while another of the same step takes its place."""
@@ -35,7 +36,7 @@ def completed(run_dir: Path) -> list[Path]:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Deletes what a killed save left behind, and puts back what it had moved aside and not yet replaced."""
+    """Deletes what a killed run left half written, and puts back what it had moved aside and not yet replaced."""
     root = run_dir / "checkpoints"
     for aside in root.glob(f"{REPLACED}*"):
         final = root / aside.name.removeprefix(REPLACED)
@@ -43,7 +44,7 @@ def remove_unfinished(run_dir: Path) -> None:
             shutil.rmtree(aside)
         else:
             aside.rename(final)
-    for path in root.glob(".tmp-*"):
+    for path in (*root.glob(f"{TEMPORARY}*"), *run_dir.glob(f"{TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:

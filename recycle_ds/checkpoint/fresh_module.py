@@ -41,6 +41,10 @@ class FreshModule:
             f"recycle module of {recycle.layers} layer(s) initialised with seed {seed}: it knows nothing before it is trained",
         )
 
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """See `Source`."""
+        self._source.verify(rank, world_size)
+
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
         return kind == "weight" if name.startswith(_PART) else self._source.has(name, kind)

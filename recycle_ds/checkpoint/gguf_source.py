@@ -62,6 +62,9 @@ class GgufSource:
         if missing or extra:
             raise CheckpointError(f"{file}: missing: {shorten(missing) or '-'}; not supported: {shorten(extra) or '-'}")
 
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """The format has no checksums."""
+
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
         return kind == "weight" and name in self.shapes

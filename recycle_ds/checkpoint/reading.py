@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files import verify_all
 from recycle_ds.checkpoint.manifest import Manifest, Slice, TensorEntry, slice_shape
 from recycle_ds.checkpoint.shards import ShardFiles
 from recycle_ds.checkpoint.window import read_window
@@ -41,6 +42,11 @@ class PortableSource:
     def weights_only(self) -> bool:
         """Whether it is a conversion's result, from which no run can go on."""
         return "training" not in self.manifest.config
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """See `Source`."""
+        files = self.manifest.files
+        verify_all(self.folder, {name: files[name] for name in sorted(files)[rank::world_size]})
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from recycle_ds.checkpoint.deepspeed_native.files import find_tag
 from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import verify_all
 from recycle_ds.checkpoint.folders import completed, find_checkpoint
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, HuggingFaceSource
 from recycle_ds.checkpoint.manifest import MANIFEST, read_manifest
@@ -47,12 +46,12 @@ def open_source(path: str | Path, *, verify: bool = True, config: str | Path | N
     if is_megatron(folder):
         return MegatronSource(folder, verify=verify)
     if is_hugging_face(folder):
-        return HuggingFaceSource(folder)
+        return HuggingFaceSource(folder, verify=verify)
     checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
+    source = PortableSource(checkpoint, read_manifest(checkpoint))
     if verify:
-        verify_all(checkpoint, manifest.files)
-    return PortableSource(checkpoint, manifest)
+        source.verify()
+    return source
 
 
 def _deepspeed_tag(folder: Path) -> Path | None:

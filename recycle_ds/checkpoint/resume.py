@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import verify
 from recycle_ds.checkpoint.folders import completed
 from recycle_ds.checkpoint.manifest import DataIdentity, Manifest, read_manifest
-from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
@@ -25,6 +22,7 @@ from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.agree import SharedError, from_rank, together
 from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.parallel.peers import MachineFault
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.state import TrainingState
 
@@ -108,20 +106,23 @@ def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) 
     names = from_rank(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
     root = Path(config.run_dir) / "checkpoints"
     for name in names:
-        folder, manifest, fault = root / name, None, None
+        folder = root / name
         try:
-            manifest = read_manifest(folder)
-        except CheckpointError as error:
-            fault = str(error)
-        fault = _share_verification(folder, manifest, mesh, device, fault)
-        if fault is None and manifest is not None:
-            return folder, manifest
-        say(f"warning: {folder} is damaged ({fault}); falling back to the one before")
+            return folder, together(partial(_read_whole, folder, mesh), mesh, device)
+        except (SharedError, MachineFault) as error:
+            say(f"warning: {folder} is damaged ({error}); falling back to the one before")
     if names:
         raise CheckpointError(
             f"{root}: {len(names)} checkpoints and none is whole; restore one, or start anew in another run_dir"
         )
     return None
+
+
+def _read_whole(folder: Path, mesh: Mesh) -> Manifest:
+    """A checkpoint's manifest, once this rank's share of its files holds. Raises CheckpointError."""
+    source = PortableSource(folder, read_manifest(folder))
+    source.verify(mesh.rank, mesh.world_size)
+    return source.manifest
 
 
 def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest, folder: Path) -> list[str]:
@@ -188,12 +189,9 @@ def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> 
     def open_checked() -> Source:
         source = open_source(path, verify=False)
         fault = _differences(engine.model.config, source)
-        if fault is None and isinstance(source, PortableSource):
-            fault = _damage(source.folder, source.manifest, mesh)
         if fault is not None:
             raise CheckpointError(fault)
-        if isinstance(source, DeepSpeedSource | MegatronSource):
-            source.verify(mesh.rank, mesh.world_size)
+        source.verify(mesh.rank, mesh.world_size)
         return source
 
     try:
@@ -241,27 +239,6 @@ def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, opti
     together(load, engine.mesh, device)
     master.refresh()
     return missing
-
-
-def _share_verification(
-    folder: Path, manifest: Manifest | None, mesh: Mesh, device: torch.device, fault: str | None = None
-) -> str | None:
-    """Each rank checks its share of the files; the same verdict on all. `fault` is what this rank knows already."""
-    if manifest is not None:
-        fault = fault or _damage(folder, manifest, mesh)
-    votes = torch.tensor([mesh.rank + 1 if fault else 0], dtype=torch.int64, device=device)
-    if mesh.world_size > 1:
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    culprit = int(votes.item()) - 1
-    return None if culprit < 0 else from_rank(culprit, fault, mesh, device)
-
-
-def _damage(folder: Path, manifest: Manifest, mesh: Mesh) -> str | None:
-    """What is wrong with this rank's share of the files."""
-    found = (
-        verify(folder, name, manifest.files[name]) for name in sorted(manifest.files)[mesh.rank :: mesh.world_size]
-    )
-    return next((fault for fault in found if fault is not None), None)
 
 
 def _read_generators(path: Path) -> dict[str, Tensor]:

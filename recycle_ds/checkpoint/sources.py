@@ -35,6 +35,10 @@ class Source(Protocol):
     notes: tuple[str, ...]
     """What a user should know about what was read."""
 
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compares the checksums of this rank's share of the files, where the format has any. Raises CheckpointError that names
+        the damaged ones."""
+
     def has(self, name: str, kind: str) -> bool:
         """Whether it holds that kind ("weight", "exp_avg", "exp_avg_sq") of a tensor."""
 

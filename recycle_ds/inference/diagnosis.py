@@ -103,6 +103,7 @@ def _divergence(
     model: DecodableModel, index: int, prompt: Sequence[int], expected: tuple[int, ...], found: tuple[int, ...]
 ) -> str:
     """Where two continuations part, and how close the full model's two best tokens are there."""
+    # the shorter one may be the whole beginning of the longer one
     same = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
     )

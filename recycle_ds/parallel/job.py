@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from recycle_ds.data.atomic import write_atomically
+
 FINISHED, STOPPED, LEFT, FAILED = "finished", "stopped", "left", "failed"
 """Outcomes: all is done; saved for the job's sake, to go on in its next start; saved and left for good, as a person asked; an
 error that a new start would meet again."""
@@ -47,13 +49,10 @@ class Job:
         be written: a full disk must not end the run, it is reported, and the shell goes by exit codes."""
         if self.folder is None or self._replaced():
             return True
-        # ranks that fail alike tell it at the same time
-        temporary = self.folder / f".tmp-{file}-{socket.gethostname()}-{os.getpid()}"
         try:
             if file == "outcome" and text != FAILED and self._outcome() == FAILED:
                 return True
-            temporary.write_text(f"{text}\n", encoding="utf-8")
-            os.replace(temporary, self.folder / file)
+            write_atomically(self.folder / file, f"{text}\n")
         except OSError as error:
             print(f"warning: {self.folder / file}: {error.strerror or error}", flush=True)
             return False

@@ -23,7 +23,8 @@ from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.errors import OwnError, TrainingError
 from recycle_ds.training.gradients import GradientReport
 from recycle_ds.training.profiling import StepProfiler
-from recycle_ds.training.reporting import Records, Reporter
+from recycle_ds.training.records import Records
+from recycle_ds.training.reporting import Reporter
 from recycle_ds.training.saving import Saver
 from recycle_ds.training.schedule import learning_rate, loss_weights
 from recycle_ds.training.signals import REASONS, TAKEN_OVER, StopRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -13,27 +12,16 @@ from recycle_ds.config import RunConfig
 from recycle_ds.data.loader import BatchLoader
 from recycle_ds.model.flops import training_flops_per_token
 from recycle_ds.parallel.device import peak_flops, peak_memory_gib, synchronise
-from recycle_ds.parallel.job import Job
 from recycle_ds.training.console import RunConsole, describe_evaluation
 from recycle_ds.training.engine import TrainingEngine
 from recycle_ds.training.evaluation import evaluate
 from recycle_ds.training.gradients import GradientReport
-from recycle_ds.training.metrics import MetricsLog
+from recycle_ds.training.records import Records
 from recycle_ds.training.schedule import learning_rate
-from recycle_ds.training.sessions import SessionLog
 from recycle_ds.training.stragglers import WorkTimer, slowest
 
 _NOTICEABLE = 0.1
 """Seconds of a rank's work in a step below which nobody is called slow."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """What the first rank writes down of a run; nothing on the others."""
-
-    metrics: MetricsLog | None = None
-    sessions: SessionLog | None = None
-    job: Job = field(default_factory=Job)
 
 
 class Reporter:

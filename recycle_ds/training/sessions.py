@@ -6,7 +6,6 @@ A session is one start of the run. One that was killed leaves no end: the next s
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recycle_ds.data.atomic import write_atomically
 from recycle_ds.parallel.job import Job
 
 SUMMARY = "summary.json"
@@ -116,10 +116,8 @@ class SessionLog:
     def _write(self) -> None:
         if self._taken_by() is not None:
             return
-        temporary = self._path.with_name(f".tmp-{SUMMARY}")
         try:
-            temporary.write_text(json.dumps(self._tree(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+            write_atomically(self._path, json.dumps(self._tree(), indent=1) + "\n")
         except OSError as error:  # a summary is no reason to lose the run
             print(f"warning: {self._path}: {error.strerror or error}", flush=True)
 

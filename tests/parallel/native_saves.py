@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,47 +38,53 @@ class TheirRun:
     family: str
     """See tests.unit.checkpoint.families."""
     folder: Path
-    """Gets config.json, DeepSpeed's folder and, in masters.pt, the fp32 weights as DeepSpeed itself gathers them."""
+    """Gets config.json, DeepSpeed's folder and, in whole.pt, the weights as DeepSpeed itself gathers them."""
     deepspeed: dict[str, Any]
 
 
 def train_theirs(rank: int, world_size: int, runs: list[TheirRun]) -> None:
-    """Three steps of each run."""
+    """Three steps of each run; whole.pt has fp32 masters."""
+    train_each(rank, runs, rank, _masters)
+
+
+def train_each(rank: int, runs: list[TheirRun], share: int, gather: Callable[[Any], dict[str, torch.Tensor]]) -> None:
+    """Three steps of each run. share: which tokens this rank takes. gather: whole weights by name; collective."""
     import deepspeed
     from deepspeed.utils import logger
 
     from recycle_ds.parallel import rendezvous
+    from tests.unit.checkpoint.families import make
 
     logger.setLevel("ERROR")
     rendezvous.start(rendezvous.detect_launch(os.environ))
     for run in runs:
-        _train(run, rank, world_size, deepspeed)
+        model = make(run.family).train()
+        if rank == 0:
+            model.config.save_pretrained(run.folder)
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **run.deepspeed}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        generator = torch.Generator().manual_seed(7 + share)
+        for _ in range(3):
+            tokens = torch.randint(300, (1, 12), generator=generator)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+        whole = gather(engine)
+        if rank == 0:
+            torch.save(whole, run.folder / "whole.pt")
+        engine.save_checkpoint(str(run.folder), tag="global_step3")
 
 
-def _train(run: TheirRun, rank: int, world_size: int, deepspeed: Any) -> None:
+def _masters(engine: Any) -> dict[str, torch.Tensor]:
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from tests.unit.checkpoint.families import make
-
-    model = make(run.family).train()
-    if rank == 0:
-        model.config.save_pretrained(run.folder)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **run.deepspeed}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    generator = torch.Generator().manual_seed(7 + rank)
-    for _ in range(3):
-        tokens = torch.randint(300, (1, 12), generator=generator)
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
+    model = engine.module
     if engine.bfloat16_enabled():
-        masters = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
-    else:  # that function is wrong with round_robin_gradients, whose order of parameters it does not follow
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    if rank == 0:
-        torch.save(masters, run.folder / "masters.pt")
-    engine.save_checkpoint(str(run.folder), tag="global_step3")
+        return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+    # that function is wrong with round_robin_gradients, whose order of parameters it does not follow
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -14,7 +14,8 @@ from recycle_ds.checkpoint.convert import Conversion, convert
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
 from recycle_ds.checkpoint.recognition import open_source
 from tests.distributed import run_ranks
-from tests.parallel.autotp_saves import AutoTPRun, train_autotp
+from tests.parallel.autotp_saves import train_autotp
+from tests.parallel.native_saves import TheirRun
 from tests.unit.checkpoint.native_folder import change
 
 SPLIT: dict[str, Any] = {"tensor_parallel": {"autotp_size": 2}}
@@ -31,7 +32,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per run, as transformers' trainer leaves them."""
     root = tmp_path_factory.mktemp("autotp")
-    runs = [AutoTPRun(family, root / name / "checkpoint-3", SPLIT | config) for name, (family, config) in RUNS.items()]
+    runs = [TheirRun(family, root / name / "checkpoint-3", SPLIT | config) for name, (family, config) in RUNS.items()]
     run_ranks(train_autotp, 2, runs, timeout=200.0)
     return root
 

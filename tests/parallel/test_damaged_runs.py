@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def broken(root: Path, name: str, mutate: Callable[[Path, random.Random], None], draw: random.Random) -> Path:
+    """A copy of parts/ whose newest checkpoint is mutated; that checkpoint."""
+    shutil.copytree(root / "parts", root / name)
+    newest = completed(root / name)[0]
+    mutate(newest, draw)
+    return newest
+
+
 def run_many(runs: list[RunConfig]) -> list[tuple[str, str]]:
     """How each run ended, and what it printed; so many in one process as fit into its memory."""
     endings: list[tuple[str, str]] = []
@@ -55,10 +64,8 @@ def test_a_broken_checkpoint_never_goes_on_with_other_weights(root: Path) -> Non
     draw = random.Random(29)
     names = []
     for number in range(MUTATIONS):
-        target = root / f"broken-{number}"
-        shutil.copytree(root / "parts", target)
-        (change_json, change_bytes, change_files)[number % 3](completed(target)[0], draw)
-        names.append(target.name)
+        names.append(f"broken-{number}")
+        broken(root, names[-1], (change_json, change_bytes, change_files)[number % 3], draw)
     endings = run_many([config(root, name) for name in names])
     fell_back = 0
     for name, (ending, said) in zip(names, endings, strict=True):
@@ -73,16 +80,13 @@ def test_a_signed_manifest_of_nonsense_is_refused(root: Path) -> None:
     draw = random.Random(31)
     runs = []
     for number in range(MUTATIONS):
-        target = root / f"signed-{number}"
-        shutil.copytree(root / "parts", target)
-        change_json(completed(target)[0], draw)
-        path = completed(target)[0] / "manifest.json"
+        path = broken(root, f"signed-{number}", change_json, draw) / "manifest.json"
         try:
             tree = json.loads(path.read_text())
         except ValueError:
             continue
         path.write_text(json.dumps(tree | {"digest": digest_of(tree)}))
-        runs.append(config(root, target.name))
+        runs.append(config(root, f"signed-{number}"))
     endings = run_many(runs)
     for ending, _ in endings:
         assert ending == "finished" or (ending.startswith("error: ") and "\n" not in ending), ending

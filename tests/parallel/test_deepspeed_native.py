@@ -124,7 +124,7 @@ def test_hugging_face_models(theirs: Path, name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     checkpoint = theirs / name / "checkpoint-3"
-    masters = torch.load(checkpoint / "masters.pt", weights_only=True)
+    masters = torch.load(checkpoint / "whole.pt", weights_only=True)
     assert open_source(checkpoint).kind == open_source(checkpoint / "global_step3").kind == "deepspeed"
     convert(str(checkpoint), str(tmp_path / "out"), Conversion("hf"))
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

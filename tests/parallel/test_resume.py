@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -15,12 +14,11 @@ from safetensors.torch import load_file
 from recycle_ds.checkpoint import CheckpointError, load_model
 from recycle_ds.checkpoint.lock import RunLock
 from recycle_ds.checkpoint.manifest import read_manifest
-from recycle_ds.checkpoint.reading import PortableSource
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
-from tests.parallel.ranks import run_all, run_on_full_disk, run_poisoned, run_with_small_shards
-from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
+from tests.parallel.ranks import run_all, run_on_full_disk, run_with_small_shards
+from tests.runs import figures, make_corpus, read_metrics, steps_of, tensors, tiny_run, zero
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("zero0", {"deepspeed": zero(0)}),
@@ -74,17 +72,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     expected = ["finished", "stop_at", "finished"] * (len(LAYOUTS) - 1) + ["finished"] * 3
     assert endings == expected
     return found
-
-
-def tensors(folder: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint, whole, by kind and canonical name."""
-    manifest = read_manifest(folder)
-    reader = PortableSource(folder, manifest)
-    return {
-        f"{kind}/{name}": reader.read(name, kind)
-        for name, entry in manifest.tensors.items()
-        for kind in {piece.kind for piece in entry.slices}
-    }
 
 
 @pytest.mark.parametrize("name", [name for name, _ in LAYOUTS])
@@ -225,48 +212,6 @@ def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
     assert run_ranks(run_all, 1, [runs.config("trimmed")]) == [["finished"]]
     steps = [record["step"] for record in read_metrics(target) if "event" not in record]
     assert steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_non_finite_steps(runs: Runs) -> None:
-    """NaN on one rank that stops only that rank, reaches the weights, or is skipped on one and taken on the other."""
-    cases = []
-    for stage in (0, 1, 3):
-        skip = runs.config(f"nan{stage}_skip", deepspeed=zero(stage), training__nonfinite="skip")
-        stop = runs.config(f"nan{stage}_stop", deepspeed=zero(stage))
-        cases += [(skip, 3, 1), (stop, 3, 1)]
-    for stage in (0, 1, 2, 3):
-        bf16 = runs.config(
-            f"nan{stage}_bf16", deepspeed=zero(stage), training__nonfinite="skip", training__dtype="bf16"
-        )
-        cases.append((bf16, 3, 0))
-    summing = {"data_types": {"grad_accum_dtype": "fp32"}} | json.loads(Path(zero(1)).read_text())
-    (runs.root / "zero1_fp32_sums.json").write_text(json.dumps(summing))
-    sums = runs.config(
-        "nan1s_bf16", deepspeed=str(runs.root / "zero1_fp32_sums.json"), training__nonfinite="skip",
-        training__dtype="bf16",
-    )  # fmt: skip
-    cases.append((sums, 3, 0))
-    endings = run_ranks(run_poisoned, 2, cases, timeout=300)
-    assert endings[0] == endings[1]
-    assert endings[0][6:] == ["finished"] * 5
-    for name in ("0", "1", "2", "3", "1s"):
-        manifest = read_manifest(runs.root / f"nan{name}_bf16/checkpoints/step-00000006")
-        assert (manifest.adam_step, manifest.skipped) == (5, 1)
-        figure = steps_of(runs.root / f"nan{name}_bf16")
-        weights = tensors(runs.root / f"nan{name}_bf16/checkpoints/step-00000006")
-        assert all(value.isfinite().all() for value in weights.values())
-        assert not math.isfinite(figure[2]["loss"]) and math.isfinite(figure[3]["loss"])
-    for stage, skipped, stopped in zip((0, 1, 3), endings[0][:6:2], endings[0][1:6:2], strict=True):
-        assert skipped == "finished"
-        assert "step 3" in stopped and "not finite" in stopped and "training.nonfinite=skip" in stopped
-        kept = read_manifest(runs.root / f"nan{stage}_stop/checkpoints/step-00000002")
-        assert (kept.step, kept.adam_step) == (2, 2), "what came before the bad step must not be lost"
-        events = [r for r in read_metrics(runs.root / f"nan{stage}_skip") if r.get("event") == "nonfinite"]
-        assert [(event["step"], event["action"]) for event in events] == [(3, "skip")]
-        manifest = read_manifest(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
-        assert (manifest.step, manifest.adam_step, manifest.skipped) == (6, 5, 1)
-        weights = tensors(runs.root / f"nan{stage}_skip/checkpoints/step-00000006")
-        assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_full_disk_is_told(runs: Runs) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import FileEntry, describe, read_json, verify_all
+from recycle_ds.checkpoint.files import FileEntry, describe, read_json
 from recycle_ds.config import ConfigError, RecycleConfig, build_section
 
 MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"
@@ -25,17 +25,17 @@ def module_file(number: int, count: int) -> str:
     return MODULE_WEIGHTS if count == 1 else f"recycle-{number:05d}-of-{count:05d}.safetensors"
 
 
-def read_module(folder: Path) -> tuple[RecycleConfig, tuple[str, ...]]:
+def read_module(folder: Path) -> tuple[RecycleConfig, dict[str, FileEntry]]:
     """The module's configuration and the files with its weights; no layers and no files where the folder has no module.
 
-    Raises CheckpointError for a damaged one.
+    Raises CheckpointError for a description that is none.
     """
     path = folder / MODULE_CONFIG
     if not path.is_file():
         stray = sorted(file.name for file in folder.glob("recycle*.safetensors") if _NAME.fullmatch(file.name))
         if stray:
             raise CheckpointError(f"{folder}: {stray[0]} without {MODULE_CONFIG}: copy both, or neither")
-        return RecycleConfig(layers=0), ()
+        return RecycleConfig(layers=0), {}
     tree = read_json(path)
     version = tree.get("version")
     if tree.get("format") != _FORMAT or type(version) is not int or version not in (_ONE_FILE, _FILES):
@@ -49,8 +49,7 @@ def read_module(folder: Path) -> tuple[RecycleConfig, tuple[str, ...]]:
     files = _read_files(path, {MODULE_WEIGHTS: tree.get("file")} if version == _ONE_FILE else tree.get("files"))
     if not recycle.layers:
         raise CheckpointError(f"{path}: recycle.layers=0: a module has layers; delete the file if there is none")
-    verify_all(folder, files)
-    return recycle, tuple(files)
+    return recycle, files
 
 
 def _read_files(path: Path, listed: Any) -> dict[str, FileEntry]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.files import read_json, verify_all
 from recycle_ds.checkpoint.huggingface.families import read_model
 from recycle_ds.checkpoint.huggingface.module import read_module
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
@@ -31,12 +31,16 @@ class HuggingFaceSource:
     kind = "huggingface"
     step = 0
 
-    def __init__(self, folder: Path) -> None:
-        """Opens a folder with config.json and safetensors. Raises CheckpointError that lists what does not fit."""
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        """Opens a folder with config.json and safetensors. verify: whether to compare the module's checksums; the model's files
+        have none. Raises CheckpointError that lists what does not fit.
+        """
         self.folder = folder
         tree = read_json(folder / CONFIG)
         self.model, notes = read_model(tree, str(folder / CONFIG))
         self.recycle, self._module_files = read_module(folder)
+        if verify:
+            self.verify()
         self.notes = tuple(notes)
         self.seq_length = default_window(self.model)
         tokenizer = folder / "tokenizer.json"
@@ -45,6 +49,11 @@ class HuggingFaceSource:
         self._files = ShardFiles(folder)
         self._where = self._locate()
         self._check()
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """See `Source`."""
+        files = self._module_files
+        verify_all(self.folder, {name: files[name] for name in sorted(files)[rank::world_size]})
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.megatron.arguments import write_arguments
+from recycle_ds.checkpoint.megatron.writing import write_megatron
+from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.layers import padded_vocabulary
@@ -54,3 +61,52 @@ def arguments_of(model: ModelConfig, recycle: RecycleConfig, tensor: int = 1) ->
     assert model.vocab_size is not None
     padded = padded_vocabulary(model.vocab_size, model.vocab_multiple, tensor)
     return Namespace(**write_arguments(model, recycle, padded, 32, torch.float32, (tensor, 1)))
+
+
+CHECKPOINT = "release"
+
+
+def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: int = 2) -> ModelSource:
+    """A case as Megatron's checkpoint under folder/release; returns what it was made of."""
+    source = source_of(name, folder)
+    folder.mkdir(exist_ok=True)
+    write_megatron(source, folder, None, tensor, pipeline, lambda _: None)
+    return source
+
+
+def edit(folder: Path, change: Callable[[Any], None]) -> None:
+    """Changes the list of tensors of a checkpoint."""
+    path = folder / ".metadata"
+    listing = pickle.loads(path.read_bytes())
+    change(listing)
+    path.write_bytes(pickle.dumps(listing))
+
+
+def use_arguments(folder: Path, model: ModelConfig = MODEL, recycle: RecycleConfig = MODULE, **changes: Any) -> Path:
+    """Leaves a checkpoint to be read by Megatron-LM's arguments; values of ... are left out."""
+    (folder / "recycle_ds.json").unlink(missing_ok=True)
+    args = vars(arguments_of(model, recycle, 2)) | changes
+    kept = {key: value for key, value in args.items() if value is not ...}
+    torch.save({"args": Namespace(**kept), "iteration": 3}, folder / "common.pt")
+    return folder
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def rename(name: str, other: str) -> Callable[[Any], None]:
+    def change(listing: Any) -> None:
+        listing.state_dict_metadata[other] = listing.state_dict_metadata.pop(name)
+        for index in [index for index in listing.storage_data if index.fqn == name]:
+            listing.storage_data[type(index)(other, index.offset)] = listing.storage_data.pop(index)
+
+    return change
+
+
+def first_info(listing: Any) -> Any:
+    return next(info for index, info in listing.storage_data.items() if index.fqn == "decoder.final_layernorm.weight")

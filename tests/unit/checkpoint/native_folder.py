@@ -6,8 +6,15 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.config import RunConfig
+from recycle_ds.model import build_model
+from tests.runs import tiny_run
 
 STATE = "optimizer_state_dict"
 
@@ -119,3 +126,37 @@ def _scaler() -> Any:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     return DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
+
+
+MODEL, FIRST, LAST = (
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "zero_pp_rank_2_mp_rank_00_optim_states.pt",
+)
+
+
+def small_run(folder: Path) -> RunConfig:
+    """A configuration whose files do not exist: only the shapes matter."""
+    sizes = {
+        "model__layers": 1,
+        "model__hidden": 16,
+        "model__ffn": 22,
+        "model__vocab_size": 30,
+        "model__vocab_multiple": 7,
+    }
+    return tiny_run(folder / "corpus", folder, **sizes)
+
+
+def weights_of(config: RunConfig) -> dict[str, Tensor]:
+    model = build_model(config.model, config.recycle, seed=3)
+    return {name: torch.rand_like(value) for name, value in model.named_parameters()}
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """The error of converting a folder, which leaves nothing behind."""
+    target = folder.parent / "out"
+    with pytest.raises(CheckpointError) as caught:
+        convert(str(folder), str(target), Conversion("portable", **options))
+    assert "\n" not in str(caught.value) and not target.exists()
+    assert not list(folder.parent.glob(".tmp-*"))
+    return str(caught.value)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import random
-import shutil
 import weakref
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +19,23 @@ from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.megatron.writing import write_megatron
 from recycle_ds.checkpoint.portable_export import write_portable
 from recycle_ds.checkpoint.recognition import open_source
-from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig, RopeScaling
+from recycle_ds.config import RopeConfig, RopeScaling
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import build_model
-from tests.unit.checkpoint.megatron_cases import CASES, MODEL, MODULE, arguments_of, source_of
+from tests.unit.checkpoint.megatron_cases import (
+    CASES,
+    CHECKPOINT,
+    MODEL,
+    MODULE,
+    edit,
+    first_info,
+    refusal,
+    rename,
+    source_of,
+    use_arguments,
+    write,
+)
 from tests.unit.checkpoint.memory import ModelSource
-
-CHECKPOINT = "release"
-
-
-def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: int = 2) -> ModelSource:
-    """A case as Megatron's checkpoint under folder/release; returns what it was made of."""
-    source = source_of(name, folder)
-    folder.mkdir(exist_ok=True)
-    write_megatron(source, folder, None, tensor, pipeline, lambda _: None)
-    return source
-
-
-def edit(folder: Path, change: Callable[[Any], None]) -> None:
-    """Changes the list of tensors of a checkpoint."""
-    path = folder / ".metadata"
-    listing = pickle.loads(path.read_bytes())
-    change(listing)
-    path.write_bytes(pickle.dumps(listing))
-
-
-def use_arguments(folder: Path, model: ModelConfig = MODEL, recycle: RecycleConfig = MODULE, **changes: Any) -> Path:
-    """Leaves a checkpoint to be read by Megatron-LM's arguments; values of ... are left out."""
-    (folder / "recycle_ds.json").unlink(missing_ok=True)
-    args = vars(arguments_of(model, recycle, 2)) | changes
-    kept = {key: value for key, value in args.items() if value is not ...}
-    torch.save({"args": Namespace(**kept), "iteration": 3}, folder / "common.pt")
-    return folder
-
-
-def refusal(path: Path) -> str:
-    """The one line with which a folder is refused."""
-    with pytest.raises(CheckpointError) as caught:
-        open_source(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -200,138 +171,6 @@ def test_iterations_are_found(tmp_path: Path) -> None:
     assert "only the torch_dist format is read" in refusal(tmp_path / "run")
 
 
-class Foreign:
-    """What a hostile pickle would call."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.target,)
-
-
-def test_no_foreign_class_is_called(tmp_path: Path) -> None:
-    """A checkpoint that runs code when it is opened, by its list, its common part or a tensor's own bytes."""
-    write(tmp_path / "run")
-    folder, trap = tmp_path / "run" / CHECKPOINT, tmp_path / "trap"
-    whole = (folder / ".metadata").read_bytes()
-    edit(folder, lambda listing: setattr(listing, "planner_data", Foreign(str(trap))))
-    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
-    (folder / ".metadata").write_bytes(whole)
-    use_arguments(folder, trap=Foreign(str(trap)))
-    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
-    use_arguments(folder)
-    source = open_source(folder)
-    for path in folder.glob("*.distcp"):
-        path.write_bytes(pickle.dumps(Foreign(str(trap))) + bytes(path.stat().st_size))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        source.read("final_norm.weight")
-    assert not trap.exists()
-    # and a class that is let through stays what it was: these are stand-ins
-    evil = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x08__init__Ns\x86b."
-    (folder / ".metadata").write_bytes(evil)
-    refusal(folder)
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    assert Metadata({}).state_dict_metadata == {}
-
-
-def drop(name: str) -> Callable[[Any], None]:
-    return lambda listing: listing.state_dict_metadata.pop(name)
-
-
-def rename(name: str, other: str) -> Callable[[Any], None]:
-    def change(listing: Any) -> None:
-        listing.state_dict_metadata[other] = listing.state_dict_metadata.pop(name)
-        for index in [index for index in listing.storage_data if index.fqn == name]:
-            listing.storage_data[type(index)(other, index.offset)] = listing.storage_data.pop(index)
-
-    return change
-
-
-def first_info(listing: Any) -> Any:
-    return next(info for index, info in listing.storage_data.items() if index.fqn == "decoder.final_layernorm.weight")
-
-
-def cut(listing: Any) -> None:
-    listing.state_dict_metadata["embedding.word_embeddings.weight"].chunks.pop()
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (drop("decoder.final_layernorm.weight"), ["missing: decoder.final_layernorm.weight"]),
-        (
-            drop("decoder.layers.mlp.linear_fc2.weight"),
-            ["missing: decoder.layers.0.mlp.linear_fc2.weight, decoder.layers.1.mlp"],
-        ),
-        (
-            rename("decoder.final_layernorm.weight", "decoder.layers.mlp.router.weight"),
-            ["missing: decoder.final_layernorm.weight", "not supported: decoder.layers.mlp.router.weight"],
-        ),
-        (
-            rename("mtp.layers.0.enorm.weight", "mtp.layers.1.enorm.weight"),
-            ["MTP layers 0 to 1", "weights of its own for every depth"],
-        ),
-        (cut, ["embedding.word_embeddings.weight: its parts do not make up [128, 32]"]),
-        (
-            lambda listing: setattr(first_info(listing), "relative_path", "../secret.distcp"),
-            ["'../secret.distcp' is not the name of a .distcp file beside it"],
-        ),
-        (lambda listing: setattr(first_info(listing), "relative_path", "__9_0.distcp"), ["__9_0.distcp is missing"]),
-        (lambda listing: setattr(first_info(listing), "length", 10**12), ["lies beyond"]),
-        (lambda listing: setattr(first_info(listing), "transform_descriptors", ["zstd"]), ["is compressed"]),
-        (
-            lambda listing: setattr(
-                listing.state_dict_metadata["decoder.final_layernorm.weight"].properties, "dtype", torch.int8
-            ),
-            ["other type: decoder.final_layernorm.weight torch.int8"],
-        ),
-        (lambda listing: setattr(listing, "storage_data", 7), ["not such metadata"]),
-    ],
-)
-def test_a_list_that_does_not_fit(change: Callable[[Any], None], parts: list[str], tmp_path: Path) -> None:
-    """A model that loads in part, or reads what lies outside its folder."""
-    write(tmp_path / "run")
-    edit(tmp_path / "run" / CHECKPOINT, change)
-    message = refusal(tmp_path / "run")
-    for part in parts:
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"num_experts": 8}, ["num_experts=8 is not supported, only None"]),
-        ({"swiglu": False}, ["swiglu=False is not supported, only True"]),
-        ({"normalization": "LayerNorm"}, ["normalization='LayerNorm'", "only 'RMSNorm'"]),
-        ({"position_embedding_type": "learned_absolute"}, ["position_embedding_type='learned_absolute'"]),
-        ({"add_bias_linear": True}, ["add_bias_linear=True"]),
-        ({"multi_latent_attention": True}, ["multi_latent_attention=True"]),
-        ({"qk_layernorm": True}, ["qk_layernorm=True"]),
-        ({"rotary_percent": 0.5}, ["rotary_percent=0.5 is not supported, only 1.0"]),
-        ({"rotary_interleaved": True}, ["rotary_interleaved=True"]),
-        ({"window_size": (128, 0)}, ["window_size=(128, 0)"]),
-        ({"spec": torch.ones(3)}, ["spec='<Tensor>' is not supported"]),
-        ({"mtp_num_layers": 2}, ["mtp_num_layers=2", "weights of its own for every depth"]),
-        ({"mtp_num_layers": None}, ["not supported: mtp.layers.0."]),
-        ({"num_layers": ..., "swiglu": ...}, ["args without num_layers, swiglu"]),
-        ({"num_layers": 5}, ["other shape: ", "linear_fc1.layer_norm_weight [4, 32] instead of [5, 32]"]),
-        ({"ffn_hidden_size": 40}, ["other shape: ", "linear_fc1.weight [4, 96, 32] instead of [4, 80, 32]"]),
-        ({"untie_embeddings_and_output_weights": True}, ["missing: output_layer.weight"]),
-        ({"num_attention_heads": 7}, ["heads (7)"]),
-        ({"hidden_size": "wide"}, ["hidden='wide'"]),
-        ({"vocab_size": 129}, ["other shape: embedding.word_embeddings.weight [128, 32] instead of [129, 32]"]),
-    ],
-)
-def test_arguments_that_do_not_fit(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
-    """A model that is read without what its arguments ask for: it runs, and is wrong."""
-    write(tmp_path / "run")
-    message = refusal(use_arguments(tmp_path / "run" / CHECKPOINT, **changes))
-    for part in parts:
-        assert part in message
-
-
 def test_arguments_of_a_real_run(tmp_path: Path) -> None:
     """A checkpoint that is refused for a class of Megatron-LM's that has nothing to do with the model."""
     from megatron.core.enums import ModelType
@@ -384,48 +223,3 @@ def test_newer_names_of_the_block_in_an_mtp_layer(tmp_path: Path) -> None:
     opened = open_source(folder)
     for name in source.shapes:
         assert torch.equal(opened.read(name), source.read(name)), name
-
-
-def test_other_formats_are_named(tmp_path: Path) -> None:
-    """A folder of an older format that is taken for a damaged one."""
-    write(tmp_path / "run")
-    folder = tmp_path / "run" / CHECKPOINT
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    assert "format 'zarr'; only 'torch_dist' is read" in refusal(folder)
-    (folder / "metadata.json").unlink()
-    assert "not saved by megatron.core.dist_checkpointing" in refusal(folder)
-
-
-def test_broken_checkpoints(tmp_path: Path) -> None:
-    """A crash, a traceback for a user to read, or weights that are not those that were saved, where a file is damaged."""
-    source = write(tmp_path / "whole", tensor=1, pipeline=1)
-    shutil.copytree(tmp_path / "whole" / CHECKPOINT, tmp_path / "arguments")
-    models = [source.model, open_source(use_arguments(tmp_path / "arguments")).model]
-    draw = random.Random(5)
-    outcomes: Counter[str] = Counter()
-    for number in range(120):
-        folder = tmp_path / f"{number}"
-        shutil.copytree(tmp_path / "whole" / CHECKPOINT, folder)
-        if number % 2:
-            use_arguments(folder)
-        path = folder / draw.choice([".metadata", ".metadata", "common.pt", "recycle_ds.json", "__0_0.distcp"])
-        content = bytearray(path.read_bytes() if path.exists() else b"")
-        for _ in range(draw.choice([1, 1, 30])):
-            if content:
-                content[draw.randrange(len(content))] = draw.randrange(256)
-        path.write_bytes(content[: draw.choice([len(content), len(content), draw.randrange(len(content) + 1)])])
-        try:
-            opened = open_source(folder)
-            values = {name: opened.read(name) for name in opened.shapes}
-        except CheckpointError as error:
-            outcomes["refused"] += 1
-            assert "\n" not in str(error) and str(folder) in str(error), str(error)
-        else:
-            outcomes["loaded"] += 1
-            # a digit of recycle_ds.json may give another model of the same shapes: nothing says which was meant
-            assert path.name == "recycle_ds.json" or opened.model == models[number % 2], (number, path.name)
-            for name, value in values.items() if opened.model == models[number % 2] else ():
-                assert torch.equal(value, source.read(name)), f"mutation {number} of {path.name}: {name}"
-        shutil.rmtree(folder)
-    assert outcomes["refused"] > 60 and outcomes["loaded"] > 10, outcomes
-    assert open_source(tmp_path / "whole").shapes == source.shapes

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,43 +18,8 @@ from typing import Any
 import pytest
 
 from recycle_ds.data.tokenizer import Tokenizer
-from recycle_ds.generate import main
-from tests.distributed import run_ranks
-from tests.parallel.ranks import run_all
-from tests.runs import ROOT, make_corpus, tiny_run
-
-PROMPT = "abcd efgh"
-
-
-class Outcome:
-    """Exit code, stdout and stderr of a command."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Generate = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of a model with a long context, after three steps of training."""
-    root = tmp_path_factory.mktemp("generate")
-    run = tiny_run(make_corpus(root / "corpus"), root / "run", training__steps=3, model__max_positions=4096)
-    assert run_ranks(run_all, 1, [run], timeout=300) == [["finished"]]
-    return root / "run"
-
-
-@pytest.fixture
-def generate(model: Path, capfd: pytest.CaptureFixture[str]) -> Generate:
-    """Runs the command in this process."""
-
-    def call(*arguments: str, folder: str | None = None) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            main(["--model", folder or str(model), *arguments])
-        return Outcome(int(ended.value.code or 0), *capfd.readouterr())
-
-    return call
+from tests.runs import ROOT
+from tests.unit.inference.command import PROMPT, Generate
 
 
 def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None:
@@ -259,58 +223,3 @@ def test_the_text_is_what_the_tokenizer_says(generate: Generate, model: Path) ->
     record = json.loads(generate("--prompt", PROMPT, "--max-new-tokens", "40", "--json").out)
     tokenizer = Tokenizer.load(next((model / "checkpoints").glob("step-*")) / "tokenizer.json")
     assert record["text"] == tokenizer.decode(record["token_ids"])
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder of a batch job whose second rank of two this process is."""
-    folder = tmp_path / "job"
-    folder.mkdir()
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "RECYCLE_JOB_DIR": str(folder)}.items():
-        monkeypatch.setenv(name, value)
-    return folder
-
-
-def test_a_mistyped_option_is_told_to_the_job(generate: Generate, job: Path) -> None:
-    """A job that is started again for ever, because the rank that left first had not said why, or none had."""
-    outcome = generate("--modle", "x")
-    assert (outcome.code, outcome.out, outcome.err) == (2, "", ""), "the first rank prints it"
-    assert "--modle" in (job / "error").read_text() and (job / "outcome").read_text() == "failed\n"
-
-
-def test_a_rank_tells_what_is_wrong_with_its_own_prompt(generate: Generate, job: Path, tmp_path: Path) -> None:
-    """A job that fails without a word, or without saying which of thousands of prompts is too long."""
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    texts = [PROMPT, PROMPT, "abcd " * 4000, "abcd " * 4000]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    outcome = generate("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
-    lines = outcome.err.splitlines()
-    assert outcome.code == 2 and lines[0] == "rank 1: 1 of 2 prompts" and len(lines) == 2
-    expected = f"{prompts}:4: the prompt has "
-    assert lines[1].startswith(f"error: {expected}") and "context holds 4096" in lines[1]
-    assert (job / "error").read_text().startswith(expected) and (job / "outcome").read_text() == "failed\n"
-
-
-def test_prompts_go_on_with_the_checkpoint_that_they_were_begun_with(
-    generate: Generate, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An output of two models, because a live run had saved anew before the second start."""
-    run, prompts, output = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    shutil.copytree(model, run)
-    (first,) = (run / "checkpoints").glob("step-*")
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "ghij")))
-    asked = ("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert generate(*asked, folder=str(run)).code == 0
-        shutil.copytree(first, first.with_name("step-00000009"), dirs_exist_ok=True)
-        if rank == "0":
-            (first.with_name("step-00000009") / "manifest.json").write_text("{}")  # is not even looked at
-    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == [PROMPT, "ghij"]
-    monkeypatch.setenv("RANK", "0")
-    outcome = generate(*asked, folder=str(run))
-    assert outcome.code == 0 and "all prompts are done" in outcome.err
-    outcome = generate(*asked, "--mode", "alternate", folder=str(run))
-    assert outcome.code == 2 and "already exists" in outcome.err

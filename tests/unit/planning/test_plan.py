@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +18,6 @@ from recycle_ds.planning import command
 from recycle_ds.planning.activations import CPU, CUDA
 from recycle_ds.planning.candidates import Candidate
 from recycle_ds.planning.communication import communication
-from recycle_ds.planning.errors import PlanningError
 from recycle_ds.planning.hardware import Cluster, find_gpu
 from recycle_ds.planning.memory import GIB, activations_of, local_weights, stage_memory, worst_stage
 from recycle_ds.planning.plan import USABLE, Plans, make_plans
@@ -255,47 +252,6 @@ def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1
     assert json.loads(printed.out)["layouts"] == []
     assert "error: nothing fits: the smallest layout needs" in printed.err
-
-
-def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def test_the_tool_as_scripts_call_it() -> None:
-    """Anything but JSON on stdout, or an exit code that does not tell a plan, none and a misspelt GPU apart."""
-    fits = plan_tool("--config", "recyclegpt_1.3b", "--nodes", "1", "--gpus-per-node", "2", "--json", "--verify")
-    assert fits.returncode == 0, fits.stderr
-    assert json.loads(fits.stdout)["layouts"] and "verified: tensor" in fits.stderr
-    none = plan_tool("--config", "70b", "--gpus-per-node", "1", "--gpu", "l40s", "--no-offload", "--json")
-    assert none.returncode == 1
-    assert json.loads(none.stdout)["layouts"] == []
-    assert "error: nothing fits: the smallest layout needs" in none.stderr and "Traceback" not in none.stderr
-    wrong = plan_tool("--config", "7b", "--gpu", "h1000", "--json")
-    assert wrong.returncode == 2 and wrong.stdout == ""
-    errors = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "--gpu h1000: not known" in errors[0] and "Traceback" not in wrong.stderr
-
-
-def test_wrong_cluster_is_one_line() -> None:
-    """A traceback for a misspelt GPU, or a division by no node."""
-    with pytest.raises(PlanningError, match=r"--gpu h1000: not known; known are a100-40, .*h100"):
-        find_gpu("h1000")
-    with pytest.raises(PlanningError, match="--nodes 0: must be at least 1"):
-        Cluster(0, 8, find_gpu("h100"))
-    with pytest.raises(PlanningError, match="--gpu-memory-gib -1"):
-        find_gpu("h100", -1)
-    assert find_gpu("H100", 60).memory_gib == 60
-
-
-def test_unknown_vocabulary_is_one_line() -> None:
-    """A failure deep inside where the tokenizer that the run names is not there yet."""
-    path = str(ROOT / "ds_configs" / "runs" / "demo.yaml")
-    with pytest.raises(PlanningError, match=r"model\.vocab_size is not given"):
-        command.read_run(path, ["data.tokenizer=nowhere/tokenizer.json"])
-    assert command.read_run(path, ["model.vocab_size=1024"]).model.vocab_size == 1024
 
 
 def test_memory_is_in_gib() -> None:
