@@ -139,9 +139,9 @@ def decode(config: RunConfig, run_dir: Path) -> None:
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()  # before what warns on import
-    from recycle_ds.inference.bench import BenchSettings, bench_model, print_result, write_report
-    from recycle_ds.inference.plots import plot_decoding
-    from recycle_ds.training.plots import plot_loss
+    from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
+    from recycle_ds.inference.bench.plots import plot_decoding
+    from recycle_ds.training.reporting.plots import plot_loss
 
     prompts = run_dir / "prompts.jsonl"
     write_prompts(config, prompts)

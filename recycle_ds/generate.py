@@ -80,7 +80,7 @@ def generate(
     text = "" if many else _read_prompt(prompt, prompt_file)
     from recycle_ds.inference.console import private_stdout
     from recycle_ds.inference.request import Request
-    from recycle_ds.inference.sampling import SamplingParams
+    from recycle_ds.inference.speculation.sampling import SamplingParams
 
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     try:
@@ -114,11 +114,11 @@ def _many(
 def _run_many(request: Request, prompts: Path, output: Path) -> None:
     """This process's share of a file of prompts, until all are done or the job must end. Raises RecycleError; what is wrong
     with one of its own prompts is printed here, whichever rank this is."""
-    from recycle_ds.inference.prompt_file import PromptError, PromptFile
-    from recycle_ds.inference.setup import load
+    from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
+    from recycle_ds.inference.loading import load
     from recycle_ds.parallel.job import FINISHED, STOPPED, job_of
     from recycle_ds.parallel.rendezvous import detect_launch, own_device, quiet_libraries
-    from recycle_ds.training.signals import JOB_SIGNAL, StopRequest
+    from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
     quiet_libraries()
     launch, job = detect_launch(os.environ), job_of(os.environ)

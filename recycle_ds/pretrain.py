@@ -26,8 +26,8 @@ from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_pe
 if TYPE_CHECKING:
     import torch
 
-    from recycle_ds.checkpoint.lock import RunLock
-    from recycle_ds.checkpoint.manifest import DataIdentity
+    from recycle_ds.checkpoint.portable.manifest import DataIdentity
+    from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.loader import BatchLoader
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
@@ -94,10 +94,10 @@ def run(config: RunConfig) -> str:
 
 def _prepare(config: RunConfig, job: Job) -> RunLock:
     """Rank 0: token files, if they are missing, and a run folder of our own without an earlier run's leftovers."""
-    from recycle_ds.checkpoint.folders import remove_unfinished
-    from recycle_ds.checkpoint.lock import RunLock
+    from recycle_ds.checkpoint.portable.folders import remove_unfinished
+    from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
-    from recycle_ds.training.job_end import STOP
+    from recycle_ds.training.faults.job_end import STOP
 
     prepare_if_missing(config.data, progress=sys.stderr.isatty())
     run_dir = Path(config.run_dir)
@@ -126,7 +126,7 @@ class _Inputs:
 
 def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
     """Tokenizer and token files, checked against each other; the configuration with the vocabulary filled in."""
-    from recycle_ds.checkpoint.manifest import DataIdentity
+    from recycle_ds.checkpoint.portable.manifest import DataIdentity
     from recycle_ds.data.loader import BatchLoader, open_dataset
     from recycle_ds.data.token_files import read_sidecar
     from recycle_ds.data.tokenizer import Tokenizer
@@ -162,16 +162,16 @@ def _train(
     job: Job,
     lock: RunLock | None,
 ) -> str:
-    from recycle_ds.checkpoint import resume
-    from recycle_ds.checkpoint.writing import PortableCheckpointer
+    from recycle_ds.checkpoint.run import resume
+    from recycle_ds.checkpoint.run.saving import PortableCheckpointer
     from recycle_ds.parallel.agree import on_first_rank, together
-    from recycle_ds.training.engine import build_engine
+    from recycle_ds.training.engine.build import build_engine
     from recycle_ds.training.errors import OwnError
-    from recycle_ds.training.job_end import conclude, stop_request, tell_alone
+    from recycle_ds.training.faults.job_end import conclude, stop_request, tell_alone
+    from recycle_ds.training.faults.stop_requests import REASONS
     from recycle_ds.training.loop import Trainer
-    from recycle_ds.training.records import Records, begin_records
-    from recycle_ds.training.run_record import describe_run
-    from recycle_ds.training.signals import REASONS
+    from recycle_ds.training.reporting.layout_file import describe_run
+    from recycle_ds.training.reporting.run_logs import Records, begin_records
 
     inputs = together(lambda: _open(config, mesh), mesh, place)
     config = inputs.config

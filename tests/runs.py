@@ -72,8 +72,8 @@ def figures(run_dir: str | Path) -> list[list[float]]:
 
 def tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a checkpoint, whole, by kind and canonical name."""
-    from recycle_ds.checkpoint.manifest import read_manifest
-    from recycle_ds.checkpoint.reading import PortableSource
+    from recycle_ds.checkpoint.portable.manifest import read_manifest
+    from recycle_ds.checkpoint.portable.reading import PortableSource
 
     manifest = read_manifest(folder)
     reader = PortableSource(folder, manifest)

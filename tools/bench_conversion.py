@@ -26,7 +26,7 @@ def bench_conversion(
     from rich.console import Console
     from rich.table import Table
 
-    from recycle_ds.checkpoint.conversion_memory import measure
+    from recycle_ds.checkpoint.conversion.memory import measure
 
     found = measure(model, shard_gib)
     title = f"{model}: {found['model_mib']:.0f} MiB; a process that converts nothing takes {found['idle_mib']:.0f} MiB"

@@ -37,7 +37,7 @@ def bench_decoding(
         from recycle_ds.parallel.rendezvous import quiet_libraries
 
         quiet_libraries()  # before what warns on import
-        from recycle_ds.inference.bench import BenchSettings, bench_model, print_result, write_report
+        from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
 
         settings = BenchSettings(tuple(modes.replace(" ", "").split(",")), max_new_tokens, draft_tokens, repeats)
         result = bench_model(model, prompts, settings, dtype=dtype, threads=threads)
@@ -45,7 +45,7 @@ def bench_decoding(
         if json_path is not None:
             write_report(result.report, json_path)
         if plot is not None:
-            from recycle_ds.inference.plots import plot_decoding
+            from recycle_ds.inference.bench.plots import plot_decoding
 
             plot_decoding(result.report, plot)
 

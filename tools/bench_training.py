@@ -45,8 +45,8 @@ def bench_training(
     launch = rendezvous.detect_launch(os.environ)
     rendezvous.start(launch)  # says which device there is, before DeepSpeed is imported and looks for one itself
     from recycle_ds.parallel.mesh import build_mesh
-    from recycle_ds.training.bench_report import print_report
-    from recycle_ds.training.benchmark import profile_subjects, run_benchmark
+    from recycle_ds.training.benchmark.comparison import profile_subjects, run_benchmark
+    from recycle_ds.training.benchmark.report import print_report
 
     try:
         mesh, place = build_mesh(run.parallel), rendezvous.own_device(launch)

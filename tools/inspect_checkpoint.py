@@ -29,7 +29,7 @@ def inspect_checkpoint(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from recycle_ds.checkpoint.inspection import compare, describe, print_comparison, print_description
+    from recycle_ds.checkpoint.conversion.inspection import compare, describe, print_comparison, print_description
 
     if diff is None:
         print_description(describe(folder, config), as_json=as_json)

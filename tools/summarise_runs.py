@@ -17,7 +17,7 @@ def summarise_runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object by run.")] = False,
 ) -> None:
     """Summarise runs: how far they came, restarts, lost time, anomalies; a single run in more detail."""
-    from recycle_ds.training.summary import summarise_runs as summarise
+    from recycle_ds.training.reporting.runs_table import summarise_runs as summarise
 
     raise typer.Exit(0 if summarise(run_dirs, as_json=as_json) else 1)
 

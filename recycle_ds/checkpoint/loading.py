@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import MANIFEST
-from recycle_ds.checkpoint.reading import PortableSource
+from recycle_ds.checkpoint.portable.folders import completed
+from recycle_ds.checkpoint.portable.manifest import MANIFEST
+from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.data.tokenizer import Tokenizer

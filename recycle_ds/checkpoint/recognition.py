@@ -7,11 +7,11 @@ from pathlib import Path
 from recycle_ds.checkpoint.deepspeed_native.files import find_tag
 from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.folders import completed, find_checkpoint
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, HuggingFaceSource
-from recycle_ds.checkpoint.manifest import MANIFEST, read_manifest
 from recycle_ds.checkpoint.megatron.reading import MegatronSource, is_megatron
-from recycle_ds.checkpoint.reading import PortableSource
+from recycle_ds.checkpoint.portable.folders import completed, find_checkpoint
+from recycle_ds.checkpoint.portable.manifest import MANIFEST, read_manifest
+from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.sources import Source
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recycle_ds.data.atomic import publish_together, temporary_name
+from recycle_ds.config.atomic_files import publish_together, temporary_name
 from recycle_ds.data.errors import DataError
 
 if TYPE_CHECKING:

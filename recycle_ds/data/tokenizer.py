@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from recycle_ds.data.atomic import write_atomically
+from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.protocol import TextSource
-from recycle_ds.inference.stopping import TextFilter
+from recycle_ds.inference.speculation.stopping import TextFilter
 
 _RESET = "\x1b[0m"
 _COLOURS = {"verified": "\x1b[32m", "alternate": "\x1b[33m"}

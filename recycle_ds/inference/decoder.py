@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from recycle_ds.inference import draft_length
-from recycle_ds.inference.drafting import Drafts
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.protocol import DecodableModel, TextSource
-from recycle_ds.inference.sampling import SamplingParams
-from recycle_ds.inference.stopping import FinishReason, StopCondition, TextFilter, check_stop_strings
+from recycle_ds.inference.speculation import draft_length
+from recycle_ds.inference.speculation.drafting import Drafts
+from recycle_ds.inference.speculation.sampling import SamplingParams
+from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter, check_stop_strings
 from recycle_ds.inference.stream import OnTokens, Stream
 
 MODES = ("autoregressive", "alternate", "verified")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recycle_ds.inference.stopping import FinishReason
+from recycle_ds.inference.speculation.stopping import FinishReason
 
 
 @dataclass(frozen=True)

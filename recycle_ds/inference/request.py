@@ -13,9 +13,9 @@ from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colou
 from recycle_ds.inference.decoder import check_mode
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
-from recycle_ds.inference.sampling import SamplingParams
-from recycle_ds.inference.setup import check_runtime, decoder_of, load
-from recycle_ds.inference.stopping import check_stop_strings
+from recycle_ds.inference.loading import check_runtime, decoder_of, load
+from recycle_ds.inference.speculation.sampling import SamplingParams
+from recycle_ds.inference.speculation.stopping import check_stop_strings
 
 
 class Request:

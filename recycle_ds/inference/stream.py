@@ -10,12 +10,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from recycle_ds.inference.drafting import Drafts, RecycleChain
 from recycle_ds.inference.generation import Generation, Tally
 from recycle_ds.inference.protocol import DecodableModel, DecodingCache
-from recycle_ds.inference.sampling import SamplingParams, distribution, most_likely, penalise, probabilities, sample
-from recycle_ds.inference.stopping import FinishReason, StopCondition
-from recycle_ds.inference.verification import Verdict, verify_greedy, verify_sampled
+from recycle_ds.inference.speculation.drafting import Drafts, RecycleChain
+from recycle_ds.inference.speculation.sampling import (
+    SamplingParams,
+    distribution,
+    most_likely,
+    penalise,
+    probabilities,
+    sample,
+)
+from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
+from recycle_ds.inference.speculation.verification import Verdict, verify_greedy, verify_sampled
 from recycle_ds.parallel.device import synchronise
 
 OnTokens = Callable[[list[int], list[bool]], None]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recycle_ds.data.atomic import write_atomically
+from recycle_ds.config.atomic_files import write_atomically
 
 FINISHED, STOPPED, LEFT, FAILED = "finished", "stopped", "left", "failed"
 """Outcomes: all is done; saved for the job's sake, to go on in its next start; saved and left for good, as a person asked; an

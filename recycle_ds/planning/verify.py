@@ -15,7 +15,7 @@ from recycle_ds.parallel.layout import Coordinates, Layout
 from recycle_ds.parallel.mesh import virtual_mesh, world_of_one
 from recycle_ds.parallel.partitions import flat_partitions, partition_range
 from recycle_ds.planning.errors import PlanningError
-from recycle_ds.training.optimizer import parameter_groups
+from recycle_ds.training.engine.optimizer import parameter_groups
 
 
 def build_part(config: RunConfig, layout: Layout, place: Coordinates, *, sequence: bool) -> RecycleGPT:

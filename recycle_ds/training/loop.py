@@ -16,20 +16,20 @@ from recycle_ds.data.errors import DataError
 from recycle_ds.data.loader import BatchLoader
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.parallel.rendezvous import shorten_timeouts
-from recycle_ds.training.anomalies import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps
 from recycle_ds.training.batches import StepBatches, assemble
-from recycle_ds.training.dry_run import dry_run
-from recycle_ds.training.engine import TrainingEngine
+from recycle_ds.training.engine.build import TrainingEngine
+from recycle_ds.training.engine.dry_run import dry_run
+from recycle_ds.training.engine.gradients import GradientReport
 from recycle_ds.training.errors import OwnError, TrainingError
-from recycle_ds.training.gradients import GradientReport
-from recycle_ds.training.profiling import StepProfiler
-from recycle_ds.training.records import Records
-from recycle_ds.training.reporting import Reporter
+from recycle_ds.training.faults.bad_steps import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps
+from recycle_ds.training.faults.stop_requests import REASONS, TAKEN_OVER, StopRequest
+from recycle_ds.training.faults.watchdog import PATIENCE, Watchdog
+from recycle_ds.training.reporting.profiling import StepProfiler
+from recycle_ds.training.reporting.reporter import Reporter
+from recycle_ds.training.reporting.run_logs import Records
 from recycle_ds.training.saving import Saver
 from recycle_ds.training.schedule import learning_rate, loss_weights
-from recycle_ds.training.signals import REASONS, TAKEN_OVER, StopRequest
 from recycle_ds.training.state import Checkpointer, TrainingState
-from recycle_ds.training.watchdog import PATIENCE, Watchdog
 
 _ANSWERS = {
     SKIP: "the step and its data are skipped",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.portable.folders import completed
+from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import save_config
 from tests.launching import PRETRAIN, await_step, deepspeed, finish, mpirun, ranks_of, start, torchrun
 from tests.runs import ROOT, figures, make_corpus, steps_of, tiny_run

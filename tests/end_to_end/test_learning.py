@@ -11,7 +11,7 @@ from recycle_ds.checkpoint import load_model
 from recycle_ds.data.prepare import prepare
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.evaluation.perplexity import evaluate_documents
-from recycle_ds.inference.setup import decoder_of
+from recycle_ds.inference.loading import decoder_of
 from tests.distributed import run_ranks
 from tests.parallel.ranks import run_all
 from tests.runs import read_metrics, tiny_run

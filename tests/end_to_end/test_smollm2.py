@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.loading import load_model
 from tests.runs import ROOT
 

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.config import RunConfig
 from tests.launching import await_step, finish, ranks_of, start, torchrun
 from tests.runs import figures, make_corpus, tiny_run

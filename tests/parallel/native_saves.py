@@ -16,7 +16,7 @@ from tests.parallel.ranks import run_all
 
 def run_and_save(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
     """Like `run_all`; every checkpoint is saved by DeepSpeed as well, under run_dir/native."""
-    from recycle_ds.checkpoint.writing import PortableCheckpointer
+    from recycle_ds.checkpoint.run.saving import PortableCheckpointer
 
     original = PortableCheckpointer.begin
 

@@ -19,8 +19,8 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
     from recycle_ds.config import resolve_deepspeed
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.mesh import build_mesh
-    from recycle_ds.training.engine import _build_model
-    from recycle_ds.training.live_memory import PeakMemory
+    from recycle_ds.training.benchmark.live_memory import PeakMemory
+    from recycle_ds.training.engine.build import _build_model
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
     mesh = build_mesh(config.parallel)
@@ -42,8 +42,8 @@ def lasting(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, in
     from recycle_ds.config import resolve_deepspeed
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.mesh import build_mesh
-    from recycle_ds.training.benchmark import OurSubject
-    from recycle_ds.training.live_memory import bytes_of
+    from recycle_ds.training.benchmark.comparison import OurSubject
+    from recycle_ds.training.benchmark.live_memory import bytes_of
     from tests.parallel.planner_reality import live, size_of
 
     rendezvous.start(rendezvous.detect_launch(os.environ))

@@ -51,7 +51,7 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
     from recycle_ds.parallel.layout import layout_of
     from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.training.batches import assemble
-    from recycle_ds.training.engine import build_engine
+    from recycle_ds.training.engine.build import build_engine
 
     earlier = live()  # held on to, so that no storage made later has the address of one of these
     place = torch.device("cpu")
@@ -101,8 +101,8 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
 
 def _saved_bytes(engine: Any, batches: Any, scales: torch.Tensor) -> int:
     """Bytes of the storages that a forward pass made and that are alive when it has ended."""
-    from recycle_ds.training.dry_run import _forward, _in_flight
-    from recycle_ds.training.live_memory import PeakMemory
+    from recycle_ds.training.benchmark.live_memory import PeakMemory
+    from recycle_ds.training.engine.dry_run import _forward, _in_flight
 
     with PeakMemory() as tracker:
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]

@@ -97,7 +97,7 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
     """Like `run_all` for one configuration; the disk of rank 1 is full when the checkpoint of `step` is written."""
     import errno
 
-    from recycle_ds.checkpoint import files
+    from recycle_ds.checkpoint.files.checksums import checksums as files
 
     original = files.save_file
 
@@ -124,7 +124,7 @@ def run_and_read_timeouts(rank: int, world_size: int, config: RunConfig) -> list
 
 def run_with_small_shards(rank: int, world_size: int, runs: list[RunConfig], shard_bytes: int) -> list[str]:
     """Like `run_all`, with checkpoints in files of about `shard_bytes` instead of a gibibyte."""
-    from recycle_ds.checkpoint import shard_writer
+    from recycle_ds.checkpoint.run import shard_writer
 
     original = shard_writer.SHARD_BYTES
     shard_writer.SHARD_BYTES = shard_bytes
@@ -140,8 +140,8 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
     ("writing")."""
     import shutil
 
-    from recycle_ds.checkpoint import writing
-    from recycle_ds.checkpoint.lock import RunLock
+    from recycle_ds.checkpoint.run import saving as writing
+    from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.parallel.peers import TakenOver
 
     folder = Path(config.run_dir) / "checkpoints"
@@ -193,7 +193,8 @@ BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")
 def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> str:
     """Like `run_all` for one configuration with one reduction left out: the negative controls of the parity suite."""
     from recycle_ds.model import norm
-    from recycle_ds.training import batches, pipeline
+    from recycle_ds.training import batches
+    from recycle_ds.training.engine.build import pipeline
 
     def alone(weight: Any, group: Any) -> Any:
         return weight

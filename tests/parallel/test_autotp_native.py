@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
 from recycle_ds.checkpoint.recognition import open_source
 from tests.distributed import run_ranks

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint import load_model
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import digest_of
+from recycle_ds.checkpoint.portable.folders import completed
+from recycle_ds.checkpoint.portable.manifest import digest_of
 from recycle_ds.config import RunConfig
 from recycle_ds.data.prepare import prepare
 from recycle_ds.data.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.recognition import open_source
 from tests.distributed import run_ranks
 from tests.parallel.native_saves import TheirRun, run_and_save, train_theirs

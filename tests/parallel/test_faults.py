@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.portable.folders import completed
+from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE
@@ -103,7 +103,7 @@ def test_after_a_rollback_it_is_the_run_that_began_at_the_checkpoint(runs: Runs)
     """Figures after a rollback that are near those they should be, and not the same."""
     import shutil
 
-    from recycle_ds.checkpoint.manifest import write_manifest
+    from recycle_ds.checkpoint.portable.manifest import write_manifest
 
     again = runs.root / "again"
     shutil.copytree(runs.root / "clean" / "zero1", again)

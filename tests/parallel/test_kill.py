@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed, step_of
+from recycle_ds.checkpoint.portable.folders import completed, step_of
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import RunConfig
 from recycle_ds.parallel.peers import PeerLost

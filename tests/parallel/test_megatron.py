@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recycle_ds.checkpoint.convert import Conversion, convert
-from recycle_ds.checkpoint.portable_export import write_portable
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from tests.distributed import run_ranks
 from tests.parallel.megatron_core import Case, Gap, compare, exchange, our_logits

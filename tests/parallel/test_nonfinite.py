@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.ranks import run_poisoned

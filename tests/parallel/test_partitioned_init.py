@@ -12,7 +12,7 @@ from recycle_ds.config import load_deepspeed_json, resolve_deepspeed
 from recycle_ds.model import build_model
 from recycle_ds.model.flops import parameters
 from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.training.engine import _build_model
+from recycle_ds.training.engine.build import _build_model
 from tests.distributed import run_ranks
 from tests.parallel.partitioned import build, lasting
 from tests.runs import make_corpus, tiny_run, zero

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, RUNS_TOGETHER

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from recycle_ds.checkpoint import CheckpointError, load_model
-from recycle_ds.checkpoint.lock import RunLock
-from recycle_ds.checkpoint.manifest import read_manifest
+from recycle_ds.checkpoint.portable.manifest import read_manifest
+from recycle_ds.checkpoint.run.lock import RunLock
 from recycle_ds.config import RunConfig
 from tests.distributed import run_ranks
 from tests.parallel.parity import PIPELINE, RUNS_TOGETHER

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from recycle_ds.checkpoint.manifest import read_manifest
-from recycle_ds.checkpoint.reading import PortableSource
+from recycle_ds.checkpoint.portable.manifest import read_manifest
+from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.config import parse_config
 from recycle_ds.model.initialisation import initial_tensor
 from tests.distributed import run_ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.recognition import open_source
 from tests.runs import ROOT, figures, read_metrics, steps_of
 from tests.slurm.jobs import Jobs, ranks_of, reached

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed
+from recycle_ds.checkpoint.portable.folders import completed
 from tests.runs import figures, read_metrics
 from tests.slurm.jobs import Jobs, ranks_of, reached
 

@@ -12,7 +12,7 @@ import torch
 from recycle_ds.checkpoint.deepspeed_native.autotp import Shape, Shard, split
 from recycle_ds.checkpoint.deepspeed_native.files import Inventory
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.files.checksums import read_json
 from recycle_ds.checkpoint.huggingface.families import read_model
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
 from recycle_ds.checkpoint.sources import shorten
@@ -21,7 +21,7 @@ from recycle_ds.model.build import build_model, whole_shapes
 from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.layout import Coordinates, Layout
 from recycle_ds.parallel.mesh import virtual_mesh, world_of_one
-from recycle_ds.training.optimizer import parameter_groups, part_of
+from recycle_ds.training.engine.optimizer import parameter_groups, part_of
 
 RUN_CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
 # Folders above the tag that are searched: a run's is run_dir/FOLDER/TAG, transformers' checkpoint-500/global_step500.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from recycle_ds.checkpoint.archives import archive_fault, one_line
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.torch_archives import archive_fault, one_line
 from recycle_ds.checkpoint.sources import shorten
 
 T = TypeVar("T")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recycle_ds.checkpoint.archives import one_line
 from recycle_ds.checkpoint.deepspeed_native.files import Inventory
 from recycle_ds.checkpoint.deepspeed_native.loading import Keys, PtFiles, Span
 from recycle_ds.checkpoint.deepspeed_native.partitions import Flat, Shapes, cut_each, cut_groups
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.torch_archives import one_line
 from recycle_ds.parallel.partitions import partition_range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

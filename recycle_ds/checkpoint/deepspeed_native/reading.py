@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recycle_ds.checkpoint.archives import one_line
 from recycle_ds.checkpoint.deepspeed_native.autotp import Shard, check_order
 from recycle_ds.checkpoint.deepspeed_native.files import Inventory, take_inventory
 from recycle_ds.checkpoint.deepspeed_native.layouts import Described, describe
@@ -17,6 +16,7 @@ from recycle_ds.checkpoint.deepspeed_native.loading import PtFiles
 from recycle_ds.checkpoint.deepspeed_native.plain_optimizer import with_optimizer
 from recycle_ds.checkpoint.deepspeed_native.ranks import Stored, read_rank
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.torch_archives import one_line
 from recycle_ds.checkpoint.sources import shorten
 
 _TOKENIZER = "tokenizer.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.limits import check_sizes
+from recycle_ds.checkpoint.size_limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, build_section
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import FileEntry, describe, read_json
+from recycle_ds.checkpoint.files.checksums import FileEntry, describe, read_json
 from recycle_ds.config import ConfigError, RecycleConfig, build_section
 
 MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"

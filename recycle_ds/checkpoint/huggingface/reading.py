@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import read_json, verify_all
+from recycle_ds.checkpoint.files.checksums import read_json, verify_all
+from recycle_ds.checkpoint.files.safetensors_reader import ShardFiles
 from recycle_ds.checkpoint.huggingface.families import read_model
 from recycle_ds.checkpoint.huggingface.module import read_module
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
-from recycle_ds.checkpoint.shards import ShardFiles
+from recycle_ds.checkpoint.sequence_length import default_window
 from recycle_ds.checkpoint.sources import shorten
-from recycle_ds.checkpoint.window import default_window
 from recycle_ds.model.build import whole_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

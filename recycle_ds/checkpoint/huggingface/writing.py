@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from recycle_ds.checkpoint.exporting import Named, split, write_shards
-from recycle_ds.checkpoint.files import write_json
+from recycle_ds.checkpoint.files.checksums import write_json
+from recycle_ds.checkpoint.files.safetensors_writer import Named, split, write_shards
+from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
 from recycle_ds.checkpoint.huggingface.families import write_model
 from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, describe_module, module_file
 from recycle_ds.checkpoint.huggingface.names import RECYCLE, hugging_face_name
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
-from recycle_ds.checkpoint.tokenizer_files import copy_tokenizer
 from recycle_ds.data.tokenizer import Tokenizer
 
 

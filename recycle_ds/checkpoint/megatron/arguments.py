@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.limits import check_sizes
+from recycle_ds.checkpoint.size_limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 
 # Must be given, and be so.

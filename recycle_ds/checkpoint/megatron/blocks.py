@@ -12,8 +12,8 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 
-from recycle_ds.checkpoint.archives import FilePart, archive_fault
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.torch_archives import FilePart, archive_fault
 from recycle_ds.checkpoint.megatron.fusing import Box
 from recycle_ds.checkpoint.megatron.unpickling import Chunk, Stored
 from recycle_ds.checkpoint.sources import shorten

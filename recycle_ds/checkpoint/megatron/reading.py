@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import read_json
-from recycle_ds.checkpoint.limits import check_sizes
+from recycle_ds.checkpoint.files.checksums import read_json
+from recycle_ds.checkpoint.files.safetensors_reader import DTYPES
 from recycle_ds.checkpoint.megatron.arguments import SEPARATE_DEPTHS, read_arguments, unrestored
 from recycle_ds.checkpoint.megatron.blocks import BlockFiles
 from recycle_ds.checkpoint.megatron.fusing import Box, take
 from recycle_ds.checkpoint.megatron.names import RENAMED, Entry, entries
 from recycle_ds.checkpoint.megatron.unpickling import METADATA, Stored, arguments, read_common, read_table
-from recycle_ds.checkpoint.shards import DTYPES
+from recycle_ds.checkpoint.size_limits import check_sizes
 from recycle_ds.checkpoint.sources import shorten
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 from recycle_ds.data.errors import DataError

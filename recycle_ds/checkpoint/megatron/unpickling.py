@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from recycle_ds.checkpoint.archives import archive_fault
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.torch_archives import archive_fault
 
 METADATA, COMMON = ".metadata", "common.pt"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.distcp$")

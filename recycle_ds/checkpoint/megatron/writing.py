@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files import write_json, write_text
+from recycle_ds.checkpoint.files.checksums import write_json, write_text
+from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
 from recycle_ds.checkpoint.megatron.arguments import write_arguments
 from recycle_ds.checkpoint.megatron.fusing import fuse
 from recycle_ds.checkpoint.megatron.names import Entry, entries, extra_states
@@ -37,9 +38,8 @@ from recycle_ds.checkpoint.megatron.reading import BACKEND, FORMAT, OURS, TRACKE
 from recycle_ds.checkpoint.megatron.unpickling import COMMON, METADATA
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source, check_tensors, shorten
-from recycle_ds.checkpoint.tokenizer_files import copy_tokenizer
 from recycle_ds.config import ModelConfig, RecycleConfig
-from recycle_ds.data.atomic import flush as fsync
+from recycle_ds.config.atomic_files import flush as fsync
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.layers import padded_vocabulary
 

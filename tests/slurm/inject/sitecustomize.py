@@ -102,8 +102,8 @@ def _prompts(module: Any) -> None:
 
 PATCHES = {
     "recycle_ds.training.loop": _loop,
-    "recycle_ds.checkpoint.files": _files,
-    "recycle_ds.inference.prompt_file": _prompts,
+    "recycle_ds.checkpoint.files.checksums": _files,
+    "recycle_ds.inference.batch.prompt_file": _prompts,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.config import RunConfig
 from recycle_ds.model import build_model
 from tests.runs import tiny_run

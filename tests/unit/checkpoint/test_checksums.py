@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.archives import FilePart, archive_fault
 from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
+from recycle_ds.checkpoint.files.torch_archives import FilePart, archive_fault
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.megatron.writing import write_megatron
 from recycle_ds.checkpoint.recognition import open_source

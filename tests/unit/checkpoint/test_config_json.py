@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.files import read_json
+from recycle_ds.checkpoint.files.checksums import read_json
 from recycle_ds.checkpoint.huggingface.families import read_model
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model.build import whole_shapes

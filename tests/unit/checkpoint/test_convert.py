@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import TARGETS, Conversion, convert
-from recycle_ds.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from recycle_ds.checkpoint.reading import PortableSource
+from recycle_ds.checkpoint.conversion.convert import TARGETS, Conversion, convert
+from recycle_ds.checkpoint.conversion.smollm2 import GGUF, fetch
+from recycle_ds.checkpoint.files.new_folder import new_folder
+from recycle_ds.checkpoint.portable.manifest import MANIFEST, read_manifest, write_manifest
+from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
-from recycle_ds.checkpoint.smollm2 import GGUF, fetch
-from recycle_ds.checkpoint.target import new_folder
 from tests.unit.checkpoint.conversion_cases import TOKENIZER_FILES, full_disk, model_folder
 from tests.unit.checkpoint.families import save
 

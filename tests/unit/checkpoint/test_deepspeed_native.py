@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.deepspeed_native import loading
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import save_config

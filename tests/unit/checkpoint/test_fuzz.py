@@ -16,8 +16,8 @@ from torch import Tensor
 
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.loading import load_weights
-from recycle_ds.checkpoint.manifest import digest_of
-from recycle_ds.checkpoint.portable_export import write_portable
+from recycle_ds.checkpoint.portable.manifest import digest_of
+from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model import build_model

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.loading import load_weights
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
@@ -103,7 +103,7 @@ def with_module(folder: Path, name: str = "llama", layers: int = 2) -> RecycleGP
     config = RecycleConfig(layers=layers, depth=3)
     model = build_model(base.model, config, seed=5)
     source = ModelSource(model, base.model, config, folder)
-    from recycle_ds.checkpoint.portable_export import write_portable
+    from recycle_ds.checkpoint.portable.writing import write_portable
 
     (folder / "portable").mkdir()
     write_portable(source, folder / "portable", None, 2**30, lambda _: None)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
-from recycle_ds.checkpoint.inspection import compare, describe, print_comparison
-from recycle_ds.checkpoint.manifest import read_manifest, write_manifest
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.inspection import compare, describe, print_comparison
+from recycle_ds.checkpoint.portable.manifest import read_manifest, write_manifest
 from recycle_ds.checkpoint.recognition import open_source
 from tests.unit.checkpoint.conversion_cases import model_folder, one_line_error, run_tool
 from tests.unit.checkpoint.families import SHAPE, make, save

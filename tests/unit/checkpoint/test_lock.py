@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.lock import RunLock
+from recycle_ds.checkpoint.run.lock import RunLock
 from recycle_ds.parallel.job import Job
 from tests.runs import ROOT
 
 HOLD = """
 import sys
 from pathlib import Path
-from recycle_ds.checkpoint.lock import RunLock
+from recycle_ds.checkpoint.run.lock import RunLock
 from recycle_ds.parallel.job import Job
 lock = RunLock(Path(sys.argv[1]), Job(name=sys.argv[2] or None))
 print("held", flush=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.convert import Conversion, convert
-from recycle_ds.checkpoint.inspection import describe
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.inspection import describe
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.megatron.writing import write_megatron
-from recycle_ds.checkpoint.portable_export import write_portable
+from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import RopeConfig, RopeScaling
 from recycle_ds.data.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recycle_ds.checkpoint import shard_writer
-from recycle_ds.checkpoint.shard_writer import ShardWriter
+from recycle_ds.checkpoint.run import shard_writer
+from recycle_ds.checkpoint.run.shard_writer import ShardWriter
 from recycle_ds.model.sharding import Piece
 
 ROWS = 100

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from recycle_ds.inference.draft_length import (
+from recycle_ds.inference.speculation.draft_length import (
     MAX_DRAFT,
     START,
     DraftStatistics,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from recycle_ds.inference import Decoder, SamplingParams
-from recycle_ds.inference.drafting import Drafts
-from recycle_ds.inference.sampling import penalise
-from recycle_ds.inference.stopping import StopCondition
+from recycle_ds.inference.speculation.drafting import Drafts
+from recycle_ds.inference.speculation.sampling import penalise
+from recycle_ds.inference.speculation.stopping import StopCondition
 from recycle_ds.inference.stream import Stream
 from recycle_ds.model import RecycleGPT
 from tests.unit.inference.models import overfitted_model, random_model

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from recycle_ds.inference import Decoder, SamplingParams
-from recycle_ds.inference.sampling import probabilities
+from recycle_ds.inference.speculation.sampling import probabilities
 from recycle_ds.model import RecycleGPT
 from tests.unit.inference.models import LETTERS, Letters, random_model
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from recycle_ds.checkpoint.folders import completed
-from recycle_ds.checkpoint.manifest import write_manifest
-from recycle_ds.inference.begun import digest_of
+from recycle_ds.checkpoint.portable.folders import completed
+from recycle_ds.checkpoint.portable.manifest import write_manifest
+from recycle_ds.inference.batch.parts_record import digest_of
+from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile, read_prompt_file
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.prompt_file import PromptError, PromptFile, read_prompt_file
 
 
 @pytest.fixture

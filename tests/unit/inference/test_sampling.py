@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.sampling import SamplingParams, distribution, most_likely, probabilities, sample
+from recycle_ds.inference.speculation.sampling import SamplingParams, distribution, most_likely, probabilities, sample
 
 KNOBS: list[dict[str, Any]] = [
     {"temperature": 1.0},

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recycle_ds.data.tokenizer import TextStream, Tokenizer
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.stopping import StopCondition, TextFilter
+from recycle_ds.inference.speculation.stopping import StopCondition, TextFilter
 
 
 class Pieces:

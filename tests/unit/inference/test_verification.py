@@ -11,8 +11,8 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from recycle_ds.inference.sampling import sample
-from recycle_ds.inference.verification import Verdict, residual, verify_greedy, verify_sampled
+from recycle_ds.inference.speculation.sampling import sample
+from recycle_ds.inference.speculation.verification import Verdict, residual, verify_greedy, verify_sampled
 
 # Two positions over three tokens. Drafts are drawn from Q; kept tokens must be distributed as P. The second position's
 # distributions do not depend on the first token, so the joint distribution of two tokens is a product.

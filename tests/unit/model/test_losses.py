@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
 from recycle_ds.parallel.mesh import Axis
-from recycle_ds.training.live_memory import PeakMemory
+from recycle_ds.training.benchmark.live_memory import PeakMemory
 
 
 def plain(

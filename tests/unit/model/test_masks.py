@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from recycle_ds.model.masks import BLOCK, AttentionMask, visible_blocks
-from recycle_ds.training.live_memory import PeakMemory
+from recycle_ds.training.benchmark.live_memory import PeakMemory
 
 
 def packed(length: int, *boundaries: list[int]) -> Tensor:

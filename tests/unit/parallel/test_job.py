@@ -14,8 +14,8 @@ from recycle_ds.parallel.agree import SharedError, together
 from recycle_ds.parallel.job import FAILED, LEFT, STOPPED, Job, Unheard, job_of
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
-from recycle_ds.training.job_end import conclude
-from recycle_ds.training.signals import JOB_SIGNAL, STOP_FILE
+from recycle_ds.training.faults.job_end import conclude
+from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, STOP_FILE
 
 
 def test_a_failure_is_not_talked_over(tmp_path: Path) -> None:

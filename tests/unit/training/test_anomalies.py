@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recycle_ds.config import RunConfig
-from recycle_ds.training.anomalies import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps, robust_score
+from recycle_ds.training.faults.bad_steps import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps, robust_score
 from tests.runs import tiny_run
 
 QUIET = [(3.0 + 0.01 * (n % 5), 1.0 + 0.02 * (n % 3)) for n in range(40)]

@@ -12,7 +12,7 @@ import pytest
 
 from recycle_ds.config import RecycleConfig, load_config
 from recycle_ds.model.flops import parameters, training_flops_per_token
-from recycle_ds.training.benchmark import BACKBONE, HUGGING_FACE, RECYCLE, llama_config, ratios
+from recycle_ds.training.benchmark.comparison import BACKBONE, HUGGING_FACE, RECYCLE, llama_config, ratios
 from tests.runs import ROOT
 
 SMALL = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recycle_ds.training.metrics import MetricsLog
+from recycle_ds.training.reporting.metrics_log import MetricsLog
 
 
 def test_lines_are_flushed_and_unrounded(tmp_path: Path) -> None:

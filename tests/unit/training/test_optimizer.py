@@ -7,7 +7,7 @@ import torch
 
 from recycle_ds.config import ModelConfig, RecycleConfig, TrainingConfig
 from recycle_ds.model import RecycleGPT, build_model
-from recycle_ds.training.optimizer import AdamW, parameter_groups
+from recycle_ds.training.engine.optimizer import AdamW, parameter_groups
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from recycle_ds.parallel.job import Job
-from recycle_ds.training import sessions
 from recycle_ds.training.errors import TrainingError
-from recycle_ds.training.sessions import SessionLog
-from recycle_ds.training.stragglers import slowest
-from recycle_ds.training.summary import read_summary, summarise_runs
+from recycle_ds.training.faults.stragglers import slowest
+from recycle_ds.training.reporting.reporter import sessions
+from recycle_ds.training.reporting.runs_table import read_summary, summarise_runs
+from recycle_ds.training.reporting.sessions import SessionLog
 
 
 def write_metrics(run_dir: Path, steps: dict[int, float]) -> None:

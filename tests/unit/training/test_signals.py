@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from recycle_ds.training.signals import JOB_SIGNAL, REASONS, STOP_FILE, TAKEN_OVER, TIME_LIMIT, StopRequest
+from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, REASONS, STOP_FILE, TAKEN_OVER, TIME_LIMIT, StopRequest
 
 
 def test_every_reason_is_heard(tmp_path: Path) -> None:

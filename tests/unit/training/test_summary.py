@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ds.training.summary import summarise_runs
+from recycle_ds.training.reporting.runs_table import summarise_runs
 
 
 @pytest.mark.parametrize(

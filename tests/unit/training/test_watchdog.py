@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recycle_ds.training.watchdog import HANG_EXIT, describe_hang
+from recycle_ds.training.faults.watchdog import HANG_EXIT, describe_hang
 from tests.runs import ROOT
 
 STUCK = """
 import sys, time
 from pathlib import Path
-from recycle_ds.training.watchdog import Watchdog
+from recycle_ds.training.faults.watchdog import Watchdog
 def stand_still():
     {hang}
 dog = Watchdog(Path(sys.argv[1]), 0, 1, 0.4)

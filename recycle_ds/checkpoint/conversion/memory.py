@@ -1,0 +1,90 @@
+"""How much host memory conversions take: each in a process of its own, beside one that only imports what they need."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.recognition import open_source
+
+_IDLE = "import recycle_ds.checkpoint.conversion.command"
+_CONVERT = (
+    "import sys\n"
+    "from recycle_ds.checkpoint.conversion.convert import Conversion, convert\n"
+    "source, target, to, shard, stages = sys.argv[1:]\n"
+    "convert(source, target, Conversion(to, shard_gib=float(shard), pipeline=int(stages)))"
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One conversion. Memory in MiB: the most that the process had, beyond that of one that converts nothing. Files that are
+    mapped are left aside: the kernel drops their pages where it needs them."""
+
+    source: str
+    target: str
+    peak_mib: float
+    share: float
+    """Of the weights' size in the type that they are stored in."""
+
+
+def measure(model: str, shard_gib: float) -> dict[str, object]:
+    """Converts a model to portable, to Hugging Face, to Megatron (two stages) and back, each result the next one's source.
+
+    Returns the model's size and the idle process's memory in MiB, and a `Peak` for every conversion. Raises CheckpointError
+    for a model that cannot be opened, and for a conversion that fails. Linux only.
+    """
+    source = open_source(model)
+    size = sum(torch.Size(shape).numel() * source.dtype(name).itemsize for name, shape in source.shapes.items()) / 2**20
+    idle = _peak([_IDLE])
+    peaks = []
+    with tempfile.TemporaryDirectory(prefix="recycle-ds-conversions-") as name:
+        here, kind = model, source.kind
+        for number, target in enumerate(("portable", "hf", "megatron", "hf")):
+            there = str(Path(name) / f"{number}")
+            stages = "2" if target == "megatron" else "1"
+            used = _peak([_CONVERT, here, there, target, str(shard_gib), stages]) - idle
+            peaks.append(Peak(kind, target, used, used / size))
+            here, kind = there, target
+    return {"model_mib": size, "idle_mib": idle, "shard_gib": shard_gib, "conversions": [asdict(one) for one in peaks]}
+
+
+def _peak(program: list[str]) -> float:
+    """Most memory of its own that a Python process has, in MiB, by looking every few milliseconds. Raises CheckpointError where
+    it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", *program], stdout=subprocess.DEVNULL, stderr=errors
+        )
+        most = 0.0
+        while process.poll() is None:
+            most = max(most, _anonymous_mib(process.pid))
+            time.sleep(0.005)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if process.returncode:
+        reason = said[-1] if said else f"exit code {process.returncode}"
+        raise CheckpointError(f"the conversion of {' '.join(program[1:4])} failed: {reason}")
+    return most
+
+
+def _anonymous_mib(pid: int) -> float:
+    """Resident memory that is no file's, 0 for a process that has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except FileNotFoundError:
+        if not Path("/proc/self/status").exists():
+            raise CheckpointError("a process's memory is read from /proc, which only Linux has") from None
+        return 0.0
+    except ProcessLookupError:
+        return 0.0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) / 2**10 if found else 0.0

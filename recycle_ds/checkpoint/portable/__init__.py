@@ -1,0 +1,1 @@
+"""The portable checkpoint: manifest, folder names, reading and writing."""

@@ -1,0 +1,1 @@
+"""A file of prompts, split over processes and resumable."""

@@ -1,0 +1,256 @@
+"""Compares decoding modes on the same prompts: the figures of `decoding.json`, a table, and reasons in numbers.
+
+Prompts and modes are interleaved, the order of the modes rotating from prompt to prompt, so that a machine that slows
+down slows all of them. Speeds are medians over repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.inference.batch.prompt_file import read_prompt_file
+from recycle_ds.inference.bench.diagnosis import notes_on_verified
+from recycle_ds.inference.decoder import Decoder, check_mode
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.loading import decoder_of, load
+
+REFERENCE = "autoregressive"
+_WARMUP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is run. `autoregressive` is always run, and first in the report: speedup and identity are measured against
+    it.
+
+    draft_tokens: None is each mode's own default. Raises DecodingError for values that cannot be run.
+    """
+
+    modes: tuple[str, ...] = (REFERENCE, "alternate", "verified")
+    max_new_tokens: int = 128
+    draft_tokens: int | None = None
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for mode in self.modes:
+            check_mode(mode)
+        if self.max_new_tokens < 2:
+            raise DecodingError(
+                f"max_new_tokens={self.max_new_tokens}: must be at least 2, as speeds begin after the first token"
+            )
+        if self.repeats < 1:
+            raise DecodingError(f"repeats={self.repeats}: must be at least 1")
+        others = tuple(mode for mode in dict.fromkeys(self.modes) if mode != REFERENCE)
+        object.__setattr__(self, "modes", (REFERENCE, *others))
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The structure of decoding.json, and lines that explain it."""
+
+    report: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass
+class _Runs:
+    """One mode's generations: [repeat][prompt]."""
+
+    repeats: list[list[Generation]] = field(default_factory=list)
+
+    @property
+    def first(self) -> list[Generation]:
+        return self.repeats[0]
+
+    def tokens_per_second(self) -> float:
+        """Median over repeats of all tokens after the first over all seconds of decoding."""
+        speeds = []
+        for generations in self.repeats:
+            tokens = sum(len(one.token_ids) - 1 for one in generations)
+            seconds = sum(one.decode_seconds for one in generations)
+            speeds.append(tokens / seconds if tokens else 0.0)
+        return median(speeds)
+
+    def tokens_per_full_call(self) -> float:
+        everything = [one for generations in self.repeats for one in generations]
+        return sum(len(one.token_ids) for one in everything) / sum(one.full_calls for one in everything)
+
+    def acceptance(self) -> list[float]:
+        """By draft position, over all prompts and repeats."""
+        everything = [one for generations in self.repeats for one in generations]
+        positions = max((len(one.tested) for one in everything), default=0)
+        tested = [sum(one.tested[i] for one in everything if i < len(one.tested)) for i in range(positions)]
+        accepted = [sum(one.accepted[i] for one in everything if i < len(one.accepted)) for i in range(positions)]
+        return [hits / trials for hits, trials in zip(accepted, tested, strict=True) if trials]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The "prompt" of each line of a .jsonl file. Raises DecodingError naming file and line."""
+    return [record["prompt"] for record in read_prompt_file(path)]
+
+
+def run_bench(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    settings: BenchSettings,
+    *,
+    model: str,
+    dtype: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BenchResult:
+    """Decodes every prompt (token ids) in every mode, greedily, `settings.repeats` times.
+
+    model, dtype: as they are to stand in the report. on_progress: called with generations done and in total.
+    """
+    runs = {mode: _Runs() for mode in settings.modes}
+    for mode in settings.modes:
+        decoder.generate(
+            prompts[0],
+            mode,
+            max_new_tokens=min(settings.max_new_tokens, _WARMUP_TOKENS),
+            draft_tokens=settings.draft_tokens,
+        )
+    total = settings.repeats * len(prompts) * len(settings.modes)
+    done = 0
+    for repeat in range(settings.repeats):
+        for one in runs.values():
+            one.repeats.append([])
+        for index, prompt in enumerate(prompts):
+            for mode in _rotated(settings.modes, repeat + index):
+                generation = decoder.generate(
+                    prompt, mode, max_new_tokens=settings.max_new_tokens, draft_tokens=settings.draft_tokens
+                )
+                runs[mode].repeats[-1].append(generation)
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+    report: dict[str, Any] = {
+        "modes": _figures(runs),
+        "model": model,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "machine": machine(next(decoder.model.parameters()).device),
+    }
+    notes: list[str] = []
+    if "verified" in runs:
+        notes = notes_on_verified(
+            decoder.model,
+            prompts,
+            settings.draft_tokens,
+            [one.token_ids for one in runs[REFERENCE].first],
+            [[one.token_ids for one in generations] for generations in runs["verified"].repeats],
+            report["modes"]["verified"],
+        )
+    return BenchResult(report, notes)
+
+
+def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str, threads: int | None) -> BenchResult:
+    """`run_bench` for a model's folder and a file of prompts, with a progress bar on stderr when that is a terminal."""
+    texts = read_prompts(prompts)
+    loaded = load(path, dtype, threads)
+    columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("decoding", total=None)
+        return run_bench(
+            decoder_of(loaded),
+            [loaded.tokenizer.encode(text) for text in texts],
+            settings,
+            model=path,
+            dtype=dtype,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def print_result(result: BenchResult) -> None:
+    """The table, and the notes under it, on stdout."""
+    # In a file or pipe there is no width to fit into: a table squeezed into 80 columns is hard to read.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(results_table(result.report))
+    for note in result.notes:
+        console.print(note, soft_wrap=True, highlight=False)
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes decoding.json; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    """The report as one table."""
+    table = Table(
+        title=f"Decoding {report['model']}  ({report['dtype']}, {report['threads']} threads, {report['machine']})",
+        title_justify="left",
+    )
+    for heading in ("mode", "tokens/s", "speedup", "tokens per full call", "acceptance by position", "identical"):
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    for mode, figures in report["modes"].items():
+        table.add_row(
+            mode,
+            f"{figures['tokens_per_second']:.1f}",
+            f"{figures['speedup']:.2f}x",
+            f"{figures['tokens_per_full_call']:.2f}",
+            " ".join(f"{value:.2f}" for value in figures["acceptance"]) or "-",
+            "yes" if figures["identical_to_autoregressive"] else "no",
+        )
+    return table
+
+
+def machine(device: torch.device) -> str:
+    """What ran it, in words: the GPU, or the processor and its number of cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        models = [
+            line for line in information.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+        ]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def _rotated(modes: tuple[str, ...], by: int) -> tuple[str, ...]:
+    by %= len(modes)
+    return modes[by:] + modes[:by]
+
+
+def _figures(runs: dict[str, _Runs]) -> dict[str, dict[str, Any]]:
+    """The "modes" of the report. Raises DecodingError when there was nothing to time."""
+    reference = runs[REFERENCE]
+    base = reference.tokens_per_second()
+    if base == 0:
+        raise DecodingError("no prompt was continued by more than one token: nothing to time; give other prompts")
+    expected = [one.token_ids for one in reference.first]
+    figures = {}
+    for mode, one in runs.items():
+        speed = one.tokens_per_second()
+        figures[mode] = {
+            "tokens_per_second": speed,
+            "speedup": speed / base,
+            "tokens_per_full_call": one.tokens_per_full_call(),
+            "acceptance": one.acceptance(),
+            "identical_to_autoregressive": all(
+                [generation.token_ids for generation in generations] == expected for generations in one.repeats
+            ),
+            "prompts": len(one.first),
+            "new_tokens": sum(len(generation.token_ids) for generation in one.first),
+        }
+    return figures

@@ -1,0 +1,66 @@
+"""The figure of a decoding comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recycle_ds.training.reporting.plot_style import GRID, INK, MODE_COLOURS, MUTED, two_panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_decoding(report: dict[str, Any], path: Path) -> None:
+    """Draws tokens per second by mode, with speedups, and acceptance by draft position, of a report of `run_bench`."""
+    subtitle = f"{report['model']}  ·  {report['dtype']}, {report['threads']} threads  ·  {report['machine']}"
+    with two_panels(path, "Decoding speed and draft acceptance", subtitle) as (left, right):
+        _speeds(left, report["modes"])
+        _acceptance(right, report["modes"])
+
+
+def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
+    speeds = [figures["tokens_per_second"] for figures in modes.values()]
+    rows = range(len(modes))
+    axes.barh(rows, speeds, height=0.62, color=[MODE_COLOURS.get(mode, MUTED) for mode in modes])
+    axes.set_yticks(rows, list(modes))
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(speeds) * 1.38)
+    axes.grid(axis="x", color=GRID)
+    for row, figures in zip(rows, modes.values(), strict=True):
+        speed = figures["tokens_per_second"]
+        axes.annotate(
+            f"{figures['speedup']:.2f}x", (speed, row), (7, 6), textcoords="offset points", va="center", weight="bold"
+        )
+        detail = f"{speed:.0f} tok/s, {'identical' if figures['identical_to_autoregressive'] else 'another text'}"
+        axes.annotate(detail, (speed, row), (7, -8), textcoords="offset points", va="center", color=MUTED, fontsize=8.5)
+    axes.set_title("Tokens per second, prefill excluded")
+
+
+def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
+    """Bars: a draft's chance given that those before it were accepted. Line: the chance that all up to it are."""
+    acceptance = modes.get("verified", {}).get("acceptance", [])
+    axes.set_title("Acceptance by draft position (verified)")
+    axes.set_ylim(0, 1.18)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.grid(axis="y", color=GRID)
+    if not acceptance:
+        axes.set_xticks([])
+        axes.text(0.5, 0.45, "no draft was judged", transform=axes.transAxes, ha="center", color=MUTED)
+        return
+    positions = range(1, len(acceptance) + 1)
+    axes.bar(positions, acceptance, width=0.62, color=MODE_COLOURS["verified"], label="if all before it were accepted")
+    kept, product = [], 1.0
+    for chance in acceptance:
+        product *= chance
+        kept.append(product)
+    axes.plot(positions, kept, color=INK, marker="o", markersize=4, label="it and all before it")
+    for position, chance in zip(positions, acceptance, strict=True):
+        axes.annotate(
+            f"{chance:.2f}", (position, chance), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK
+        )
+    axes.set_xlim(0.4, max(len(acceptance), 3) + 0.6)
+    axes.set_xticks(positions)
+    axes.set_xlabel("draft position")
+    axes.legend(loc="upper right", fontsize=8.5, ncols=2, borderaxespad=0.1, handlelength=1.4)

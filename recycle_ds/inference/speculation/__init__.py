@@ -1,0 +1,1 @@
+"""Decisions of speculative decoding: sampling, drafts, verification, draft length, stopping."""

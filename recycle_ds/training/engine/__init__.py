@@ -1,0 +1,1 @@
+"""DeepSpeed's engine and what hides the ZeRO stage: gradients, master weights, passes, pipeline."""

@@ -1,0 +1,60 @@
+"""A forward and backward pass before step 1 that leaves no trace, so that running out of memory shows at once."""
+
+from __future__ import annotations
+
+import torch
+
+from recycle_ds.data.loader import Batch
+from recycle_ds.training.batches import StepBatches
+from recycle_ds.training.engine.build import TrainingEngine
+from recycle_ds.training.errors import OwnError
+
+
+def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
+    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises OwnError on the ranks whose memory does not suffice.
+
+    autograd.grad walks the same graph as backward() but accumulates nothing, so no gradient, counter or reduction bucket
+    changes; generators are put back. A pipeline stage holds as many micro-batches at once as 1F1B does, fed with zeros in place
+    of what the stage before would send. Under ZeRO 2 and 3 the gradient of the first trainable weight alone is asked for:
+    the graph is
+    walked to its end, but holding all gradients would need memory that the real step does not.
+    """
+    try:
+        _walk(engine, batches, scales)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OwnError(
+            f"one micro-batch does not fit into memory ({' '.join(str(error).split())[:200]}): lower "
+            "training.micro_batch_size or training.loss_chunk, or set training.activation_checkpointing=full"
+        ) from None
+
+
+def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
+    devices = [batches.counts.device] if batches.counts.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
+        trainable = [p for p in engine.model.parameters() if p.requires_grad]
+        wanted = trainable if engine.zero_stage < 2 else trainable[:1]
+        for output in outputs:
+            torch.autograd.grad(output, wanted, allow_unused=True)
+
+
+def _in_flight(engine: TrainingEngine, batches: StepBatches) -> list[Batch]:
+    axis = engine.mesh.pipeline
+    return batches.micro[: axis.size - axis.rank]
+
+
+def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torch.Tensor:
+    """The loss of a micro-batch, or the sum of what a stage hands on."""
+    mesh, model = engine.mesh, engine.model
+    if mesh.pipeline.size == 1:
+        return engine.engine.module(batch, scales)[0]
+    received = None
+    if not mesh.first_stage:
+        weight = next(model.parameters())
+        rows, length = batch.tokens_BS.shape
+        length //= mesh.tensor.size if mesh.sequence else 1
+        received = torch.zeros(
+            length, rows, model.config.hidden, dtype=weight.dtype, device=weight.device, requires_grad=True
+        )
+    output = model(batch, scales, received)
+    return output[0] if mesh.last_stage else output.sum()

@@ -1,0 +1,148 @@
+"""A stage of the model under DeepSpeed's PipelineModule and its 1F1B schedule.
+
+The module's "layers" are the stages themselves, one each: which blocks a stage holds is the model's business
+(`recycle_ds.model.stages`). Every rank of a pipeline knows the whole batch, so only the residual stream travels between stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.schedule import InferenceSchedule, OptimizerStep, TrainSchedule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from recycle_ds.data.loader import Batch
+from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
+from recycle_ds.parallel.layout import Layout
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.engine.passes import stack_sums
+
+
+class Stage(nn.Module):
+    """This rank's stage, fed with micro-batches in the schedule's order."""
+
+    def __init__(self, model: RecycleGPT) -> None:
+        super().__init__()
+        self.model = model
+        self.sums = torch.zeros(0)
+        self._micro: Iterator[Batch] = iter(())
+        self._scales: Tensor | None = None
+        self._factor = 1
+
+    def feed(self, micro: Sequence[Batch], scales: Tensor | None) -> None:
+        """Sets what the next forward passes read. Without scales they evaluate."""
+        self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
+        device = micro[0].tokens_BS.device
+        losses = 1 + self.model.depth
+        shape = (4, losses) if scales is None else (losses,)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def forward(self, received: Tensor) -> Tensor:
+        """[S, B, D] from the stage before (the first stage's is a placeholder) to the next stage's, or to the loss."""
+        batch = next(self._micro)
+        output = self.model(batch, self._scales, None if self.model.mesh.first_stage else received)
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, EvaluationSums):
+            self.sums += stack_sums(output)
+            return output.loss
+        total, sums = output
+        self.sums += sums
+        return total * self._factor  # DeepSpeed divides by the number of micro-batches
+
+
+class RecyclePipeline(PipelineModule):
+    """DeepSpeed's view of the pipeline; the last stage's copy of the embedding is tied to the first stage's weight."""
+
+    def __init__(self, model: RecycleGPT) -> None:
+        mesh = model.mesh
+        topology = PipeModelDataParallelTopology(mesh.pipeline.size, mesh.tensor.size, mesh.data.size)
+        super().__init__([Stage(model)] * mesh.pipeline.size, topology=topology, partition_method="uniform")
+        self._tied_group = _tied_group(mesh)
+        ends = mesh.first_stage or mesh.last_stage
+        # a list, so that the weight is not registered once more, under another name
+        self._tied: list[nn.Parameter] = []
+        if ends and (model.config.tied_embeddings or model.recycle_layers):
+            assert model.embedding is not None
+            self._tied.append(model.embedding.weight)
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's stage."""
+        stage = self.forward_funcs[0]
+        assert isinstance(stage, Stage)
+        return stage
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """The embedding with its group; both ends must take part even where one of them has no gradient (detached)."""
+        for weight in self._tied:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        return [(weight, self._tied_group) for weight in self._tied]
+
+
+class _GradientSchedule(TrainSchedule):
+    """1F1B up to the reduced gradients: ranks agree on the step before it is taken."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        for commands in super().steps():
+            yield [command for command in commands if not isinstance(command, OptimizerStep)]
+
+
+class PipelinePasses:
+    """Passes through DeepSpeed's PipelineEngine (see `Passes`). Relies on how 0.19.8 executes its schedules."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        module = engine.module
+        assert isinstance(module, RecyclePipeline)
+        self._stage = module.stage
+        if hasattr(engine.optimizer, "fp32_groups_gradients"):
+            # where tied gradients are looked for; BF16_Optimizer sets it only once there has been one
+            for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
+                for parameter, gradient in zip(low, high, strict=True):
+                    parameter._hp_grad = gradient
+        placeholder = torch.zeros(1)
+        engine.set_dataiterator(repeat((placeholder, placeholder)))
+
+    def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
+        """See `Passes`."""
+        engine = self._engine
+        self._stage.feed(micro, scales)
+        engine.module.train()
+        engine.total_loss, engine.total_additional_losses, engine._compute_loss = None, None, True
+        engine._exec_schedule(_GradientSchedule(len(micro), engine.num_stages, engine.stage_id))
+        return self._stage.sums
+
+    @torch.no_grad()
+    def evaluate(self, micro: Sequence[Batch]) -> Tensor:
+        """See `Passes`."""
+        engine = self._engine
+        self._stage.feed(micro, None)
+        engine.module.eval()
+        engine.total_loss, engine._compute_loss = None, False
+        engine._exec_schedule(InferenceSchedule(len(micro), engine.num_stages, engine.stage_id))
+        engine.module.train()
+        return self._stage.sums
+
+    def take_step(self) -> None:
+        """See `Passes`."""
+        self._engine._exec_optimizer_step()
+
+
+def _tied_group(mesh: Mesh) -> Any:
+    """The group of this pipeline's first and last rank. Collective: every rank creates all groups, in the same order."""
+    layout = Layout(mesh.tensor.size, mesh.pipeline.size, mesh.data.size)
+    per_stage = layout.world_size // layout.pipeline
+    own = None
+    for first in range(per_stage):
+        last = first + per_stage * (layout.pipeline - 1)
+        group = torch.distributed.new_group([first, last])
+        if mesh.rank in (first, last):
+            own = group
+    return own

@@ -1,0 +1,46 @@
+"""run.json: the layout that was really built, and what each rank holds of the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from recycle_ds.config import RunConfig
+from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.model.flops import parameters
+from recycle_ds.training.engine.build import TrainingEngine, local_parameters
+
+
+def describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device) -> None:
+    """Writes run_dir/run.json from the groups really built. Collective."""
+    mesh = engine.mesh
+    counts = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(mesh.world_size)]
+    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=place))
+    total = parameters(config.model, config.recycle)
+    if not mesh.is_first:
+        return
+    record = {
+        "world_size": mesh.world_size,
+        "tensor": mesh.tensor.size,
+        "pipeline": mesh.pipeline.size,
+        "data": mesh.data.size,
+        "sequence": mesh.sequence,
+        "ulysses": mesh.ulysses.size,
+        "zero_stage": engine.zero_stage,
+        "dtype": config.training.dtype,
+        "parameters": total,
+        "parameters_per_rank": [int(count) for count in counts],
+    }
+    write_atomically(Path(config.run_dir) / "run.json", json.dumps(record, indent=1) + "\n")
+    degrees = {
+        f"tensor {mesh.tensor.size}{' (sequence-parallel)' if mesh.sequence else ''}": True,
+        f"pipeline {mesh.pipeline.size}": mesh.pipeline.size > 1,
+        f"ulysses {mesh.ulysses.size}": mesh.ulysses.size > 1,
+        f"data {mesh.data.size}": True,
+    }
+    shown = " x ".join(text for text, wanted in degrees.items() if wanted)
+    layout = f"{shown}, ZeRO {engine.zero_stage}, {config.training.dtype}"
+    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {place.type}: {layout}", flush=True)

@@ -1,0 +1,141 @@
+"""What a run tells: metrics, console, summary and the batch job's shell."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import torch
+
+from recycle_ds.config import RunConfig
+from recycle_ds.data.loader import BatchLoader
+from recycle_ds.model.flops import training_flops_per_token
+from recycle_ds.parallel.device import peak_flops, peak_memory_gib, synchronise
+from recycle_ds.training.engine.build import TrainingEngine
+from recycle_ds.training.engine.gradients import GradientReport
+from recycle_ds.training.engine.validation import evaluate
+from recycle_ds.training.faults.stragglers import WorkTimer, slowest
+from recycle_ds.training.reporting.console import RunConsole, describe_evaluation
+from recycle_ds.training.reporting.run_logs import Records
+from recycle_ds.training.schedule import learning_rate
+
+_NOTICEABLE = 0.1
+"""Seconds of a rank's work in a step below which nobody is called slow."""
+
+
+class Reporter:
+    """Every rank has one; the first one's is heard. `log` and `evaluate` are collective."""
+
+    def __init__(self, config: RunConfig, engine: TrainingEngine, records: Records, device: torch.device) -> None:
+        self._config, self._engine, self._records, self._device = config, engine, records, device
+        self._seconds, self._steps, self._logged = 0.0, 0, False
+        training = config.training
+        self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
+        self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
+        self.work = WorkTimer(engine.model, engine.mesh, device)
+        self._console = RunConsole(first=False, steps=training.steps, begun=0)
+
+    def start(self, step: int) -> None:
+        """A session goes on from `step`."""
+        self._console = RunConsole(first=self._engine.mesh.is_first, steps=self._config.training.steps, begun=step)
+
+    def close(self) -> None:
+        """Takes the live line away."""
+        self._console.close()
+
+    def say(self, text: str) -> None:
+        """One line for the person in front of it."""
+        self._console.say(text)
+
+    def event(self, event: str, text: str, step: int, **details: Any) -> None:
+        """Something out of the ordinary, which a person should hear of."""
+        if self._records.metrics is not None:
+            self._records.metrics.write({"event": event, "step": step, "time": time.time(), **details})
+        if self._records.sessions is not None:
+            self._records.sessions.event(event)
+        self.say(f"warning: {text}")
+
+    def stepped(self, step: int, seconds: float) -> None:
+        """A step was made, and is the run's position now."""
+        self._seconds += seconds
+        self._steps += 1
+        self._console.step(step)
+        if self._records.sessions is not None:
+            self._records.sessions.stepped(step, seconds)
+
+    def saved(self, step: int, waited: float) -> None:
+        """A checkpoint was published; training stood still for it for `waited` seconds."""
+        self._records.job.tell("progress", str(step))
+        if self._records.sessions is not None:
+            self._records.sessions.saved(waited)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`."""
+        if self._records.metrics is not None:
+            self._records.metrics.rewind(step)
+
+    def log(self, step: int, losses: list[float], total: float, gradients: GradientReport) -> None:
+        """A line of metrics.jsonl."""
+        training = self._config.training
+        tokens_a_step = training.global_batch_size * training.seq_length
+        begun = time.perf_counter()
+        synchronise(self._device)  # host synchronisation, on logging steps only: the queued work belongs to these steps
+        self._seconds += time.perf_counter() - begun
+        rate = tokens_a_step * self._steps / max(self._seconds, 1e-9)
+        self._seconds, self._steps = 0.0, 0
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": total,
+            "backbone_loss": losses[0],
+            "recycle_loss": losses[1:],
+            "grad_norm": gradients.norm,
+            "learning_rate": learning_rate(step, training),
+            "tokens": step * tokens_a_step,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak,
+            "memory_gib": peak_memory_gib(self._device),
+            "time": time.time(),
+        }
+        recycle = self._config.recycle
+        if recycle.layers and recycle.gradient != "frozen_backbone":
+            record["grad_norm_by_part"] = gradients.by_part
+        self._look_for_stragglers(step, record)
+        if self._records.metrics is not None:
+            self._records.metrics.write(record)
+            self._console.metrics(record)
+
+    def evaluate(self, step: int, validation: BatchLoader) -> None:
+        """A line of metrics.jsonl with validation losses and acceptance."""
+        # about one pass over the files at most
+        available = sum(validation.dataset.samples_per_epoch) // validation.global_batch_size
+        batches = min(self._config.training.eval_batches, max(1, available))
+        result = evaluate(self._engine, validation, batches, self._device)
+        record = {
+            "step": step,
+            "eval_loss": result.loss,
+            "eval_recycle_loss": result.recycle_loss,
+            "eval_acceptance": result.acceptance,
+        }
+        self.work.reset()
+        if self._records.metrics is not None:
+            self._records.metrics.write(record)
+            self.say(describe_evaluation(record))
+
+    def _look_for_stragglers(self, step: int, record: dict[str, Any]) -> None:
+        """Adds the seconds of the ranks' own work to the record, and names a rank that takes far longer than the others."""
+        seconds = self.work.gather()
+        rank, most, ratio = slowest(seconds, self._engine.mesh.pipeline.size)
+        record["rank_seconds"] = {"median": median(seconds), "slowest": most, "slowest_rank": rank}
+        warm, self._logged = self._logged, True  # first steps are slow on one rank or another
+        if not warm or ratio <= self._config.faults.straggler_ratio or most < _NOTICEABLE:
+            return
+        host = self.work.host_of(rank)
+        self.event(
+            "straggler",
+            f"rank {rank} on {host} works {most:.2f} s a step, {ratio:.1f} times the median of its peers",
+            step,
+            rank=rank,
+            host=host,
+            ratio=ratio,
+        )

@@ -1,0 +1,47 @@
+"""What the first rank writes down of a run: its configuration, the metrics' log, the summary, and lines for the job's shell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recycle_ds.config import RunConfig, save_config
+from recycle_ds.parallel.job import Job
+from recycle_ds.training.reporting.metrics_log import MetricsLog
+from recycle_ds.training.reporting.sessions import SessionLog
+from recycle_ds.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Records:
+    """Of the first rank; nothing on the others."""
+
+    metrics: MetricsLog | None = None
+    sessions: SessionLog | None = None
+    job: Job = field(default_factory=Job)
+
+    def end(self, ended: str, step: int) -> None:
+        """Closes the log, and prints the summary of the run so far. ended: why."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.sessions is not None:
+            print(self.sessions.end(ended, step), flush=True)
+
+
+def begin_records(
+    config: RunConfig, job: Job, state: TrainingState, source: Path | None, taken_by: Callable[[], str | None]
+) -> Records:
+    """Writes the resolved configuration, cuts the metrics' log to the state, and opens the summary's new session.
+
+    source: the checkpoint that the run goes on from, if any. taken_by: see `SessionLog`.
+    """
+    training, run_dir = config.training, Path(config.run_dir)
+    save_config(config, run_dir / "config.yaml")
+    tokens = training.global_batch_size * training.seq_length
+    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
+    sessions.begin(state.step)
+    metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
+    if source is not None:
+        metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+    return Records(metrics, sessions, job)
