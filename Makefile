@@ -1,5 +1,5 @@
-# `make help` lists the targets. Everything runs in .venv, which is made and filled once and reused while requirements.txt and
-# pyproject.toml are unchanged.
+# `make help` lists the targets. Everything runs in .venv, which is created and filled once, and reused until requirements.txt
+# or pyproject.toml change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,8 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-# The environment of every command below, in one place. DeepSpeed builds none of its ops, neither when it is installed nor
-# later; should a run ask for one, it lands inside .venv.
+# The environment of every command below. DeepSpeed builds none of its ops, neither at installation nor later; if a run needs
+# one, it is built inside .venv.
 export DS_BUILD_OPS := 0
 export DS_SKIP_CUDA_CHECK := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -25,13 +25,13 @@ MAKEFLAGS += --no-print-directory
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
 
-demo: $(STAMP) ## pretrain on the shipped corpus with 2 ranks, decode in three modes, print a table, leave runs/demo
+demo: $(STAMP) ## pretrain on the shipped corpus with 2 ranks, decode in three modes, print a table, write to runs/demo
 	@exec $(PY) -m recycle_ds.demo
 
-demo-clean: ## forget the demo's data and run, so that the next `make demo` starts from nothing
+demo-clean: ## delete the demo's data and run, so that the next `make demo` starts over
 	rm -rf runs/demo data/demo
 
-test: $(STAMP) ## the test suite, in the size that CI runs
+test: $(STAMP) ## the test suite, as CI runs it
 	@exec $(PY) -m pytest $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## the test suite with every long case
@@ -47,14 +47,14 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-venv: $(STAMP) ## make .venv and install everything into it
+venv: $(STAMP) ## create .venv and install everything into it
 
-clean: ## remove .venv, caches and build leftovers; runs/ and data/ stay
+clean: ## delete .venv, caches and build files, but not runs/ and data/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find recycle_ds tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lock lets two `make` started at once share one installation. On a terminal pip shows its progress bars, in a log it is
-# quiet. A .venv that an interrupted call left half-made is made anew.
+# With the lock, two concurrent `make` share one installation. pip shows progress bars on a terminal and is quiet in a log.
+# A .venv that an interrupted call left incomplete is created again.
 $(STAMP): requirements.txt pyproject.toml
 	@fail() { echo "error: $$*" >&2; exit 1; }; \
 	command -v "$(PYTHON)" >/dev/null || fail "'$(PYTHON)' not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; \

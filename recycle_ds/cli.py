@@ -1,7 +1,7 @@
-"""`recycle-ds`: one console script in front of the entry points.
+"""`recycle-ds`: one console script for every command.
 
-It only forwards: each subcommand's options, help and errors are those of `python -m recycle_ds.<subcommand>`. The entry
-point is imported when its subcommand is called, so that help and typing errors answer at once, without torch.
+It only forwards: options, help and errors of a subcommand are those of the module behind it. That module is imported when the
+subcommand is called, so that help and typing errors are answered at once, without torch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ import typer
 from recycle_ds import __version__
 
 COMMANDS = {
-    "pretrain": "Pretrain a RecycleGPT, or give an existing model a recycle module.",
-    "generate": "Continue a prompt: autoregressive, alternate (the paper) or verified (lossless) decoding.",
-    "evaluate": "Perplexity and draft acceptance of a model on a text file.",
+    "pretrain": ("recycle_ds.pretrain", "Pretrain a RecycleGPT, or give an existing model a recycle module."),
+    "generate": (
+        "recycle_ds.generate",
+        "Continue prompts: autoregressive, alternate (the paper) or verified (lossless).",
+    ),
+    "evaluate": ("recycle_ds.evaluate", "Perplexity and draft acceptance of a model on a text file."),
+    "convert": (
+        "recycle_ds.checkpoint.conversion.command",
+        "Convert a model between Hugging Face, portable and Megatron.",
+    ),
+    "inspect": ("recycle_ds.checkpoint.conversion.inspect_command", "Show what a model folder holds, or compare two."),
+    "plan": ("recycle_ds.planning.command", "Rank the layouts of a run that fit a cluster."),
+    "prepare": ("recycle_ds.data.prepare_command", "Tokenise a corpus into token files."),
+    "tokenizer": ("recycle_ds.data.tokenizer_command", "Train a tokenizer on a corpus."),
 }
+"""Module behind each subcommand, and its line in the help."""
 
 app = typer.Typer(
     name="recycle-ds",
@@ -43,21 +55,21 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options that stand before the subcommand."""
+    """Options before the subcommand."""
 
 
 def _forward(context: typer.Context) -> None:
-    """Calls the entry point named like the subcommand with every argument that follows it, `--help` included."""
+    """Calls the subcommand's module with every argument that follows, `--help` included."""
     command, arguments = str(context.info_name), list(context.args)
-    # The entry point names itself in its usage line and in the run's provenance by sys.argv.
+    # the usage line and a run's provenance name the command by sys.argv
     sys.argv = [f"recycle-ds {command}", *arguments]
-    importlib.import_module(f"recycle_ds.{command}").main(arguments)
+    importlib.import_module(COMMANDS[command][0]).main(arguments)
 
 
-for _name, _help in COMMANDS.items():
+for _name, (_module, _help) in COMMANDS.items():
     app.command(
         _name,
         help=_help,

@@ -28,16 +28,19 @@ def evaluate(
     """Print the perplexity of a model's backbone on a text, and the losses and acceptance of its recycle module."""
     from itertools import islice
 
-    from recycle_ds.parallel.rendezvous import quiet_libraries
-
-    quiet_libraries()  # before what warns on import
-    from recycle_ds.checkpoint import load_model
+    from recycle_ds.checkpoint.portable.folders import check_folder
     from recycle_ds.config import ConfigError
-    from recycle_ds.data.sources import read_documents
-    from recycle_ds.evaluation.perplexity import evaluate_documents
 
     if dtype not in ("fp32", "bf16"):
         raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16")
+    check_folder(model)  # before torch, which takes seconds to import
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()  # before what warns on import
+    from recycle_ds.checkpoint.loading import load_model
+    from recycle_ds.data.sources import read_documents
+    from recycle_ds.evaluation.perplexity import evaluate_documents
+
     loaded = load_model(model, dtype)
     length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,11 +19,9 @@ from recycle_ds.config.command import INTERRUPTED, run_command, user_errors
 if TYPE_CHECKING:
     from recycle_ds.inference.request import Request
 
-# What a shell reports of a program ended by SIGPIPE: the reader of stdout, `head` perhaps, had enough.
+# Exit code of a program that SIGPIPE ended: the reader of stdout, `head` perhaps, has closed it.
 _BROKEN_PIPE = 141
-# What tells the shell of a batch job that its share is to be gone on with, where it cannot be told otherwise (EX_TEMPFAIL).
-_STOPPED_UNHEARD = 75
-# Seconds before the end of a job at which no prompt is begun any more, beside what two of them took.
+# No prompt is started this many seconds before the end of the job, plus twice the longest time that a prompt took.
 _MARGIN = 10.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -74,20 +73,38 @@ def generate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
+    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.parameters import SamplingParams, check_mode, check_runtime
+
+    # what can be checked without torch, which takes seconds to import, is checked first
     many = _many(prompts, output, prompt, prompt_file)
+    check_mode(mode)
+    check_runtime(dtype, threads)
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        draft_tokens=draft_tokens,
+    )
+    with _errors_of_host():
+        check_folder(model)
+    text = "" if many else _read_prompt(prompt, prompt_file)
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()  # before anything is imported that warns
     if many is None:
         _check_single_process()
-    text = "" if many else _read_prompt(prompt, prompt_file)
     from recycle_ds.inference.console import private_stdout
     from recycle_ds.inference.request import Request
-    from recycle_ds.inference.speculation.sampling import SamplingParams
 
-    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     try:
         with private_stdout() as out:
-            request = Request(
-                model, text, mode, max_new_tokens, draft_tokens, dtype, params, tuple(stop or ()), threads
-            )
+            request = Request(model, text, mode, dtype, params, threads)
             if many is not None:
                 _run_many(request, *many)
                 return
@@ -101,7 +118,7 @@ def generate(
 def _many(
     prompts: str | None, output: str | None, prompt: str | None, prompt_file: str | None
 ) -> tuple[Path, Path] | None:
-    """The files of a request for many prompts, None for one. Raises DecodingError for half a request."""
+    """The files of a request for many prompts, None for a single prompt. Raises DecodingError if only one is given."""
     from recycle_ds.inference.errors import DecodingError
 
     if prompts is None and output is None:
@@ -111,58 +128,65 @@ def _many(
     return Path(prompts), Path(output)
 
 
+def _errors_of_host() -> AbstractContextManager[None]:
+    """Prints errors on the first rank and on the first of every host: a file may be missing on one host only."""
+    from recycle_ds.parallel.job import is_error_reporter, is_first_of_host, job_of
+
+    prints = is_error_reporter(os.environ) or is_first_of_host(os.environ)
+    return user_errors(print_error=prints, on_error=job_of(os.environ).fail)
+
+
 def _run_many(request: Request, prompts: Path, output: Path) -> None:
-    """This process's share of a file of prompts, until all are done or the job must end. Raises RecycleError; what is wrong
-    with one of its own prompts is printed here, whichever rank this is."""
+    """Continues this process's share of a file of prompts, until all are done or the job must end.
+
+    Raises RecycleError. An error in a prompt of this process is printed here, on whichever rank.
+    """
     from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
     from recycle_ds.inference.loading import load
-    from recycle_ds.parallel.job import FINISHED, STOPPED, job_of
-    from recycle_ds.parallel.rendezvous import detect_launch, own_device, quiet_libraries
+    from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, job_of
+    from recycle_ds.parallel.rendezvous import detect_launch, own_device
     from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
-    quiet_libraries()
     launch, job = detect_launch(os.environ), job_of(os.environ)
-    index = own_device(launch).index or 0  # refused before a model is loaded onto another rank's
+    index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
     share = PromptFile(prompts, output, launch.rank, launch.world_size, request.model, request.settings)
-    longest = begun = 0.0
+    longest = start = 0.0
     with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping:
-        # files may be missing, or others, on one host only: one rank of each tells, and the first one always
-        with user_errors(speak=launch.rank == 0 or launch.local_rank == 0, tell=job.fail):
+        with _errors_of_host():
             loaded = share.settle(lambda path: load(path, request.dtype, request.threads, index))
 
         def generate(index: int, text: str) -> dict[str, object]:
-            nonlocal longest, begun
-            begun = time.monotonic()
+            nonlocal longest, start
+            start = time.monotonic()
             assert loaded is not None
             record = request.record_of_one(loaded, text, index)
-            longest = max(longest, time.monotonic() - begun)
+            longest = max(longest, time.monotonic() - start)
             return record
 
         def progress(done: int, of: int) -> None:
             print(f"rank {launch.rank}: {done} of {of} prompts", file=sys.stderr, flush=True)
-            job.tell("progress", f"rank {launch.rank}: {done}")
+            job.write_note("progress", f"rank {launch.rank}: {done}")
 
         try:
             complete = loaded is None or share.work(
                 generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress
             )
         except PromptError:
-            with user_errors(tell=job.fail):  # no other rank knows of it
+            with user_errors(on_error=job.fail):  # the other ranks do not have this error
                 raise
         if complete:
-            job.tell("outcome", FINISHED)
+            job.write_note("outcome", FINISHED)
             print(f"{output}: all prompts are done", file=sys.stderr, flush=True)
         elif stopping.reason:
-            print(f"rank {launch.rank}: stopped ({stopping.reason}); the same command goes on", file=sys.stderr)
-            if not job.tell("outcome", STOPPED):
-                sys.exit(_STOPPED_UNHEARD)
+            print(f"rank {launch.rank}: stopped ({stopping.reason}); the same command resumes", file=sys.stderr)
+            if not job.write_note("outcome", SAVED_FOR_RESTART):
+                sys.exit(REQUEUE_EXIT_CODE)
 
 
 def _check_single_process() -> None:
     from recycle_ds.inference.errors import DecodingError
-    from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
+    from recycle_ds.parallel.rendezvous import detect_launch
 
-    quiet_libraries()  # before what warns on import
     if detect_launch(os.environ).world_size > 1:
         raise DecodingError(
             "one prompt over several ranks is not available yet: run one process, or split a file of them: --prompts"
@@ -182,7 +206,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
             text = sys.stdin.buffer.read().decode("utf-8")
         else:
             assert prompt is not None
-            prompt.encode("utf-8")  # bytes of the command line that are no UTF-8 arrive as lone surrogates
+            prompt.encode("utf-8")  # bytes of the command line that are not UTF-8 arrive as lone surrogates
             text = prompt
     except OSError as error:
         raise DecodingError(f"prompt file {prompt_file!r} cannot be read: {error.strerror}") from None
@@ -194,11 +218,14 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments. Of ranks that share an error the first alone prints it;
-    each tells it to the shell of a batch job, since what the user must mend is no reason to start again."""
-    from recycle_ds.parallel.job import job_of, speaks
+    """Runs the command with `argv`, by default the process's own arguments.
 
-    run_command(app, argv, speak=speaks(os.environ), tell=job_of(os.environ).fail)
+    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then does not
+    requeue the job.
+    """
+    from recycle_ds.parallel.job import is_error_reporter, job_of
+
+    run_command(app, argv, print_error=is_error_reporter(os.environ), on_error=job_of(os.environ).fail)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from recycle_ds.config import (
     RunConfig,
     TokenSource,
     load_config,
+    load_deepspeed_json,
     resolve_deepspeed,
 )
 from recycle_ds.config.command import run_command
-from recycle_ds.parallel.job import Unheard
+from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed
 from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
@@ -33,28 +34,30 @@ if TYPE_CHECKING:
     from recycle_ds.parallel.mesh import Mesh
 
 PEER_LOST = 69
-"""Exit code of a rank that waits for one that has gone, or for a file system (EX_UNAVAILABLE)."""
-STOPPED_UNHEARD = 75
-"""Exit code of a run that saved for its job's sake and could not tell the job's shell (EX_TEMPFAIL)."""
+"""Exit code of a rank that has lost contact with another one or with a file system (EX_UNAVAILABLE)."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def pretrain(
-    config: Annotated[str, typer.Option(help="Run configuration (YAML); shipped ones are in ds_configs/runs/.")],
+    config: Annotated[str, typer.Option(help="Run configuration: a YAML file, or the name of one in ds_configs/runs/.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
     ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a RecycleGPT. A run resumes by itself from the newest whole checkpoint in run_dir."""
-    run(load_config(config, overrides or ()))
+    from recycle_ds.checkpoint.run.init_from import init_from_defaults
+
+    run(load_config(config, overrides or (), init_from_defaults))
 
 
 def run(config: RunConfig) -> str:
-    """Sets up ranks, data, engine and state, trains, and says why it ended. Raises RecycleError for what the user can mend."""
+    """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors."""
     import os
+
+    load_deepspeed_json(config.deepspeed)  # its errors, before torch, which takes seconds to import
 
     import torch
 
@@ -68,17 +71,17 @@ def run(config: RunConfig) -> str:
     launch = rendezvous.detect_launch(os.environ)
     check_node(config.parallel, launch.world_size, launch.local_world_size)
     deepspeed_config = resolve_deepspeed(config, layout_of(config.parallel, launch.world_size).data)
-    begun_here = rendezvous.start(launch)
+    started_here = rendezvous.start(launch)
     try:
         mesh = build_mesh(config.parallel)
-        place = rendezvous.own_device(launch)
+        device = rendezvous.own_device(launch)
         torch.manual_seed(config.training.seed * 1_000_003 + mesh.rank)
         job = job_of(os.environ) if mesh.is_first else Job()
-        lock = on_first_rank(lambda: _prepare(config, job), mesh, place)
-        if config.faults.hang_timeout:  # nobody waits for data any more; the first step may take four times as long
+        lock = on_first_rank(lambda: _prepare(config, job), mesh, device)
+        if config.faults.hang_timeout:  # data are there; the first step may take four times as long as others
             rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
-            return _train(config, deepspeed_config, mesh, place, job, lock)
+            return _train(config, deepspeed_config, mesh, device, job, lock)
         except RuntimeError as error:
             lost = lost_peer(error)
             if lost is None:
@@ -88,12 +91,12 @@ def run(config: RunConfig) -> str:
             if lock is not None:
                 lock.release()
     finally:
-        if begun_here:
+        if started_here:
             rendezvous.stop()
 
 
 def _prepare(config: RunConfig, job: Job) -> RunLock:
-    """Rank 0: token files, if they are missing, and a run folder of our own without an earlier run's leftovers."""
+    """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished there."""
     from recycle_ds.checkpoint.portable.folders import remove_unfinished
     from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
@@ -105,18 +108,18 @@ def _prepare(config: RunConfig, job: Job) -> RunLock:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run_dir={config.run_dir!r}: cannot be made ({error.strerror}); name a folder you may write to"
+            f"run_dir={config.run_dir!r}: cannot be created ({error.strerror}); name a folder that you may write to"
         ) from None
     lock = RunLock(run_dir, job)
     remove_unfinished(run_dir)
     (run_dir / STOP).unlink(missing_ok=True)
-    job.tell("run_dir", str(run_dir.resolve()))
+    job.write_note("run_dir", str(run_dir.resolve()))
     return lock
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run reads."""
+    """The data of a run, and its configuration with the vocabulary filled in."""
 
     config: RunConfig
     identity: DataIdentity
@@ -125,7 +128,7 @@ class _Inputs:
 
 
 def _open(config: RunConfig, mesh: Mesh) -> _Inputs:
-    """Tokenizer and token files, checked against each other; the configuration with the vocabulary filled in."""
+    """Opens tokenizer and token files and checks that they belong together."""
     from recycle_ds.checkpoint.portable.manifest import DataIdentity
     from recycle_ds.data.loader import BatchLoader, open_dataset
     from recycle_ds.data.token_files import read_sidecar
@@ -158,71 +161,72 @@ def _train(
     config: RunConfig,
     deepspeed_config: dict[str, object],
     mesh: Mesh,
-    place: torch.device,
+    device: torch.device,
     job: Job,
     lock: RunLock | None,
 ) -> str:
     from recycle_ds.checkpoint.run import resume
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
-    from recycle_ds.parallel.agree import on_first_rank, together
+    from recycle_ds.parallel.agree import on_all_ranks, on_first_rank
     from recycle_ds.training.engine.build import build_engine
-    from recycle_ds.training.errors import OwnError
-    from recycle_ds.training.faults.job_end import conclude, stop_request, tell_alone
+    from recycle_ds.training.errors import LocalError
+    from recycle_ds.training.faults.job_end import conclude, print_local_error, stop_request
     from recycle_ds.training.faults.stop_requests import REASONS
     from recycle_ds.training.loop import Trainer
-    from recycle_ds.training.reporting.layout_file import describe_run
-    from recycle_ds.training.reporting.run_logs import Records, begin_records
+    from recycle_ds.training.reporting.layout_file import write_layout_file
+    from recycle_ds.training.reporting.run_logs import RunLogs, open_run_logs
 
-    inputs = together(lambda: _open(config, mesh), mesh, place)
+    inputs = on_all_ranks(lambda: _open(config, mesh), mesh, device)
     config = inputs.config
     if mesh.is_first:
         for warning in _ignored(config):
             print(f"warning: {warning}", flush=True)
     taken_by: Callable[[], str | None] = lock.taken_by if lock is not None else lambda: None
     with stop_request(config, mesh, job, taken_by) as stop:
-        found = resume.find_checkpoint(config, inputs.identity, mesh, place)
-        engine = build_engine(config, dict(deepspeed_config), mesh, place, initial=found is None)
-        state, source = resume.begin(config, found, engine, place)
-        begin = functools.partial(begin_records, config, job, state, source, taken_by)
-        records = on_first_rank(begin, mesh, place) or Records()
-        describe_run(config, engine, place)
-        checkpointer = PortableCheckpointer(config, engine, place, inputs.identity, taken_by)
-        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, records, place)
-        ended = ""
+        found = resume.checkpoint_to_resume(config, inputs.identity, mesh, device)
+        engine = build_engine(config, dict(deepspeed_config), mesh, device, initial=found is None)
+        state, source = resume.begin(config, found, engine, device)
+        open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by)
+        logs = on_first_rank(open_logs, mesh, device) or RunLogs()
+        write_layout_file(config, engine, device)
+        checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by)
+        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, logs, device)
+        ended, refused = "", False
         try:
             ended = trainer.run(state, stop)
+            refused = ended not in REASONS  # unless a step was run: then it is no refusal
         except TakenOver:
-            records = Records()  # they are the later start's
+            logs = RunLogs()  # the files belong to the later start
             raise
         except RecycleError as error:
-            ended = str(error)
-            if isinstance(error, OwnError) and not mesh.is_first:
-                tell_alone(error, mesh)
+            ended, refused = str(error), True
+            if isinstance(error, LocalError) and not mesh.is_first:
+                print_local_error(error, mesh)
             raise
         except RuntimeError as error:
             ended = str(lost_peer(error) or error)
             raise
         finally:
-            records.end(ended or "error", trainer.state.step)
-        # somebody may have asked meanwhile that it stops for good
+            logs.end(ended or "error", trainer.state.step, refused=refused)
+        # the user may have created the stop file in the meantime
         conclude(job, (stop.poll(0) or ended) if ended in REASONS else ended)
-        stop.obeyed()
+        stop.remove_stop_files()
         return ended
 
 
 def _ignored(config: RunConfig) -> list[str]:
-    """What the configuration asks for that does nothing."""
+    """Settings that have no effect, one line each."""
     training, parallel = config.training, config.parallel
     found = []
     if training.warmup_steps > training.steps:
-        found.append(f"training.warmup_steps ({training.warmup_steps}) is cut to training.steps ({training.steps})")
+        found.append(f"training.warmup_steps ({training.warmup_steps}) is reduced to training.steps ({training.steps})")
     if parallel.sequence and parallel.tensor == 1:
         found.append("parallel.sequence=true does nothing at parallel.tensor=1")
     return found
 
 
 def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The tokenizer's vocabulary where the model's is not given. Raises ConfigError when the model's is too small."""
+    """Fills in the tokenizer's vocabulary size if the model's is not given. Raises ConfigError if the model's is too small."""
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
         raise ConfigError(
@@ -234,22 +238,25 @@ def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command with `argv`, or the process's own arguments. Of ranks that share an error the first alone prints it;
-    each tells it to the shell of a batch job, since what the user must mend is no reason to start again."""
+    """Runs the command with `argv`, by default the process's own arguments.
+
+    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then does not
+    requeue the job.
+    """
     import os
 
-    from recycle_ds.parallel.job import job_of, speaks
+    from recycle_ds.parallel.job import is_error_reporter, job_of
 
-    first = speaks(os.environ)
+    first = is_error_reporter(os.environ)
     try:
-        run_command(app, argv, speak=first, tell=job_of(os.environ).fail)
-    except (PeerLost, MachineFault, TakenOver) as lost:  # nothing that the user must mend: a batch job starts again
+        run_command(app, argv, print_error=first, on_error=job_of(os.environ).fail)
+    except (PeerLost, MachineFault, TakenOver) as lost:  # not the user's to fix: a batch job is requeued
         if first:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
-    except Unheard as error:
+    except ShellNotInformed as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
-        _leave(STOPPED_UNHEARD)
+        _leave(REQUEUE_EXIT_CODE)
     except SystemExit as leaving:
         if leaving.code == 0:
             _leave(0)
@@ -257,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends the process; as it should where ranks were started, and not only help printed."""
+    """Ends the process; by `exit_process` if ranks were started."""
     if "deepspeed" in sys.modules:
         from recycle_ds.parallel.rendezvous import leave
 

@@ -1,9 +1,14 @@
-# Shared by the *.sbatch files, which run in the repository's root: finds Python, starts the ranks, and turns a stop request or a
-# crash into a requeue. A job and its run talk through the files of $JOB_DIR (recycle_ds/parallel/job.py).
+# Sourced by the *.sbatch files, which run in the repository's root: finds Python, starts the ranks, and requeues the job after a
+# stop request or a crash. The job's shell and the ranks exchange files in $JOB_DIR (recycle_ds/parallel/job.py).
 # shellcheck shell=bash
 
+# Exit code of a job that is to run again (EX_TEMPFAIL): it has been requeued, or REQUEUE=0 leaves that to the user. Ranks exit
+# with it when they have saved and could not write their outcome (REQUEUE_EXIT_CODE in recycle_ds/parallel/job.py).
+readonly EXIT_REQUEUE=75
+readonly EXIT_USER_ERROR=2
+
 REPO=${SLURM_SUBMIT_DIR:?submit with sbatch from the root of the repository}
-[[ -f $REPO/slurm/common.sh ]] || { echo "error: $REPO is not the root of the repository: cd there, then sbatch" >&2; exit 2; }
+[[ -f $REPO/slurm/common.sh ]] || { echo "error: $REPO is not the root of the repository: cd there, then sbatch" >&2; exit $EXIT_USER_ERROR; }
 cd "$REPO"
 # shellcheck source=/dev/null
 if [[ -f slurm/site.env ]]; then source slurm/site.env; fi
@@ -19,7 +24,7 @@ job_field() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$JOB" | g
 known=$(job_field JobId || true)
 [[ -z $known || $known == "$SLURM_JOB_ID" ]] || JOB=$SLURM_JOB_ID
 say() { echo "[$(date '+%F %T')] job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
-fail() { echo "error: $*" >&2; exit 2; }
+fail() { echo "error: $*" >&2; exit $EXIT_USER_ERROR; }
 
 if [[ -z $PYTHON ]]; then
     if [[ -z $CONTAINER && -x .venv/bin/python ]]; then PYTHON=$REPO/.venv/bin/python; else PYTHON=python3; fi
@@ -66,8 +71,8 @@ launch() {
     esac
 }
 
-# alone TOOL [ARGUMENT ...]: a short Python program of the repository, where its packages are.
-alone() {
+# run_tool TOOL [ARGUMENT ...]: one process of a tool of the repository, inside the container if there is one.
+run_tool() {
     if [[ $CONTAINER == pyxis ]]; then
         "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 "$PYTHON" "$@"
     else
@@ -75,11 +80,11 @@ alone() {
     fi
 }
 
-# run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, and does what their end asks for. It ends the job.
+# run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, then ends or requeues the job according to how they ended. Never returns.
 run_and_requeue() {
     mkdir -p "$JOB_DIR"
     rm -f "$JOB_DIR"/{stop,outcome,error} || say "$JOB_DIR cannot be tidied up"
-    if note shell "$(hostname) $$"; then export RECYCLE_SHELL="$(hostname) $$"; fi
+    if write_note shell "$(hostname) $$"; then export RECYCLE_SHELL="$(hostname) $$"; fi
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
@@ -93,103 +98,104 @@ run_and_requeue() {
         wait "$child" || code=$?
     done
     if [[ -n $stopping ]]; then code=0; wait "$child" || code=$?; fi
-    after "$code"
+    end_job "$code"
 }
 
-# A full disk must not end the job.
-note() { echo "$2" >"$JOB_DIR/$1" || { say "$JOB_DIR/$1 cannot be written"; return 1; }; }
+# write_note NAME TEXT: a file in $JOB_DIR. A full disk must not end the job.
+write_note() { echo "$2" >"$JOB_DIR/$1" || { say "$JOB_DIR/$1 cannot be written"; return 1; }; }
 
-# Whether the folder is a later start's, this node having been lost from SLURM's sight only: what is in it is not for this one.
+# Whether a later start of the job owns $JOB_DIR: SLURM had lost sight of this node and started the job elsewhere.
 replaced() {
     local holder
     holder=$(cat "$JOB_DIR/shell" 2>/dev/null || true)
     [[ -n $holder && $holder != "${RECYCLE_SHELL:-$holder}" ]]
 }
 
-# No signal goes to a launcher, which would end the ranks: the first rank finds the file at its next step.
+# The launcher gets no signal, which would kill the ranks: the first rank sees the file at its next step.
 ask_to_stop() {
     stopping=$1
-    if replaced; then say "got $1: the job goes on elsewhere"; return; fi
-    say "got $1: the run is asked to save and to leave"
-    note stop "$1" || true
+    if replaced; then say "got $1: the job has been started elsewhere"; return; fi
+    say "got $1: the run is asked to save and exit"
+    write_note stop "$1" || true
 }
 
-after() {
+# Ends the job after the ranks have exited: finished, given up, or requeued.
+end_job() {
     local code=$1 outcome
-    if replaced; then say "the ranks left with exit code $code; the job goes on elsewhere"; requeued=1; exit 75; fi
+    if replaced; then say "the ranks exited with code $code; the job has been started elsewhere"; requeued=1; exit $EXIT_REQUEUE; fi
     outcome=$(cat "$JOB_DIR/outcome" 2>/dev/null || true)
-    say "the ranks left with exit code $code, outcome: ${outcome:-none}"
+    say "the ranks exited with code $code, outcome: ${outcome:-none}"
     case $outcome in
         finished) rm -rf "$JOB_DIR"; exit 0 ;;
-        left) say "stopped for good, as a person asked"; rm -rf "$JOB_DIR"; exit 0 ;;
+        stopped_by_user) say "stopped by the user; not requeued"; rm -rf "$JOB_DIR"; exit 0 ;;
         failed) say "given up: $(cat "$JOB_DIR/error" 2>/dev/null || echo 'the error is above')"; exit 1 ;;
-        # where a rank crashed, the signal that ended the others was srun's own
-        stopped) [[ $code != 0 && -z $stopping ]] || again "stopped" ;;
+        # where a rank crashed, the signal that ended the others came from srun
+        saved_for_restart) [[ $code != 0 && -z $stopping ]] || requeue "stopped" ;;
     esac
-    [[ -z $stopping && $code != 75 ]] || again "stopped"
+    [[ -z $stopping && $code != "$EXIT_REQUEUE" ]] || requeue "stopped"
     [[ $code != 0 ]] || exit 0
-    crashed "$code"
+    handle_crash "$code"
 }
 
-# A crash that came further than the one before may have been a node's fault; one that comes again at the same place is not.
-crashed() {
+# Counts crashes in a row without a new checkpoint in between: after MAX_CRASHES of them the job is given up, else requeued.
+handle_crash() {
     local code=$1 progress count=0 before=
     # a requeue of SLURM's own ends the ranks too
-    [[ $(job_field JobState || true) =~ ^(RUNNING|)$ ]] || again "ended by SLURM"
+    [[ $(job_field JobState || true) =~ ^(RUNNING|)$ ]] || requeue "ended by SLURM"
     progress=$(cat "$JOB_DIR/progress" 2>/dev/null || echo 0)
     read -r count before 2>/dev/null <"$JOB_DIR/crashes" || true
     if [[ ${before:-} == "$progress" ]]; then count=$((count + 1)); else count=1; fi
-    if ! note crashes "$count $progress" && ((${SLURM_RESTART_COUNT:-0} + 1 >= MAX_CRASHES)); then
+    if ! write_note crashes "$count $progress" && ((${SLURM_RESTART_COUNT:-0} + 1 >= MAX_CRASHES)); then
         say "given up: exit code $code after ${SLURM_RESTART_COUNT:-0} restarts, and crashes cannot be counted in $JOB_DIR"
         exit 1
     fi
-    summary
+    print_summary
     if ((count >= MAX_CRASHES)); then
-        say "given up: $count crashes in a row with nothing new on disk (last: exit code $code)"
+        say "given up: $count crashes in a row without a new checkpoint (last exit code: $code)"
         exit 1
     fi
-    again "crash $count of $MAX_CRASHES at this place"
+    requeue "crash $count of $MAX_CRASHES without a new checkpoint"
 }
 
-# What the run says of itself where it could not do so any more.
-summary() {
+# The run's summary, which the run itself could not print.
+print_summary() {
     local run_dir
     run_dir=$(cat "$JOB_DIR/run_dir" 2>/dev/null) || return 0
-    alone tools/summarise_runs.py "$run_dir" || true
+    run_tool tools/summarise_runs.py "$run_dir" || true
 }
 
-# Starts the job again, unless a person cancelled it or SLURM has requeued it already. The controller may be busy: it is asked for
-# some minutes.
-again() {
-    [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not started again"; exit 75; }
+# requeue REASON: puts the job back into the queue, unless a user cancelled it or SLURM has requeued it already. A busy controller
+# is asked again for some minutes. Never returns.
+requeue() {
+    [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not requeued"; exit $EXIT_REQUEUE; }
     local try state reason restarts said
     for try in 1 2 3 4 5 6 7 8 9 10; do
         state=$(job_field JobState || true)
         reason=$(job_field Reason || true)
         restarts=$(job_field Restarts || true)
         if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
-            say "$1; the job has been started again elsewhere: not requeued from here"
+            say "$1; the job has been started elsewhere: not requeued from here"
             requeued=1
-            exit 75
+            exit $EXIT_REQUEUE
         fi
         case $state:$reason in
             RUNNING:* | PREEMPTED:* | *:TimeLimit)
                 say "$1: requeueing"
                 if said=$(scontrol requeue "$JOB" 2>&1); then
                     requeued=1
-                    # SLURM ends this shell; leaving by itself could be taken for the end of the job
+                    # SLURM ends this shell; exiting first could be taken for the end of the job
                     sleep 60 & wait $! || true
-                    exit 75
+                    exit $EXIT_REQUEUE
                 fi
                 # anything else may pass: a busy controller, or one that hands over to another
-                ! grep -qiE 'disabled|permission|denied|not supported|invalid' <<<"$said" || { say "not requeued: $said"; exit 75; }
+                ! grep -qiE 'disabled|permission|denied|not supported|invalid' <<<"$said" || { say "not requeued: $said"; exit $EXIT_REQUEUE; }
                 ;;
-            PENDING:* | REQUEUED:*) say "$1; SLURM has requeued the job by itself"; requeued=1; exit 75 ;;
-            ?*) say "$1; the job is $state ($reason): not requeued from here"; exit 75 ;;
+            PENDING:* | REQUEUED:*) say "$1; SLURM has already requeued the job"; requeued=1; exit $EXIT_REQUEUE ;;
+            ?*) say "$1; the job is $state ($reason): not requeued from here"; exit $EXIT_REQUEUE ;;
         esac
         say "not requeued yet (try $try): ${said:-the controller does not answer}"
         sleep 20
     done
     say "$1; not requeued: ${said:-the controller did not answer}"
-    exit 75
+    exit $EXIT_REQUEUE
 }

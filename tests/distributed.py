@@ -1,12 +1,15 @@
-"""Runs a test's function on N ranks of this machine: real processes, real gloo groups, and nothing left behind.
+"""Runs a test's function on N local ranks: real processes and real gloo groups, none of which outlives the call.
 
     def sum_of_ranks(rank: int, world_size: int, scale: float) -> float: ...
 
     assert run_ranks(sum_of_ranks, 2, 10.0) == [10.0, 10.0]
 
-The function must stand at the top level of an importable module: each rank is a fresh interpreter that imports it. It
-finds the variables that torchrun would set, so it may call `recycle_ds.parallel`'s rendezvous, or
-`torch.distributed.init_process_group("gloo")`; the harness itself opens no group.
+The function must be defined at the top level of an importable module: each rank is a separate process that imports it. The
+variables that torchrun would set are set, so it may call `recycle_ds.parallel`'s rendezvous, or
+`torch.distributed.init_process_group("gloo")`; the harness itself creates no group.
+
+Importing torch, DeepSpeed and megatron-core takes a rank seconds. Ranks are therefore forked from a server process that has
+imported them (tests/preload.py), has no threads and no state of any test; they get this process's environment and folder.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import random
@@ -32,39 +36,42 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_ROOT = Path(__file__).parents[1]
+# Ranks of tests use the CPU, also on a machine with GPUs.
+_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 _PORT_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
-# Variables by which a rank could take itself for part of the job that the tests themselves run in.
+# Variables by which a rank could mistake itself for part of the job that runs the tests.
 _FOREIGN = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "TORCHELASTIC_")
 
 
 class RankError(RuntimeError):
-    """A rank failed. The cause of the exception a rank raised, with that rank's traceback; or what took a rank down."""
+    """A rank failed. Either the cause of a rank's exception, with that rank's traceback, or how a rank died."""
 
 
 class RankTimeout(RankError):
-    """The ranks did not end in time; the message shows where each one stood."""
+    """The ranks did not end in time; the message has each rank's stack trace."""
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = 120.0) -> list[T]:
     """Calls `function(rank, world_size, *args)` on every rank and returns the results in the order of ranks.
 
     Raises the exception of the rank that failed first (caused by a RankError that holds its traceback), a RankError if
-    a rank died without one, and RankTimeout after `timeout` seconds. However it ends, no rank survives it.
+    a rank died without one, and RankTimeout after `timeout` seconds. No rank outlives the call.
     """
     for attempt in range(_PORT_ATTEMPTS):
         try:
             return _run_once(function, world_size, args, timeout)
         except Exception as error:
-            # The free port was somebody else's by the time rank 0 opened it: nobody's fault, take another.
+            # Another process took the free port before rank 0 opened it: try another one.
             if "EADDRINUSE" not in str(error) or attempt + 1 == _PORT_ATTEMPTS:
                 raise
     raise AssertionError("unreachable")
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on at the moment, below those that the kernel hands out by itself: of
-    these, a connection of another test could take it before its listener does."""
+    """A TCP port of this host that is free at the moment, below the kernel's ephemeral ports: one of these could be taken by
+    another test's connection first."""
     for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
@@ -72,14 +79,36 @@ def free_port() -> int:
     raise OSError("100 ports between 15000 and 32000 are in use")
 
 
+def stop_server() -> None:
+    """Ends the process that ranks are forked from, if there is one."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def _server() -> multiprocessing.context.ForkServerContext:
+    """The context whose processes are forked from a server that has imported tests/preload.py."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    before = dict(os.environ)
+    _forget_foreign_variables()
+    # variables that packages read on import
+    os.environ.update(_CPU, PYTHONPATH=os.pathsep.join([str(_ROOT), before.get("PYTHONPATH", "")]))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
 def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...], timeout: float) -> list[T]:
-    context = multiprocessing.get_context("spawn")
+    context = _server()
+    surroundings = (dict(os.environ), os.getcwd(), list(sys.path))
     call = pickle.dumps((function, args))
     port, deadline = free_port(), time.time() + timeout
     with tempfile.TemporaryDirectory(prefix="recycle-ds-ranks-") as name:
         folder = Path(name)
         ranks: list[BaseProcess] = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, deadline, os.getpid(), folder, call))
+            context.Process(target=_rank_main, args=(rank, world_size, port, deadline, surroundings, folder, call))
             for rank in range(world_size)
         ]
         try:
@@ -93,30 +122,30 @@ def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...]
         _raise_first_failure(outcomes)
         if not in_time:
             raise RankTimeout(f"{function.__qualname__}: not done after {timeout:g} s\n{_stacks(folder, world_size)}")
-        died = [f"rank {rank} ended with exit code {code}" for rank, code in enumerate(exit_codes) if code]
+        died = [f"rank {rank} exited with code {code}" for rank, code in enumerate(exit_codes) if code]
         if died:
             raise RankError(f"{function.__qualname__}: {', '.join(died)}")
         silent = [rank for rank, code in enumerate(exit_codes) if code == 0 and outcomes[rank] is None]
         if silent:
-            raise RankError(f"{function.__qualname__}: ranks {silent} left without a result")
+            raise RankError(f"{function.__qualname__}: ranks {silent} exited without a result")
         return [outcome["result"] for outcome in outcomes if outcome is not None]
 
 
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> bool:
-    """Waits for all ranks, or for the first to fail: its peers would only wait for it. False when the time is over."""
+    """Waits for all ranks, or for the first failure, since its peers would wait for it forever. Returns False on timeout."""
     while True:
         running = [process.sentinel for process in ranks if process.exitcode is None]
         ended = [(rank, process.exitcode) for rank, process in enumerate(ranks) if process.exitcode is not None]
         if not running or any(code != 0 or not (folder / f"outcome-{rank}").exists() for rank, code in ended):
             return True
-        left = deadline - time.time()
-        if left <= 0:
+        remaining = deadline - time.time()
+        if remaining <= 0:
             return False
-        multiprocessing.connection.wait(running, left)
+        multiprocessing.connection.wait(running, remaining)
 
 
 def _end(ranks: list[BaseProcess]) -> None:
-    """Kills the ranks that still run, by pid and not politely: one that hangs in a collective hears nothing else."""
+    """Kills the ranks that still run. Only SIGKILL ends a rank that hangs in a collective."""
     started = [process for process in ranks if process.pid is not None]
     for process in started:
         process.kill()
@@ -125,14 +154,14 @@ def _end(ranks: list[BaseProcess]) -> None:
 
 
 def _raise_first_failure(outcomes: list[dict[str, Any] | None]) -> None:
-    """Raises what a rank raised first: the "connection closed" of its peers, which follows, would hide it."""
+    """Raises the earliest exception of a rank: its peers' "connection closed", which follows, would hide the cause."""
     failed = [outcome for outcome in outcomes if outcome is not None and "traceback" in outcome]
     if not failed:
         return
     first = min(failed, key=lambda outcome: outcome["time"])
     cause = RankError(f"rank {first['rank']} of {len(outcomes)}\n{first['traceback']}")
     error: BaseException | None = None
-    with contextlib.suppress(Exception):  # an exception that cannot be unpickled is told by its traceback alone
+    with contextlib.suppress(Exception):  # an exception that cannot be unpickled is reported by its traceback only
         error = pickle.loads(first["exception"])
     if isinstance(error, Exception):
         raise error from cause
@@ -140,20 +169,27 @@ def _raise_first_failure(outcomes: list[dict[str, Any] | None]) -> None:
 
 
 def _stacks(folder: Path, world_size: int) -> str:
-    """Where each rank stood one second before the time was over."""
+    """Each rank's stack trace, one second before the timeout."""
     files = [folder / f"stack-{rank}" for rank in range(world_size)]
     texts = [file.read_text() if file.exists() else "" for file in files]
     return "\n".join(f"rank {rank}:\n{text or '  ended, or not yet running'}" for rank, text in enumerate(texts))
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    # pickles go between this process and the ranks that it has started, and nowhere else
+    # pickles are only exchanged between this process and the ranks that it has started
     return pickle.loads(file.read_bytes()) if file.exists() else None
 
 
-def _rank_main(rank: int, world_size: int, port: int, deadline: float, parent: int, folder: Path, call: bytes) -> None:
-    """One rank: sets up its process, calls the function and writes what came of it."""
-    _die_with(parent)
+def _rank_main(
+    rank: int, world_size: int, port: int, deadline: float, surroundings: tuple[Any, ...], folder: Path, call: bytes
+) -> None:
+    """One rank: sets up its process, calls the function and writes its result or its error."""
+    _die_with_server()
+    environment, directory, path = surroundings
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    sys.path[:] = path
     _set_environment(rank, world_size, port)
     outcome: dict[str, Any] = {"rank": rank}
     with open(folder / f"stack-{rank}", "w") as stack:
@@ -172,24 +208,24 @@ def _rank_main(rank: int, world_size: int, port: int, deadline: float, parent: i
             sys.exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
-    _leave_groups()
+    _destroy_groups()
     if "torch" in sys.modules:
         from recycle_ds.parallel.rendezvous import leave
 
         leave(0)
 
 
-def _die_with(parent: int) -> None:
-    """Has Linux kill this rank when the process that started it dies, so that killing pytest orphans nothing."""
+def _die_with_server() -> None:
+    """Makes Linux kill this rank when the server dies, which dies with the tests' process: killing pytest leaves no orphans."""
     if sys.platform == "linux":
+        server = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != server:
             os._exit(1)
 
 
 def _set_environment(rank: int, world_size: int, port: int) -> None:
-    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
-        del os.environ[name]
+    _forget_foreign_variables()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -197,30 +233,32 @@ def _set_environment(rank: int, world_size: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        # On a machine with GPUs too, these ranks are CPU ranks.
-        CUDA_VISIBLE_DEVICES="",
-        DS_ACCELERATOR="cpu",
+        **_CPU,
     )
 
 
+def _forget_foreign_variables() -> None:
+    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+        del os.environ[name]
+
+
 def _switch_off_shared_memory_op() -> None:
-    """Keeps DeepSpeed's `init_distributed` from compiling its shared-memory op (25 s, and a lock to hang on)."""
-    if "torch" in sys.modules:  # a function of a module without torch has no use for DeepSpeed either
+    """Keeps DeepSpeed's `init_distributed` from compiling its shared-memory op (25 s, and a lock that may hang)."""
+    if "torch" in sys.modules:  # a module that does not import torch does not use DeepSpeed either
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _write(file: Path, outcome: dict[str, Any]) -> None:
-    """Writes under another name first: a rank may be killed at any moment."""
+    """Writes to a temporary file and renames it: a rank may be killed at any moment."""
     temporary = file.with_name(f".tmp-{file.name}")
     temporary.write_bytes(pickle.dumps(outcome))
     temporary.replace(file)
 
 
-def _leave_groups() -> None:
-    """Closes the function's process groups, if any: gloo's threads abort an interpreter that ends with them open."""
+def _destroy_groups() -> None:
+    """Destroys the function's process groups, if any: gloo's threads abort an interpreter that exits with open groups."""
     if "torch" in sys.modules:
         import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Runs started as a user starts them: a launcher's command, in a session of its own."""
+"""Starts runs as a user does, by a launcher's command, in a session of their own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mpirun() -> list[str]:
 def start(
     command: list[str], config: Any, folder: Path, log: str = "run.log", **variables: str
 ) -> subprocess.Popen[str]:
-    """Starts a run in a session of its own, its output in the file `log`, with more variables in its environment."""
+    """Starts a run in a session of its own. log: file for its output. variables: added to its environment."""
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "input.yaml")
     with (folder / log).open("w") as output:
@@ -58,23 +58,23 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 180) -> int:
-    """Exit code; a run that does not end is killed with all its ranks and fails the test with its log."""
+    """The exit code. A run that does not end in time is killed with all its ranks, and the test fails with its log."""
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        for pid in ranks_of(folder):  # torchrun's are in sessions of their own
+        for pid in ranks_of(folder):  # torchrun's ranks are in sessions of their own
             os.kill(pid, signal.SIGKILL)
         raise AssertionError(logs(folder)) from None
 
 
 def logs(folder: Path) -> str:
-    """All that the starts of a run have printed."""
+    """The output of all starts of a run."""
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
 
 
 def await_step(process: subprocess.Popen[str], folder: Path, steps: int, timeout: float = 120) -> None:
-    """Waits until the run has logged so many steps."""
+    """Waits until the run has logged `steps` steps."""
     deadline = time.monotonic() + timeout
     while not (folder / "metrics.jsonl").exists() or len(steps_of(folder)) < steps:
         assert process.poll() is None and time.monotonic() < deadline, logs(folder)
@@ -82,7 +82,7 @@ def await_step(process: subprocess.Popen[str], folder: Path, steps: int, timeout
 
 
 def ranks_of(folder: Path) -> list[int]:
-    """Pids of the processes that run a rank of the run in `folder`."""
+    """Process IDs of the ranks of the run in `folder`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

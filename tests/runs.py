@@ -1,4 +1,4 @@
-"""Small real runs for tests: a corpus of a few hundred documents, a tiny model, and the metrics that a run leaves."""
+"""Small real runs for tests: a corpus of some hundred short documents, a tiny model, and readers for a run's files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_corpus(folder: Path, documents: int = 120, seed: int = 5) -> Path:
 
 
 def tiny_run(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """A run of a two-layer model; `changes` are dotted keys with `__` for the dot."""
+    """Configuration of a run of a two-layer model. changes: values by dotted key, with `__` for the dot."""
     tree: dict[str, Any] = {
         "run_dir": str(run_dir),
         "deepspeed": str(ROOT / "ds_configs" / "deepspeed" / "zero1.json"),
@@ -45,7 +45,7 @@ def tiny_run(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
             "steps": 5, "micro_batch_size": 2, "global_batch_size": 8, "seq_length": 24, "learning_rate": 5e-3,
             "warmup_steps": 2, "log_every": 1, "tensorboard": False,
         },
-        "faults": {"hang_timeout": 0},  # several runs share a process, and what a hang shows is the harness's
+        "faults": {"hang_timeout": 0},  # several runs share a process, and the test harness reports hangs
     }  # fmt: skip
     return parse_config(tree, [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()])
 
@@ -71,7 +71,7 @@ def figures(run_dir: str | Path) -> list[list[float]]:
 
 
 def tensors(folder: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint, whole, by kind and canonical name."""
+    """All tensors of a checkpoint, assembled, by kind and canonical name."""
     from recycle_ds.checkpoint.portable.manifest import read_manifest
     from recycle_ds.checkpoint.portable.reading import PortableSource
 

@@ -1,8 +1,7 @@
-"""Host memory that conversions of a model take, as a share of its size."""
+"""Measures the host memory of conversions of a model, as a fraction of its size."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +14,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def bench_conversion(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Model of any known format, without a deep module.")],
-    shard_gib: Annotated[float, typer.Option(metavar="GIB", help="Largest file.")] = 1.0,
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model in any supported format, recycle.layers at most 1.")],
+    shard_gib: Annotated[float, typer.Option(metavar="GIB", help="Maximum file size.")] = 1.0,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ) -> None:
-    """Convert to portable, Hugging Face, Megatron (two stages) and back, and print the peak of each."""
+    """Convert to portable, Hugging Face, Megatron (two stages) and back, and print each conversion's peak memory."""
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
@@ -27,6 +26,7 @@ def bench_conversion(
     from rich.table import Table
 
     from recycle_ds.checkpoint.conversion.memory import measure
+    from recycle_ds.config.atomic_files import write_json_atomically
 
     found = measure(model, shard_gib)
     title = f"{model}: {found['model_mib']:.0f} MiB; a process that converts nothing takes {found['idle_mib']:.0f} MiB"
@@ -35,7 +35,7 @@ def bench_conversion(
         table.add_row(row["source"], row["target"], f"{row['peak_mib']:.0f}", f"{row['share']:.0%}")
     Console().print(table)
     if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json_atomically(json_path, found)
 
 
 if __name__ == "__main__":

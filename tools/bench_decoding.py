@@ -1,4 +1,4 @@
-"""Compares the decoding modes on a file of prompts: a table on stdout, figures in a JSON file, a plot if asked for."""
+"""Compares the decoding modes on a file of prompts: a table on stdout; optionally the figures as JSON and a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def bench_decoding(
     modes: Annotated[
         str, typer.Option(help="Comma-separated; autoregressive is always run, as the reference.")
     ] = "autoregressive,alternate,verified",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to add to each prompt.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of tokens to add to each prompt.")
+    ] = 128,
     draft_tokens: Annotated[
         int | None,
         typer.Option(
@@ -28,7 +30,7 @@ def bench_decoding(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Arithmetic: fp32 or bf16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Times everything is run; speeds are medians.")] = 3,
+    repeats: Annotated[int, typer.Option(metavar="N", help="How often everything is run; speeds are medians.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures here (.png, .svg, .pdf).")] = None,
 ) -> None:
@@ -36,7 +38,7 @@ def bench_decoding(
     with user_errors():
         from recycle_ds.parallel.rendezvous import quiet_libraries
 
-        quiet_libraries()  # before what warns on import
+        quiet_libraries()  # before the imports that warn
         from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
 
         settings = BenchSettings(tuple(modes.replace(" ", "").split(",")), max_new_tokens, draft_tokens, repeats)

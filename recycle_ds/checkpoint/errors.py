@@ -4,4 +4,4 @@ from recycle_ds.config import RecycleError
 
 
 class CheckpointError(RecycleError):
-    """A checkpoint that cannot be used; nothing was changed."""
+    """A checkpoint cannot be read, written or used. Nothing was changed."""

@@ -1,4 +1,4 @@
-"""Where an artefact came from: versions, command, revision of the code."""
+"""Provenance of an artefact: package versions, command line and git revision of the code."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def _version(name: str) -> str | None:
 
 
 def _revision(package: Path | None = None) -> str | None:
-    """The commit that the package's folder is a checkout of, with -dirty where tracked files differ from it.
+    """Commit of the checkout that contains the package, with the suffix -dirty if tracked files were modified.
 
-    None where the folder above is not the top of a checkout: a package that is installed inside some project's folder is no
-    part of that project's history.
+    None if the package's parent folder is not the top level of a checkout: a package installed inside another project (for
+    example in its virtual environment) is not part of that project's history.
     """
-    above = (package or Path(recycle_ds.__file__).parent).resolve().parent
-    top = _git(above, "rev-parse", "--show-toplevel")
-    revision = _git(above, "rev-parse", "HEAD")
-    if not top or not revision or Path(top).resolve() != above:
+    parent = (package or Path(recycle_ds.__file__).parent).resolve().parent
+    top_level = _git(parent, "rev-parse", "--show-toplevel")
+    revision = _git(parent, "rev-parse", "HEAD")
+    if not top_level or not revision or Path(top_level).resolve() != parent:
         return None
-    changed = _git(above, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(parent, "status", "--porcelain", "--untracked-files=no")
     return f"{revision}-dirty" if changed else revision
 
 
 def _git(folder: Path, *command: str) -> str | None:
-    """What git says, None where it fails or is not there."""
-    # nothing that a caller's environment says of another repository counts, and no index is rewritten on the way
+    """Output of a git command; None if it fails or git is not installed."""
+    # GIT_* variables may point to another repository; without optional locks git does not rewrite the index
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), *command],
             capture_output=True, text=True, timeout=10, check=False, env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
         )  # fmt: skip
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

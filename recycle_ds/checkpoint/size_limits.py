@@ -1,4 +1,7 @@
-"""Sizes that no model has: building one of a billion layers, if only to learn its shapes, would never end."""
+"""Upper limits for the model sizes in a configuration file.
+
+Without them a damaged value, such as a billion layers, would keep the process busy forever, if only to compute the shapes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ LAYERS, WIDTH, POSITIONS = 10_000, 1 << 24, 1 << 31
 
 
 def check_sizes(model: ModelConfig, where: str) -> None:
-    """Raises CheckpointError for a size of somebody else's configuration that is beyond any model's."""
+    """Raises CheckpointError if a size exceeds its limit. `where` names the configuration in the message."""
     width, scaling = model.heads * model.dim_per_head, model.rope.scaling
     sizes = {
         "layers": (model.layers, LAYERS),
@@ -23,8 +26,10 @@ def check_sizes(model: ModelConfig, where: str) -> None:
     }
     for name, (size, limit) in sizes.items():
         if size > limit:
-            raise CheckpointError(f"{where}: {name} is {_shown(size)}, above {limit:,}: the configuration is damaged")
+            raise CheckpointError(
+                f"{where}: {name} is {_formatted(size)}, above {limit:,}: the configuration is damaged"
+            )
 
 
-def _shown(size: int) -> str:
+def _formatted(size: int) -> str:
     return f"{size:,}" if size < 10**18 else "over 10^18"

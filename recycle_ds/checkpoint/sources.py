@@ -1,4 +1,4 @@
-"""Where weights come from: one view of every format, by canonical name, so that nothing downstream knows the format."""
+"""The common interface to weights in every format, by canonical tensor name. All other code is independent of the format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 4
 
 
 class Source(Protocol):
-    """Weights, and where there are any Adam's moments, in a folder."""
+    """The weights in a folder, and Adam's moments if it has them."""
 
     kind: str
     """"portable", "huggingface", "megatron" or "deepspeed"."""
@@ -25,32 +25,32 @@ class Source(Protocol):
     model: ModelConfig
     recycle: RecycleConfig
     step: int
-    """Optimizer steps behind the weights; 0 where the format does not say."""
+    """Optimizer steps that the weights were trained for; 0 if the format does not record them."""
     seq_length: int
-    """Tokens in a sequence of its training, where that is known; else a length to evaluate at."""
+    """Tokens per training sequence if known, else a length to evaluate at."""
     tokenizer: Path | None
-    """Its tokenizer.json, if it has one."""
+    """Path of its tokenizer.json, if it has one."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Full shape of every canonical tensor that it holds."""
+    """Full (unsharded) shape of every canonical tensor in it."""
     notes: tuple[str, ...]
-    """What a user should know about what was read."""
+    """Notes for the user on what was read."""
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Compares the checksums of this rank's share of the files, where the format has any. Raises CheckpointError that names
-        the damaged ones."""
+        """Compares the checksums of this rank's share of the files, if the format has checksums. Raises CheckpointError naming
+        the damaged files."""
 
     def has(self, name: str, kind: str) -> bool:
-        """Whether it holds that kind ("weight", "exp_avg", "exp_avg_sq") of a tensor."""
+        """Whether it has this kind ("weight", "exp_avg", "exp_avg_sq") of a tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type that a tensor's weight is stored in."""
+        """Dtype that a tensor's weight is stored in."""
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
-        """Rows [start, start + length) along `axis` of a canonical tensor, in its stored type. Raises CheckpointError."""
+        """Slice [start, start + length) along `axis` of a canonical tensor, in its stored dtype. Raises CheckpointError."""
 
 
 def assemble(source: Source, row: Sequence[Piece], shape: tuple[int, ...], kind: str) -> Tensor:
-    """A local parameter in fp32, from its pieces; vocabulary padding is zero."""
+    """Builds a local fp32 parameter of shape `shape` from its pieces; vocabulary padding is zero."""
     value = torch.zeros(shape, dtype=torch.float32)
     for piece in row:
         part = source.read(piece.name, kind, piece.axis, piece.start, piece.length)
@@ -59,41 +59,43 @@ def assemble(source: Source, row: Sequence[Piece], shape: tuple[int, ...], kind:
 
 
 def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], optional: str | None = None) -> list[str]:
-    """Compares names and shapes before a weight changes. Returns what is wanted and lacking: a whole part, or nothing.
+    """Compares the names and shapes of a source with those of the model (`wanted`), before any weight changes.
 
-    optional: how names of a part begin that one of the two may have and the other not; never half of it. Raises CheckpointError
-    that lists what is missing, unknown or of another shape.
+    optional: name prefix of a part that the source or the model may be without. Returns the names of that part if only the
+    model has it, else an empty list; a source with some of its tensors is refused. Raises CheckpointError listing tensors that
+    are missing, not in the model or of the wrong shape.
     """
-    held = source.shapes
-    missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
+    available = source.shapes
+    missing, extra = sorted(set(wanted) - set(available)), sorted(set(available) - set(wanted))
     one_sided = optional is not None and not all(
-        any(name.startswith(optional) for name in names) for names in (held, wanted)
+        any(name.startswith(optional) for name in names) for names in (available, wanted)
     )
-    excused = [name for name in missing if one_sided and name.startswith(str(optional))]
+    absent = [name for name in missing if one_sided and name.startswith(str(optional))]
     if one_sided:
         missing, extra = ([n for n in names if not n.startswith(str(optional))] for names in (missing, extra))
     shapes = [
-        f"{name} {list(held[name])} instead of {list(wanted[name])}"
+        f"{name} {list(available[name])} instead of {list(wanted[name])}"
         for name in sorted(wanted)
-        if name in held and tuple(held[name]) != tuple(wanted[name])
+        if name in available and tuple(available[name]) != tuple(wanted[name])
     ]
-    faults = [
+    problems = [
         f"{title}: {shorten(names)}"
         for title, names in (
             ("missing", missing),
             ("not in this model", extra),
-            ("other shape", shapes),
+            ("wrong shape", shapes),
         )
         if names
     ]
-    if faults:
+    if problems:
         raise CheckpointError(
-            f"{source.folder} does not fit the model: {'; '.join(faults)}; set model.* and recycle.layers as it was saved with"
+            f"{source.folder} does not fit the model: {'; '.join(problems)}; "
+            "set model.* and recycle.layers to the values it was saved with"
         )
-    return excused
+    return absent
 
 
 def shorten(names: Sequence[str]) -> str:
-    """The first few of a list of names, and how many more there are."""
+    """A list of names for a message: the first few, and the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

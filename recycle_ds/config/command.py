@@ -1,10 +1,15 @@
-"""What every command does with an error: one line for the user's own, exit code 2; no traceback."""
+"""How every command ends: a user error is one line on stderr and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from recycle_ds.config.errors import RecycleError
@@ -16,15 +21,19 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 @contextmanager
-def user_errors(*, speak: bool = True, tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into 130. `speak` False keeps quiet on stderr;
-    `tell` is told the error's text all the same: whoever leaves first may take the others with it, the first rank too."""
+def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into exit code 130.
+
+    print_error: False prints nothing (of ranks that share an error, one prints it). on_error: called with the error's text on
+    every rank: the first rank to exit may take the others down before they can report.
+    """
     try:
         yield
     except RecycleError as error:
-        if tell is not None:
-            tell(str(error))
-        if speak:
+        if on_error is not None:
+            on_error(str(error))
+        _tell_torchrun(str(error))
+        if print_error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
@@ -35,24 +44,35 @@ def run_command(
     application: typer.Typer,
     argv: list[str] | None,
     *,
-    speak: bool = True,
-    tell: Callable[[str], None] | None = None,
+    print_error: bool = True,
+    on_error: Callable[[str], None] | None = None,
 ) -> None:
     """Runs a typer command so that wrong options and every RecycleError are one line on stderr. Exits the process."""
     import typer
 
     # typer exports this error but not its base, which every wrong option or value belongs to
     usage_error = cast(type[Exception], typer.BadParameter.__mro__[1])
-    with user_errors(speak=speak, tell=tell):
+    with user_errors(print_error=print_error, on_error=on_error):
         try:
             code = application(args=argv, standalone_mode=False)
         except usage_error as error:
             message = " ".join(str(cast(Any, error).format_message()).split())
-            if tell is not None:
-                tell(message)
-            if speak:
+            if on_error is not None:
+                on_error(message)
+            _tell_torchrun(message)
+            if print_error:
                 print(f"error: {message} (--help lists all options)", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
         except typer.Abort:
             sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leaves the error in the file that torchrun reads: its own report, which comes last, then names the cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    details = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):  # torchrun reports the exit code all the same
+        Path(file).write_text(json.dumps({"message": details}), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON by one route: a plain DeepSpeed file in which the values that the run config owns are "auto".
+"""Reads DeepSpeed's JSON: a plain DeepSpeed file in which the values that the run config sets are "auto".
 
-DeepSpeed itself ignores unknown top-level keys ("zero_optimisation" would run as ZeRO 0) and takes the same setting from
+DeepSpeed itself ignores unknown top-level keys ("zero_optimisation" would run as ZeRO 0) and reads the same setting from
 several places. Here an unknown key, or a value that contradicts the run config, is an error.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.schema import RunConfig
+from recycle_ds.config.shipped import DEEPSPEED, find_config, names
 
 AUTO = "auto"
 
 OFFLOAD_IN_PIPELINE = (
-    "in bf16 DeepSpeed then does not add up the tied embedding's gradients of the first and the last stage"
+    "in bf16 DeepSpeed then does not sum the tied embedding's gradients of the first and the last stage"
 )
-# Up to so many micro-batches a step are added up in bf16 at ZeRO 1.
-_FEW_MICRO_BATCHES = 8
+# At ZeRO 1, gradients of up to this many micro-batches per step are accumulated in bf16.
+_MAX_BF16_MICRO_BATCHES = 8
 
 # Top-level keys that DeepSpeed 0.19 reads and that make sense for pretraining.
 _KNOWN = frozenset(
@@ -86,18 +86,18 @@ _EXAMPLES = {
     "data_types": '{"grad_accum_dtype": "fp32"}',
 }
 
-# Keys of DeepSpeed whose job another part of the run does: where to set it instead.
+# DeepSpeed keys that the file may not contain, each with the reason or the setting to use instead.
 _ELSEWHERE = {
     "optimizer": "the optimizer is AdamW from training.learning_rate, beta1, beta2, epsilon and weight_decay",
     "scheduler": "the schedule is training.schedule with training.warmup_steps",
     "fp16": "half precision is bf16: set training.dtype",
     "amp": "mixed precision is training.dtype",
-    "torch_autocast": "it clashes with megatron's linears: set training.dtype",
+    "torch_autocast": "it conflicts with megatron's linear layers: set training.dtype",
     "sequence_parallel_size": "set parallel.ulysses",
     "tensor_parallel": "set parallel.tensor",
     "activation_checkpointing": "set training.activation_checkpointing",
     "pipeline": "set parallel.pipeline",
-    "elasticity": "DeepSpeed 0.19 dropped it: portable checkpoints resume at any number of ranks",
+    "elasticity": "DeepSpeed 0.19 has removed it; portable checkpoints resume at any number of ranks",
     "curriculum_learning": "not part of recycle_ds",
     "data_efficiency": "not part of recycle_ds",
     "checkpoint_engine": "checkpoints are written by recycle_ds",
@@ -105,11 +105,11 @@ _ELSEWHERE = {
 
 
 def load_deepspeed_json(path: str) -> dict[str, Any]:
-    """Reads the file and checks its top-level keys. Raises ConfigError."""
+    """Reads the file and checks its keys. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_config(path, DEEPSPEED).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"deepspeed={path!r}: no such file; shipped ones are in ds_configs/deepspeed/") from None
+        raise ConfigError(f"deepspeed={path!r}: no such file; shipped ones are {', '.join(names(DEEPSPEED))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"deepspeed={path!r}: cannot be read ({error})") from None
     try:
@@ -125,7 +125,7 @@ def load_deepspeed_json(path: str) -> dict[str, Any]:
             raise ConfigError(f"{path}: {key}={tree[key]!r}: must be an object, such as {_EXAMPLES[key]}")
     for key in tree:
         if key in _ELSEWHERE:
-            raise ConfigError(f"{path}: {key!r} is not set here: {_ELSEWHERE[key]}")
+            raise ConfigError(f"{path}: {key!r} cannot be set here: {_ELSEWHERE[key]}")
         if key not in _KNOWN:
             near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.5)
             raise ConfigError(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
@@ -137,7 +137,7 @@ def load_deepspeed_json(path: str) -> dict[str, Any]:
 
 
 def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
-    """Refuses settings under which DeepSpeed takes a path that recycle_ds's clipping and checkpoints do not follow."""
+    """Rejects settings that recycle_ds's clipping and checkpoints do not support. Raises ConfigError."""
     zero = tree.get("zero_optimization", {})
     for key in zero:
         if key in _UNSUPPORTED_ZERO:
@@ -150,20 +150,18 @@ def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
         if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
             raise ConfigError(f'{path}: zero_optimization.{key}.device="nvme" is not supported; use "cpu"')
     if tree.get("bf16", {}).get("check_grad_overflow"):
-        raise ConfigError(
-            f"{path}: bf16.check_grad_overflow is not set here: training.nonfinite decides about bad steps"
-        )
+        raise ConfigError(f"{path}: bf16.check_grad_overflow cannot be set here: set training.nonfinite instead")
     if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage == 0:
         raise ConfigError(f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 1, 2 or 3; use zero1.json')
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if stage < least and offloads(tree, key):
+    for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        if stage < min_stage and offloads(tree, key):
             raise ConfigError(
-                f"{path}: zero_optimization.{key} has no effect at ZeRO {stage}: remove it, or use zero{least}_offload.json"
+                f"{path}: zero_optimization.{key} has no effect at ZeRO {stage}: remove it, or use zero{min_stage}_offload.json"
             )
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed tree; 0 where none is given, as in DeepSpeed."""
+    """ZeRO stage of a DeepSpeed tree; 0 if none is given, as in DeepSpeed."""
     return (tree.get("zero_optimization") or {}).get("stage", 0)
 
 
@@ -174,22 +172,24 @@ def offloads(tree: Mapping[str, Any], key: str) -> bool:
 
 
 def accumulates_in_fp32(stage: int, dtype: str, pipeline: int, micro_batches: int) -> bool:
-    """Whether gradients are added up in fp32 where the DeepSpeed file does not say.
+    """Whether gradients are accumulated in fp32 if the DeepSpeed file does not set it.
 
-    stage: ZeRO's. dtype: training.dtype. micro_batches: of one rank in one step. Many micro-batches added up in bf16 lose the
-    small ones, and a pipeline has many. At stage 1 the price is an fp32 gradient of every weight, so few micro-batches without
-    a pipeline stay in bf16; at stage 0 DeepSpeed has no other way.
+    stage: ZeRO stage. dtype: training.dtype. micro_batches: per rank and step. Accumulating many micro-batches in bf16 loses
+    small gradients, and a pipeline has many. At stage 1 fp32 costs an fp32 gradient for every weight, so few micro-batches
+    without a pipeline stay in bf16; at stage 0 DeepSpeed supports bf16 only.
     """
-    return dtype == "bf16" and (stage >= 2 or (stage == 1 and (pipeline > 1 or micro_batches > _FEW_MICRO_BATCHES)))
+    return dtype == "bf16" and (
+        stage >= 2 or (stage == 1 and (pipeline > 1 or micro_batches > _MAX_BF16_MICRO_BATCHES))
+    )
 
 
 def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     """The JSON of `config.deepspeed` with every "auto" filled in.
 
-    data_size is the number of ranks that read different samples. To DeepSpeed Ulysses ranks, which hold the same weights, are
-    data-parallel as well, so the batch it is told of counts a sample once for each of them. Clipping is done by recycle_ds (by
-    part under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run
-    config, for a batch that does not divide, and for what DeepSpeed does not do or does wrongly in the run's layout.
+    data_size: number of ranks that read different samples. DeepSpeed treats Ulysses ranks, which hold the same weights, as
+    data-parallel too, so its train_batch_size counts a sample once for each of them. Clipping is done by recycle_ds (per part
+    under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run config,
+    a batch that does not divide evenly, and settings that DeepSpeed does not support or computes wrongly in the run's layout.
     """
     tree = load_deepspeed_json(config.deepspeed)
     _check_layout(config, tree)
@@ -214,7 +214,7 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     bf16["enabled"] = _own(
         config.deepspeed, "bf16.enabled", bf16.get("enabled", AUTO), training.dtype == "bf16", "training.dtype"
     )
-    bf16["check_grad_overflow"] = False  # recycle_ds looks at the norms itself, and acts alike at every stage
+    bf16["check_grad_overflow"] = False  # recycle_ds checks the norms itself, alike at every stage
     tree["bf16"] = bf16
     if accumulates_in_fp32(zero_stage(tree), training.dtype, config.parallel.pipeline, micro_batches):
         tree["data_types"] = {"grad_accum_dtype": "fp32"} | tree.get("data_types", {})
@@ -222,14 +222,14 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     # The optimizer passed to DeepSpeed is a subclass of torch's AdamW that only adds the clipping factor.
     tree["zero_allow_untested_optimizer"] = True
     tree["zero_force_ds_cpu_optimizer"] = False
-    # stages compute from their own copy of the batch, and checkpoint their blocks themselves
+    # stages read their own copy of the batch, and do their own activation checkpointing
     tree["pipeline"] = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
     tree.setdefault("steps_per_print", 2**31 - 1)
     return tree
 
 
 def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
-    """Refuses what DeepSpeed computes wrongly, or not at all, with tensor parallelism or a pipeline."""
+    """Rejects what DeepSpeed computes wrongly or does not support with tensor parallelism or a pipeline."""
     stages, stage = config.parallel.pipeline, zero_stage(tree)
     tensor, dtype = config.parallel.tensor, config.training.dtype
     if stage == 0 and dtype == "bf16" and tensor * stages > 1:
@@ -242,7 +242,7 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
     if stage > 1:
         raise ConfigError(
             f"{config.deepspeed}: ZeRO {stage} does not work with parallel.pipeline={stages}, since it partitions gradients "
-            "that a pipeline still adds up over its micro-batches: use pipeline.json (ZeRO 1), or parallel.tensor instead "
+            "that a pipeline still accumulates over its micro-batches: use pipeline.json (ZeRO 1), or parallel.tensor instead "
             "of parallel.pipeline"
         )
     if offloads(tree, "offload_optimizer"):
@@ -252,8 +252,8 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
         )
     if config.recycle.gradient == "frozen_backbone":
         raise ConfigError(
-            f"recycle.gradient=frozen_backbone trains the last stage only, which parallel.pipeline={stages} would leave "
-            "the others waiting for: use parallel.tensor and ZeRO 3"
+            f"recycle.gradient=frozen_backbone does not work with parallel.pipeline={stages}: it trains the last stage only, "
+            "and the others would hang; use parallel.tensor and ZeRO 3"
         )
     if config.training.compile:
         raise ConfigError(
@@ -263,7 +263,7 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
 
 def _own(path: str, key: str, given: Any, value: Any, owner: str) -> Any:
     if given != AUTO and given != value:
-        raise ConfigError(f'{path}: {key}={given!r} contradicts {owner}, which makes it {value!r}; write "auto"')
+        raise ConfigError(f'{path}: {key}={given!r} contradicts {owner}, which sets it to {value!r}; write "auto"')
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a run does about bad steps, hangs, slow ranks and the end of its job."""
+"""How a run handles bad steps, hangs, slow ranks and the end of its job."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Policy = Literal["stop", "skip", "retry", "rollback"]
 
 
 class FaultConfig(Section):
-    """Faults that a run meets by itself; none of these keys changes what a run without faults computes."""
+    """Handling of faults during a run. None of these keys changes the results of a run without faults."""
 
     spike: Literal["ignore", "skip", "retry", "rollback"] = "ignore"
-    """What all ranks do when the loss or the gradient norm jumps; what the words mean: `training.nonfinite`."""
+    """What all ranks do when the loss or the gradient norm spikes; for the values see `training.nonfinite`."""
     spike_score: Annotated[float, Field(ge=3)] = 10.0
-    """How many robust standard deviations above the recent median are a jump."""
+    """Robust standard deviations above the recent median from which a value is a spike."""
     spike_window: Annotated[int, Field(ge=16)] = 64
-    """Recent steps that the median and the deviation are taken over; 16 must have been taken before anything is judged."""
+    """Recent applied steps that the median and the deviation are computed over; no spike is detected before the first 16."""
     max_rollbacks: NonNegative = 3
-    """Rollbacks of a run, restarts included, before a bad step stops it after all."""
+    """Rollbacks of a run, counted across restarts, before a bad step stops it."""
     hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
-    """Seconds without progress after which every rank writes its stacks to run_dir/hangs/ and leaves, so that the job restarts;
-    the first step, saves and evaluations may take four times as long. 0 waits for ever."""
+    """Seconds without progress after which every rank writes its stack traces to run_dir/hangs/ and exits, so that the job
+    restarts; the first step, saves and evaluations may take four times as long. 0 disables the watchdog."""
     straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
-    """A rank whose own work takes this many times the median is named in the log."""
+    """A rank whose own work takes more than this many times its peers' median is reported."""
     stop_margin: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds before the end of the SLURM job at which a run saves and leaves, beside twice what a step and a save took."""
+    """Seconds before the end of the SLURM job at which a run saves and exits, plus twice the longest step and save."""

@@ -6,15 +6,17 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.schema import RunConfig
+from recycle_ds.config.shipped import RUNS, find_config, names
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
@@ -50,26 +52,38 @@ def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 _Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""From a tree of settings to a tree of further ones, which hold where the first does not say otherwise."""
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), defaults: Defaults | None = None
+) -> RunConfig:
     """Reads a YAML file, applies `section.key=value` overrides in order and validates the result.
 
-    Raises ConfigError for an unreadable file, broken YAML, an unknown key or a value that does not fit.
+    path: a file, or the name of a shipped configuration (`demo`). defaults: called with the tree of settings before it is
+    validated; returns settings that hold where the tree has none. Raises ConfigError for an unreadable file, broken YAML, an
+    unknown key or a value that does not fit, and whatever `defaults` raises.
     """
-    file = Path(path)
+    file = find_config(path, RUNS)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file; shipped ones are in ds_configs/runs/") from None
+        raise ConfigError(f"--config {path}: no such file; shipped ones are {', '.join(names(RUNS))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error})") from None
-    return parse_config(_read_yaml(text, str(path)), overrides)
+    return parse_config(_read_yaml(text, str(path)), overrides, defaults)
 
 
-def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """Validates a mapping with overrides applied. Raises ConfigError."""
+def parse_config(
+    tree: Mapping[str, Any], overrides: Iterable[str] = (), defaults: Defaults | None = None
+) -> RunConfig:
+    """Validates a mapping with overrides and defaults applied, see `load_config`. Raises ConfigError."""
     merged = _copy(tree)
     for override in overrides:
         _apply(merged, override)
+    if defaults is not None:
+        merged = _lay_under(merged, defaults(merged))
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -87,9 +101,7 @@ def build_section(section: type[SectionType], fields: Mapping[str, Any]) -> Sect
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved tree as YAML, atomically."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, text)
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
@@ -110,6 +122,14 @@ def _copy(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_copy(value) for value in tree]
     return tree
+
+
+def _lay_under(tree: Any, defaults: Any) -> Any:
+    """`tree` with the keys of `defaults` that it does not have, section by section."""
+    if not (isinstance(tree, Mapping) and isinstance(defaults, Mapping)):
+        return tree
+    filled = {key: _lay_under(tree[key], value) if tree.get(key) is not None else value for key, value in defaults.items()}
+    return {**tree, **filled}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

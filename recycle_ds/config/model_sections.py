@@ -10,16 +10,16 @@ from recycle_ds.config.section import NonNegative, Positive, Section
 
 
 class RopeScaling(Section):
-    """How rotary frequencies are stretched beyond the length the model was first trained on."""
+    """How rotary frequencies are scaled for contexts longer than the model was first trained on."""
 
     kind: Literal["linear", "llama3"]
-    """`linear`: all frequencies divided by `factor`. `llama3`: low ones divided, high ones kept, a ramp between."""
+    """`linear`: all frequencies divided by `factor`. `llama3`: low ones divided, high ones kept, with a ramp in between."""
     factor: Annotated[float, Field(ge=1.0)]
-    """How many times longer the context becomes."""
+    """Factor by which the context is extended."""
     low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
-    """llama3: wavelengths above original_positions / this are divided by `factor`."""
+    """llama3: wavelengths above original_positions / low_frequency_factor are divided by `factor`."""
     high_frequency_factor: Annotated[float, Field(gt=0)] = 4.0
-    """llama3: wavelengths below original_positions / this are kept."""
+    """llama3: wavelengths below original_positions / high_frequency_factor are kept."""
     original_positions: Positive = 8192
     """llama3: context length, in tokens, before scaling."""
 
@@ -43,7 +43,7 @@ class RopeConfig(Section):
 
 
 class ModelConfig(Section):
-    """The backbone: a LLaMA-type decoder. Sizes are those of the whole model, before any sharding."""
+    """The backbone: a LLaMA-type decoder. Sizes are those of the full model, before any sharding."""
 
     layers: Positive
     """Transformer blocks."""
@@ -60,7 +60,7 @@ class ModelConfig(Section):
     vocab_size: Positive | None = None
     """Tokens in the vocabulary; taken from the tokenizer if not given."""
     vocab_multiple: Positive = 64
-    """The embedding is padded to a multiple of this times parallel.tensor; padding is never predicted nor saved."""
+    """The embedding is padded to a multiple of this times parallel.tensor; padding is never predicted or saved."""
     max_positions: Positive = 2048
     """Longest context, in tokens."""
     rope: RopeConfig = RopeConfig()
@@ -68,7 +68,7 @@ class ModelConfig(Section):
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the mean square in RMSNorm."""
     tied_embeddings: bool = True
-    """Whether the output head is the embedding."""
+    """Whether the output head shares the embedding's weight."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -82,7 +82,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _sizes_divide(self) -> ModelConfig:
         if self.head_dim is None and self.hidden % self.heads:
-            raise ValueError(f"hidden ({self.hidden}) must be divisible by heads ({self.heads}), or head_dim given")
+            raise ValueError(
+                f"hidden ({self.hidden}) must be divisible by heads ({self.heads}), or head_dim must be given"
+            )
         if self.dim_per_head % 2:
             raise ValueError(
                 f"the head width ({self.dim_per_head}) must be even for rotary embeddings; change head_dim"
@@ -98,15 +100,15 @@ class RecycleConfig(Section):
     layers: NonNegative = 1
     """Blocks in the module; 0 trains a plain language model."""
     depth: Positive = 1
-    """K: tokens ahead that the module is unrolled for in training. 1 is the paper."""
+    """K: number of steps that the module is unrolled for in training; the paper uses 1."""
     loss_weight: Annotated[float, Field(ge=0)] = 0.3
-    """Lambda: weight of the mean recycle loss against the backbone's."""
+    """Lambda: weight of the mean recycle loss relative to the backbone's."""
     depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Depth k weighs depth_decay^(k-1), normalised over depths."""
+    """Depth k has weight depth_decay^(k-1), normalised over depths."""
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
     """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
     the module trains."""
     start_step: NonNegative = 0
-    """Steps before the recycle loss begins to count."""
+    """Steps before the recycle loss starts to count."""
     warmup_steps: NonNegative = 0
     """Steps over which its weight then rises linearly to `loss_weight`."""

@@ -1,7 +1,7 @@
 """The configuration tree of a run.
 
-Every section is frozen and refuses unknown keys. Checks that need only the configuration live here, as validators; checks
-that need the world size live in `recycle_ds.parallel.mesh`, those that need data in `recycle_ds.data`.
+Every section is frozen and rejects unknown keys. Checks that need only the configuration are validators here; checks that
+need the world size are in `recycle_ds.parallel.mesh`, those that need data in `recycle_ds.data`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recycle_ds.config.section import Fraction, NonNegative, Positive, Section
 
 
 class ParallelConfig(Section):
-    """How one model is laid over ranks. Data parallelism takes what is left of the world."""
+    """How one model is split over ranks. Data parallelism uses the remaining factor of the world size."""
 
     tensor: Positive = 1
     """Tensor-parallel degree; divides heads, kv_heads and ffn."""
@@ -53,12 +53,12 @@ class ProfileConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The optimisation of a run."""
+    """Optimisation, checkpoints and logging of a run."""
 
     steps: Positive
     """Optimizer steps; also the length of the learning-rate schedule."""
     stop_at: Positive | None = None
-    """Save and leave after this step; the schedule stays that of `steps`."""
+    """Save and exit after this step; the schedule stays that of `steps`."""
     micro_batch_size: Positive
     """Sequences in one forward pass of one data-parallel rank."""
     global_batch_size: Positive
@@ -66,21 +66,21 @@ class TrainingConfig(Section):
     seq_length: Positive
     """Tokens in a sequence."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; master weights and optimizer moments are fp32 always."""
+    """Arithmetic of forward and backward; master weights and optimizer moments are always fp32."""
     seed: NonNegative = 1234
-    """Source of initial weights and data order."""
+    """Seed of initial weights and data order."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     min_learning_rate_ratio: Fraction = 0.1
-    """Where the decay ends, as a share of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     warmup_steps: NonNegative = 0
-    """Linear warm-up; longer than `steps` is cut with a warning."""
+    """Steps of linear warm-up; cut to `steps` with a warning if longer."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """`wsd`: warm-up, stable, then linear decay over `decay_steps`."""
     decay_steps: NonNegative | None = None
     """wsd: length of the decay; a tenth of `steps` if not given."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's decay, on matrices only: norms and biases have none."""
+    """AdamW's weight decay, on matrices only: norms and biases have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -88,21 +88,21 @@ class TrainingConfig(Section):
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
-    """Largest gradient norm; 0 clips nothing. With detached gradients module and backbone are clipped apart."""
+    """Largest gradient norm; 0 disables clipping. With detached gradients module and backbone are clipped separately."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """`full`: blocks keep only their input and recompute in the backward pass."""
     loss_chunk: Positive = 1024
-    """Rows (tokens) of logits held at once by the output head."""
+    """Rows (tokens) of logits that the output head computes at once."""
     compile: bool = False
     """Compile the model through `engine.compile` (needs a working compiler; the first step is slow)."""
     dry_run: bool = True
-    """One untraced forward and backward before step 1, so that an out-of-memory error comes at once."""
+    """One forward and backward pass before step 1 that changes no state, so that an out-of-memory error comes at once."""
     nonfinite: Policy = "stop"
     """What all ranks do when a loss or the gradient norm is not finite on any of them. `stop`: save the state before the step
-    and leave. `skip`: pass over the step and its data. `retry`: take the same data once more, then skip. `rollback`: go back to
-    the newest whole checkpoint and jump over all data read since, at most `faults.max_rollbacks` times."""
+    and exit. `skip`: skip the step and its data. `retry`: repeat the step with the same data once, then skip. `rollback`:
+    restore the newest intact checkpoint and skip all data read since, at most `faults.max_rollbacks` times."""
     max_skipped_in_a_row: Positive = 20
-    """How many skipped steps may follow each other before the run stops after all."""
+    """Consecutive skipped steps allowed before the run stops."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     save_every: NonNegative = 0
@@ -110,7 +110,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
     save_buffer_gib: Annotated[float, Field(ge=0)] = 8.0
-    """Host memory of a rank for copies of a checkpoint that is written while training goes on; 0 waits for the disk."""
+    """GiB of host memory per rank for copies of a checkpoint that is written while training continues; 0 waits for the disk."""
     eval_every: NonNegative = 0
     """Steps between evaluations, the last step included; 0 never evaluates."""
     eval_batches: Positive = 8
@@ -127,46 +127,46 @@ class TokenSource(Section):
     path: str
     """Prefix of the pair, without the suffix."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of samples drawn from it, relative to the other sources."""
+    """Fraction of samples drawn from it, relative to the other sources."""
 
 
 class PrepareConfig(Section):
-    """How pretrain makes the token files when they are missing. One rank works, the others wait."""
+    """How pretrain creates missing token files. One rank creates them, the others wait."""
 
     source: str
     """`shipped` (the corpus in the package), a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."""
     output: str
     """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
     tokenizer_vocab: Positive | None = None
-    """Vocabulary of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
+    """Vocabulary size of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
     text_column: str = "text"
-    """Column that holds the document, in jsonl, parquet and datasets."""
+    """Column that contains the document, in jsonl, parquet and datasets."""
     validation_fraction: Fraction = 0.02
-    """Share of documents held out."""
+    """Fraction of documents held out for validation."""
 
 
 class DataConfig(Section):
-    """What is read, and with which tokenizer."""
+    """Token files and their tokenizer."""
 
     train: Annotated[tuple[TokenSource, ...], Field(min_length=1)]
     """Weighted blend of token files."""
     validation: tuple[TokenSource, ...] = ()
     """Token files of the evaluations."""
     tokenizer: str
-    """tokenizer.json, or a folder that holds one."""
+    """tokenizer.json, or a folder that contains one."""
     prepare: PrepareConfig | None = None
-    """How to make missing token files; without it they are an error."""
+    """How to create missing token files; without it missing files are an error."""
 
 
 class RunConfig(Section):
-    """A whole run. `recycle_ds.pretrain --config FILE section.key=value` reads this."""
+    """The configuration of a run. `recycle_ds.pretrain --config FILE section.key=value` reads this."""
 
     run_dir: str
-    """Everything that the run writes: metrics, checkpoints, the resolved configuration."""
+    """Folder for everything that the run writes: metrics, checkpoints, the resolved configuration."""
     deepspeed: str
-    """DeepSpeed's JSON file; the values that this tree owns are "auto" in it."""
+    """DeepSpeed's JSON file; the values that this configuration sets are "auto" in it."""
     init_from: str | None = None
-    """Run folder or checkpoint whose weights the run begins with. A recycle module it lacks is initialised."""
+    """Run folder or checkpoint to load the initial weights from. If it has no recycle module, one is initialised."""
     data: DataConfig
     """Data."""
     model: ModelConfig
@@ -210,7 +210,7 @@ class RunConfig(Section):
         return self
 
     def _divides(self) -> None:
-        """Raises ValueError with the numbers where a size does not divide over the ranks that split it."""
+        """Raises ValueError with the numbers if a size is not divisible by the degree that splits it."""
         parallel = self.parallel
         if parallel.pipeline > self.model.layers:
             raise ValueError(
@@ -219,7 +219,7 @@ class RunConfig(Section):
             )
         heads = {"model.heads": self.model.heads, "model.kv_heads": self.model.kv_heads}
         widths = {"model.ffn": self.model.ffn}
-        if self.recycle.layers:  # its first product alone is split over the hidden width
+        if self.recycle.layers:  # only its first matrix product is split over the hidden width
             widths["model.hidden"] = self.model.hidden
         length = {"training.seq_length": self.training.seq_length}
         split_by = (

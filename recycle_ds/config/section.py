@@ -1,4 +1,4 @@
-"""What every section of the configuration shares."""
+"""Base class and field types of all configuration sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def no_bool(value: object) -> object:
-    """YAML's yes, on and true are 1 to Python, and never what was meant by a number."""
+    """Rejects YAML's yes, on and true, which Python would accept as the number 1."""
     if isinstance(value, bool):
         raise ValueError(f"{value} is not a number")
     return value
@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """One mapping of the YAML file: immutable, unknown keys are errors, a field's doc is the line under it."""
+    """One mapping of the YAML file. Immutable; unknown keys are errors; the string below a field is its description."""
 
     model_config = ConfigDict(
         frozen=True,

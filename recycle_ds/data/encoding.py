@@ -1,7 +1,7 @@
-"""Tokenising documents on several processes: results in order, bounded memory, no worker outlives the job.
+"""Tokenises documents in several processes: ordered results, bounded memory, no orphaned workers.
 
-Each worker has a pipe of its own and at most one chunk in hand. The pools of the standard library share one queue, on
-which they can wait for ever, on Python 3.10, when a worker is killed while reading from it.
+Each worker has its own pipe and processes one chunk at a time. The process pools of the standard library share one queue;
+on Python 3.10 they can hang when a worker is killed while reading from it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from recycle_ds.data.errors import DataError
 from recycle_ds.data.token_files import token_dtype
 from recycle_ds.data.tokenizer import Tokenizer
 
-_CHUNK_CHARACTERS = 1 << 18  # text handed to a worker at once: much against the cost of handing over, little in memory
+_CHUNK_CHARACTERS = 1 << 18  # text per chunk: amortises the cost of sending, uses little memory
 _CHUNK_DOCUMENTS = 1024
-_AHEAD = 4  # chunks per worker that may be done before the oldest one is
-_STARTING = -1  # what a worker is busy with before its first chunk
+_AHEAD = 4  # maximum chunks per worker sent and not yet yielded
+_STARTING = -1  # in place of a chunk number, until the worker reports that it has started
 
 Ids = NDArray[Any]
 """[tokens] ids of one document, of the type that `token_dtype` names."""
 
 
 def encode_in_order(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Generator[Ids, None, None]:
-    """Yield the ids of each text, in the order of the texts; texts without any token give an empty array.
+    """Yield the ids of each text, in the order of the texts; a text without tokens gives an empty array.
 
-    Close the generator when leaving it early: its workers end with it.
+    If the generator is not exhausted, close it to terminate its workers.
 
     Args:
-        texts: documents, read a little ahead of what is yielded.
+        texts: documents, read slightly ahead of the yielded results.
         tokenizer: copied into the workers.
-        workers: processes; with 1, or if there is little to do, this process tokenises.
+        workers: processes; with 1, or with little text, this process tokenises.
 
     Raises:
         DataError: a text cannot be encoded, or a worker died.
@@ -52,15 +52,15 @@ def encode_in_order(texts: Iterable[str], tokenizer: Tokenizer, workers: int) ->
         for chunk in chunks:
             yield from _encode(tokenizer, chunk)
         return
-    crew = _Crew(tokenizer, workers)
+    pool = _WorkerPool(tokenizer, workers)
     try:
-        yield from crew.work(chunks)
+        yield from pool.encode(chunks)
     finally:
-        crew.end()
+        pool.terminate()
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: those of its job, not of the machine."""
+    """Number of cores that this process may use: those of its job, not of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -82,46 +82,46 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
     return [np.array(tokenizer.encode(text) if text.strip() else [], dtype=dtype) for text in texts]
 
 
-class _Crew:
-    """The worker processes and what each of them is busy with."""
+class _WorkerPool:
+    """The worker processes and the chunk that each of them is processing."""
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
-        # Spawned, not forked: the caller may hold threads and locks (of the tokenizers library, torch, a launcher).
+        # Spawned, not forked: the caller may have threads and locks (of the tokenizers library, torch, a launcher).
         context = multiprocessing.get_context("spawn")
         self._processes: list[SpawnProcess] = []
-        self._busy: dict[Connection, int] = {}  # number of the chunk in hand
+        self._busy: dict[Connection, int] = {}  # number of the current chunk
         self._idle: list[Connection] = []
         copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name)
-        with _interrupts_held():
+        with _stop_signals_blocked():
             for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, *copy), daemon=True)
+                parent_end, worker_end = context.Pipe()
+                process = context.Process(target=_run_worker, args=(worker_end, *copy), daemon=True)
                 process.start()
-                theirs.close()  # so that the pipe ends when the worker does
+                worker_end.close()  # so that the pipe is closed when the worker exits
                 self._processes.append(process)
-                self._busy[ours] = _STARTING
+                self._busy[parent_end] = _STARTING
 
-    def work(self, chunks: Iterator[list[str]]) -> Iterator[Ids]:
-        """Encode chunks wherever a worker is free; yield the documents' ids in order."""
+    def encode(self, chunks: Iterator[list[str]]) -> Iterator[Ids]:
+        """Send chunks to idle workers; yield the documents' ids in order."""
         done: dict[int, list[Ids]] = {}
-        given = yielded = 0
+        sent = yielded = 0
         more = True
-        while more or given > yielded:
-            while more and self._idle and given - yielded < _AHEAD * len(self._processes):
+        while more or sent > yielded:
+            while more and self._idle and sent - yielded < _AHEAD * len(self._processes):
                 chunk = next(chunks, None)
                 if chunk is None:
                     more = False
                 else:
-                    self._give(given, chunk)
-                    given += 1
+                    self._send(sent, chunk)
+                    sent += 1
             if yielded in done:
                 yield from done.pop(yielded)
                 yielded += 1
             elif self._busy:
                 done.update(self._results())
 
-    def end(self) -> None:
-        """Stop all workers, whatever they are at: they hold nothing that would be missed."""
+    def terminate(self) -> None:
+        """Kill all workers. They have no state that could be lost."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -129,23 +129,23 @@ class _Crew:
         for connection in (*self._busy, *self._idle):
             connection.close()
 
-    def _give(self, number: int, chunk: list[str]) -> None:
+    def _send(self, number: int, chunk: list[str]) -> None:
         connection = self._idle.pop()
         self._busy[connection] = number
         try:
             connection.send(chunk)
         except OSError as error:
-            raise self._died() from error
+            raise self._worker_died() from error
 
     def _results(self) -> dict[int, list[Ids]]:
-        """Chunks that workers have finished, at least one worker's; none from those that have just started."""
+        """Wait for at least one worker and return the finished chunks; a worker that has just started gives none."""
         found = {}
         for connection in wait(list(self._busy)):
             assert isinstance(connection, Connection)
             try:
                 result = connection.recv()
             except (EOFError, OSError) as error:
-                raise self._died() from error
+                raise self._worker_died() from error
             if isinstance(result, DataError):
                 raise result
             number = self._busy.pop(connection)
@@ -154,16 +154,16 @@ class _Crew:
                 found[number] = result
         return found
 
-    def _died(self) -> DataError:
+    def _worker_died(self) -> DataError:
         return DataError(
-            "a tokenising process ended abruptly, perhaps for want of memory; "
+            "a tokenising process died unexpectedly, possibly out of memory; "
             f"try fewer workers than {len(self._processes)}"
         )
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delay requests to stop while workers are started: they inherit the block and so leave them to this process."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM while workers start. Workers inherit the mask, so only this process handles the signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -171,11 +171,11 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str) -> None:
-    """A worker: announces itself, then answers chunks of texts with their ids until the pipe ends."""
+def _run_worker(connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str) -> None:
+    """Main function of a worker: reports its start, then encodes chunks of texts until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = Tokenizer(tokenizer_json, config, name=name)
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: nobody wants the results
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has exited: the results are not needed
         connection.send([])
         while True:
             chunk = connection.recv()

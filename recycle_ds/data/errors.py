@@ -1,4 +1,4 @@
-"""The data room's error."""
+"""Error of the data package."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from recycle_ds.config.errors import RecycleError
 
 
 class DataError(RecycleError):
-    """A corpus, tokenizer or token file that cannot be used as it is."""
+    """A corpus, tokenizer or token file that cannot be used."""

@@ -25,18 +25,18 @@ class Batch:
     """One micro-batch. All tensors are int64."""
 
     tokens_BS: Tensor
-    """[B, S] what the backbone reads."""
+    """[B, S] input tokens of the backbone."""
     positions_BS: Tensor
     """[B, S] rotary positions, from 0 at the start of each sample and of each document."""
     documents_BS: Tensor
-    """[B, S] number of the document within its sample, from 0; attention stays within equal numbers."""
+    """[B, S] number of the document within its sample, from 0; attention is restricted to equal numbers."""
     inputs_KBS: Tensor
     """[K+1, B, S] token read at each depth; depth 0 is `tokens_BS`."""
     targets_KBS: Tensor
-    """[K+1, B, S] token predicted at each depth, `targets.IGNORE` where none counts."""
+    """[K+1, B, S] token predicted at each depth, `targets.IGNORE` where no loss is computed."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """The same batch on another device."""
         return Batch(
             tokens_BS=self.tokens_BS.to(device, non_blocking=True),
             positions_BS=self.positions_BS.to(device, non_blocking=True),
@@ -46,25 +46,25 @@ class Batch:
         )
 
     def part(self, rank: int, size: int) -> Batch:
-        """Part `rank` of `size` of every sequence; `documents_BS` stays whole, for attention sees all of it."""
+        """Part `rank` of `size` of every sequence. `documents_BS` keeps its full length, because attention needs all of it."""
         if size == 1:
             return self
         length = self.tokens_BS.shape[1] // size
-        own = slice(rank * length, (rank + 1) * length)
+        part = slice(rank * length, (rank + 1) * length)
         return Batch(
-            tokens_BS=self.tokens_BS[:, own],
-            positions_BS=self.positions_BS[:, own],
+            tokens_BS=self.tokens_BS[:, part],
+            positions_BS=self.positions_BS[:, part],
             documents_BS=self.documents_BS,
-            inputs_KBS=self.inputs_KBS[:, :, own],
-            targets_KBS=self.targets_KBS[:, :, own],
+            inputs_KBS=self.inputs_KBS[:, :, part],
+            targets_KBS=self.targets_KBS[:, :, part],
         )
 
 
 class BatchLoader:
     """Cuts global batches of consecutive samples into the micro-batches of one data-parallel rank.
 
-    Micro-batch m of rank r begins at sample first + (m * data_size + r) * micro_batch_size, so the samples of a global
-    batch are the same whatever the layout. The loader has no state: the position in the data is the caller's
+    Micro-batch m of rank r starts at sample first + (m * data_size + r) * micro_batch_size, so the samples of a global
+    batch are the same in every parallel layout. The loader is stateless: the caller passes the position in the data as
     `first_sample`.
     """
 
@@ -79,33 +79,33 @@ class BatchLoader:
         data_size: int,
     ) -> None:
         """Args:
-            dataset: where samples come from.
+            dataset: source of the samples.
             global_batch_size: sequences in one optimizer step, over all ranks.
             micro_batch_size: sequences in one forward pass of one rank.
             depth: K.
-            data_rank: this rank's place among the data-parallel ranks, from 0.
-            data_size: data-parallel ranks.
+            data_rank: this rank's index among the data-parallel ranks, from 0.
+            data_size: number of data-parallel ranks.
 
         Raises:
-            DataError: the global batch does not divide into equal micro-batches over the ranks.
+            DataError: the global batch cannot be divided into equal micro-batches over the ranks.
         """
-        together = micro_batch_size * data_size
-        if global_batch_size <= 0 or global_batch_size % together:
+        parallel_size = micro_batch_size * data_size
+        if global_batch_size <= 0 or global_batch_size % parallel_size:
             raise DataError(
                 f"training.global_batch_size ({global_batch_size}) must be a multiple of training.micro_batch_size "
-                f"({micro_batch_size}) x data-parallel ranks ({data_size}) = {together}"
+                f"({micro_batch_size}) x data-parallel ranks ({data_size}) = {parallel_size}"
             )
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank ({data_rank}) must be in [0, data_size ({data_size}))")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.micro_batches = global_batch_size // together
-        """Micro-batches that each rank works through in one step."""
+        self.micro_batches = global_batch_size // parallel_size
+        """Micro-batches per rank and optimizer step."""
         self._depth, self._data_rank, self._data_size = depth, data_rank, data_size
 
     def step(self, first_sample: int) -> list[Batch]:
-        """This rank's micro-batches of the global batch that begins at global sample number `first_sample`."""
+        """This rank's micro-batches of the global batch that starts at global sample number `first_sample`."""
         starts = (
             first_sample + (m * self._data_size + self._data_rank) * self.micro_batch_size
             for m in range(self.micro_batches)
@@ -132,12 +132,12 @@ def open_dataset(sources: Sequence[TokenSource], tokenizer: Tokenizer, seq_lengt
 
     Args:
         sources: paths and weights, as in `data.train`.
-        tokenizer: the one that all of them must have been made with.
+        tokenizer: the tokenizer that all files must have been made with.
         seq_length: S, tokens in a sequence.
         seed: determines the order of the samples.
 
     Raises:
-        DataError: a file is unusable, of another tokenizer, or too short for one sample.
+        DataError: a file is unusable, made with another tokenizer, or too short for one sample.
     """
     return PackedDataset(
         [(open_token_file(source.path, tokenizer), source.weight) for source in sources], seq_length, seed

@@ -120,6 +120,14 @@ def prepare(
     return PrepareReport(source, made[0], made[1] if len(made) > 1 else None, blank)
 
 
+def check_output(output: Path, validation_fraction: float, *, overwrite: bool) -> None:
+    """Raises DataError if token files that `prepare` would write exist, unless they may be overwritten."""
+    names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
+    found = [path for name in names for path in pair_paths(output / name) if path.exists()]
+    if found and not overwrite:
+        raise DataError(f"{found[0]} already exists: name another --output, or replace the files with --overwrite")
+
+
 def prepare_if_missing(
     config: DataConfig, *, workers: int | None = None, progress: bool = False
 ) -> PrepareReport | None:

@@ -1,7 +1,7 @@
-"""Which tokens make sample n: packed samples, shuffled and blended by pure functions of (seed, n).
+"""Packed training samples, shuffled and blended: sample n is a pure function of (seed, n).
 
-Nothing is held per sample, and any sample is found without visiting those before it, so a run resumes at any number and
-every layout of ranks sees the same samples. Shapes: S positions; a sample has S + 1 tokens, the last only a target.
+No state is stored per sample, and any sample is computed without those before it, so a run can resume at any sample and
+every layout of ranks gets the same samples. Shapes: S positions; a sample has S + 1 tokens, the last one only a target.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _BLEND_PERIOD = 1 << 16  # samples after which the pattern of sources repeats
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence, cut from the token stream without regard to documents."""
+    """One training sequence, cut from the token stream regardless of document boundaries."""
 
     tokens: TokenArray
     """[S+1] int64 token ids."""
     documents: TokenArray
     """[S+1] int64 number of the document within the sample, from 0."""
     positions: TokenArray
-    """[S+1] int64 position, from 0 at the sample's first token and at each document's."""
+    """[S+1] int64 position, from 0 at the sample's first token and at each document's first token."""
 
 
 class PackedDataset:
     """An endless, weighted, shuffled sequence of samples over one or more token files.
 
-    Epoch e of a source cuts its stream into consecutive samples from a shift that is drawn per epoch, so that document
-    boundaries fall elsewhere each time, and visits them in an order drawn per epoch.
+    Each epoch of a source cuts its stream into consecutive samples, starting at a random shift, so that sample boundaries
+    differ between epochs, and visits the samples in a random order.
     """
 
     def __init__(self, sources: Sequence[tuple[TokenFile, float]], seq_length: int, seed: int) -> None:
@@ -49,7 +49,7 @@ class PackedDataset:
             seed: with a sample's number, determines the sample.
 
         Raises:
-            DataError: no source, a source too short for one sample, or a weight that is not positive or vanishes.
+            DataError: no source, a source too short for one sample, or a weight that is not positive or too small.
         """
         if not sources:
             raise DataError("a dataset needs at least one token file; name one in data.train")
@@ -63,18 +63,18 @@ class PackedDataset:
         self.seed = seed
         self._files = tuple(file for file, _ in sources)
         self._blend = _Blend([(file.prefix, weight) for file, weight in sources])
-        # As many whole samples as fit wherever the shift falls in [0, S).
+        # The number of complete samples that fit for every shift in [0, S).
         self.samples_per_epoch = tuple(max(1, file.tokens // seq_length - 1) for file in self._files)
-        """Samples of each source before it repeats in another order."""
+        """Samples per epoch of each source."""
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Source of a sample, and its first token in that source's stream.
+        """Source of a sample, and the position of its first token in that source's stream.
 
         Args:
-            number: global sample number, from 0 and without end.
+            number: global sample number, from 0, unbounded.
         """
         if number < 0:
-            raise ValueError(f"sample numbers begin at 0, got {number}")
+            raise ValueError(f"sample numbers start at 0, got {number}")
         source, index = self._blend.assign(number)
         count, tokens = self.samples_per_epoch[source], self._files[source].tokens
         epoch, index = divmod(index, count)
@@ -83,26 +83,26 @@ class PackedDataset:
         return source, shift + permute(index, count, round_keys) * self.seq_length
 
     def sample(self, number: int) -> Sample:
-        """The sample with this global number, from 0 and without end: epochs follow each other."""
+        """The sample with this global number, from 0, unbounded: epochs follow each other."""
         source, start = self.locate(number)
         length = self.seq_length + 1
         tokens, starts = self._files[source].read(start, length)
-        begins = np.zeros(length, dtype=np.int64)
-        begins[starts] = 1
-        begins[0] = 0  # a document that begins with the sample is number 0 like one that began before it
+        is_start = np.zeros(length, dtype=np.int64)
+        is_start[starts] = 1
+        is_start[0] = 0  # the first document is number 0, whether or not it starts with the sample
         steps = np.arange(length)
         return Sample(
             tokens=tokens,
-            documents=np.cumsum(begins),
-            positions=steps - np.maximum.accumulate(begins * steps),
+            documents=np.cumsum(is_start),
+            positions=steps - np.maximum.accumulate(is_start * steps),
         )
 
 
 class _Blend:
-    """Which source gives sample n, and how many samples it gave before: a fixed pattern, repeated.
+    """Assigns samples to sources by a fixed pattern that repeats every `_BLEND_PERIOD` samples.
 
-    Within a period each sample goes to the source that is furthest behind its share (Megatron's rule). The pattern
-    knows nothing of a run's length, so longer runs begin with the same samples.
+    Within a period each sample is assigned to the source that is furthest below its share (Megatron's rule). The pattern
+    does not depend on a run's length, so longer runs start with the same samples.
     """
 
     def __init__(self, weights: Sequence[tuple[str, float]]) -> None:
@@ -116,36 +116,36 @@ class _Blend:
         from megatron.core.datasets import helpers_cpp
 
         self._sources: NDArray[np.int16] = np.zeros(_BLEND_PERIOD, dtype=np.int16)
-        self._ranks: NDArray[np.int64] = np.zeros(_BLEND_PERIOD, dtype=np.int64)
+        self._earlier: NDArray[np.int64] = np.zeros(_BLEND_PERIOD, dtype=np.int64)
         shares = values / values.sum()
-        helpers_cpp.build_blending_indices(self._sources, self._ranks, shares, len(weights), _BLEND_PERIOD, False)
+        helpers_cpp.build_blending_indices(self._sources, self._earlier, shares, len(weights), _BLEND_PERIOD, False)
         self._per_period = np.bincount(self._sources, minlength=len(weights))
         for (name, weight), share in zip(weights, shares, strict=True):
             if share * _BLEND_PERIOD < 1:
                 raise DataError(
-                    f"the weight of {name} is {weight} of {values.sum()} in all, below the smallest share that can be "
-                    f"drawn, 1/{_BLEND_PERIOD}; raise it or drop the source"
+                    f"the weight of {name} is {weight} of {values.sum()} in total, below the smallest possible share, "
+                    f"1/{_BLEND_PERIOD}; increase it or remove the source"
                 )
 
     def assign(self, number: int) -> tuple[int, int]:
         """Source of sample `number`, and how many earlier samples came from that source."""
         if self._single:
             return 0, number
-        period, place = divmod(number, _BLEND_PERIOD)
-        source = int(self._sources[place])
-        return source, period * int(self._per_period[source]) + int(self._ranks[place])
+        period, offset = divmod(number, _BLEND_PERIOD)
+        source = int(self._sources[offset])
+        return source, period * int(self._per_period[source]) + int(self._earlier[offset])
 
 
 def permute(index: int, size: int, keys: Sequence[int]) -> int:
-    """Where a keyed pseudo-random permutation of 0 .. size-1 sends `index`.
+    """Image of `index` under a keyed pseudo-random permutation of 0 .. size-1.
 
     A generalised Feistel network on a rows x columns rectangle just larger than `size` (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002): each round shifts one coordinate by a hash of the other, which is invertible.
-    A value that lands beyond `size` is sent through again until it does not, which keeps the whole a permutation.
+    A value outside [0, size) is permuted again until it is inside, so the result is still a permutation.
 
     Args:
         index: in [0, size).
-        size: elements permuted.
+        size: number of elements.
         keys: 64-bit integers, one per round.
     """
     rows = _ceil_sqrt(size)

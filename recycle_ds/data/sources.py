@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 SHIPPED = "shipped"
 """Name of the corpus inside the package."""
 Progress = Callable[[float], None]
-"""Called now and then with the share of the source that has been read, 0 to 1."""
+"""Called periodically with the fraction of the source read so far, 0 to 1."""
 
 _CORPUS = Path(__file__).parent / "corpus" / "presidential_addresses_1790_1928.jsonl.xz"
 _TEXT = (".txt", ".md")
 _KINDS = (*_TEXT, ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".xz")
-_PACKED = tuple(kind + packing for kind in (*_TEXT, ".jsonl") for packing in _COMPRESSED)
-_READABLE = f"{', '.join(_KINDS)}, or any but the last as .gz or .xz"
-_PARQUET_ROWS = 256  # rows held at once: bounds memory with documents of any usual length
+_COMPRESSED_SUFFIXES = tuple(kind + compression for kind in (*_TEXT, ".jsonl") for compression in _COMPRESSED)
+_READABLE = f"{', '.join(_KINDS)}, all but the last also as .gz or .xz"
+_PARQUET_ROWS = 256  # rows per batch: bounds memory for documents of usual length
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -39,18 +39,18 @@ def read_documents(
     split: str = "train",
     progress: Progress | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of a source in a fixed order, without holding more than a few.
+    """Yield the documents of a source in a fixed order, with only a few in memory at once.
 
     Args:
         source: `shipped`; a .txt or .md file (one document); a .jsonl or .parquet file (one per row); a folder of them,
             read recursively in sorted order; or a Hugging Face dataset, `name` or `name:configuration`.
-        text_column: where rows keep their text.
+        text_column: column that contains the text.
         streaming: read a Hugging Face dataset while it downloads, without keeping it.
-        split: which part of a Hugging Face dataset.
-        progress: told how far reading has come; never called for a stream, whose length is unknown.
+        split: split of a Hugging Face dataset.
+        progress: called with the fraction read; never called for a stream, whose length is unknown.
 
     Raises:
-        DataError: the source does not exist, holds no documents, or cannot be read; the message says where.
+        DataError: the source does not exist, contains no documents, or cannot be read; the message names the place.
     """
     path = _CORPUS if source == SHIPPED else Path(source).expanduser()
     if path.exists():
@@ -66,19 +66,19 @@ def read_documents(
         empty = False
         yield document
     if empty:
-        raise DataError(f"{source} holds no documents; give a source with text")
+        raise DataError(f"{source} contains no documents; give a source with text")
 
 
 def _looks_local(source: str) -> bool:
-    return source.endswith(_KINDS + _PACKED) or _HUB_NAME.fullmatch(source) is None
+    return source.endswith(_KINDS + _COMPRESSED_SUFFIXES) or _HUB_NAME.fullmatch(source) is None
 
 
 def _read_local(path: Path, text_column: str, progress: Progress | None) -> Iterator[str]:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and _is_readable(f))
     if path.is_file() and not _is_readable(path):
-        raise DataError(f"{path} is of no kind that can be read; give {_READABLE}")
+        raise DataError(f"{path} has an unsupported file type; give {_READABLE}")
     if not files:
-        raise DataError(f"the folder {path} holds no file that can be read; give {_READABLE}")
+        raise DataError(f"the folder {path} contains no readable file; give {_READABLE}")
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes) or 1
     for number, file in enumerate(files):
@@ -90,34 +90,34 @@ def _read_local(path: Path, text_column: str, progress: Progress | None) -> Iter
 
 
 def _is_readable(path: Path) -> bool:
-    return path.name.endswith(_KINDS + _PACKED)
+    return path.name.endswith(_KINDS + _COMPRESSED_SUFFIXES)
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[tuple[str, int]]:
-    """Documents of one file, each with the bytes of the file on disk that have been read by then."""
+    """Documents of one file, each with the number of bytes of the file on disk read so far."""
     if not path.stat().st_size:
         raise DataError(f"{path} is empty; remove it or fill it")
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, text_column)
         return
     try:
-        with open(path, "rb") as raw, _unpacked(path, raw) as stream:
+        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
             if ".jsonl" in path.suffixes:
                 yield from _read_jsonl(path, raw, stream, text_column)
             else:
-                yield _decoded(stream.read(), path, 0), raw.tell()
+                yield _decode(stream.read(), path, 0), raw.tell()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; is it damaged?") from error
 
 
-def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return lzma.LZMAFile(raw) if path.suffix == ".xz" else raw
 
 
-def _decoded(content: bytes, path: Path, offset: int) -> str:
-    """`content`, which begins at byte `offset` of the unpacked file, as text without a byte-order mark."""
+def _decode(content: bytes, path: Path, offset: int) -> str:
+    """Decode `content`, which starts at byte `offset` of the decompressed file, without a byte-order mark."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -131,7 +131,7 @@ def _decoded(content: bytes, path: Path, offset: int) -> str:
 def _read_jsonl(path: Path, raw: IO[bytes], stream: IO[bytes], text_column: str) -> Iterator[tuple[str, int]]:
     offset = 0
     for number, line in enumerate(stream, start=1):
-        text = _decoded(line, path, offset)
+        text = _decode(line, path, offset)
         offset += len(line)
         if not text.strip():
             continue
@@ -141,9 +141,7 @@ def _read_jsonl(path: Path, raw: IO[bytes], stream: IO[bytes], text_column: str)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {error}; put one JSON object on each line") from error
         if not isinstance(row, dict):
-            raise DataError(
-                f"{where} holds a JSON {type(row).__name__}, not an object; put one JSON object on each line"
-            )
+            raise DataError(f"{where} is a JSON {type(row).__name__}, not an object; put one JSON object on each line")
         if text_column not in row:
             raise _missing_column(where, text_column, list(row))
         yield _checked(row[text_column], where, text_column), raw.tell()
@@ -179,23 +177,23 @@ def _read_hub(source: str, text_column: str, split: str, streaming: bool, progre
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"cannot load {source!r}, split {split!r}, which is no local file, as a Hugging Face dataset: {reason}"
+            f"cannot load {source!r}, split {split!r}, which is not a local file, as a Hugging Face dataset: {reason}"
         ) from error
 
 
 def rows_of(
     dataset: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str, progress: Progress | None = None
 ) -> Iterator[str]:
-    """Documents of an open Hugging Face dataset, a stream or not.
+    """Documents of an open Hugging Face dataset, streaming or not.
 
     Args:
         dataset: one split.
-        name: what messages call it.
-        text_column: where rows keep their text.
+        name: its name in error messages.
+        text_column: column that contains the text.
         progress: as in `read_documents`.
 
     Raises:
-        DataError: the column is missing or does not hold text.
+        DataError: the column is missing or does not contain text.
     """
     if dataset.column_names is not None:  # a stream may not know its columns before its first row
         if text_column not in dataset.column_names:
@@ -222,9 +220,9 @@ def _checked(value: Any, where: str, text_column: str) -> str:
     if not value.isascii():
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 can
+        except UnicodeEncodeError as error:  # JSON can encode an unpaired surrogate, UTF-8 cannot
             raise DataError(
-                f"{where}: column {text_column!r} holds half a surrogate pair at character {error.start}; "
+                f"{where}: column {text_column!r} contains an unpaired surrogate at character {error.start}; "
                 "repair the text"
             ) from error
     return value

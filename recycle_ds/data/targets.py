@@ -1,4 +1,4 @@
-"""Which token is read and which is predicted, at every depth: the one place where offsets are decided.
+"""Input and target tokens at every recycle depth. All offsets are defined here.
 
 Shapes: B sequences, S positions, K recycle depth (depth 0 is the backbone).
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Target of a position that no loss counts."""
+"""Target of a position that is excluded from the loss."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What each depth reads and what it should predict.
+    """Inputs and targets of every depth.
 
     At position t (from 0), with x the tokens of one sequence:
 
@@ -25,16 +25,16 @@ class Targets:
     """
 
     inputs: Tensor
-    """[K+1, B, S] int64; 0 where x_{t+k} lies beyond the sample (its target is IGNORE)."""
+    """[K+1, B, S] int64; 0 where x_{t+k} is beyond the sample (its target is IGNORE)."""
     targets: Tensor
-    """[K+1, B, S] int64; IGNORE where the target lies beyond the sample or in another document."""
+    """[K+1, B, S] int64; IGNORE where the target is beyond the sample or in another document."""
 
 
 def make_targets(tokens_BT: Tensor, documents_BT: Tensor, depth: int) -> Targets:
-    """Cut inputs and targets of all depths out of samples of T = S + 1 tokens.
+    """Build inputs and targets of all depths from samples of T = S + 1 tokens.
 
-    A target counts only if x_t .. x_{t+k+1} all exist and belong to one document, so nothing is ever predicted across a
-    document boundary, nor through one.
+    A target counts only if x_t .. x_{t+k+1} all exist and belong to one document, so no prediction crosses a document
+    boundary.
 
     Args:
         tokens_BT: [B, S+1] int64 token ids.
@@ -50,10 +50,10 @@ def make_targets(tokens_BT: Tensor, documents_BT: Tensor, depth: int) -> Targets
         )
     positions = tokens_BT.shape[1] - 1
     if positions < 1 or depth < 0:
-        raise ValueError(f"need at least 2 tokens a sample and depth >= 0, got {positions + 1} tokens, depth {depth}")
-    # Windows of S tokens, one per offset 0 .. K+1: [B, K+2, S]. Padding stands for tokens beyond the sample.
+        raise ValueError(f"need at least 2 tokens per sample and depth >= 0, got {positions + 1} tokens, depth {depth}")
+    # Windows of S tokens, one per offset 0 .. K+1: [B, K+2, S]. Tokens beyond the sample are padding.
     windows = torch.nn.functional.pad(tokens_BT, (0, depth)).unfold(1, positions, 1)
-    # joined[t]: x_t and x_{t+1} are one document; a target at depth k needs the k+1 joints from t on.
+    # joined[t]: x_t and x_{t+1} are in one document; a target at depth k needs joined[t] .. joined[t+k].
     joined = torch.nn.functional.pad(documents_BT[:, 1:] == documents_BT[:, :-1], (0, depth), value=False)
     counted = joined.unfold(1, positions, 1).to(torch.uint8).cumprod(dim=1).bool()
     inputs = windows[:, :-1].transpose(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Token files: Megatron's .bin/.idx pair plus a sidecar .json that says what is inside and which tokenizer made it."""
+"""Token files: Megatron's .bin/.idx pair plus a sidecar .json that records the content and the tokenizer."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ FORMAT_VERSION = 1
 """Version of the sidecar."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-_REMAKE = "make it again with tools/prepare_data.py"
+_REMAKE = "recreate it with tools/prepare_data.py"
 
 TokenArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What `<prefix>.json` records about a pair."""
+    """Content of `<prefix>.json`, which describes a pair."""
 
     tokens: int
     """Tokens in the .bin, end-of-document tokens included."""
     documents: int
-    """Documents in it."""
+    """Documents in the .bin."""
     vocab_size: int
     """Vocabulary of the tokenizer that made it."""
     eos_id: int
@@ -47,7 +47,7 @@ class Sidecar:
     tokenizer_fingerprint: str
     """`Tokenizer.fingerprint` of that tokenizer."""
     source: str
-    """What was tokenised."""
+    """The source that was tokenised."""
     bin_bytes: int
     """Size of the .bin."""
     idx_bytes: int
@@ -55,7 +55,7 @@ class Sidecar:
     bin_sha256: str
     """SHA-256 of the .bin, in hex."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """Settings that it was made with."""
+    """Settings that the pair was made with."""
     format_version: int = FORMAT_VERSION
     """Version of this record."""
 
@@ -66,14 +66,14 @@ def pair_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]] | type[np.signedinteger[Any]]:
-    """Smallest type that Megatron's format has for a vocabulary: uint16 up to 65,536 tokens, else int32."""
+    """Smallest dtype of Megatron's format for a vocabulary: uint16 up to 65,536 tokens, else int32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 class TokenFileWriter:
-    """Writes one pair, document by document, under temporary names; leaving the `with` block well publishes it.
+    """Writes one pair, document by document, under temporary names; a successful `with` block publishes it.
 
-    On any error, Ctrl-C included, the temporary files are removed and what was there before stays.
+    On any error, including Ctrl-C, the temporary files are removed and existing files are kept.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class TokenFileWriter:
         self._builder: Any = None
 
     def __enter__(self) -> TokenFileWriter:
-        return self  # no file yet: one that exists before `__exit__` is sure to be called could stay behind
+        return self  # creates no file: before `__exit__` is certain to run, it could be left behind
 
     def add(self, ids: Sequence[int] | NDArray[Any]) -> None:
-        """Append one document; the end-of-document token is added here. It must hold at least one token."""
+        """Append one document, which must have at least one token; the end-of-document token is added here."""
         document = np.empty(len(ids) + 1, dtype=self._dtype)
         document[:-1], document[-1] = ids, self._tokenizer.eos_id
         self._open().add_document(document, [len(document)])
@@ -110,13 +110,13 @@ class TokenFileWriter:
                 self._publish()
         finally:
             if self._builder is not None:
-                with contextlib.suppress(OSError):  # the disk may be full: the error on its way says so already
+                with contextlib.suppress(OSError):  # the disk may be full: that error is being raised already
                     self._builder.data_file.close()
             for path in self._temporary:
                 path.unlink(missing_ok=True)
 
     def _open(self) -> Any:
-        """Megatron's builder, begun when the first document comes."""
+        """Megatron's builder, created with the first document."""
         if self._builder is None:
             megatron = _megatron()
             self._paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """One flat stream of tokens in stored order, read through a memory map. Made by `open_token_file`."""
+    """One flat stream of tokens in stored order, memory-mapped. Created by `open_token_file`."""
 
     def __init__(self, prefix: str, sidecar: Sidecar) -> None:
         self.prefix = prefix
@@ -156,41 +156,41 @@ class TokenFile:
         index = self._dataset.index
         self._itemsize = int(index.dtype_size)
         pointers, bounds = index.sequence_pointers, index.document_indices
-        # Byte offset of each document; with one sequence a document it stays in the memory map, however long it is.
+        # Byte offset of each document. With one sequence per document, this is a view of the memory map, not a copy.
         self._offsets = pointers if len(pointers) == len(bounds) - 1 else pointers[bounds[:-1]]
 
     def read(self, start: int, count: int) -> tuple[TokenArray, TokenArray]:
-        """Tokens `start` to `start + count` of the stream, across documents.
+        """Read tokens `start` to `start + count` of the stream, across documents.
 
         Returns:
-            [count] int64 token ids, and the ascending positions within them, int64, at which a document begins.
+            [count] int64 token ids, and the ascending positions within them, int64, at which a document starts.
 
         Raises:
             DataError: a token is outside the vocabulary, so the file is damaged.
-            IndexError: the range leaves the stream.
+            IndexError: the range exceeds the stream.
         """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} to {start + count} of {self.prefix}, which has {self.tokens}")
         size = self._itemsize
         tokens = self._dataset.bin_reader.read(dtype=self._dataset.index.dtype, count=count, offset=start * size)
-        ids = tokens.astype(np.int64)  # a copy: the map may be closed while callers still hold it
+        ids = tokens.astype(np.int64)  # a copy: callers may use it after the memory map is closed
         if count and not (ids.max() < self.sidecar.vocab_size and ids.min() >= 0):
             raise DataError(
-                f"{self.prefix}.bin is damaged: it holds tokens from {ids.min()} to {ids.max()}, its vocabulary has "
+                f"{self.prefix}.bin is damaged: it contains tokens from {ids.min()} to {ids.max()}, its vocabulary has "
                 f"{self.sidecar.vocab_size}; {_REMAKE}"
             )
-        # bisect reads log n entries where they lie; numpy's searchsorted would first copy the unaligned map whole.
+        # bisect reads log n entries in place; numpy's searchsorted would first copy the complete unaligned map.
         first = bisect_left(self._offsets, start * size)
         last = bisect_left(self._offsets, (start + count) * size, lo=first)
         return ids, np.asarray(self._offsets[first:last], dtype=np.int64) // size - start
 
 
 def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFile:
-    """Check a pair and its sidecar against each other and against the tokenizer, then map it.
+    """Check a pair and its sidecar against each other and against the tokenizer, then memory-map the pair.
 
     Raises:
-        DataError: a file is missing, truncated, not what it should be, empty, or of another tokenizer than `tokenizer`
-            (None: any tokenizer will do).
+        DataError: a file is missing, truncated, invalid or empty, or was made with another tokenizer than `tokenizer`
+            (None accepts any tokenizer).
     """
     bin_path, idx_path, sidecar_path = pair_paths(prefix)
     for path in (bin_path, idx_path, sidecar_path):
@@ -201,7 +201,7 @@ def open_token_file(prefix: str | Path, tokenizer: Tokenizer | None) -> TokenFil
     if (sidecar.tokens, sidecar.documents) != (tokens, documents) or sidecar.bin_bytes != bin_path.stat().st_size:
         raise DataError(
             f"{sidecar_path} records {sidecar.tokens} tokens in {sidecar.documents} documents, the pair beside it "
-            f"holds {tokens} in {documents}; {_REMAKE}"
+            f"has {tokens} in {documents}; {_REMAKE}"
         )
     if tokenizer is not None and sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -220,7 +220,7 @@ def read_sidecar(prefix: str | Path) -> Sidecar:
     """Read `<prefix>.json`.
 
     Raises:
-        DataError: it cannot be read, or is not such a record.
+        DataError: it cannot be read, or is not a valid sidecar.
     """
     path = pair_paths(prefix)[2]
     try:
@@ -235,13 +235,13 @@ def read_sidecar(prefix: str | Path) -> Sidecar:
         kind = kinds.get(str(entry.type), dict)
         if not isinstance(content.get(entry.name), kind):
             raise DataError(
-                f"{path}: {entry.name} must be a {kind.__name__}, not {content.get(entry.name)!r}; {_REMAKE}"
+                f"{path}: {entry.name} must be of type {kind.__name__}, not {content.get(entry.name)!r}; {_REMAKE}"
             )
     return Sidecar(**{entry.name: content[entry.name] for entry in fields(Sidecar)})
 
 
 def _check_index(bin_path: Path, idx_path: Path) -> tuple[int, int]:
-    """Tokens and documents of a pair, after checking header and sizes without reading more than the index's ends."""
+    """Numbers of tokens and documents of a pair. Checks header and sizes; reads only both ends of the index."""
     dtypes = _megatron().DType
     idx_bytes, bin_bytes = idx_path.stat().st_size, bin_path.stat().st_size
     with open(idx_path, "rb") as stream:
@@ -255,13 +255,13 @@ def _check_index(bin_path: Path, idx_path: Path) -> tuple[int, int]:
         _, version, code, sequences, bounds = _HEADER.unpack(header)
         if version != 1 or code not in {kind.value for kind in dtypes}:
             raise DataError(
-                f"{idx_path} has index version {version} and dtype code {code}, which are unknown; {_REMAKE}"
+                f"{idx_path} has index version {version} and dtype code {code}, which are not supported; {_REMAKE}"
             )
         expected = _HEADER.size + 12 * sequences + 8 * bounds
         if idx_bytes != expected:
-            raise DataError(f"{idx_path} is truncated: {idx_bytes} bytes, its header announces {expected}; {_REMAKE}")
+            raise DataError(f"{idx_path} is truncated: {idx_bytes} bytes, its header specifies {expected}; {_REMAKE}")
         if not sequences or not bin_bytes:
-            raise DataError(f"{bin_path} holds no tokens; {_REMAKE} from a source that is not empty")
+            raise DataError(f"{bin_path} contains no tokens; {_REMAKE} from a source that is not empty")
         stream.seek(_HEADER.size + 4 * (sequences - 1))
         (last_length,) = struct.unpack("<i", stream.read(4))
         stream.seek(_HEADER.size + 12 * sequences - 8)
@@ -277,7 +277,7 @@ def _check_index(bin_path: Path, idx_path: Path) -> tuple[int, int]:
 
 
 def _megatron() -> Any:
-    """Megatron's token file module, imported when first needed: it takes seconds and pulls in torch."""
+    """Megatron's token file module, imported on first use: the import takes seconds and loads torch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         from megatron.core.datasets import indexed_dataset

@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` library: loading, training, fingerprints, streams of text."""
+"""Tokenizers of the `tokenizers` library: loading, training, fingerprints, encoding, incremental decoding."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tokenizers
 
 from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.interruptible import call_interruptibly
 
 END_OF_TEXT = "<|endoftext|>"
 """End-of-document token of the tokenizers trained here."""
@@ -23,32 +24,32 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer: vocabulary, merges, and the ids that begin and end a document."""
+    """A Hugging Face fast tokenizer: vocabulary, merges, and the ids that start and end a document."""
 
     def __init__(self, tokenizer_json: str, config: dict[str, Any] | None = None, *, name: str = "tokenizer") -> None:
         """Build from the content of a tokenizer.json and, if there is one, of the tokenizer_config.json beside it.
 
         Args:
             tokenizer_json: the file's text. It is kept, and `save` writes it back unchanged.
-            config: names the end and beginning tokens (`eos_token`, `bos_token`); other keys are only carried along.
-            name: what messages call this tokenizer.
+            config: names the end and start tokens (`eos_token`, `bos_token`); other keys are kept unchanged.
+            name: name of this tokenizer in error messages.
 
         Raises:
-            DataError: it is no tokenizer, or has no token that ends a document.
+            DataError: it is not a tokenizer, or has no end-of-document token.
         """
         try:
             content = json.loads(tokenizer_json)
             tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises plain Exception for everything it cannot read
-            raise DataError(f"{name} is not a tokenizer.json that can be read: {_one_line(error)}") from error
+            raise DataError(f"{name} is not a valid tokenizer.json: {_one_line(error)}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.name = name
         self._json, self._config, self._tokenizer = tokenizer_json, dict(config or {}), tokenizer
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        """Ids run from 0 to this minus one, added tokens included."""
+        """Ids range from 0 to this minus one, including added tokens."""
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
-        """Ids that are marks (end of text, roles of a chat), not text."""
+        """Ids of special tokens (end of text, chat roles), which are not text."""
         eos_id = self._special("eos_token", _KNOWN_EOS)
         if eos_id is None:
             raise DataError(
@@ -58,8 +59,8 @@ class Tokenizer:
         self.eos_id: int = eos_id
         """Token that ends a document."""
         self.bos_id = self._special("bos_token", _KNOWN_BOS)
-        """Token that begins a document, or None."""
-        # How a batch is cut and padded changes no id, so it does not tell tokenizers apart.
+        """Token that starts a document, or None."""
+        # Truncation and padding change no id, so the fingerprint ignores them.
         identity = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         self.fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
@@ -86,7 +87,7 @@ class Tokenizer:
                 f"cannot read the tokenizer {file} and its tokenizer_config.json: {_one_line(error)}"
             ) from error
         if not isinstance(config, dict):
-            raise DataError(f"{config_file} must hold a JSON object, not a {type(config).__name__}")
+            raise DataError(f"{config_file} must contain a JSON object, not a {type(config).__name__}")
         return cls(text, config, name=str(file))
 
     @classmethod
@@ -95,14 +96,14 @@ class Tokenizer:
 
         Args:
             texts: documents, read once.
-            vocab_size: tokens wanted, at least 257: every byte, and the end of text.
+            vocab_size: number of tokens, at least 257: all bytes and the end of text.
 
         Raises:
-            DataError: `vocab_size` is too small, or larger than the text can fill.
+            DataError: `vocab_size` is too small, or larger than the text allows.
         """
         smallest = _BYTES + 1
         if vocab_size < smallest:
-            raise DataError(f"a byte-level vocabulary needs at least {smallest} tokens, not {vocab_size}; ask for more")
+            raise DataError(f"a byte-level vocabulary needs at least {smallest} tokens, not {vocab_size}; increase it")
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -112,11 +113,11 @@ class Tokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        call_interruptibly(lambda: tokenizer.train_from_iterator(texts, trainer))
         if tokenizer.get_vocab_size() < vocab_size:
             raise DataError(
-                f"the text fills a vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
-                "ask for fewer, or give more text"
+                f"the text yields a vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
+                "reduce the vocabulary size, or give more text"
             )
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": None}
         return cls(tokenizer.to_str(pretty=True), config, name="the trained tokenizer")
@@ -126,10 +127,10 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, in order, worked on by as many threads as the library takes.
+        """Ids of several texts, in order, computed with the library's threads.
 
         Raises:
-            DataError: a text cannot be expressed (a vocabulary without bytes and without an unknown token).
+            DataError: a text cannot be encoded (the vocabulary has neither bytes nor an unknown token).
         """
         try:
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -142,7 +143,7 @@ class Tokenizer:
         return text
 
     def to_json(self) -> str:
-        """Content of the tokenizer.json: what another process needs to build this tokenizer."""
+        """Content of the tokenizer.json, from which another process can build this tokenizer."""
         return self._json
 
     @property
@@ -151,7 +152,7 @@ class Tokenizer:
         return dict(self._config)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (unchanged, so the fingerprint stays) and tokenizer_config.json, each whole or not."""
+        """Write tokenizer.json (unchanged, so the fingerprint stays the same) and tokenizer_config.json, each atomically."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         config = {"eos_token": self._tokenizer.id_to_token(self.eos_id), **self._config}
@@ -159,12 +160,12 @@ class Tokenizer:
         write_atomically(target / "tokenizer.json", self._json)
 
     def _special(self, key: str, known: Sequence[str]) -> int | None:
-        """Id of the token the configuration names, else of the first well-known one; None if there is neither."""
+        """Id of the token named in the configuration, else of the first well-known one; None if there is neither."""
         if key in self._config:
             entry = self._config[key]
             token = entry.get("content") if isinstance(entry, dict) else entry
             if token is None and key == "bos_token":
-                return None  # said outright: documents have no beginning token
+                return None  # explicitly configured: documents have no start token
             if token is not None:
                 found = self._tokenizer.token_to_id(str(token))
                 if found is None:
@@ -177,28 +178,28 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of a growing sequence of tokens, a piece at a time, each piece fit to print at once.
+    """Decodes a growing sequence of tokens into pieces of text that can be printed immediately.
 
-    The pieces joined are `decode` of all ids. Ids are decoded together with those of the last piece, because decoders
-    treat the first token of what they get differently (SentencePiece drops its leading space).
+    The concatenated pieces equal `decode` of all ids. Ids are decoded together with those of the previous piece, because
+    decoders treat the first token of their input differently (SentencePiece drops its leading space).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._context: list[int] = []  # ids of the last piece, printed in full
-        self._pending: list[int] = []  # ids since
+        self._context: list[int] = []  # ids of the last piece, returned completely
+        self._pending: list[int] = []  # ids after those
         self._shown = 0  # characters of the pending ids' text already returned
 
     def feed(self, token_id: int) -> str:
-        """Take one more id and return the text that it completes: none inside a character of several bytes."""
+        """Add one id and return the text that it completes; empty inside a multi-byte character."""
         if self._skip and token_id in self._tokenizer.special_ids:
-            return ""  # as in decode: dropped before its neighbours are looked at
+            return ""  # as in decode: dropped before its neighbours are decoded
         self._pending.append(token_id)
         text = self._pending_text()
         held = len(text) - len(text.rstrip(_REPLACEMENT))
-        # A trailing U+FFFD may be the beginning of a character. When four tokens did not complete it, it is not (or was
-        # meant), and only as many are held back as could still begin another one.
+        # A trailing U+FFFD may be the start of a character. If four tokens did not complete it, it is not (or the text
+        # contains U+FFFD), and only as many are held back as could still start another character.
         if len(self._pending) > _LONGEST_CHARACTER:
             held = min(held, _LONGEST_CHARACTER - 1)
         end = len(text) - held
@@ -209,7 +210,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Return what was held back, at the end of the text, and start anew."""
+        """Return the text held back, at the end of the sequence, and reset the stream."""
         piece = self._pending_text()[self._shown :]
         self._context, self._pending, self._shown = [], [], 0
         return piece

@@ -1,4 +1,4 @@
-"""Perplexity of the backbone, and losses and acceptance of the recycle module by depth, over whole documents."""
+"""Perplexity of the backbone, and losses and acceptance of the recycle module by depth, over complete documents."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Evaluation:
 def evaluate_documents(
     model: RecycleGPT, documents: Iterable[list[int]], eos: int, seq_length: int, batch_size: int
 ) -> Evaluation:
-    """Evaluates documents (token ids) packed one after another, each closed by `eos`, as in training.
+    """Evaluates documents (token ids), each terminated by `eos` and packed as in training.
 
-    Every token but the first of a sequence is predicted exactly once: sequences overlap by one token.
-    Raises EvaluationError where there is nothing to predict.
+    Every token except the first of a document is predicted exactly once: packed sequences overlap by one token.
+    Raises EvaluationError when there is nothing to predict.
     """
     device = next(model.parameters()).device
     totals: Tensor | None = None
@@ -58,7 +58,7 @@ def evaluate_documents(
 
 
 def _sequences(documents: Iterable[list[int]], eos: int, seq_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(tokens, document numbers) of S + 1 tokens each, the last one shorter."""
+    """Yields (tokens, document indices) of S + 1 tokens each; the last pair may be shorter."""
     tokens: list[int] = []
     numbers: list[int] = []
     for number, document in enumerate(documents):
@@ -72,7 +72,7 @@ def _sequences(documents: Iterable[list[int]], eos: int, seq_length: int) -> Ite
 
 
 def _batches(sequences: Iterator[tuple[list[int], list[int]]], size: int, depth: int) -> Iterator[Batch]:
-    """Batches of full sequences; a shorter last one makes a batch of its own."""
+    """Batches of full sequences; a shorter last sequence gets its own batch."""
     while chunk := list(islice(sequences, size)):
         full = [pair for pair in chunk if len(pair[0]) == len(chunk[0][0])]
         for rows in (full, chunk[len(full) :]):
@@ -84,10 +84,10 @@ def _batch(rows: list[tuple[list[int], list[int]]], depth: int) -> Batch:
     tokens = torch.tensor([pair[0] for pair in rows])
     numbers = torch.tensor([pair[1] for pair in rows])
     numbers = numbers - numbers[:, :1]
-    places = torch.arange(tokens.shape[1])
+    indices = torch.arange(tokens.shape[1])
     starts = torch.zeros_like(tokens)
-    starts[:, 1:] = torch.where(numbers[:, 1:] != numbers[:, :-1], places[1:], 0)
-    positions = places - starts.cummax(dim=1).values
+    starts[:, 1:] = torch.where(numbers[:, 1:] != numbers[:, :-1], indices[1:], 0)
+    positions = indices - starts.cummax(dim=1).values
     targets = make_targets(tokens, numbers, depth)
     return Batch(
         tokens_BS=targets.inputs[0],

@@ -1,4 +1,4 @@
-"""Decoding at a terminal: text as it is produced, recycled tokens in colour, a line of figures."""
+"""Terminal output of decoding: streamed text, recycled tokens in colour, a line of figures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MEANINGS = {"verified": "green: accepted drafts", "alternate": "yellow: recycle
 
 
 class TokenPrinter:
-    """Turns tokens into text, cut before the first stop string, and prints it as it comes.
+    """Detokenises tokens, cuts the text before the first stop string, and prints it as it is produced.
 
-    eos_ids: tokens that are not part of the text. out: where to print, None to collect only. colour: whether tokens of
-    the recycle module are coloured, by the meaning they have in `mode`.
+    eos_ids: tokens that are not part of the text. out: stream to print to; None only collects the text. colour: whether
+    tokens of the recycle module are coloured, by their meaning in `mode`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TokenPrinter:
         self._filter = TextFilter(source, stop)
         self._eos_ids = eos_ids
         self._out = out
-        self._paint = _COLOURS.get(mode, "") if colour else ""
+        self._colour_code = _COLOURS.get(mode, "") if colour else ""
         self._text: list[str] = []
 
     @property
@@ -45,7 +45,7 @@ class TokenPrinter:
         return "".join(self._text)
 
     def feed(self, ids: Sequence[int], recycled: Sequence[bool]) -> None:
-        """Prints what these tokens make certain. An `on_tokens` callback of the decoder."""
+        """Prints the text that these tokens complete and no stop string can cut. An `on_tokens` callback of the decoder."""
         pieces: list[tuple[str, bool]] = []
         for token_id, is_recycled in zip(ids, recycled, strict=True):
             if token_id not in self._eos_ids:
@@ -53,7 +53,7 @@ class TokenPrinter:
         self._print(pieces)
 
     def finish(self) -> None:
-        """Prints what was held back; to be called once, at the end."""
+        """Prints the text held back. To be called once, at the end."""
         self._print(self._filter.flush())
 
     def _print(self, pieces: Sequence[tuple[str, bool]]) -> None:
@@ -61,12 +61,12 @@ class TokenPrinter:
         if self._out is None or not pieces:
             return
         for text, is_recycled in pieces:
-            self._out.write(f"{self._paint}{text}{_RESET}" if is_recycled and self._paint else text)
+            self._out.write(f"{self._colour_code}{text}{_RESET}" if is_recycled and self._colour_code else text)
         self._out.flush()
 
 
 def wants_colour(out: TextIO) -> bool:
-    """Whether `out` is a terminal that shows colours (see no-color.org)."""
+    """Whether `out` is a terminal with colours enabled (see no-color.org)."""
     return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -87,14 +87,16 @@ def figures_line(generation: Generation, mode: str, coloured: bool = False) -> s
 
 @contextmanager
 def private_stdout() -> Iterator[TextIO]:
-    """Gives stdout to the caller alone: what anything else writes there meanwhile, C libraries too, goes to stderr."""
+    """Reserves stdout for the caller: all other output to it, including that of C libraries, is redirected to stderr."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(kept), "w", encoding=sys.stdout.encoding, errors="backslashreplace", newline="") as out:
+        with os.fdopen(
+            os.dup(saved_fd), "w", encoding=sys.stdout.encoding, errors="backslashreplace", newline=""
+        ) as out:
             yield out
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved_fd, 1)
+        os.close(saved_fd)

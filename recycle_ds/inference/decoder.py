@@ -1,13 +1,12 @@
-"""Decoding of one stream in the three modes of RecycleGPT (arXiv 2308.03421): autoregressive, alternate, verified.
+"""Decodes one sequence in one of the three modes of RecycleGPT (arXiv 2308.03421): autoregressive, alternate, verified.
 
-The modes differ only in the loops below; choosing a token, reading tokens and ending a generation are shared, so that
-`verified` ends where `autoregressive` ends. Shapes: W = 1 + drafts, the width of a full call; see drafting.py for
+The modes differ only in the loops below. Token selection, backbone calls and stop conditions are shared, so that
+`verified` ends at the same token as `autoregressive`. Shapes: T positions, B = 1, D hidden width; see drafting.py for
 offsets.
 """
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,23 +14,22 @@ import torch
 
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
+from recycle_ds.inference.parameters import TokenSampling, check_mode, check_stop_strings
 from recycle_ds.inference.protocol import DecodableModel, TextSource
 from recycle_ds.inference.speculation import draft_length
 from recycle_ds.inference.speculation.drafting import Drafts
-from recycle_ds.inference.speculation.sampling import SamplingParams
-from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter, check_stop_strings
+from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
 from recycle_ds.inference.stream import OnTokens, Stream
 
-MODES = ("autoregressive", "alternate", "verified")
-_GREEDY = SamplingParams()
+_GREEDY = TokenSampling()
 _NO_DRAFTS = Drafts(0, None)
 
 
 class Decoder:
-    """Decodes prompts with one model, one at a time. What it learns about draft lengths serves later prompts.
+    """Decodes prompts with one model, one at a time. Statistics for the draft length carry over to later prompts.
 
-    eos_id: token or tokens that end a sequence. text_source: makes a fresh detokeniser; needed for stop strings only.
-    clock: seconds, monotonic; the only source of time.
+    eos_id: end-of-sequence token or tokens. text_source: creates a new detokeniser; needed for stop strings only.
+    clock: monotonic clock, in seconds, used for all timings.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Decoder:
         self,
         prompt_ids: Sequence[int],
         mode: str = "verified",
-        params: SamplingParams = _GREEDY,
+        params: TokenSampling = _GREEDY,
         *,
         max_new_tokens: int,
         draft_tokens: int | None = None,
@@ -60,10 +58,10 @@ class Decoder:
     ) -> Generation:
         """Continues a prompt.
 
-        draft_tokens: recycled tokens per full call. None is 1 in `alternate` (the paper) and adapts in `verified`: to
-        measured cost and acceptance, or to acceptance alone when a seed asks for repeatable sampling, since timing is
-        not repeatable.
-        on_tokens: called with each cycle's new ids and, for each, whether it was recycled.
+        draft_tokens: draft tokens per full call. None means 1 in `alternate` (as in the paper) and adaptive in `verified`:
+        chosen from measured cost and acceptance, or from acceptance only when sampling with a seed, because timings are
+        not reproducible.
+        on_tokens: called in each cycle with the new ids and, for each id, whether it was recycled.
 
         Raises DecodingError for a request that cannot be decoded, DecodingInterrupted on Ctrl-C.
         """
@@ -116,13 +114,13 @@ class Decoder:
             raise DecodingError("the prompt is empty: give at least one token")
         if len(prompt_ids) >= model.max_positions:
             raise DecodingError(
-                f"the prompt has {len(prompt_ids)} tokens, the model's context holds {model.max_positions}, a new one "
-                f"included: shorten the prompt to at most {model.max_positions - 1} tokens"
+                f"the prompt has {len(prompt_ids)} tokens, the model's context holds {model.max_positions}, "
+                f"including one new token: shorten the prompt to at most {model.max_positions - 1} tokens"
             )
         wrong = [token for token in prompt_ids if not 0 <= token < model.vocab_size]
         if wrong:
             raise DecodingError(
-                f"the prompt has the token {wrong[0]}, outside the model's vocabulary of {model.vocab_size}: "
+                f"the prompt contains the token {wrong[0]}, outside the model's vocabulary of {model.vocab_size}: "
                 "encode it with the model's own tokenizer"
             )
         check_stop_strings(stop)
@@ -138,58 +136,50 @@ class Decoder:
         return StopCondition(self._eos_ids, min(max_new_tokens, room), reason, text)
 
 
-def check_mode(mode: str) -> None:
-    """Raises DecodingError for an unknown decoding mode, naming the valid ones and the nearest."""
-    if mode not in MODES:
-        near = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise DecodingError(f"mode={mode!r}: must be one of {', '.join(MODES)}{hint}")
-
-
 def _autoregressive(stream: Stream) -> None:
-    """One full call per token; the module is not run."""
-    while stream.open:
-        stream.keep([stream.choose(stream.read(stream.length))], [False])
+    """One full call per token, without the recycle module."""
+    while stream.running:
+        stream.keep([stream.next_token(stream.read(stream.length))], [False])
 
 
 def _alternate(stream: Stream, draft_tokens: int) -> None:
-    """The paper's mode: recycled tokens are kept as they are; a full call reads them and adds a token of its own."""
-    while stream.open:
-        drafts = stream.chain.draft(stream.length, min(draft_tokens, stream.stopping.remaining))
+    """The paper's mode: recycled tokens are kept without verification. The next full call reads them and adds one token."""
+    while stream.running:
+        drafts = stream.drafter.draft(stream.length, min(draft_tokens, stream.stopping.remaining))
         stream.tally.add(drafts.count, 0, 0)
-        stream.keep(stream.ids(drafts.count), [True] * drafts.count)
-        if not stream.open:
+        stream.keep(stream.draft_ids(drafts.count), [True] * drafts.count)
+        if not stream.running:
             return
         hidden_TBD = stream.read(stream.length)
-        stream.chain.add(hidden_TBD)
-        stream.keep([stream.choose(hidden_TBD)], [False])
+        stream.drafter.add(hidden_TBD)
+        stream.keep([stream.next_token(hidden_TBD)], [False])
 
 
 def _verified(stream: Stream, draft_tokens: int) -> None:
-    """Drafts of one length; the full call that reads them judges them."""
-    while stream.open:
-        # The full call adds a token of its own: drafting the last token allowed would be in vain.
+    """Drafts of fixed length, verified by one full call per cycle."""
+    while stream.running:
+        # The full call itself adds one token, so a draft of the last allowed token would never be used.
         count = min(draft_tokens, stream.stopping.remaining - 1)
-        stream.judge(stream.chain.draft(stream.length, count) if count else _NO_DRAFTS)
+        stream.verify(stream.drafter.draft(stream.length, count) if count else _NO_DRAFTS)
 
 
 def _verified_adaptive(
     stream: Stream, statistics: draft_length.DraftStatistics, clock: Callable[[], float]
 ) -> draft_length.DraftStatistics:
-    """The same with lengths chosen cycle by cycle. Returns what was learnt."""
-    while stream.open:
+    """Verified decoding with the draft length chosen in each cycle. Returns the updated statistics."""
+    while stream.running:
         count = draft_length.choose(statistics, stream.stopping.remaining - 1)
-        # After a stretch without drafts the module reads all of it at once: not the cost of a call to come.
-        usual = stream.chain.pending <= statistics.max_draft + 1
+        # After cycles without drafts, one module call reads all skipped positions: its cost is not representative.
+        representative = stream.drafter.pending <= statistics.max_draft + 1
         start = clock()
-        drafts = stream.chain.draft(stream.length, count) if count else _NO_DRAFTS
+        drafts = stream.drafter.draft(stream.length, count) if count else _NO_DRAFTS
         if statistics.measured:
             stream.wait()
-        middle = clock()
-        tested, accepted = stream.judge(drafts)
+        drafted_at = clock()
+        tested, accepted = stream.verify(drafts)
         if statistics.measured:
-            module = (middle - start) / drafts.count if drafts.count and usual else None
-            full = clock() - middle
+            module = (drafted_at - start) / drafts.count if drafts.count and representative else None
+            full = clock() - drafted_at
         else:
             module = full = None
         statistics = draft_length.update(statistics, drafts.count, tested, accepted, full, module)

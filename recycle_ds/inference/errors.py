@@ -1,4 +1,4 @@
-"""Errors of decoding that a person at the terminal can cause."""
+"""Decoding errors caused by user input."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from recycle_ds.config import RecycleError
 
 
 class DecodingError(RecycleError):
-    """A request that cannot be decoded as written. One line: the value, the limit and the fix."""
+    """A request that is invalid or cannot be decoded. The message is one line: the value, the limit and the fix."""

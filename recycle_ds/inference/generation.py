@@ -1,4 +1,4 @@
-"""What a generation produced, and what it cost."""
+"""The result of a generation: tokens, counts and timings."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ class Generation:
     """The outcome of `Decoder.generate`.
 
     Speeds exclude the prefill, which ends with the first token: `tokens_per_second` is the number of tokens *after the
-    first* over `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens and all
-    full calls, the prefill among both: exactly 1 for `autoregressive`.
+    first* divided by `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens and
+    all full calls, including the prefill: exactly 1 for `autoregressive`.
     """
 
     token_ids: tuple[int, ...]
-    """New tokens. An end-of-sequence token is the last of them; so are the tokens that completed a stop string."""
+    """New tokens, including a final end-of-sequence token and the tokens that completed a stop string."""
     recycled: tuple[bool, ...]
     """Per token: whether the recycle module produced it (an accepted draft, or an unverified token of `alternate`)."""
     finish_reason: FinishReason
     prompt_tokens: int
     full_calls: int
-    """Calls of the backbone, the prefill included."""
+    """Calls of the backbone, including the prefill."""
     module_calls: int
-    """Calls of the recycle module, the prompt's included."""
+    """Calls of the recycle module, including the one over the prompt."""
     drafted: tuple[int, ...]
-    """Tokens the module proposed, by draft position (`alternate` keeps them all, `verified` judges them)."""
+    """Draft tokens proposed by the module, by draft position (`alternate` keeps them all, `verified` verifies them)."""
     tested: tuple[int, ...]
-    """`verified`: drafts judged, by position: those whose predecessors had all been accepted."""
+    """`verified`: drafts verified, by position: those whose predecessors were all accepted."""
     accepted: tuple[int, ...]
     """`verified`: drafts accepted, by position."""
     prefill_seconds: float
-    """From the start to the first token; in the modes with drafts, the module's pass over the prompt included."""
+    """From the start to the first token; in the modes with drafts, including the module's pass over the prompt."""
     decode_seconds: float
     """From the first token to the last."""
 
     @property
     def acceptance(self) -> list[float]:
-        """Probability that draft i is accepted given that all before it were; ends where no draft was judged."""
+        """Acceptance rate by draft position, given that all earlier drafts were accepted. Omits positions never verified."""
         return [accepted / tested for accepted, tested in zip(self.accepted, self.tested, strict=True) if tested]
 
     @property
@@ -53,7 +53,7 @@ class Generation:
         return (len(self.token_ids) - 1) / self.decode_seconds if len(self.token_ids) > 1 else 0.0
 
     def figures(self) -> dict[str, object]:
-        """Everything but the tokens, for JSON."""
+        """All figures without the tokens, for JSON."""
         return {
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
@@ -74,14 +74,14 @@ class Generation:
 
 @dataclass
 class Tally:
-    """Counts by draft position, growing with the longest draft seen."""
+    """Counts by draft position. The lists grow to the longest draft seen."""
 
     drafted: list[int] = field(default_factory=list)
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
     def add(self, drafted: int, tested: int, accepted: int) -> None:
-        """Adds a cycle: its first `drafted`, `tested`, `accepted` positions."""
+        """Adds one cycle: increments the first `drafted`, `tested` and `accepted` positions."""
         for counts, number in ((self.drafted, drafted), (self.tested, tested), (self.accepted, accepted)):
             counts.extend([0] * (drafted - len(counts)))
             for position in range(number):
@@ -89,7 +89,7 @@ class Tally:
 
 
 class DecodingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during decoding. It behaves like any KeyboardInterrupt and carries what had been produced by then."""
+    """Ctrl-C during decoding: a KeyboardInterrupt that carries the partial result."""
 
     def __init__(self, generation: Generation) -> None:
         super().__init__("decoding was interrupted")

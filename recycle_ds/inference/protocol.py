@@ -1,4 +1,4 @@
-"""What decoding needs of a model and of a tokenizer, and nothing more.
+"""The model and tokenizer interfaces that decoding requires.
 
 Shapes: T new tokens, B sequences, D hidden width, V vocabulary. Hidden states are time-major, as in the model.
 """
@@ -13,33 +13,33 @@ from torch.nn import Parameter
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of one stack of blocks."""
+    """KV cache of one stack of transformer blocks."""
 
     @property
     def length(self) -> int:
-        """Entries held; the next one gets this position."""
+        """Number of entries; the next entry gets this position."""
 
     def truncate(self, length: int) -> None:
-        """Forgets every entry from position `length` on."""
+        """Drops all entries from position `length` on."""
 
 
 class DecodingCache(Protocol):
-    """The caches of backbone and recycle module: entry p of the module's is made of (h_p, E x_{p+1})."""
+    """KV caches of backbone and recycle module. Entry p of the module's cache is computed from (h_p, E x_{p+1})."""
 
     @property
     def backbone(self) -> KeyValueCache:
-        """One entry per token read by the backbone."""
+        """One entry per token that the backbone has processed."""
 
     @property
     def recycle(self) -> KeyValueCache:
-        """One entry per position read by the recycle module."""
+        """One entry per position that the recycle module has processed."""
 
 
 CacheT = TypeVar("CacheT", bound=DecodingCache)
 
 
 class DecodableModel(Protocol[CacheT]):
-    """A backbone with, possibly, a recycle module. Its cache is its own kind: callers only hand it back."""
+    """A backbone with an optional recycle module. The cache type is opaque: callers only pass it back to the model."""
 
     @property
     def recycle_layers(self) -> int:
@@ -47,33 +47,33 @@ class DecodableModel(Protocol[CacheT]):
 
     @property
     def max_positions(self) -> int:
-        """Longest context, in tokens."""
+        """Maximum context length, in tokens."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary, without padding."""
+        """Vocabulary size, without padding."""
 
     def parameters(self) -> Iterator[Parameter]:
-        """Weights; the first one's device is where tokens must be."""
+        """Weights. Input tokens must be on the device of the first one."""
 
     def new_cache(self, batch_size: int, capacity: int) -> CacheT:
         """Empty caches with room for `capacity` positions."""
 
     def decode(self, tokens_BT: Tensor, cache: CacheT) -> Tensor:
-        """Runs the backbone on T new tokens, appends them to cache.backbone, returns h_TBD, after the final norm."""
+        """Runs the backbone on T new tokens and appends them to cache.backbone. Returns h_TBD, after the final norm."""
 
     def recycle_decode(self, hidden_TBD: Tensor, next_tokens_BT: Tensor, cache: CacheT) -> Tensor:
-        """Runs the module on T entries (h_p, x_{p+1}), which join cache.recycle. Returns r_TBD, r_p for x_{p+2}."""
+        """Runs the module on T entries (h_p, x_{p+1}), appended to cache.recycle. Returns r_TBD; r_p predicts x_{p+2}."""
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
-        """The shared head: fp32 logits_TBV over the true vocabulary."""
+        """Applies the shared head: fp32 logits_TBV over the vocabulary, without padding."""
 
 
 class TextSource(Protocol):
-    """Turns token ids into text one at a time; a character spread over tokens appears with its last token."""
+    """Incremental detokeniser. A character that spans several tokens is returned with the last of them."""
 
     def feed(self, token_id: int, /) -> str:
-        """The text that this token completes, possibly empty."""
+        """Returns the text that this token completes, possibly empty."""
 
     def flush(self) -> str:
-        """What was still held back, at the end of a text."""
+        """Returns the text still held back. To be called at the end of the sequence."""

@@ -1,4 +1,4 @@
-"""What the command line asks of a decoder: a prompt continued on the terminal or as JSON, or one of many as a record."""
+"""Decoding requests of the command line: one prompt, printed as text or JSON, or one of many, returned as a record."""
 
 from __future__ import annotations
 
@@ -7,61 +7,48 @@ import sys
 from dataclasses import asdict, replace
 from typing import TextIO
 
-from recycle_ds.checkpoint import LoadedModel
+from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import TextStream
 from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colour
-from recycle_ds.inference.decoder import check_mode
-from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
-from recycle_ds.inference.loading import check_runtime, decoder_of, load
-from recycle_ds.inference.speculation.sampling import SamplingParams
-from recycle_ds.inference.speculation.stopping import check_stop_strings
+from recycle_ds.inference.loading import decoder_of, load
+from recycle_ds.inference.parameters import SamplingParams, check_mode, check_runtime
 
 
 class Request:
-    """One prompt to continue, as asked for on the command line."""
+    """A decoding request of the command line. prompt: the text to continue; "" for many prompts, see `record_of_one`."""
 
     def __init__(
-        self,
-        model: str,
-        prompt: str,
-        mode: str,
-        max_new_tokens: int,
-        draft_tokens: int | None,
-        dtype: str,
-        params: SamplingParams,
-        stop: tuple[str, ...],
-        threads: int | None,
+        self, model: str, prompt: str, mode: str, dtype: str, params: SamplingParams, threads: int | None
     ) -> None:
-        """Raises DecodingError for what can be seen without the model, which may take long to load."""
+        """Checks what can be checked before the model is loaded, which may take long. Raises DecodingError."""
         check_mode(mode)
-        check_stop_strings(stop)
         check_runtime(dtype, threads)
-        if max_new_tokens < 1:
-            raise DecodingError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         self.model, self.prompt, self.mode, self.dtype, self.threads = model, prompt, mode, dtype, threads
-        self.max_new_tokens, self.draft_tokens, self.params, self.stop = max_new_tokens, draft_tokens, params, stop
+        self.params = params
 
     def run(self, out: TextIO, as_json: bool) -> bool:
-        """Decodes and prints. Returns whether Ctrl-C cut it short."""
+        """Decodes and prints. Returns whether Ctrl-C interrupted it."""
         loaded = load(self.model, self.dtype, self.threads)
         tokenizer = loaded.tokenizer
         colour = not as_json and wants_colour(out)
         eos_ids = frozenset({tokenizer.eos_id})
-        printer = TokenPrinter(TextStream(tokenizer), self.stop, eos_ids, self.mode, None if as_json else out, colour)
+        printer = TokenPrinter(
+            TextStream(tokenizer), self.params.stop, eos_ids, self.mode, None if as_json else out, colour
+        )
         interrupted = False
         try:
             generation = decoder_of(loaded).generate(
                 tokenizer.encode(self.prompt),
                 self.mode,
                 self.params,
-                max_new_tokens=self.max_new_tokens,
-                draft_tokens=self.draft_tokens,
-                stop=self.stop,
+                max_new_tokens=self.params.max_new_tokens,
+                draft_tokens=self.params.draft_tokens,
+                stop=self.params.stop,
                 on_tokens=printer.feed,
             )
-        except DecodingInterrupted as cut:
-            generation, interrupted = cut.generation, True
+        except DecodingInterrupted as interrupt:
+            generation, interrupted = interrupt.generation, True
         printer.finish()
         if as_json:
             out.write(json.dumps(self._record(generation, printer), ensure_ascii=False) + "\n")
@@ -72,17 +59,18 @@ class Request:
         return interrupted
 
     def record_of_one(self, loaded: LoadedModel, prompt: str, seed_offset: int) -> dict[str, object]:
-        """Decodes a prompt silently. A seed is moved by `seed_offset`, so that prompts draw apart and in no order."""
+        """Decodes a prompt without printing. `seed_offset` is added to the seed, so that every prompt has its own random
+        numbers, independent of the order of the prompts."""
         tokenizer, seed = loaded.tokenizer, self.params.seed
         params = self.params if seed is None else replace(self.params, seed=seed + seed_offset)
-        printer = TokenPrinter(TextStream(tokenizer), self.stop, frozenset({tokenizer.eos_id}), self.mode, None)
+        printer = TokenPrinter(TextStream(tokenizer), self.params.stop, frozenset({tokenizer.eos_id}), self.mode, None)
         generation = decoder_of(loaded).generate(
             tokenizer.encode(prompt),
             self.mode,
             params,
-            max_new_tokens=self.max_new_tokens,
-            draft_tokens=self.draft_tokens,
-            stop=self.stop,
+            max_new_tokens=self.params.max_new_tokens,
+            draft_tokens=self.params.draft_tokens,
+            stop=self.params.stop,
             on_tokens=printer.feed,
         )
         printer.finish()
@@ -90,15 +78,8 @@ class Request:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a continuation depends on, beside its prompt and the model."""
-        return {
-            "mode": self.mode,
-            "dtype": self.dtype,
-            "max_new_tokens": self.max_new_tokens,
-            "draft_tokens": self.draft_tokens,
-            "stop": list(self.stop),
-            **asdict(self.params),
-        }
+        """Everything that determines a continuation, apart from the prompt and the model."""
+        return {"mode": self.mode, "dtype": self.dtype, **asdict(self.params)}
 
     def _record(self, generation: Generation, printer: TokenPrinter) -> dict[str, object]:
         return {

@@ -1,6 +1,6 @@
-"""One sequence being decoded: its tokens, caches, random numbers, counts and clock.
+"""State of one sequence being decoded: tokens, KV caches, random generator, counts and clock.
 
-Shapes: T new positions, W = 1 + drafts positions of a judging call, B = 1, D hidden width, C capacity, V vocabulary.
+Shapes: T new positions, W = 1 + drafts positions of a verifying call, B = 1, D hidden width, C capacity, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from recycle_ds.inference.generation import Generation, Tally
 from recycle_ds.inference.protocol import DecodableModel, DecodingCache
-from recycle_ds.inference.speculation.drafting import Drafts, RecycleChain
+from recycle_ds.inference.speculation.drafting import Drafter, Drafts
 from recycle_ds.inference.speculation.sampling import (
-    SamplingParams,
+    TokenSampling,
     distribution,
     most_likely,
     penalise,
@@ -22,20 +22,20 @@ from recycle_ds.inference.speculation.sampling import (
     sample,
 )
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
-from recycle_ds.inference.speculation.verification import Verdict, verify_greedy, verify_sampled
+from recycle_ds.inference.speculation.verification import Verification, verify_greedy, verify_sampled
 from recycle_ds.parallel.device import synchronise
 
 OnTokens = Callable[[list[int], list[bool]], None]
 
 
 class Stream:
-    """State of one generation; the modes' loops call its steps."""
+    """State and steps of one generation. The loops of the decoding modes call the steps."""
 
     def __init__(
         self,
         model: DecodableModel,
         prompt_ids: Sequence[int],
-        params: SamplingParams,
+        params: TokenSampling,
         stopping: StopCondition,
         eos_ids: frozenset[int],
         on_tokens: OnTokens | None,
@@ -57,35 +57,38 @@ class Stream:
         self._tokens_1C = torch.zeros(1, capacity, dtype=torch.long, device=self._device)
         self._tokens_1C[0, : len(prompt_ids)] = torch.tensor(prompt_ids, device=self._device)
         self._cache: DecodingCache = model.new_cache(1, capacity)
-        self.chain = RecycleChain(model, self._cache, self._tokens_1C, params, self._generator, eos_ids)
+        self.drafter = Drafter(model, self._cache, self._tokens_1C, params, self._generator, eos_ids)
         self.stopping = stopping
         self.tally = Tally()
         self.length = len(prompt_ids)
-        """Tokens known: the prompt and what was kept."""
+        """Number of known tokens: the prompt and all tokens kept so far."""
 
     @property
-    def open(self) -> bool:
-        """Whether the generation goes on."""
+    def running(self) -> bool:
+        """Whether no stop condition has been met yet."""
         return self.stopping.reason is None
 
     def prefill(self, with_module: bool) -> None:
-        """Reads the prompt and keeps the first token; the module too reads it, as far as it can before that token."""
+        """Runs the backbone on the prompt and keeps the first token.
+
+        with_module: the recycle module reads the prompt too, except the last position, which needs the first new token.
+        """
         hidden_TBD = self.read(self.length)
         if with_module:
-            self.chain.add(hidden_TBD[:-1])
-            self.chain.catch_up()
-            self.chain.add(hidden_TBD[-1:])
-        token = self.choose(hidden_TBD)  # the host waits for the device here, the module's pass included
+            self.drafter.add(hidden_TBD[:-1])
+            self.drafter.catch_up()
+            self.drafter.add(hidden_TBD[-1:])
+        token = self.next_token(hidden_TBD)  # synchronises with the device, including the module's pass
         self._first_token_at = self._clock()
         self.keep([token], [False])
 
     def read(self, end: int) -> Tensor:
-        """A full call over the tokens up to `end` that the backbone has not read. Returns their states h_TBD."""
+        """Full call over the tokens before `end` that the backbone has not read yet. Returns their hidden states h_TBD."""
         self._full_calls += 1
         return self._model.decode(self._tokens_1C[:, self._cache.backbone.length : end], self._cache)
 
-    def choose(self, hidden_TBD: Tensor) -> int:
-        """The full model's token behind the known ones, from the last of these states."""
+    def next_token(self, hidden_TBD: Tensor) -> int:
+        """Selects the full model's next token from the last of these hidden states and writes it into the buffer."""
         logits_V = self._model.logits(hidden_TBD[-1:])[0, 0]
         history_L = self._tokens_1C[0, : self.length]
         if self._params.greedy:
@@ -95,32 +98,32 @@ class Stream:
         self._tokens_1C[0, self.length] = token
         return int(token)
 
-    def judge(self, drafts: Drafts) -> tuple[int, int]:
-        """A full call over the last known token and the drafts behind it; keeps those it agrees with and one of its
-        own.
+    def verify(self, drafts: Drafts) -> tuple[int, int]:
+        """Verifies drafts with one full call over the last known token and the drafts. Keeps the accepted drafts and
+        one token of the full model.
 
-        Returns how many drafts were judged and how many were accepted, not counting any behind the end of the
+        Returns how many drafts were tested and how many were accepted, not counting any after the end of the
         generation.
         """
         known = self.length
         hidden_WBD = self.read(known + drafts.count)
         logits_WV = self._model.logits(hidden_WBD)[:, 0]
-        verdict, ids = self._verdict(logits_WV, drafts)
-        accepted = verdict.accepted
+        verification, ids = self._accept_or_reject(logits_WV, drafts)
+        accepted = verification.accepted
         self._cache.backbone.truncate(known + accepted)
-        self.chain.add(hidden_WBD[: accepted + 1])
-        kept = self.keep([*ids[:accepted], verdict.token], [True] * accepted + [False])
+        self.drafter.add(hidden_WBD[: accepted + 1])
+        kept = self.keep([*ids[:accepted], verification.token], [True] * accepted + [False])
         tested = min(drafts.count, accepted + 1)
         if kept <= accepted:  # an accepted draft ended the generation
             tested = accepted = kept
         self.tally.add(drafts.count, tested, accepted)
         return tested, accepted
 
-    def _verdict(self, logits_WV: Tensor, drafts: Drafts) -> tuple[Verdict, list[int]]:
-        """Accepts or rejects, puts the full model's own token behind the accepted drafts. Also returns all drafts."""
+    def _accept_or_reject(self, logits_WV: Tensor, drafts: Drafts) -> tuple[Verification, list[int]]:
+        """Writes the full model's token into the buffer after the accepted drafts. Also returns the ids of all drafts."""
         known, count, params = self.length, drafts.count, self._params
         if params.penalises:
-            # Row i is judged with the drafts before it in its history, as if they had been kept one by one.
+            # The history of row i includes the drafts before it, as if they had been decoded one by one.
             rows = [
                 penalise(row_V, params.repetition_penalty, self._tokens_1C[0, : known + i])
                 for i, row_V in enumerate(logits_WV)
@@ -128,22 +131,23 @@ class Stream:
             logits_WV = torch.stack(rows)
         if params.greedy:
             targets_W = logits_WV.argmax(-1)
-            host = torch.cat((self._tokens_1C[0, known : known + count], targets_W)).tolist()  # the cycle's only wait
+            # the cycle's only synchronisation
+            host = torch.cat((self._tokens_1C[0, known : known + count], targets_W)).tolist()
             ids = host[:count]
-            verdict = verify_greedy(ids, host[count:])
-            self._tokens_1C[0, known + verdict.accepted] = targets_W[verdict.accepted]
+            verification = verify_greedy(ids, host[count:])
+            self._tokens_1C[0, known + verification.accepted] = targets_W[verification.accepted]
         else:
-            ids = self.ids(count)
-            verdict = verify_sampled(ids, drafts.probs_NV, distribution(logits_WV, params), self._generator)
-            self._tokens_1C[0, known + verdict.accepted] = verdict.token
-        return verdict, ids
+            ids = self.draft_ids(count)
+            verification = verify_sampled(ids, drafts.probs_NV, distribution(logits_WV, params), self._generator)
+            self._tokens_1C[0, known + verification.accepted] = verification.token
+        return verification, ids
 
-    def ids(self, count: int) -> list[int]:
-        """The `count` tokens in the buffer behind the known ones."""
+    def draft_ids(self, count: int) -> list[int]:
+        """Ids of the `count` tokens in the buffer after the known tokens."""
         return self._tokens_1C[0, self.length : self.length + count].tolist()
 
     def keep(self, ids: list[int], recycled: list[bool]) -> int:
-        """Makes tokens, already in the buffer, known: as many as the stop condition allows. Returns that number."""
+        """Appends tokens, already in the buffer, to the output, up to the stop condition. Returns how many were kept."""
         kept = self.stopping.take(ids)
         self.length += kept
         self._output += ids[:kept]
@@ -153,11 +157,11 @@ class Stream:
         return kept
 
     def wait(self) -> None:
-        """Waits for the device, so that the clock splits a cycle rightly. Only measuring needs it."""
+        """Waits for the device, so that drafting and verification are timed separately. Needed for measured costs only."""
         synchronise(self._device)
 
     def result(self, reason: FinishReason) -> Generation:
-        """What was produced up to now."""
+        """The result so far."""
         now = self._clock()
         first = self._first_token_at if self._first_token_at is not None else now
         return Generation(
@@ -166,7 +170,7 @@ class Stream:
             finish_reason=reason,
             prompt_tokens=self._prompt_tokens,
             full_calls=self._full_calls,
-            module_calls=self.chain.calls,
+            module_calls=self.drafter.calls,
             drafted=tuple(self.tally.drafted),
             tested=tuple(self.tally.tested),
             accepted=tuple(self.tally.accepted),

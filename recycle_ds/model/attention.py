@@ -15,11 +15,12 @@ from recycle_ds.model import cpu_attention
 from recycle_ds.model.cache import LayerCache
 from recycle_ds.model.layers import ColumnLinear, RowLinear
 from recycle_ds.model.masks import AttentionMask, CachedMask
-from recycle_ds.model.rope import rotate
+from recycle_ds.model.rope import CosineSine, rotate
 from recycle_ds.model.ulysses import to_heads, to_sequence
 from recycle_ds.parallel.mesh import Mesh
 
 KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, [B, H, S, C] each."""
 
 
 class Attention(nn.Module):
@@ -38,31 +39,31 @@ class Attention(nn.Module):
         self.output = RowLinear(query, config.hidden, mesh, megatron)
 
     def forward(
-        self, x_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
+        self, x_SBD: Tensor, rotary: CosineSine, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
     ) -> tuple[Tensor, KeysValues]:
-        """Attends within packed sequences; `past` holds the keys and values of the chain's earlier steps.
+        """Attends within packed sequences; `past` holds the keys and values of earlier unrolled steps.
 
-        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each. With Ulysses the first S is this
-        rank's part of the sequence, the second the whole, of this rank's heads.
+        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each. With Ulysses, S in the output is this
+        rank's part of the sequence; S in keys and values is the full sequence, for this rank's heads.
         """
         query, key, value = self._project(x_SBD, rotary)
         keys = torch.cat([k for k, _ in past] + [key], dim=2) if past else key
         values = torch.cat([v for _, v in past] + [value], dim=2) if past else value
         return self._merge(attend(query, keys, values, mask)), (key, value)
 
-    def decode(self, x_SBD: Tensor, rotary: KeysValues, mask: CachedMask, cache: LayerCache) -> Tensor:
-        """Attends over a cache, which the new keys and values join. Returns [S, B, D]."""
+    def decode(self, x_SBD: Tensor, rotary: CosineSine, mask: CachedMask, cache: LayerCache) -> Tensor:
+        """Appends the new keys and values to the cache and attends over it. Returns [S, B, D]."""
         query, key, value = self._project(x_SBD, rotary)
         keys, values = cache.extend(key, value, mask.past)
         return self._merge(attend_cached(query, keys, values, mask))
 
-    def _project(self, x_SBD: Tensor, rotary: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, S, C], keys and values [B, H_kv, S, C], rotated."""
+    def _project(self, x_SBD: Tensor, rotary: CosineSine) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, C], keys and values [B, H_kv, S, C]. Queries and keys are rotated."""
         heads, kv_heads = self.heads, self.kv_heads
         mixed = self.query_key_value(x_SBD)
         mixed = mixed.view(*mixed.shape[:2], heads + 2 * kv_heads, self.channels)
-        unturned, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
-        query, key = rotate(unturned, rotary).split((heads, kv_heads), dim=2)
+        unrotated, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
+        query, key = rotate(unrotated, rotary).split((heads, kv_heads), dim=2)
         if self.ulysses.size > 1:
             query, key, value = to_heads((query, key, value), self.ulysses)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
@@ -82,8 +83,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> 
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
-    """The reference back end: scaled_dot_product_attention with a dense mask; products for causal bf16, where faster."""
-    if mask.chain == 1 and cpu_attention.serves(query):
+    """The reference back end: scaled_dot_product_attention with a dense mask.
+
+    `cpu_attention` replaces it on CPUs with fast bf16 products.
+    """
+    if mask.steps == 1 and cpu_attention.is_faster(query):
         return cpu_attention.causal(query, keys, values, None if mask.plain_causal else mask.additive(query.dtype))
     grouped = query.shape[1] != keys.shape[1]
     if mask.plain_causal:
@@ -92,7 +96,7 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
 
 
 def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:
-    """The CUDA back end: FlexAttention visits only the blocks the mask leaves. Uncompiled it runs anywhere, slowly."""
+    """The CUDA back end: FlexAttention skips fully masked blocks. With compiled=False it runs on any device, slowly."""
     function = _compiled_flex() if compiled else _plain_flex()
     grouped = query.shape[1] != keys.shape[1]
     return function(query, keys, values, block_mask=mask.block_mask, enable_gqa=grouped)
@@ -112,7 +116,7 @@ def _compiled_flex() -> Any:
 def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: CachedMask) -> Tensor:
     """Attention of a few new tokens over a cache.
 
-    The query heads that share a key/value head become extra query rows: one pass over the cache serves them all.
+    The query heads that share a key/value head become extra query rows, so one pass over the cache is enough for all of them.
     """
     batch, heads, count, channels = query.shape
     kv_heads = keys.shape[1]
@@ -123,4 +127,5 @@ def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: CachedMask)
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
     rows = query.reshape(batch, kv_heads, groups * count, channels)
     mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask.dense(groups, query.device))
-    return mixed.view(batch, heads, count, channels)
+    # reshape, not view: CUDA's memory-efficient kernel returns a different stride order
+    return mixed.reshape(batch, heads, count, channels)

@@ -1,4 +1,4 @@
-"""A pre-norm transformer block, used by the backbone and by the recycle module alike."""
+"""A pre-norm transformer block, used by the backbone and by the recycle module."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from recycle_ds.model.cache import LayerCache
 from recycle_ds.model.masks import AttentionMask, CachedMask
 from recycle_ds.model.mlp import MLP
 from recycle_ds.model.norm import RMSNorm
+from recycle_ds.model.rope import CosineSine
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -26,14 +27,14 @@ class Block(nn.Module):
         self.mlp = MLP(config, mesh, megatron)
 
     def forward(
-        self, x_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
+        self, x_SBD: Tensor, rotary: CosineSine, mask: AttentionMask, past: tuple[KeysValues, ...] = ()
     ) -> tuple[Tensor, KeysValues]:
         """Training and evaluation over packed sequences; see Attention.forward."""
         mixed, keys_values = self.attention(self.attention_norm(x_SBD), rotary, mask, past)
         x_SBD = x_SBD + mixed
         return x_SBD + self.mlp(self.mlp_norm(x_SBD)), keys_values
 
-    def decode(self, x_SBD: Tensor, rotary: KeysValues, mask: CachedMask, cache: LayerCache) -> Tensor:
-        """A few new tokens over a cache. [S, B, D] to [S, B, D]."""
+    def decode(self, x_SBD: Tensor, rotary: CosineSine, mask: CachedMask, cache: LayerCache) -> Tensor:
+        """Runs a few new tokens over a cache. [S, B, D] to [S, B, D]."""
         x_SBD = x_SBD + self.attention.decode(self.attention_norm(x_SBD), rotary, mask, cache)
         return x_SBD + self.mlp(self.mlp_norm(x_SBD))

@@ -13,7 +13,7 @@ from recycle_ds.parallel.mesh import Mesh, virtual_mesh
 
 
 def whole_shapes(config: ModelConfig, recycle: RecycleConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every canonical tensor of the whole model, whatever part of it this rank holds."""
+    """Shape of every canonical tensor of the full model, independent of this rank's shard."""
     mesh = virtual_mesh(Layout(), 0)
     with torch.device("meta"):
         model = RecycleGPT(config, recycle, mesh)
@@ -31,9 +31,10 @@ def build_model(
     loss_chunk: int = 1024,
     seq_length: int | None = None,
 ) -> RecycleGPT:
-    """This rank's part of a model. mesh None is a single process; seed None leaves weights to a checkpoint.
+    """Builds this rank's shard of a model. Raises ConfigError when there are more pipeline stages than blocks.
 
-    seq_length is that of training, which decides how blocks are shared out to pipeline stages.
+    mesh=None means a single process. seed=None leaves the weights uninitialised, for a checkpoint to be loaded.
+    seq_length is the training sequence length, which affects how blocks are distributed over pipeline stages.
     """
     mesh = mesh or Mesh()
     model = RecycleGPT(

@@ -1,4 +1,4 @@
-"""Key/value caches of decoding. Lengths are Python integers, so that rolling back costs nothing."""
+"""Key/value caches for decoding. Lengths are Python integers, so a rollback costs nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer's past, [B, H, capacity, C] each."""
+    """Cached keys and values of one layer, [B, H, capacity, C] each."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values
 
     def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Writes [B, H, T, C] at positions start.. and returns views of everything up to there."""
+        """Writes [B, H, T, C] from position `start` on and returns views of all entries up to the last one written."""
         end = start + keys.shape[2]
         self._keys[:, :, start:end] = keys
         self._values[:, :, start:end] = values
@@ -42,13 +42,13 @@ class KVCache:
         self.length = 0
 
     def advance(self, count: int) -> None:
-        """Counts entries just written. Raises ValueError beyond the capacity, before anything is written there."""
+        """Counts entries that will be written next. Raises ValueError, before any is written, if the capacity is too small."""
         if self.length + count > self.capacity:
-            raise ValueError(f"cache of {self.capacity} entries cannot take {count} more after {self.length}")
+            raise ValueError(f"cannot add {count} entries to a cache that has {self.length} of {self.capacity}")
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forgets entries from `length` on; they are overwritten by whatever comes next."""
+        """Drops the entries from `length` on; new entries overwrite them. Raises ValueError if there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} entries to {length}")
         self.length = length
@@ -56,7 +56,7 @@ class KVCache:
 
 @dataclass
 class DecodingCache:
-    """Past of the backbone and of the recycle module. Entry p of the module is made of (h_p, E x_{p+1})."""
+    """Caches of the backbone and of the recycle module. Entry p of the module is computed from (h_p, E x_{p+1})."""
 
     backbone: KVCache
     recycle: KVCache

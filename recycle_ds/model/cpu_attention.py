@@ -1,9 +1,9 @@
-"""Causal attention in bf16 on CPUs with bf16 instructions, from matrix products.
+"""Causal bf16 attention for CPUs with bf16 instructions, built from matrix products.
 
-PyTorch's CPU flash kernel does not reach these instructions' rate: products of a few rows of queries with the keys they can see
-take a third to a quarter of its time, forward and backward, at 256 to 2,048 positions. Scores and probabilities are rounded to
-bf16, sums and the softmax are fp32, as in Hugging Face's "eager" attention. As in flash attention (Dao et al., arXiv
-2205.14135) no probabilities are kept: the backward pass makes them once more.
+PyTorch's CPU flash kernel does not reach the peak rate of these instructions. Multiplying blocks of queries with the keys that
+are visible to them takes a third to a quarter of its time, forward and backward, at 256 to 2,048 positions. Scores and
+probabilities are rounded to bf16; sums and the softmax are fp32, as in Hugging Face's "eager" attention. As in flash attention
+(Dao et al., arXiv 2205.14135), probabilities are not stored: the backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from recycle_ds.parallel.products import multiplies_bf16
 
 _ROWS = 128
-"""Queries of one product: few, so that little of what causality hides is computed; enough to fill the products."""
+"""Query rows per product: few enough to compute little above the diagonal, many enough for efficient products."""
 
 
-def serves(query: Tensor) -> bool:
-    """Whether this device and type profit."""
+def is_faster(query: Tensor) -> bool:
+    """Whether `causal` is faster than scaled_dot_product_attention on the query's device and dtype."""
     return query.dtype == torch.bfloat16 and query.device.type == "cpu" and multiplies_bf16()
 
 
 def causal(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(C) + mask) v, causal. [B, H, S, C] queries, [B, H_kv, S, C] keys and values, to [B, H, S, C].
 
-    mask: [B, 1, S, S] of 0 and -inf, added where not only causality hides; it must hide the future as well.
+    mask: [B, 1, S, S] of 0 and -inf, added to the scores; it must mask the future too. None: causal only.
     """
-    found: Tensor = _Causal.apply(query, keys, values, mask)
-    return found
+    output: Tensor = _Causal.apply(query, keys, values, mask)
+    return output
 
 
 class _Groups(NamedTuple):
-    """Queries [N, G, S, C], keys and values [N, S, C]: N = B x H_kv, G query heads share a key and value head."""
+    """Queries [N, G, S, C], keys and values [N, S, C]: N = B x H_kv, G query heads share one key/value head."""
 
     query: Tensor
     keys: Tensor
@@ -51,12 +51,12 @@ class _Groups(NamedTuple):
         )
 
     def rows(self, first: int) -> tuple[int, Tensor]:
-        """The end of a block of queries that begins at `first`, and its queries [N, G x rows, C]."""
+        """The end of the query block that starts at `first`, and its queries [N, G x rows, C]."""
         end = min(first + _ROWS, self.keys.shape[1])
         return end, self.query[:, :, first:end].flatten(1, 2)
 
     def probabilities(self, first: int, mask: Tensor | None) -> Tensor:
-        """[N, G x rows, end] for the block of queries that begins at `first`."""
+        """Attention probabilities [N, G x rows, end] of the query block that starts at `first`."""
         end, query = self.rows(first)
         number, groups, _, channels = self.query.shape
         empty = query.new_empty((number, query.shape[1], end))
@@ -77,7 +77,7 @@ class _Causal(torch.autograd.Function):
         ctx.save_for_backward(query, keys, values, mask)
         groups = _Groups.of(query, keys, values)
         batch, heads, length, channels = query.shape
-        # sequence first in memory: what follows reads it so, and needs no copy
+        # sequence first in memory: the output projection reads this order, so it needs no copy
         mixed = query.new_empty((length, batch, heads, channels)).permute(1, 2, 0, 3)
         for first in range(0, length, _ROWS):
             block = torch.bmm(groups.probabilities(first, mask), groups.values[:, : first + _ROWS])
@@ -90,25 +90,25 @@ class _Causal(torch.autograd.Function):
         query, keys, values, mask = ctx.saved_tensors
         groups = _Groups.of(query, keys, values)
         length, channels = query.shape[2:]
-        incoming = grad.reshape(groups.query.shape)
-        into_query = torch.empty_like(groups.query)
-        # blocks add up in fp32
-        into_keys = torch.zeros(groups.keys.shape, dtype=torch.float32)
-        into_values = torch.zeros(groups.values.shape, dtype=torch.float32)
+        grad_output = grad.reshape(groups.query.shape)
+        grad_query = torch.empty_like(groups.query)
+        # sums over blocks are in fp32
+        grad_keys = torch.zeros(groups.keys.shape, dtype=torch.float32)
+        grad_values = torch.zeros(groups.values.shape, dtype=torch.float32)
         for first in range(0, length, _ROWS):
             end, rows = groups.rows(first)
-            given = incoming[:, :, first:end].flatten(1, 2)
-            shares = groups.probabilities(first, mask)
-            into_values[:, :end] += torch.bmm(shares.transpose(1, 2), given)
-            into_shares = torch.bmm(given, groups.values[:, :end].transpose(1, 2))
-            into_scores = torch._softmax_backward_data(into_shares, shares, -1, shares.dtype)
-            block = torch.bmm(into_scores, groups.keys[:, :end])
-            into_query[:, :, first:end] = block.view(into_query[:, :, first:end].shape)
-            into_keys[:, :end] += torch.bmm(into_scores.transpose(1, 2), rows)
+            grad_block = grad_output[:, :, first:end].flatten(1, 2)
+            probabilities = groups.probabilities(first, mask)
+            grad_values[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_block)
+            grad_probabilities = torch.bmm(grad_block, groups.values[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+            block = torch.bmm(grad_scores, groups.keys[:, :end])
+            grad_query[:, :, first:end] = block.view(grad_query[:, :, first:end].shape)
+            grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), rows)
         scale = channels**-0.5
         return (
-            (into_query * scale).view(query.shape),
-            (into_keys * scale).to(keys.dtype).view(keys.shape),
-            into_values.to(values.dtype).view(values.shape),
+            (grad_query * scale).view(query.shape),
+            (grad_keys * scale).to(keys.dtype).view(keys.shape),
+            grad_values.to(values.dtype).view(values.shape),
             None,
         )

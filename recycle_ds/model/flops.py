@@ -6,7 +6,7 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 
 
 def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
-    """Weights of the whole model without vocabulary padding; a tied head counts once."""
+    """Number of weights of the full model, without vocabulary padding; a tied head is counted once."""
     assert config.vocab_size is not None
     embedding = config.vocab_size * config.hidden * (1 if config.tied_embeddings else 2)
     total = embedding + config.layers * _block(config) + config.hidden
@@ -16,10 +16,9 @@ def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
-    """Forward and backward of one token, causal attention counted at its mean length; recomputation not counted.
+    """FLOPs of one token's forward and backward pass. Causal attention counts at its mean length, recomputation does not count.
 
-    Under detached gradients the head's weight gradient is not formed for the recycle losses; with a frozen backbone the
-    backbone runs forward only.
+    With detached gradients, the recycle losses need no weight gradient of the head. A frozen backbone only runs forward.
     """
     frozen = recycle.layers > 0 and recycle.gradient == "frozen_backbone"
     backbone = config.layers * block_flops_per_token(config, seq_length) + 6.0 * _head(config)
@@ -27,12 +26,12 @@ def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_le
 
 
 def block_flops_per_token(config: ModelConfig, seq_length: int) -> float:
-    """Forward and backward of one token through one block of the backbone."""
+    """FLOPs of one token's forward and backward pass through one block of the backbone."""
     return 6.0 * (_block_matrices(config) + _attention(config, seq_length / 2))
 
 
 def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
-    """Forward and backward of one token through the recycle module at all its depths, the head's losses included."""
+    """FLOPs of one token's forward and backward pass through all recycle depths, including the head's losses."""
     if not recycle.layers:
         return 0.0
     stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
@@ -45,7 +44,7 @@ def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_len
 
 
 def tail_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
-    """What comes after the last block: the head's loss and the recycle module."""
+    """FLOPs per token after the last block: the head's loss and the recycle module."""
     return 6.0 * _head(config) + recycle_flops_per_token(config, recycle, seq_length)
 
 

@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, canonical name): equal at every layout."""
+"""Initial weights as a function of (seed, canonical name): the same for every parallel layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ds.config import ModelConfig
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.mesh import Mesh
 
-# Projections back into the residual stream, whose sum grows with depth (GPT-2, section 2.3).
+# Projections that add to the residual stream: scaled down, since the sum grows with depth (GPT-2, section 2.3).
 _RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
 
 
@@ -26,9 +26,9 @@ def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> 
 
 
 def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int | None) -> Iterator[tuple[str, Tensor]]:
-    """Name and fp32 value of this rank's whole local parameters, one at a time; of ZeRO-3's too, which stay partitioned.
+    """Yields name and full fp32 value of each of this rank's parameters. ZeRO-3's parameters stay partitioned.
 
-    seed None draws nothing: zeros, to be replaced.
+    seed=None yields zeros, to be replaced by a checkpoint.
     """
     for name, row in pieces(model, mesh).items():
         parameter = model.get_parameter(name)
@@ -42,12 +42,12 @@ def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int 
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The whole canonical tensor `name`, fp32, drawn on the CPU so that no device's generator matters."""
+    """The full canonical tensor `name` in fp32, drawn on the CPU so that the values do not depend on the device."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    deviation = config.init_std / math.sqrt(2 * config.layers) if _RESIDUAL.search(name) else config.init_std
+    std = config.init_std / math.sqrt(2 * config.layers) if _RESIDUAL.search(name) else config.init_std
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

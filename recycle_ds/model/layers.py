@@ -1,4 +1,4 @@
-"""megatron-core's tensor-parallel linears and embedding, with the plain torch call where one rank holds everything.
+"""megatron-core's tensor-parallel linear layers and embedding, with a plain torch call if the tensor axis has one rank.
 
 Shape legend, used throughout the model: S sequence, B batch, D hidden width, H heads, C channels of a head, V vocabulary,
 K recycle depth, N rows (tokens).
@@ -22,7 +22,7 @@ from recycle_ds.parallel.products import linear
 
 
 def parallel_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
-    """megatron-core's settings of a mesh. Weights are left uninitialised: `initialise` fills them by name."""
+    """megatron-core's configuration for a mesh. Weights are left uninitialised: `initialise` fills them by name."""
     return ModelParallelConfig(
         tensor_model_parallel_size=mesh.tensor.size,
         use_cpu_initialization=True,
@@ -34,21 +34,21 @@ def parallel_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
 
 
 def _mark_sharded(weight: nn.Parameter, axis: int) -> None:
-    """Says that tensor ranks hold different parts, so that norms count them all; megatron-core does so when it initialises."""
+    """Marks a weight as split over tensor ranks, for gradient norms. megatron-core only does so when it initialises weights."""
     set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def _no_initialisation(_: Tensor) -> None:
-    """megatron-core asks for an init method even when it performs no initialisation."""
+    """Does nothing: megatron-core requires an init method even when it performs no initialisation."""
 
 
 class ColumnLinear(ColumnParallelLinear):
     """y = x W^T + b with W's rows split over the tensor axis.
 
-        W = [W_1; ...; W_p], rank i holds W_i; within a rank the rows of each of `parts` lie together:
+        W = [W_1; ...; W_p], rank i holds W_i; within a rank the rows of each of `parts` are contiguous:
         for query|key|value, W_i = [Q_i; K_i; V_i].
 
-    `parts` names the canonical tensors stacked in W and their full numbers of rows; a single unnamed part is W itself.
+    `parts` maps the canonical tensors stacked in W to their unsharded row counts; a single unnamed part is W itself.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class ColumnLinear(ColumnParallelLinear):
         )
         _mark_sharded(self.weight, 0)
         self.parts = parts
-        self.whole = mesh.tensor.size == 1
+        self.unsharded = mesh.tensor.size == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """[S, B, D] to [S, B, rows of this rank]; under sequence parallelism S is this rank's part in, and whole out."""
-        if self.whole:
+        """[S, B, D] to [S, B, rows of this rank]. Sequence parallelism: the input is this rank's part of S, the output all."""
+        if self.unsharded:
             return linear(x, self.weight, self.bias)
         return super().forward(x)[0]
 
@@ -84,8 +84,10 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """y = x W^T with W's columns split over the tensor axis: y = sum_i x_i W_i^T, reduced over the axis (under sequence
-    parallelism reduced and scattered: S whole in, this rank's part out)."""
+    """y = x W^T with W's columns split over the tensor axis: y = sum_i x_i W_i^T, an all-reduce over the axis.
+
+    Under sequence parallelism it is a reduce-scatter: the input is all of S, the output this rank's part.
+    """
 
     def __init__(self, inputs: int, outputs: int, mesh: Mesh, config: ModelParallelConfig) -> None:
         super().__init__(
@@ -99,11 +101,11 @@ class RowLinear(RowParallelLinear):
             tp_group=mesh.tensor.group,
         )
         _mark_sharded(self.weight, 1)
-        self.whole = mesh.tensor.size == 1
+        self.unsharded = mesh.tensor.size == 1
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., columns of this rank] to [..., D]."""
-        if self.whole:
+        if self.unsharded:
             return linear(x, self.weight)
         return super().forward(x)[0]
 
@@ -125,13 +127,13 @@ class VocabEmbedding(VocabParallelEmbedding):
         )
         _mark_sharded(self.weight, 0)
         self.vocab_size = vocab_size
-        self.whole = mesh.tensor.size == 1
+        self.unsharded = mesh.tensor.size == 1
 
     def forward(self, tokens_SB: Tensor) -> Tensor:
-        """[S, B] token ids to [S, B, D]; under sequence parallelism to this rank's part of S."""
-        if self.whole:
+        """[S, B] token ids to [S, B, D]. Under sequence parallelism the output is this rank's part of S."""
+        if self.unsharded:
             return F.embedding(tokens_SB, self.weight)
-        if self.reduce_scatter_embeddings:  # megatron-core transposes what it scatters
+        if self.reduce_scatter_embeddings:  # megatron-core transposes the embeddings before it scatters them
             tokens_SB = tokens_SB.t()
         return super().forward(tokens_SB)
 
@@ -145,6 +147,6 @@ class OutputHead(ColumnLinear):
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tensor_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple of `multiple` on every tensor rank."""
+    """Rows of the embedding over all tensor ranks: the vocabulary rounded up to a multiple of `multiple` on each of them."""
     unit = multiple * tensor_size
     return -(-vocab_size // unit) * unit

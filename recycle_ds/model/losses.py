@@ -1,14 +1,15 @@
-"""Output head and cross entropy in chunks of rows: all logits never exist at once.
+"""Output head and cross entropy in chunks of rows, so that the logits of all rows never exist at once.
 
-The gradient of the mean-free cross entropy, (softmax - onehot) scaled per row, is known as soon as a chunk's logits are, so
-the forward pass forms the gradients of states and head as well and the logits are dropped at once. That is three products per
-chunk (logits, gradient of the states, gradient of the head); recomputing logits in the backward pass would be four.
+The gradient of the summed cross entropy with respect to the logits, (softmax - onehot) scaled per row, is known as soon as a
+chunk's logits are. The forward pass therefore also computes the gradients of states and head, and frees the logits. This takes
+three matrix products per chunk (logits, gradient of the states, gradient of the head); recomputing the logits in the backward
+pass would take four.
 
-The vocabulary may be split over the tensor axis (Megatron-LM, arXiv 1909.08053, section 3): only the row's maximum, its sum of
-exponentials and its target's logit travel. Rows added to the vocabulary as padding are never predicted.
+The vocabulary may be split over the tensor axis (Megatron-LM, arXiv 1909.08053, section 3): the softmax communicates only each
+row's maximum, sum of exponentials and target logit. Padding rows of the vocabulary are never predicted.
 
-Under sequence parallelism each tensor rank holds the states of its part of the sequence. A chunk then gathers some rows of
-every rank, which are not neighbours in the sequence; targets and results are picked alike.
+Under sequence parallelism each tensor rank holds the states of its part of the sequence. A chunk then gathers rows from every
+rank, which are not contiguous in the sequence; targets and results are indexed in the same order.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from recycle_ds.parallel.mesh import Axis
 from recycle_ds.parallel.products import upcasts
 
 _ROWS_IN_CACHE = 32
-"""Rows of logits that a CPU passes over together: 2 MiB of a vocabulary of 16,384."""
+"""Rows of logits that a CPU processes together, to keep them in its cache: 2 MiB for a vocabulary of 16,384."""
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The rows of the output head on this rank: vocabulary [first, first + rows), of which `valid` are no padding.
+    """The rows of the output head on this rank: vocabulary [first, first + rows), of which the first `valid` are not padding.
 
-    scattered: whether this rank has the states of its part of the sequence only (sequence parallelism).
+    scattered: whether this rank has only the states of its part of the sequence (sequence parallelism).
     """
 
     first: int
@@ -45,9 +46,10 @@ class HeadShard:
 
 @dataclass(frozen=True)
 class ChunkLogits:
-    """One chunk after its softmax: exponentials [n, V_local] over a row's sum [n], loss [n], local target columns.
+    """One chunk after the softmax: exponentials [n, V_local], their row sums `total` [n], loss [n].
 
-    `rows` are those of this rank; states [n, D] are the chunk's, gathered where they are scattered.
+    rows: the chunk's rows on this rank. states: [n, D], gathered over the tensor axis if scattered. column: [n], the target's
+    column on this rank, valid where `owned`. best: [n], the argmax token, if requested.
     """
 
     rows: slice
@@ -72,12 +74,12 @@ def head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies of several states under one head.
 
-    hiddens: J tensors [N, D], the backbone's states and those of each recycle depth ([N / p, D] where scattered over p ranks).
-    weight: [V_local, D]. targets: [J, N],
-    IGNORE where nothing is predicted. scales: [J], the weight of one row's loss in the total. train_head: J flags, whether
-    these rows reach the head's gradient. chunk: rows of logits held at once.
+    hiddens: J tensors [N, D], the backbone's states and those of each recycle depth ([N / p, D] if scattered over p ranks).
+    weight: [V_local, D]. targets: [J, N], IGNORE for rows without a target. scales: [J], the weight of one row's loss in the
+    total. train_head: J flags, whether these rows contribute to the head's gradient. chunk: rows of logits in memory at once.
 
-    Returns the weighted total (scalar, differentiable) and the plain sums over rows [J] (no gradient), both fp32.
+    Returns the weighted total (scalar, differentiable) and the unweighted sums over rows [J] (no gradient), both fp32.
+    Collective over the tensor axis.
     """
     total, sums = _HeadLosses.apply(weight, targets, scales, shard, chunk, tuple(train_head), *hiddens)
     return total, sums
@@ -87,7 +89,10 @@ def head_losses(
 def head_predictions(
     hidden: Tensor, weight: Tensor, targets: Tensor, shard: HeadShard, *, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """For evaluation: the sum of the cross entropy over rows that have a target (scalar), and the argmax of each row [N]."""
+    """For evaluation: the sum of the cross entropy over rows with a target (scalar), and the argmax of each row [N].
+
+    Collective over the tensor axis.
+    """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     best = torch.empty_like(targets)
     for part in _chunks(hidden, weight, targets, shard, chunk, want_best=True):
@@ -99,7 +104,7 @@ def head_predictions(
 
 
 class _HeadGradient:
-    """The head's gradient, a sum over chunks: in fp32 even for bf16 weights as soon as there are two of them."""
+    """The head's gradient, summed over chunks. Two or more chunks are summed in fp32, for bf16 weights too."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -115,12 +120,12 @@ class _HeadGradient:
             self._sum = self._sum.float().add_(error.t() @ states)
 
     def total(self) -> Tensor:
-        """[V_local, D] in the weight's type."""
+        """[V_local, D] in the weight's dtype."""
         return torch.zeros_like(self._weight) if self._sum is None else self._sum.to(self._weight.dtype)
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Forms the gradients in the forward pass; the backward pass only scales them."""
+    """Computes the gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -139,12 +144,12 @@ class _HeadLosses(torch.autograd.Function):
         head = _HeadGradient(weight)
         grads: list[Tensor | None] = []
         for index, hidden in enumerate(hiddens):
-            into_weight = head if want_weight and train_head[index] else None
+            head_gradient = head if want_weight and train_head[index] else None
             grad = torch.empty_like(hidden) if want_hidden[index] else None
             for part in _chunks(hidden, weight, targets[index], shard, chunk, want_best=False):
                 sums[index] += part.loss.sum()
-                if grad is not None or into_weight is not None:
-                    _chunk_gradients(part, weight, shard, scales[index], grad, into_weight)
+                if grad is not None or head_gradient is not None:
+                    _chunk_gradients(part, weight, shard, scales[index], grad, head_gradient)
             if grad is not None and shard.axis.size > 1 and not shard.scattered:
                 dist.all_reduce(grad, group=shard.axis.group)
             grads.append(grad)
@@ -175,7 +180,7 @@ def _chunks(
 
 
 def _gathered(states: Tensor, shard: HeadShard) -> Tensor:
-    """The chunk's rows of all tensor ranks, rank by rank."""
+    """The chunk's rows of all tensor ranks, in rank order."""
     if not shard.scattered:
         return states
     gathered = states.new_empty(shard.axis.size * states.shape[0], states.shape[1])
@@ -212,7 +217,7 @@ def _softmax(
 
 
 def _softmax_in_cache(logits: Tensor, targets: Tensor, rows: slice, states: Tensor) -> ChunkLogits:
-    """The same on one CPU rank, a few rows at a time: their logits stay in the cache between the passes over them."""
+    """`_softmax` on a single CPU rank, a few rows at a time, so that their logits stay in the CPU cache."""
     ignored = targets == IGNORE
     column = targets.clamp_min(0)
     loss = torch.empty(logits.shape[0], dtype=logits.dtype)
@@ -231,9 +236,9 @@ def _chunk_gradients(
     shard: HeadShard,
     scale: Tensor,
     grad: Tensor | None,
-    into_weight: _HeadGradient | None,
+    head_gradient: _HeadGradient | None,
 ) -> None:
-    """Adds a chunk's share to the gradients. A row without a target has total = inf: its softmax is zero."""
+    """Adds a chunk's contribution to the gradients. A row without a target has total = inf, so its softmax is zero."""
     error = part.exponentials.mul_((scale / part.total)[:, None])
     error.scatter_add_(1, part.column[:, None], (-scale * part.owned.to(error.dtype))[:, None])
     states = part.states
@@ -241,17 +246,17 @@ def _chunk_gradients(
         weight, states = weight.float(), states.float()
     error = error.to(states.dtype)
     if grad is not None:
-        into_states = (error @ weight).to(grad.dtype)
+        grad_states = (error @ weight).to(grad.dtype)
         if shard.scattered:
-            dist.reduce_scatter_tensor(grad[part.rows], into_states, group=shard.axis.group)
+            dist.reduce_scatter_tensor(grad[part.rows], grad_states, group=shard.axis.group)
         else:
-            grad[part.rows] = into_states
-    if into_weight is not None:
-        into_weight.add(error, states)
+            grad[part.rows] = grad_states
+    if head_gradient is not None:
+        head_gradient.add(error, states)
 
 
 def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:
-    """The lowest token with the highest logit over the tensor axis, as argmax on one rank would say."""
+    """The lowest token with the highest logit over the tensor axis, the same as argmax on one rank."""
     if axis.size == 1:
         return token
     highest = peak.clone()

@@ -22,6 +22,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         weight: Tensor = self.weight
-        if self.group is not None:  # each tensor rank sees a part of the sequence: its gradient is a part of the sum
+        if self.group is not None:  # a tensor rank has part of the sequence: its gradient is a partial sum
             weight = copy_to_tensor_model_parallel_region(weight, self.group)
         return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)

@@ -1,4 +1,4 @@
-"""The recycle module: a short stack that re-uses the states just computed to guess the token after next.
+"""The recycle module: a short stack of blocks that reuses the backbone's states to predict the token after next.
 
 RecycleGPT (arXiv 2308.03421), unrolled to depth K with shared weights:
 
@@ -22,14 +22,15 @@ from recycle_ds.model.cache import KVCache
 from recycle_ds.model.layers import ColumnLinear
 from recycle_ds.model.masks import AttentionMask, CachedMask
 from recycle_ds.model.norm import RMSNorm
+from recycle_ds.model.rope import CosineSine
 from recycle_ds.parallel.mesh import Mesh
 
-Chain = tuple[tuple[KeysValues, ...], ...]
-"""Keys and values of the steps so far, [layer][step]."""
+StepKeysValues = tuple[tuple[KeysValues, ...], ...]
+"""Keys and values of the unrolled steps so far, [layer][step]."""
 
 
 class RecycleModule(nn.Module):
-    """W [norm_h(h); norm_e(e)], a stack of blocks and a final norm; embedding and head are the backbone's."""
+    """W [norm_h(h); norm_e(e)], a stack of blocks and a final norm. Embedding and head are shared with the backbone."""
 
     def __init__(
         self, layers: int, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype
@@ -43,29 +44,29 @@ class RecycleModule(nn.Module):
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
 
     def join(self, hidden_SBD: Tensor, embedded_SBD: Tensor) -> Tensor:
-        """The stack's input from the states (h, or r of the step before) and the embedding of the token that followed."""
+        """The stack's input from the states (h, or r of the previous step) and the embedding of the next token."""
         pair = torch.cat((self.hidden_norm(hidden_SBD), self.embedding_norm(embedded_SBD)), dim=-1)
         joined = self.projection(pair)
         if self.tensor.size == 1:
             return joined
         if not self.sequence:
             return gather_from_tensor_model_parallel_region(joined, self.tensor.group)
-        # [S, B, D / p] to [S / p, B, D]: every rank keeps its part of the sequence, all columns
+        # [S, B, D / p] to [S / p, B, D]: every rank keeps all columns of its part of the sequence
         return all_to_all_hp2sp(joined, self.tensor.group).view(hidden_SBD.shape)
 
     def forward(
-        self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: KeysValues, mask: AttentionMask, chain: Chain
-    ) -> tuple[Tensor, Chain]:
-        """One unrolled step: r^k [S, B, D], and the chain with this step's keys and values added."""
+        self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: CosineSine, mask: AttentionMask, earlier: StepKeysValues
+    ) -> tuple[Tensor, StepKeysValues]:
+        """Runs one unrolled step. Returns r^k [S, B, D] and the keys and values of all steps up to this one."""
         x = self.join(hidden_SBD, embedded_SBD)
         steps = []
-        for block, past in zip(self.blocks, chain or ((),) * len(self.blocks), strict=True):
+        for block, past in zip(self.blocks, earlier or ((),) * len(self.blocks), strict=True):
             x, keys_values = block(x, rotary, mask, past)
             steps.append((*past, keys_values))
         return self.final_norm(x), tuple(steps)
 
-    def decode(self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: KeysValues, cache: KVCache) -> Tensor:
-        """The same over a cache, for S entries at the cache's end: true ones, or one of a draft. [S, B, D]."""
+    def decode(self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: CosineSine, cache: KVCache) -> Tensor:
+        """Appends S entries to a cache and runs them: entries of known tokens, or one drafted entry. Returns [S, B, D]."""
         mask = CachedMask(cache.length, hidden_SBD.shape[0])
         cache.advance(mask.count)
         x = self.join(hidden_SBD, embedded_SBD)

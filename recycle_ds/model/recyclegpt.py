@@ -1,4 +1,4 @@
-"""RecycleGPT: a LLaMA-type decoder with a recycle module. One class trains, converts and decodes.
+"""RecycleGPT: a LLaMA-type decoder with a recycle module. One class is used for training, conversion and decoding.
 
 Activations are [S, B, D], sequence first, as megatron-core's sequence parallelism needs them.
 """
@@ -16,15 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.attention import KeysValues
 from recycle_ds.model.block import Block
 from recycle_ds.model.cache import DecodingCache, KVCache
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
 from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
 from recycle_ds.model.masks import AttentionMask, CachedMask
 from recycle_ds.model.norm import RMSNorm
-from recycle_ds.model.recycle import Chain, RecycleModule
-from recycle_ds.model.rope import Rotary
+from recycle_ds.model.recycle import RecycleModule, StepKeysValues
+from recycle_ds.model.rope import CosineSine, Rotary
 from recycle_ds.model.stages import partition
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Mesh
@@ -32,8 +31,11 @@ from recycle_ds.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over a batch, [K+1] each, index 0 the backbone. `agreed[k]` counts chains that agree with the backbone's argmax at
-    depths 1..k, out of `judged[k]`: those that agree at 1..k-1 and whose depth k has a target."""
+    """Sums over a batch, [K+1] each, index 0 the backbone.
+
+    `agreed[k]` counts positions whose drafts agree with the backbone's argmax at depths 1..k, out of the `judged[k]` positions
+    that agree at depths 1..k-1 and have a target at depth k.
+    """
 
     loss: Tensor
     count: Tensor
@@ -45,22 +47,22 @@ def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
     """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]."""
     valid = targets >= 0
     agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
-    chain = torch.ones_like(valid[0])
+    agreeing = torch.ones_like(valid[0])
     for depth in range(1, len(targets)):
         # r^k_t and h_{t+k} both predict x_{t+k+1}
-        chain = chain & valid[depth]
-        judged[depth] = chain.sum()
+        agreeing = agreeing & valid[depth]
+        judged[depth] = agreeing.sum()
         ahead = torch.full_like(best[0], -1)
         ahead[:-depth] = best[0][depth:]
-        chain = chain & (best[depth] == ahead)
-        agreed[depth] = chain.sum()
+        agreeing = agreeing & (best[depth] == ahead)
+        agreed[depth] = agreeing.sum()
     return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
 
 
 class RecycleGPT(nn.Module):
-    """Backbone, recycle module and the head they share; of a pipeline, the part of one stage.
+    """Backbone, recycle module and the head they share; with pipeline parallelism, the part of one stage.
 
-    The mesh says which: the first stage has the embedding, the last one the final norm, the head and the recycle module.
+    The first stage has the embedding, the last one the final norm, the head and the recycle module.
     """
 
     def __init__(
@@ -74,9 +76,12 @@ class RecycleGPT(nn.Module):
         loss_chunk: int = 1024,
         seq_length: int | None = None,
     ) -> None:
-        """seq_length weighs attention where blocks are shared out to pipeline stages; max_positions if not given."""
+        """seq_length (default: max_positions) decides attention's cost when blocks are distributed over pipeline stages.
+
+        Raises ConfigError when there are more pipeline stages than blocks.
+        """
         super().__init__()
-        assert config.vocab_size is not None, "the tokenizer's vocabulary is filled in before a model is built"
+        assert config.vocab_size is not None, "model.vocab_size must be set before a model is built"
         self.config, self.recycle_config = config, recycle
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.recycle_layers = recycle.layers
@@ -84,15 +89,15 @@ class RecycleGPT(nn.Module):
         self.mesh = mesh
         megatron = parallel_config(mesh, dtype)
         padded = padded_vocabulary(config.vocab_size, config.vocab_multiple, mesh.tensor.size)
-        held = partition(config, recycle, seq_length or config.max_positions, mesh.pipeline.size)[mesh.pipeline.rank]
+        own = partition(config, recycle, seq_length or config.max_positions, mesh.pipeline.size)[mesh.pipeline.rank]
         last = mesh.last_stage
         self.embedding: VocabEmbedding | None = None
-        # the last stage's copy is the tied head, and what the recycle module reads
+        # the last stage needs a copy for a tied head and for the recycle module's input
         if mesh.first_stage or (last and (config.tied_embeddings or recycle.layers)):
             self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
-        # named by their number in the whole model, whichever stage holds them
-        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in held})
+        # named by their index in the full model, on every stage
+        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in own})
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype) if last else None
         self.head: OutputHead | None = None
         if last and not config.tied_embeddings:
@@ -106,25 +111,26 @@ class RecycleGPT(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Depths the module is unrolled for; 0 without a module."""
+        """Number of unrolled steps of the recycle module; 0 without a module."""
         return self.recycle_config.depth if self.recycle_config.layers else 0
 
     @property
     def head_weight(self) -> Tensor:
-        """[V_local, D]: the output head, which is the embedding when tied. The last stage has it."""
+        """Weight of the output head [V_local, D], or of the embedding if tied. Only on the last pipeline stage."""
         holder = self.embedding if self.head is None else self.head
-        assert holder is not None, "callers ask the last stage"
+        assert holder is not None, "only the last pipeline stage has a head"
         return holder.weight
 
     def forward(
         self, batch: Batch, scales: Tensor | None, received: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
-        """Training: the weighted total loss (scalar) and the plain sums of cross entropy [K+1], backbone first.
+        """Training: returns the weighted total loss (scalar) and the unweighted sums of cross entropy [K+1], backbone first.
 
-        scales [K+1] is the weight of one target's loss in the total, by depth (see `training.batches`). Without scales the
-        batch is evaluated: one entry for both, since ZeRO-3 gathers weights where the root module is called.
+        scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None evaluates
+        the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in the root's forward.
 
-        A pipeline stage but the first takes `received` [S, B, D] from the stage before; one but the last returns such a tensor.
+        Every pipeline stage except the first takes `received` [S, B, D] from the previous stage; every stage except the last
+        returns such a tensor.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and scales is not None):
             states = self.states(batch, received)
@@ -146,7 +152,7 @@ class RecycleGPT(nn.Module):
         )
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
-        """h and r^1..r^K, each [S, B, D]; of a pipeline stage but the last, what it hands on."""
+        """h and r^1..r^K, each [S, B, D]. A pipeline stage before the last returns only its output for the next stage."""
         mask = AttentionMask(batch.documents_BS)
         frozen = self.recycle_config.gradient == "frozen_backbone"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -156,7 +162,7 @@ class RecycleGPT(nn.Module):
     def evaluate(self, batch: Batch) -> EvaluationSums:
         """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data.
 
-        For a model that is not a pipeline stage.
+        Only for models without pipeline parallelism.
         """
         sums = self(batch, None)
         assert isinstance(sums, EvaluationSums)
@@ -172,32 +178,32 @@ class RecycleGPT(nn.Module):
         loss = torch.stack([total for total, _ in results])
         best = torch.stack([tokens for _, tokens in results]).view(targets.shape)
         axis = self.mesh.ulysses
-        if axis.size > 1:  # a chain looks ahead into the next rank's part
+        if axis.size > 1:  # drafts at the end of a part are compared with predictions of the next rank
             dist.all_reduce(loss, group=axis.group)
             targets = gather_sequence(targets.transpose(0, 1), axis).transpose(0, 1)
             best = gather_sequence(best.transpose(0, 1), axis).transpose(0, 1)
         return judge(loss, targets, best)
 
     def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor) -> list[Tensor]:
-        """The module's states r^1..r^K, each [S, B, D]; none without a module."""
+        """The module's states r^1..r^K, each [S, B, D]; an empty list without a module."""
         if self.recycle is None:
             return []
         assert self.embedding is not None
         joint = self.recycle_config.gradient == "joint"
         state = hidden if joint else hidden.detach()
         states = []
-        chain: Chain = ()
+        earlier: StepKeysValues = ()
         for step in range(1, self.depth + 1):
             embedded = self.embedding(batch.inputs_KBS[step].t())
-            # a packed document's positions restart, so the chain's run past them by step - 1, never past the last position
+            # positions restart at each packed document; step k runs up to k - 1 positions past its end, but not past the table
             positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
             rotary = self.rotary(positions, hidden.dtype)
             embedded = embedded if joint else embedded.detach()
-            arguments = (state, embedded, rotary, mask.chained(step), chain)
+            arguments = (state, embedded, rotary, mask.at_step(step), earlier)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                state, chain = checkpoint(self.recycle, *arguments, use_reentrant=False)
+                state, earlier = checkpoint(self.recycle, *arguments, use_reentrant=False)
             else:
-                state, chain = self.recycle(*arguments)
+                state, earlier = self.recycle(*arguments)
             states.append(state)
         return states
 
@@ -216,8 +222,8 @@ class RecycleGPT(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def new_cache(self, batch_size: int, capacity: int) -> DecodingCache:
-        """Empty caches for `capacity` positions, in the model's type and on its device."""
-        assert self.final_norm is not None, "decoding takes a whole model"
+        """Empty caches for `capacity` positions, in the model's dtype and on its device."""
+        assert self.final_norm is not None, "decoding needs a model without pipeline"
         weight = self.final_norm.weight
         block = next(iter(self.blocks.values()))
         assert isinstance(block, Block)
@@ -228,8 +234,11 @@ class RecycleGPT(nn.Module):
         )
 
     def decode(self, tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
-        """Runs the backbone over T new tokens, which join its cache. Returns the states after the final norm, [T, B, D]."""
-        assert self.embedding is not None and self.final_norm is not None, "decoding takes a whole model"
+        """Runs the backbone over T new tokens and appends them to its cache. Returns the states after the final norm [T, B, D].
+
+        Raises ValueError if the cache has no room for them.
+        """
+        assert self.embedding is not None and self.final_norm is not None, "decoding needs a model without pipeline"
         x = self.embedding(tokens_BT.t())
         mask = CachedMask(cache.backbone.length, tokens_BT.shape[1])
         cache.backbone.advance(mask.count)
@@ -239,17 +248,18 @@ class RecycleGPT(nn.Module):
         return self.final_norm(x)
 
     def recycle_decode(self, hidden_TBD: Tensor, next_tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
-        """Runs the module over T entries (h_p, E x_{p+1}), which join its cache. Returns r [T, B, D].
+        """Runs the module over T entries (h_p, E x_{p+1}) and appends them to its cache. Returns r [T, B, D].
 
-        For a draft's step k > 1 pass r^{k-1} of the last entry and the token it drafted.
+        For step k > 1 of a draft, pass r^{k-1} of the last entry and the token that it drafted. Raises ValueError if the cache
+        has no room.
         """
-        assert self.recycle is not None and self.embedding is not None, "callers ask recycle_layers first"
+        assert self.recycle is not None and self.embedding is not None, "the model has no recycle module"
         mask = CachedMask(cache.recycle.length, next_tokens_BT.shape[1])
         rotary = self._rotary_at(mask, hidden_TBD)
         return self.recycle.decode(hidden_TBD, self.embedding(next_tokens_BT.t()), rotary, cache.recycle)
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
-        """fp32 logits [T, B, V] over the true vocabulary, gathered from the tensor axis."""
+        """fp32 logits [T, B, V] without vocabulary padding, gathered over the tensor axis. Collective over that axis."""
         logits = F.linear(hidden_TBD, self.head_weight).float()
         axis = self.shard.axis
         if axis.size > 1:
@@ -258,6 +268,6 @@ class RecycleGPT(nn.Module):
             logits = torch.cat(parts, dim=-1)
         return logits[..., : self.vocab_size]
 
-    def _rotary_at(self, mask: CachedMask, like: Tensor) -> KeysValues:
+    def _rotary_at(self, mask: CachedMask, like: Tensor) -> CosineSine:
         positions = torch.arange(mask.past, mask.past + mask.count, device=like.device)
         return self.rotary(positions[:, None], like.dtype)

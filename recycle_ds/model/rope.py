@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from recycle_ds.config import RopeConfig, RopeScaling
 
+CosineSine = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions of a pass, each [S, B, 1, C/2]."""
+
 
 class Rotary(nn.Module):
     """Cosines and sines of every position up to the longest context, looked up once per forward pass."""
@@ -23,44 +26,44 @@ class Rotary(nn.Module):
         self.register_buffer("cosine", angles.cos().float(), persistent=False)
         self.register_buffer("sine", angles.sin().float(), persistent=False)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> CosineSine:
         """[S, B] positions to cosines and sines, each [S, B, 1, C/2]."""
         return self.cosine[positions].unsqueeze(2).to(dtype), self.sine[positions].unsqueeze(2).to(dtype)
 
 
-def rotate(x_SBHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns channel pairs (i, i + C/2) by their position's angle."""
+def rotate(x_SBHC: Tensor, rotary: CosineSine) -> Tensor:
+    """Rotates channel pairs (i, i + C/2) by the angle of their position."""
     if torch.is_grad_enabled() and x_SBHC.requires_grad:
         return _Rotate.apply(x_SBHC, *rotary)
-    return _turn(x_SBHC, *rotary)
+    return _apply_rotation(x_SBHC, *rotary)
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation is undone by its transpose: the backward pass needs the angles only, not the activations."""
+    """The inverse of a rotation is its transpose, so the backward pass needs only the angles, not the activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine)
+        return _apply_rotation(x, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turn(grad, cosine, -sine), None, None
+        return _apply_rotation(grad, cosine, -sine), None, None
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _apply_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = turned.chunk(2, dim=-1)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = rotated.chunk(2, dim=-1)
     torch.mul(first, cosine, out=left).addcmul_(second, sine, value=-1)
     torch.mul(second, cosine, out=right).addcmul_(first, sine)
-    return turned
+    return rotated
 
 
 def frequencies(channels: int, config: RopeConfig) -> Tensor:
-    """[C/2] radians per position, highest first, float64, after any scaling."""
-    # integers first: inside deepspeed.zero.Init a constructor's floats come out in the training type
+    """Radians per position [C/2], highest first, float64, including any scaling."""
+    # start from integers: inside deepspeed.zero.Init, new floating-point tensors get the training dtype
     base = config.theta ** (-torch.arange(0, channels, 2).double() / channels)
     return base if config.scaling is None else _scale(base, config.scaling)
 
@@ -69,7 +72,7 @@ def _scale(base: Tensor, scaling: RopeScaling) -> Tensor:
     if scaling.kind == "linear":
         return base / scaling.factor
     # llama3 (Llama 3.1 model card): keep short wavelengths, stretch long ones, interpolate in between.
-    turns = scaling.original_positions * base / (2 * math.pi)
+    rotations = scaling.original_positions * base / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
     return base * (kept + (1 - kept) / scaling.factor)

@@ -1,7 +1,7 @@
-"""Canonical names: what each local parameter is of the whole, unsharded model.
+"""Canonical names: which part of the unsharded model each local parameter is.
 
-A checkpoint, a conversion and the initial weights all speak of canonical tensors (query, key and value apart, gate and up
-apart, no vocabulary padding). A `Piece` says which slice of which canonical tensor lies where in a local parameter.
+Checkpoints, conversions and initial weights use canonical tensors: separate query, key and value, separate gate and up, and no
+vocabulary padding. A `Piece` maps a slice of a canonical tensor to a slice of a local parameter.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether the canonical tensor is not split."""
+        """Whether the piece is the full canonical tensor."""
         return self.length == self.shape[self.axis]
 
 
 def pieces(model: nn.Module, mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
-    """The pieces of every local parameter, by parameter name. Parameters of ZeRO-3 are described by their full shape."""
+    """The pieces of every local parameter, by parameter name. ZeRO-3's parameters have their unpartitioned shape."""
     table: dict[str, tuple[Piece, ...]] = {}
     for prefix, module in model.named_modules():
         for suffix, parameter in module.named_parameters(recurse=False):
@@ -42,12 +42,12 @@ def pieces(model: nn.Module, mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
 
 
 def is_copy(name: str, mesh: Mesh) -> bool:
-    """Whether a local parameter is the last stage's copy of the first one's: kept in step, counted and saved there only."""
+    """Whether a local parameter is the last stage's copy of the embedding. Only the first stage's is counted and saved."""
     return mesh.pipeline.size > 1 and mesh.last_stage and name == "embedding.weight"
 
 
 def canonical_shapes(table: dict[str, tuple[Piece, ...]]) -> dict[str, tuple[int, ...]]:
-    """Full shape of each canonical tensor mentioned in a table of pieces."""
+    """Full shape of each canonical tensor in a table of pieces."""
     return {piece.name: piece.shape for row in table.values() for piece in row}
 
 

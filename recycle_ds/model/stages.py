@@ -1,9 +1,9 @@
 """Which blocks each pipeline stage holds: a pure function of the shapes.
 
-The first stage adds the embedding, the last one the final norm, the recycle module and the output head, which is used once per
-loss. The embedding has no cost here: it is a lookup, which copies `hidden` numbers for a token where a block multiplies
-millions, and its backward pass adds as many. For a small model with a large vocabulary the head costs as much as many blocks,
-so the last stage gets fewer of them, down to none.
+The first stage also has the embedding; the last one also has the final norm, the recycle module and the output head, which is
+used once per loss. The embedding counts as free: a lookup copies `hidden` numbers per token, a block multiplies millions, and
+the lookup's backward pass adds `hidden` numbers per token. In a small model with a large vocabulary the head costs as much as
+many blocks, so the last stage gets fewer blocks, possibly none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token
 
 
 def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages: int) -> tuple[range, ...]:
-    """Blocks of each stage, such that the dearest stage is as cheap as can be (FLOPs of a training step).
+    """Blocks of each stage. Minimises the training FLOPs of the most expensive stage.
 
     Raises ConfigError when there are more stages than blocks.
     """
@@ -27,7 +27,7 @@ def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stag
     counts = [1] * (stages - 1) + [0]
     costs = [block] * (stages - 1) + [tail_flops_per_token(config, recycle, seq_length)]
     for _ in range(config.layers - sum(counts)):
-        # among equals the latest but the last: early stages keep more micro-batches in flight, the last is dear already
+        # ties go to the later stage: earlier stages keep activations of more micro-batches in flight
         cheapest = min(reversed(range(stages)), key=lambda stage: costs[stage] + block)
         counts[cheapest] += 1
         costs[cheapest] += block

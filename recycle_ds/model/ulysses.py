@@ -1,10 +1,10 @@
 """DeepSpeed Ulysses (Jacobs et al., arXiv 2309.14509): sequences split over ranks, attention split over heads.
 
-Outside attention a rank holds S/u positions of every sequence; inside it all S positions of H/u heads. One all-to-all leads in,
-one leads out, of 1/u of the activations each, so a rank's share of the traffic falls as the degree grows.
+Outside attention a rank holds S/u positions of every sequence; inside attention it holds all S positions of H/u heads. One
+all-to-all before attention and one after it move 1/u of the activations each, so a rank sends less as the degree u grows.
 
-DeepSpeed's own DistributedAttention exchanges queries, keys and values one after another and hands on no keys. Here they travel
-together, and the recycle module's chain keeps its earlier steps' keys as they are inside attention.
+DeepSpeed's own DistributedAttention exchanges queries, keys and values one after another and does not return the keys. Here one
+all-to-all exchanges all three, and the recycle module keeps the keys of earlier steps in the layout used inside attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recycle_ds.parallel.mesh import Axis
 
 
 def to_heads(parts: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, ...]:
-    """[S/u, B, H_i, C] each to [S, B, H_i/u, C]: all positions of this rank's heads. u divides every H_i."""
+    """[S/u, B, H_i, C] each to [S, B, H_i/u, C]: all positions of this rank's heads. u divides every H_i. Collective."""
     length, batch, _, channels = parts[0].shape
     counts = [part.shape[2] // axis.size for part in parts]
     by_rank = [part.reshape(length, batch, axis.size, -1, channels) for part in parts]
@@ -28,7 +28,7 @@ def to_heads(parts: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, ...]:
 
 
 def to_sequence(mixed_SBHC: Tensor, axis: Axis) -> Tensor:
-    """[S, B, H/u, C] to [S/u, B, H, C]: all heads of this rank's positions. The inverse of `to_heads`."""
+    """[S, B, H/u, C] to [S/u, B, H, C]: all heads of this rank's positions. The inverse of `to_heads`. Collective."""
     length, batch, heads, channels = mixed_SBHC.shape
     incoming = all_to_all(axis.group, mixed_SBHC)
     by_rank = incoming.view(axis.size, length // axis.size, batch, heads, channels)
@@ -36,7 +36,7 @@ def to_sequence(mixed_SBHC: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_sequence(part_S: Tensor, axis: Axis) -> Tensor:
-    """[S/u, ...] to [S, ...] on every rank, without a gradient."""
+    """[S/u, ...] to [S, ...] on every rank, without a gradient. Collective."""
     parts = [torch.empty_like(part_S) for _ in range(axis.size)]
     dist.all_gather(parts, part_S.contiguous(), group=axis.group)
     return torch.cat(parts)

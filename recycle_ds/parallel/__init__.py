@@ -1,1 +1,1 @@
-"""Ranks, groups and devices: the only place that asks which launcher, backend and device there are."""
+"""Ranks, process groups and devices. The only package that detects launcher, backend and device."""

@@ -1,4 +1,4 @@
-"""Errors that all ranks hear of: whichever rank meets one, every rank raises it, and none waits for ever."""
+"""Errors shared by all ranks: if one rank fails, every rank raises its error, so that no rank waits forever in a collective."""
 
 from __future__ import annotations
 
@@ -15,62 +15,67 @@ from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
 
 T = TypeVar("T")
-# Of file servers that are away (NFS, Lustre, FUSE), and of disks that are full or broken.
-_PASSING = (
+# Errors of unreachable file servers (NFS, Lustre, FUSE) and of full or broken disks.
+_TRANSIENT = (
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN, errno.ESHUTDOWN,
     errno.ENOTCONN,
 )  # fmt: skip
 
 
 class SharedError(RecycleError):
-    """An error that all ranks raise alike; `rank` met it."""
+    """An error that every rank raises; it occurred on `rank`."""
 
     def __init__(self, text: str, rank: int) -> None:
         super().__init__(text)
         self.rank = rank
 
 
-def together(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
-    """Runs `action` on every rank; a RecycleError or an error of the file system on any becomes a SharedError on all, or a
-    MachineFault where it is one that may pass (an unreachable server, a full disk).
+def on_all_ranks(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
+    """Runs `action` on every rank and returns its local result.
 
-    Collective; `action` itself may be collective only where it fails alike.
+    Collective over the world. If `action` raises a RecycleError or an OSError on any rank, every rank raises: a MachineFault
+    when the error is transient (an unreachable file server, a full disk), otherwise a SharedError. If several ranks fail, the
+    error of the highest one is raised. Any other exception propagates on its rank only, and the others wait in a collective.
+    `action` may run collectives only if it fails on all ranks or on none.
     """
-    text, passing, result = None, False, None
+    text, transient, result = None, False, None
     try:
         result = action()
     except (RecycleError, OSError) as error:
         text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
-        passing = _may_pass(error)
+        transient = _is_transient(error)
     votes = torch.tensor([mesh.rank + 1 if text else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    culprit = int(votes.item()) - 1
-    if culprit >= 0:
-        text, passing = from_rank(culprit, (text, passing), mesh, device)
-        where = f" (rank {culprit} on {from_rank(culprit, socket.gethostname(), mesh, device)})" if culprit else ""
-        raise MachineFault(f"{text}{where}") if passing else SharedError(f"{text}{where}", culprit)
+    failed = int(votes.item()) - 1  # the highest rank with an error, or -1
+    if failed >= 0:
+        text, transient = broadcast_from(failed, (text, transient), mesh, device)
+        where = f" (rank {failed} on {broadcast_from(failed, socket.gethostname(), mesh, device)})" if failed else ""
+        raise MachineFault(f"{text}{where}") if transient else SharedError(f"{text}{where}", failed)
     return result  # type: ignore[return-value]
 
 
 def on_first_rank(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T | None:
-    """Runs `action` on rank 0 while the others wait; None on those. Errors as in `together`. Collective."""
-    return together(lambda: action() if mesh.is_first else None, mesh, device)
+    """Runs `action` on rank 0 while the other ranks wait, and returns its result there and None elsewhere.
+
+    Collective over the world. Errors of rank 0 are raised on every rank, as in `on_all_ranks`.
+    """
+    return on_all_ranks(lambda: action() if mesh.is_first else None, mesh, device)
 
 
-def from_rank(rank: int, value: T, mesh: Mesh, device: torch.device) -> T:
-    """What one rank holds, on all ranks. Collective."""
+def broadcast_from(rank: int, value: T, mesh: Mesh, device: torch.device) -> T:
+    """Returns on every rank the `value` of rank `rank`. Collective over the world."""
     if mesh.world_size == 1:
         return value
-    told = [value]
-    dist.broadcast_object_list(told, src=rank, device=device)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=rank, device=device)
+    return values[0]
 
 
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether a fault of a file system that may pass is behind an error, whoever has put it in other words."""
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, is a transient file-system error."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _PASSING:
+        if isinstance(error, OSError) and error.errno in _TRANSIENT:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,4 +1,4 @@
-"""The device and the collective backend, decided in one place for CPU (gloo) and CUDA (NCCL) alike."""
+"""The device and the collective backend: CPU with gloo, or CUDA with NCCL."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import torch
 
 from recycle_ds.parallel.products import linear
 
-# Dense peak of the tensor cores in FLOP/s (vendors' data sheets, without sparsity), by a part of the device's name.
+# Dense peak FLOP/s (vendors' data sheets, without sparsity), by a substring of the device's name.
 _CUDA_PEAKS = {
     "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
     "fp32": {"H200": 67e12, "H100 80GB HBM3": 67e12, "H100 PCIe": 51e12, "A100": 19.5e12, "A800": 19.5e12},
 }
 
 
-# glibc's names for mallopt (malloc.h).
+# glibc's mallopt parameters (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
-def device(index: int = 0) -> torch.device:
-    """The CUDA device of that number, or the CPU. Which number is a rank's own: `rendezvous.own_device`."""
+def local_device(index: int = 0) -> torch.device:
+    """The CUDA device with this index, or the CPU without CUDA. `rendezvous.own_device` picks a rank's index."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def backend() -> str:
-    """Name of the collective backend that belongs to `device()`."""
+    """Name of the collective backend for `local_device()`: "nccl" or "gloo"."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's type for the configuration's "fp32" or "bf16"."""
+    """The torch dtype for the configuration's "fp32" or "bf16"."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def peak_flops(dtype: str, device: torch.device) -> float:
-    """FLOP/s that model FLOP utilisation is measured against, for one rank.
+    """Peak FLOP/s of one rank, the reference for model FLOPs utilisation (MFU).
 
-    On CUDA the data sheet's dense figure; on a CPU, or a GPU not listed, what `matmul_rate` measures.
+    On CUDA, the data sheet's dense figure. On a CPU or an unlisted GPU, the rate that `matmul_rate` measures.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -51,7 +51,7 @@ def peak_flops(dtype: str, device: torch.device) -> float:
 
 @torch.no_grad()
 def matmul_rate(dtype: str, device: torch.device, seconds: float = 0.05) -> float:
-    """FLOP/s of the model's own matrix product, for square operands doubled in size until one takes `seconds`."""
+    """Measured FLOP/s of the model's matrix product. The square operands double in size until one product takes `seconds`."""
     best, size, fastest = 0.0, 128, 0.0
     while fastest < seconds and size <= (8192 if device.type == "cuda" else 1024):
         a = torch.ones(size, size, dtype=torch_dtype(dtype), device=device)
@@ -72,35 +72,35 @@ def _timed_product(a: torch.Tensor, device: torch.device) -> float:
 
 
 def let_megatron_run_on_cpu() -> None:
-    """megatron-core's gather and scatter ask for the current CUDA device; without CUDA the answer is the CPU."""
+    """Without CUDA, makes torch.cuda.current_device return the CPU: megatron-core's gather and scatter call it."""
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 
 def keep_freed_memory() -> bool:
-    """On a CPU, has the C library keep the memory that tensors free, for the next ones. Whether it could be told so.
+    """On a CPU, configures glibc to keep freed memory for later tensors. Returns whether that succeeded.
 
-    glibc returns large blocks to the kernel at once, and every step then pays for the same pages again, cleared one by one: up
-    to half of a training step. On CUDA PyTorch's own allocator does this.
+    By default glibc returns large blocks to the kernel at once, so every step page-faults the same memory again: up to half of
+    the time of a training step. On CUDA, PyTorch's own allocator keeps freed memory.
     """
     if torch.cuda.is_available():
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):  # a C library without mallopt
         return False
-    # no block is a mapping of its own; the heap grows in steps of 64 MiB and never shrinks
+    # never allocate with mmap; grow the heap in steps of 64 MiB and never shrink it
     return all(mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**26)))
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the device's queued work; nothing to wait for on a CPU."""
+    """Waits for queued CUDA work. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: the allocator's peak on CUDA, the process's resident peak on a CPU."""
+    """Peak memory so far in GiB: the allocator's on CUDA, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,9 +1,16 @@
-"""The batch job that a run is part of: how its shell and the run talk to each other, and when it ends.
+"""The batch job that a run is part of: the files that the run and the job's shell exchange, and the end of the job.
 
-The shell (slurm/common.sh) makes a folder for the job and names it in RECYCLE_JOB_DIR. It writes `stop` there when the job must
-end; the first rank writes `run_dir`, `progress` (the step of the newest checkpoint) and `outcome`, by which the shell decides
-whether to requeue; any rank that meets an error which a new start would meet again writes it to `error`, and FAILED to
-`outcome`. Without such a folder all of this does nothing.
+The shell (slurm/common.sh) creates a folder for the job and passes its path in RECYCLE_JOB_DIR. The files in it:
+
+    shell       host and process ID of the shell of the current start, written by that shell
+    stop        created by the shell when the run must save and exit because the job ends
+    run_dir     the run folder
+    progress    the step of the newest checkpoint (`generate`: the rank and its number of prompts done)
+    outcome     how the run ended; the shell decides by it whether to requeue the job
+    error       an error that a restart would hit again
+
+Rank 0 writes run_dir, progress and outcome; in `generate` every rank writes progress and outcome. Any rank may write `error`,
+and then sets `outcome` to FAILED. Without RECYCLE_JOB_DIR no file is read or written.
 """
 
 from __future__ import annotations
@@ -17,36 +24,49 @@ from pathlib import Path
 
 from recycle_ds.config.atomic_files import write_atomically
 
-FINISHED, STOPPED, LEFT, FAILED = "finished", "stopped", "left", "failed"
-"""Outcomes: all is done; saved for the job's sake, to go on in its next start; saved and left for good, as a person asked; an
-error that a new start would meet again."""
+FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, FAILED = "finished", "saved_for_restart", "stopped_by_user", "failed"
+"""Contents of `outcome`:
+
+    finished             the run is complete
+    saved_for_restart    the run saved its state because the job must end; the next start of the job resumes it
+    stopped_by_user      the run saved its state because the user asked it to stop; it is not restarted
+    failed               the run hit an error that a restart would hit again; it is not restarted
+"""
 
 
-class Unheard(Exception):
-    """A run has saved for its job's sake, and could not tell the job's shell so: the exit code must."""
+REQUEUE_EXIT_CODE = 75
+"""Exit code (EX_TEMPFAIL) of a process that saved its state for a restart but could not write `outcome`. The batch scripts exit
+with the same code when their job is to be started again (`EXIT_REQUEUE` in slurm/common.sh)."""
+
+
+class ShellNotInformed(Exception):
+    """A run saved for a restart but could not write `outcome`: the process must exit with REQUEUE_EXIT_CODE instead."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as its variables describe it."""
+    """The job, as described by environment variables. `Job()` means that there is no job."""
 
     folder: Path | None = None
     end: float | None = None
     """Unix time at which SLURM ends the job."""
     name: str | None = None
-    """SLURM's number of the job, the same after a requeue."""
+    """SLURM's job ID, which a requeue does not change."""
     restarts: int = 0
     shell: str | None = None
-    """Host and process of the shell of this start; a later start of the same job has another one in the same folder."""
+    """Host and process ID of the shell of this start. A later start of the job has another shell, but the same folder."""
 
     @property
     def stop_file(self) -> Path | None:
-        """Appears when the job must end."""
+        """The file that the shell creates when the job must end; None without a job."""
         return None if self.folder is None else self.folder / "stop"
 
-    def tell(self, file: str, text: str) -> bool:
-        """Leaves a line for the shell; an outcome FAILED stays, and so does all that is a later start's. False where it cannot
-        be written: a full disk must not end the run, it is reported, and the shell goes by exit codes."""
+    def write_note(self, file: str, text: str) -> bool:
+        """Writes one line to `file` for the shell. Returns False if it cannot be written, True otherwise.
+
+        Writes nothing without a job, after a later start has taken over the folder, or over an outcome FAILED. A write error
+        is printed as a warning and does not end the run; the shell then relies on the exit code.
+        """
         if self.folder is None or self._replaced():
             return True
         try:
@@ -59,18 +79,20 @@ class Job:
         return True
 
     def fail(self, text: str) -> None:
-        """Tells the shell of an error that a new start would meet again. Every rank may: the first to leave takes the others
-        with it, perhaps before they know."""
-        self.tell("error", text)
-        self.tell("outcome", FAILED)
+        """Reports an error to the shell that a restart would hit again.
+
+        Any rank may call it: when one rank exits, the launcher kills the others, possibly before rank 0 knows of the error.
+        """
+        self.write_note("error", text)
+        self.write_note("outcome", FAILED)
 
     def _replaced(self) -> bool:
-        """Whether the folder has the shell of another start by now."""
+        """Whether a later start of the job has taken over the folder."""
         if self.folder is None or self.shell is None:
             return False
         try:
             return (self.folder / "shell").read_text(encoding="utf-8").strip() not in (self.shell, "")
-        except OSError:  # no word of another start
+        except OSError:  # no record of another start
             return False
 
     def _outcome(self) -> str:
@@ -80,7 +102,7 @@ class Job:
             return ""
 
     def requeue_if_orphaned(self) -> bool:
-        """Starts the job again where its shell, which would do so, has been killed. Whether that was so."""
+        """Requeues the job if its shell, which would otherwise do so, has been killed. Returns whether it was requeued."""
         if self.folder is None or self.name is None or os.environ.get("REQUEUE") != "1" or self._replaced():
             return False
         try:
@@ -91,22 +113,21 @@ class Job:
             return False
         name = os.environ.get("RECYCLE_JOB") or self.name
         try:
-            shown = subprocess.run(
+            details = subprocess.run(
                 ["scontrol", "show", "job", name], capture_output=True, text=True, check=False
             ).stdout
-            if (
-                "ExitCode=0:9" not in shown
-            ):  # a shell that was killed; of a job that a person cancelled SLURM says otherwise
+            # this means that the shell was killed; a job cancelled by the user has another exit code
+            if "ExitCode=0:9" not in details:
                 return False
-            print(f"the shell of job {name} has been killed: requeueing", flush=True)
+            print(f"the shell of job {name} was killed: requeueing the job", flush=True)
             return subprocess.run(["scontrol", "requeue", name], check=False).returncode == 0
         except OSError as error:  # no scontrol in a container
-            print(f"warning: the shell of job {name} has gone, and it cannot be requeued: {error}", flush=True)
+            print(f"warning: the shell of job {name} was killed, and the job cannot be requeued: {error}", flush=True)
             return False
 
 
 def _alive(pid: str) -> bool:
-    """Whether a process of this host runs; one that only waits to be buried does not."""
+    """Whether a process with this ID runs on this host. Zombies count as dead."""
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, ValueError, IndexError):
@@ -114,7 +135,7 @@ def _alive(pid: str) -> bool:
 
 
 def job_of(environment: Mapping[str, str]) -> Job:
-    """The job that the environment speaks of. A pure function."""
+    """The job that the environment variables describe. A pure function."""
     folder, end = environment.get("RECYCLE_JOB_DIR"), environment.get("SLURM_JOB_END_TIME", "")
     restarts = environment.get("SLURM_RESTART_COUNT", "")
     return Job(
@@ -126,10 +147,19 @@ def job_of(environment: Mapping[str, str]) -> Job:
     )
 
 
-# By which launchers tell a process its rank; in mpirun's processes under SLURM the last one speaks of mpirun's own proxy.
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+# Variables in which launchers pass the rank. SLURM_PROCID is last: under mpirun it is the rank of mpirun's proxy process.
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
-def speaks(environment: Mapping[str, str]) -> bool:
-    """Whether this process, among those started together, is the one that tells errors: the first."""
-    return next((environment[name] for name in _RANKS if name in environment), "0") == "0"
+def is_error_reporter(environment: Mapping[str, str]) -> bool:
+    """Whether this process prints the errors that all ranks share: only rank 0 does."""
+    return next((environment[name] for name in _RANK_VARIABLES if name in environment), "0") == "0"
+
+
+# Variables with the local rank: of torchrun and deepspeed, Open MPI, MPICH and srun.
+_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+def is_first_of_host(environment: Mapping[str, str]) -> bool:
+    """Whether this process is local rank 0, the first rank on its host."""
+    return next((environment[name] for name in _LOCAL_RANK_VARIABLES if name in environment), "0") == "0"

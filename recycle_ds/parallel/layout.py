@@ -1,4 +1,4 @@
-"""Where each rank of a world stands: a pure function of the degrees, without a process group."""
+"""The coordinates of each rank: a pure function of the parallel degrees, without process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recycle_ds.config import ConfigError, ParallelConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place along each axis."""
+    """A rank's index along each axis."""
 
     pipeline: int
     data: int
@@ -19,7 +19,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism. Tensor ranks are adjacent, so that they share a node; pipeline stages lie furthest apart.
+    """Degrees of parallelism. Tensor ranks are adjacent, so that they share a node; pipeline stages are farthest apart.
 
         rank = ((pipeline x data_size + data) x ulysses_size + ulysses) x tensor_size + tensor
 
@@ -33,32 +33,32 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks in the whole layout."""
+        """Number of ranks of the layout."""
         return self.tensor * self.pipeline * self.data * self.ulysses
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights, over which gradients are averaged and ZeRO partitions: data x ulysses."""
+        """Number of ranks with the same weights, data x ulysses: gradients are averaged and ZeRO partitions over them."""
         return self.data * self.ulysses
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of a rank in [0, world_size)."""
+        """The coordinates of a rank in [0, world_size)."""
         assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
         rest, tensor = divmod(rank, self.tensor)
         rest, ulysses = divmod(rest, self.ulysses)
         pipeline, data = divmod(rest, self.data)
         return Coordinates(pipeline, data, ulysses, tensor)
 
-    def rank_of(self, place: Coordinates) -> int:
-        """The rank at a place; the inverse of `coordinates`."""
-        rest = (place.pipeline * self.data + place.data) * self.ulysses + place.ulysses
-        return rest * self.tensor + place.tensor
+    def rank_of(self, at: Coordinates) -> int:
+        """The rank at these coordinates; the inverse of `coordinates`."""
+        rest = (at.pipeline * self.data + at.data) * self.ulysses + at.ulysses
+        return rest * self.tensor + at.tensor
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
-    """The layout of a world; data parallelism takes what the other degrees leave.
+    """The layout of `world_size` ranks. The data-parallel degree is world_size / (tensor x pipeline x ulysses).
 
-    Raises ConfigError with all numbers when the degrees do not divide the world.
+    Raises ConfigError, naming all degrees, when the division has a remainder.
     """
     model = parallel.tensor * parallel.pipeline * parallel.ulysses
     if world_size % model:
@@ -71,7 +71,7 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def check_node(parallel: ParallelConfig, world_size: int, local_world_size: int) -> None:
-    """Raises ConfigError when a tensor group would span nodes of `local_world_size` ranks each (0: not known)."""
+    """Raises ConfigError when a tensor group would span nodes of `local_world_size` ranks each (0: unknown)."""
     if 0 < local_world_size < world_size and local_world_size % parallel.tensor:
         raise ConfigError(
             f"parallel.tensor ({parallel.tensor}) must divide the ranks of a node ({local_world_size}), or tensor groups "

@@ -1,4 +1,4 @@
-"""The mesh: which ranks hold which part of one model. Built once, immutable, passed to whoever needs it."""
+"""The mesh: which ranks hold which part of one model. It is built once, is immutable and is passed as an argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recycle_ds.parallel.layout import Layout, layout_of
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh as this rank sees it: its place, the axis's length and the ranks along it."""
+    """One axis of the mesh, seen from this rank: its index along the axis, the axis's size and its process group."""
 
     rank: int = 0
     size: int = 1
@@ -26,9 +26,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Pipeline x data x ulysses x tensor axes of a world.
+    """This rank's view of the pipeline x data x ulysses x tensor axes of a world. `Mesh()` is a single process.
 
-    A group of None means the axis has a single rank and no process group exists.
+    A group of None means that the axis has one rank and no process group.
     """
 
     rank: int = 0
@@ -40,30 +40,31 @@ class Mesh:
     ulysses: Axis = Axis()
     """Ranks that read different parts of the same samples' sequences."""
     replicas: Axis = Axis()
-    """data x ulysses: ranks with the same weights, over which gradients are averaged and ZeRO partitions."""
+    """data x ulysses: ranks with the same weights. Gradients are averaged over them, and ZeRO partitions over them."""
     sequence: bool = False
     """Whether norms and residuals are split over the tensor axis too (Megatron's sequence parallelism)."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files that a run has only once."""
         return self.rank == 0
 
     @property
     def first_stage(self) -> bool:
-        """Whether this rank reads tokens."""
+        """Whether this rank is on the first pipeline stage, which reads tokens."""
         return self.pipeline.rank == 0
 
     @property
     def last_stage(self) -> bool:
-        """Whether this rank computes losses."""
+        """Whether this rank is on the last pipeline stage, which computes losses."""
         return self.pipeline.rank == self.pipeline.size - 1
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Creates the process groups of a layout over the initialised world.
+    """Creates the process groups of all axes over the initialised world and returns this rank's mesh.
 
-    Collective over all ranks. Raises ConfigError as `layout_of` does.
+    Collective over the world. Raises ConfigError on every rank, before any group is created, if the degrees do not divide the
+    world size.
     """
     from megatron.core import parallel_state
 
@@ -90,7 +91,10 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
 
 @contextmanager
 def world_of_one() -> Iterator[None]:
-    """A process group of this process alone: megatron-core asks groups for their size only where one exists."""
+    """Initialises a process group with only this process, unless one exists; destroys it on exit.
+
+    megatron-core asks a group for its size only if torch.distributed is initialised.
+    """
     if torch.distributed.is_initialized():
         yield
         return
@@ -102,16 +106,16 @@ def world_of_one() -> Iterator[None]:
 
 
 def virtual_mesh(layout: Layout, rank: int, *, sequence: bool = False) -> Mesh:
-    """The mesh of one rank of a world that does not exist, to build its part of a model on the meta device.
+    """The mesh of one rank of a layout that is not running, to build this rank's part of a model on the meta device.
 
-    Its groups know their size and this rank's place and cannot communicate. megatron-core asks groups for their size only
-    where some process group has been initialised: see `world_of_one`.
+    Not collective. Its groups have a rank and a size but cannot communicate. megatron-core uses their size only if
+    torch.distributed is initialised: see `world_of_one`.
     """
     return _mesh(layout, rank, None, sequence=sequence and layout.tensor > 1)
 
 
 class _VirtualGroup:
-    """What megatron-core's constructors ask of a process group."""
+    """The methods of a process group that megatron-core's constructors call."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -124,24 +128,26 @@ class _VirtualGroup:
 
 
 def _mesh(layout: Layout, rank: int, groups: dict[str, ProcessGroup] | None, *, sequence: bool) -> Mesh:
-    place = layout.coordinates(rank)
-    ends = {
-        "tensor": (place.tensor, layout.tensor),
-        "pipeline": (place.pipeline, layout.pipeline),
-        "data": (place.data, layout.data),
-        "ulysses": (place.ulysses, layout.ulysses),
-        "replicas": (place.data * layout.ulysses + place.ulysses, layout.data * layout.ulysses),
+    at = layout.coordinates(rank)
+    indices = {
+        "tensor": (at.tensor, layout.tensor),
+        "pipeline": (at.pipeline, layout.pipeline),
+        "data": (at.data, layout.data),
+        "ulysses": (at.ulysses, layout.ulysses),
+        "replicas": (at.data * layout.ulysses + at.ulysses, layout.data * layout.ulysses),
     }
     axes: dict[str, Axis] = {}
-    for name, (own, size) in ends.items():
-        group: Any = _VirtualGroup(own, size) if groups is None else groups[name]
-        assert (group.rank(), group.size()) == (own, size), f"the {name} group does not follow the layout's rank order"
-        axes[name] = Axis(own, size, group)
+    for name, (index, size) in indices.items():
+        group: Any = _VirtualGroup(index, size) if groups is None else groups[name]
+        assert (group.rank(), group.size()) == (index, size), (
+            f"the {name} group does not follow the layout's rank order"
+        )
+        axes[name] = Axis(index, size, group)
     return Mesh(rank=rank, world_size=layout.world_size, sequence=sequence, **axes)
 
 
 class ModelParallelUnit:
-    """The `mpu` object DeepSpeed asks for groups, answered from a mesh. Its data axis is the mesh's `replicas`."""
+    """The `mpu` object that gives DeepSpeed its process groups, from a mesh. Its data axis is the mesh's `replicas`."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

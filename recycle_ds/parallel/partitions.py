@@ -1,4 +1,4 @@
-"""Which elements each replica holds under ZeRO: pure functions, for training, checks and plans alike."""
+"""Which elements each replica holds under ZeRO: pure functions, used by training, checks and the planner."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 
 def partition_size(elements: int, replicas: int) -> int:
-    """ZeRO-3: elements of every replica's partition; the last ones are padded where `replicas` does not divide `elements`."""
+    """ZeRO-3: elements per partition. The last ones are padded if `replicas` does not divide `elements`."""
     return -(-elements // replicas)
 
 
 def partition_range(elements: int, replicas: int, rank: int) -> range:
-    """The elements of the flattened parameter that replica `rank` holds; empty on ranks that hold padding only."""
+    """ZeRO-3: elements of the flattened parameter on replica `rank`; empty if its partition is only padding."""
     size = partition_size(elements, replicas)
     return range(min(rank * size, elements), min((rank + 1) * size, elements))
 
 
 def flat_partitions(sizes: Sequence[int], replicas: int) -> list[list[tuple[int, range]]]:
-    """ZeRO-1 and 2: what each replica holds of the parameters of a group, as (index, elements of the flattened parameter).
+    """ZeRO-1 and 2: each replica's part of a parameter group, as (parameter index, elements of the flattened parameter).
 
-    DeepSpeed lays a group's parameters end to end, pads the end to a multiple of 2 x replicas elements (NCCL wants 4-byte
-    alignment of bf16 numbers) and cuts that into equal parts, through parameters. Padding belongs to no parameter.
+    DeepSpeed concatenates a group's flattened parameters, pads the end to a multiple of 2 x replicas elements (NCCL needs
+    4-byte alignment of bf16 numbers) and cuts the result into equal parts, which may split a parameter. Padding is not listed.
     """
     unit = 2 * replicas
     part = -(-sum(sizes) // unit) * unit // replicas

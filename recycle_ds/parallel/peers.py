@@ -1,35 +1,38 @@
-"""What others have to do with the end of a rank: a fault of its own is told from peers that have gone, or taken over."""
+"""Reasons for a rank to exit that are not the user's error: a lost peer, a transient file-system error, a take-over."""
 
 from __future__ import annotations
 
-# What gloo's errors, which are plain RuntimeErrors, have in common.
+# Substrings of gloo's errors, which are plain RuntimeErrors.
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Gloo connectFullMesh")
 
 
 class PeerLost(Exception):
-    """Another rank, or the way to it, has gone: what this rank waits for will not come."""
+    """Another rank, or the connection to it, is lost: the collective that this rank waits in cannot complete."""
 
 
 class MachineFault(Exception):
-    """A file system that one node cannot use for now: a later start, on other nodes perhaps, may well succeed."""
+    """A transient file-system error: a later start, possibly on other nodes, may succeed."""
 
 
 class TakenOver(Exception):
-    """A later start of the same job has taken over what this process works on: it must write nothing any more."""
+    """A later start of the same job has taken over the run folder: this process must not write any more."""
 
     def __init__(self, what: str, by: str | None) -> None:
         by = by or "another process"
         super().__init__(
-            f"{what} has been taken over by {by}, a later start of this job: this one leaves, and saves nothing"
+            f"{what} has been taken over by {by}, a later start of this job: this one exits without saving"
         )
 
 
 def lost_peer(error: Exception) -> PeerLost | None:
-    """What an error of a collective says of another rank, in one line; None for any other error."""
-    import torch.distributed as dist  # late: what catches PeerLost need not wait for torch
+    """Converts an error of a collective that lost another rank into a one-line PeerLost; None for any other error.
+
+    Returns the PeerLost and does not raise it.
+    """
+    import torch.distributed as dist  # not at the top: code that only catches PeerLost need not import torch
 
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(part in text for part in _GLOO)):
         reason = " ".join(text.split())[:200]
-        return PeerLost(f"lost contact with another rank ({reason}); what that rank says of it is the cause")
+        return PeerLost(f"lost contact with another rank ({reason}); the cause is in that rank's output")
     return None

@@ -1,8 +1,8 @@
-"""Matrix products in bf16 on CPUs that have no instructions for it.
+"""bf16 matrix products on CPUs without bf16 instructions.
 
-There PyTorch multiplies bf16 one number at a time, tens of times slower than fp32. Products of some size are then computed in
-fp32 from the same bf16 operands and rounded once, which is no less accurate. CUDA, CPUs with bf16 instructions, and fp32 take
-the plain call. What is kept for the backward pass is the same either way.
+On these CPUs PyTorch multiplies bf16 one number at a time, tens of times slower than fp32. Products of at least _FEW_ROWS rows
+are instead computed in fp32 from the bf16 operands and rounded once, which is no less accurate. CUDA, CPUs with bf16
+instructions, and fp32 use the plain call. Both paths keep the same tensors for the backward pass.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Fewer rows than this are bound by reading the weight, which bf16 halves.
+# Products of fewer rows are bound by reading the weight, which bf16 halves.
 _FEW_ROWS = 16
 
 
 @lru_cache(maxsize=1)
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bf16 matrices."""
+    """Whether this CPU has instructions for bf16 matrix products."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -35,7 +35,7 @@ def upcasts(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, [..., D] by [E, D] to [..., E], in the type of x."""
+    """x W^T + b, [..., D] by [E, D] to [..., E], in the dtype of x."""
     if upcasts(x):
         return _UpcastLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -50,9 +50,9 @@ class _UpcastLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wide = grad.float()
-        rows = wide.flatten(0, -2)
-        into_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        into_weight = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        into_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return into_x, into_weight, into_bias
+        grad_fp32 = grad.float()
+        rows = grad_fp32.flatten(0, -2)
+        grad_x = (grad_fp32 @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias

@@ -1,4 +1,4 @@
-"""How this process finds the others: srun, deepspeed, torchrun, mpirun, or alone."""
+"""Start-up of ranks and their rendezvous, under srun, deepspeed, torchrun, mpirun or as a single process."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from typing import NoReturn
 import torch
 
 from recycle_ds.config import RecycleError
-from recycle_ds.parallel.device import backend, device, keep_freed_memory
-from recycle_ds.parallel.slurm import meeting_point, started_by_srun, tasks_on_host
+from recycle_ds.parallel.device import backend, keep_freed_memory, local_device
+from recycle_ds.parallel.slurm import master_endpoint, started_by_srun, tasks_on_host
 
-# The first of these that is set tells an MPI process its rank, world size and rank on its host.
+# Variables with an MPI process's rank, world size and local rank; the first ones set are used.
 _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
 )
-# Ranks on this host, as torchrun, deepspeed, Open MPI and MPICH say it.
+# Number of ranks on this host: torchrun, deepspeed, Open MPI, MPICH.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
-# Ranks wait for the first one while it prepares data: DeepSpeed's ten minutes would end them on a corpus of some size.
-_PATIENCE = timedelta(hours=6)
+# Ranks wait in a collective while rank 0 prepares data; DeepSpeed's default of ten minutes is too short for a large corpus.
+_STARTUP_TIMEOUT = timedelta(hours=6)
 
 
 class LaunchError(RecycleError):
-    """The environment does not say consistently which process this is."""
+    """This process cannot start as a rank: inconsistent launcher variables, too few GPUs, or an unusable MPI."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among those started together."""
+    """This process's rank and world size, as set by the launcher."""
 
     launcher: str
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int = 0
-    """Ranks on this host; 0 where the launcher does not say."""
+    """Number of ranks on this host; 0 if the launcher does not set it."""
     own_gpus: bool = False
-    """Whether the GPUs that this process sees are no other one's (srun --gpus-per-task)."""
+    """Whether no other rank uses the GPUs that this process sees (srun --gpus-per-task)."""
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
     """Reads the launcher's variables. A pure function of the environment.
 
-    Raises LaunchError when a variable is missing or not a number.
+    Raises LaunchError when a variable is missing or not a number, or the rank is not below the world size.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed"
         return _launch(environment, launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK")
     srun = started_by_srun(environment)
     for rank, size, local in _MPI_VARIABLES:
-        # srun's own MPI support sets rank and size as well, but not the rank on the host: then SLURM knows more
+        # srun's MPI support also sets rank and size, but no local rank: SLURM's own variables are used then
         if rank in environment and size in environment and (local in environment or not srun):
             return _launch(environment, "mpi", rank, size, local)
     if srun:
@@ -85,10 +85,10 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
 
 
 def device_index(launch: Launch, visible: int) -> int:
-    """Which of the `visible` GPUs is this rank's. A pure function.
+    """Index of this rank's GPU among the `visible` ones. A pure function.
 
-    srun and mpirun may show a process one GPU only, its own; torchrun and deepspeed show each rank all of them. Raises
-    LaunchError where ranks would share one.
+    Under srun and mpirun a process may see only its own GPU; under torchrun and deepspeed every rank sees all GPUs of its host.
+    Raises LaunchError when ranks would share a GPU.
     """
     if launch.own_gpus and visible:
         return 0
@@ -99,19 +99,20 @@ def device_index(launch: Launch, visible: int) -> int:
         return 0
     gpus = "1 visible GPU" if visible == 1 else f"{visible} visible GPUs"
     raise LaunchError(
-        f"{ranks} ranks on this host and {gpus}: ask for a GPU for each task (--gpus-per-node), or fewer tasks"
+        f"{ranks} ranks on this host and {gpus}: request one GPU per task (--gpus-per-node), or fewer tasks"
     )
 
 
 def own_device(launch: Launch) -> torch.device:
-    """This rank's device, which no other rank has, or the CPU. Raises LaunchError where there are too few GPUs.
+    """This rank's own GPU, or the CPU without CUDA. Not collective.
 
-    Every rank of a host does then. The first rank of all tells errors, but its host may have enough: one of each host prints.
+    Raises LaunchError on every rank of a host that has fewer GPUs than ranks. Errors are normally printed by rank 0 only, but
+    its host may have enough GPUs; on other hosts local rank 0 therefore prints the error here.
     """
     if not torch.cuda.is_available():
-        return device()
+        return local_device()
     try:
-        return device(device_index(launch, torch.cuda.device_count()))
+        return local_device(device_index(launch, torch.cuda.device_count()))
     except LaunchError as error:
         if launch.rank and not launch.local_rank:
             print(f"error: rank {launch.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
@@ -119,55 +120,65 @@ def own_device(launch: Launch) -> torch.device:
 
 
 def start(launch: Launch) -> bool:
-    """Sets up torch.distributed through DeepSpeed, on the backend of this machine's device. False where it already was.
+    """Initialises torch.distributed through DeepSpeed, with the backend of the local device. False if it already was.
 
-    DeepSpeed's shared-memory collective would be compiled on first use (and ignores process groups): it is switched off.
-    Raises LaunchError where there are fewer GPUs than ranks on this host, or MPI does not work.
+    Collective over all ranks. Disables DeepSpeed's shared-memory collective, which would be compiled on first use and ignores
+    process groups. Raises LaunchError if this host has fewer GPUs than ranks, or if mpi4py is missing or belongs to another MPI
+    than mpirun, both before any communication; on rank 0 also if the port is in use.
     """
     if torch.distributed.is_initialized():
         return False
-    place = own_device(launch)  # before ranks wait for one another
+    device = own_device(launch)  # raises before ranks wait for each other
     keep_freed_memory()
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
     elif launch.launcher == "srun":
-        address, port = meeting_point(os.environ)
+        address, port = master_endpoint(os.environ)
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     elif launch.launcher == "single":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-        # DeepSpeed takes it for the number of the device, of which SLURM may show a task its own only
-        os.environ["LOCAL_RANK"] = str(place.index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed uses it as the device index, which differs from the local rank if SLURM shows a task only its own GPU
+        os.environ["LOCAL_RANK"] = str(device.index)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found out by itself, DeepSpeed warns about it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # if unset, DeepSpeed detects the CPU with a warning
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=backend(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=_PATIENCE,
-        rank=launch.rank,
-        world_size=launch.world_size,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=_STARTUP_TIMEOUT,
+            rank=launch.rank,
+            world_size=launch.world_size,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        used_host, used_port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise LaunchError(
+            f"port {used_port} of {used_host} is in use by another process: choose another one "
+            "(deepspeed --master_port N, torchrun --master-port N)"
+        ) from None
     return True
 
 
 def stop() -> None:
-    """Leaves the process group, so that no rank warns about a group left behind."""
+    """Destroys all process groups, if any, so that torch does not warn about them at exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process once its work is done and its files are closed, without taking the interpreter apart.
+    """Exits with `code` after atexit handlers and a flush of stdout and stderr, without shutting down the interpreter.
 
-    A thread of gloo's may still be about to release the tensors of the last collective. Where the interpreter has gone by then,
-    that aborts the process (SIGABRT, "terminate called without an active exception"), and a launcher takes a rank that has
-    finished for one that crashed. What was registered to run at the end is run.
+    Call it when the work is done and files are closed. A gloo thread may still have to release the tensors of the last
+    collective. If the interpreter has shut down by then, the process aborts (SIGABRT, "terminate called without an active
+    exception"), and the launcher takes a finished rank for a crashed one.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -176,7 +187,7 @@ def leave(code: int) -> NoReturn:
 
 
 def shorten_timeouts(seconds: float) -> None:
-    """How long collectives of every existing group wait from now on; start-up, where a rank may prepare data, is over."""
+    """Sets the collective timeout of every existing process group on this rank, once no rank prepares data any more."""
     from torch.distributed import distributed_c10d as c10d
 
     if torch.distributed.is_initialized():
@@ -185,8 +196,8 @@ def shorten_timeouts(seconds: float) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides what megatron-core warns about on import (packages for CUDA that it does without), what torch says of the older
-    names of collectives that megatron-core and DeepSpeed call, and logs of torch's groups."""
+    """Suppresses megatron-core's import warnings (optional CUDA packages), torch's deprecation warnings for collectives that
+    megatron-core and DeepSpeed call, and torch.distributed's logs below WARNING."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -195,16 +206,19 @@ def quiet_libraries() -> None:
 
 
 def _share_mpi_address(launch: Launch) -> None:
-    """Rank 0 picks a free port on its host and tells the others through MPI."""
+    """Sets MASTER_ADDR and MASTER_PORT: rank 0 picks a free port and broadcasts it over MPI. Collective over all ranks.
+
+    Raises LaunchError if mpi4py is missing or belongs to another MPI than mpirun.
+    """
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise LaunchError(f"started by mpirun, but mpi4py cannot be loaded ({error}): pip install mpi4py") from None
+        raise LaunchError(f"started by mpirun, but mpi4py cannot be imported ({error}): pip install mpi4py") from None
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
         raise LaunchError(
-            f"mpirun says rank {launch.rank} of {launch.world_size}, mpi4py says {world.Get_rank()} of "
-            f"{world.Get_size()}: mpi4py was built for another MPI than this mpirun"
+            f"mpirun set rank {launch.rank} of {launch.world_size}, but mpi4py has {world.Get_rank()} of "
+            f"{world.Get_size()}: reinstall mpi4py with the MPI of this mpirun"
         )
     hosts = world.allgather(socket.gethostname())
     address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]

@@ -1,4 +1,4 @@
-"""What SLURM's variables say of a task that srun started. Pure functions of the environment."""
+"""SLURM's variables of a task that srun started. Pure functions of the environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def started_by_srun(environment: Mapping[str, str]) -> bool:
 
 
 def tasks_on_host(environment: Mapping[str, str]) -> int:
-    """Tasks of the step on this node, from SLURM_STEP_TASKS_PER_NODE ("4(x2),3") and SLURM_NODEID; 0 where they do not say."""
+    """Tasks of the step on this node, from SLURM_STEP_TASKS_PER_NODE ("4(x2),3") and SLURM_NODEID; 0 if unknown."""
     counts: list[int] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -25,8 +25,9 @@ def tasks_on_host(environment: Mapping[str, str]) -> int:
     return counts[int(node)] if node.isdigit() and int(node) < len(counts) else 0
 
 
-def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, or the step's first node and a port of the job's own."""
+def master_endpoint(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of the rendezvous: MASTER_ADDR and MASTER_PORT, or else the step's first node and a port that depends on
+    job, step and restart."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     host = environment.get("MASTER_ADDR") or first_host(nodes)
     port = environment.get("MASTER_PORT", "")
@@ -38,6 +39,6 @@ def meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a node list: "gpu[007-012,020],login1" begins with gpu007, "rack[1-2]node[3-4]" with rack1node3."""
+    """The first host of a node list: gpu007 of "gpu[007-012,020],login1", rack1node3 of "rack[1-2]node[3-4]"."""
     item = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # commas inside brackets do not end it
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", item.group()) if item else "127.0.0.1"

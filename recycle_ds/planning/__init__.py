@@ -1,1 +1,1 @@
-"""Which layouts of a run fit a cluster, what they hold, send and compute; and whether their shards tile the model."""
+"""Which layouts of a run fit a cluster, their memory, traffic and step time, and whether their shards tile the model."""

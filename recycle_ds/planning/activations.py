@@ -1,11 +1,11 @@
 """Bytes that autograd keeps for the backward pass, counted from the code of `recycle_ds.model`.
 
-Each term names a tensor that some backward formula needs. The counts follow Korthikanti et al. (arXiv 2205.05198, section 4),
-for this model: SwiGLU, grouped-query attention without a stored score matrix, no dropout, head and losses in chunks. Storages
-count once: the keys and queries of one rotation, for example, live in one tensor.
+Each term is a tensor that a backward formula needs. The counts follow Korthikanti et al. (arXiv 2205.05198, section 4),
+for this model: SwiGLU, grouped-query attention without a stored score matrix, no dropout, head and losses in chunks. Each
+storage is counted once: the rotated queries and keys, for example, share one tensor.
 
 Shapes: N tokens of a micro-batch, D hidden, H = heads x C and K = kv_heads x C of one tensor rank, F its share of ffn. With
-sequence parallelism what lies between the tensor-parallel products is split over the tensor axis too.
+sequence parallelism, the activations between tensor-parallel products are split over the tensor axis too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the device's kernels keep. The CPU's are those that the tests measure; CUDA's fused ones keep less."""
+    """Which tensors a device's kernels keep. Tests measure the CPU's; CUDA's fused kernels keep less."""
 
     fused_norm: bool
-    """RMSNorm keeps its input and a scale a row; else fp32 copies of input and normalised input."""
+    """RMSNorm keeps its input and one scale per row; otherwise fp32 copies of input and normalised input."""
     dense_mask: bool
     """Packed sequences need a mask of S x S numbers, shared by all layers."""
 
@@ -39,7 +39,7 @@ class Activations:
     seq_length: int
     """Positions of a sequence on this rank: S, or S / u with Ulysses."""
     element: int
-    """Bytes of a number in the model's type."""
+    """Bytes per element in the model's dtype."""
     tensor: int = 1
     sequence: bool = False
     ulysses: int = 1
@@ -48,7 +48,7 @@ class Activations:
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """N: tokens of the micro-batch on this rank."""
         return self.micro_batch * self.seq_length
 
     @property
@@ -67,31 +67,31 @@ class Activations:
         )
 
     def norm(self) -> int:
-        """Input and scale of a row; the unfused one also keeps the normalised input, both in fp32."""
+        """Input and one scale per row; the unfused kernel also keeps the normalised input, both in fp32."""
         rows = self._stream // self.config.hidden
         if self.kernels.fused_norm:
             return self.element * self._stream + 4 * rows
         return 2 * 4 * self._stream + 4 * rows
 
     def attention(self, steps: int = 1) -> int:
-        """Rotated queries and keys, values, output and the softmax's logarithms; `steps` times the keys in a chain."""
+        """Rotated queries and keys, values, output and log-sum-exp; keys and values of `steps` steps in an unrolled step."""
         query, kv, _ = self._widths
         el, n = self.element, self.tokens
         rows = 4 * n * self.config.heads // self.tensor
-        chained = 2 * el * n * kv * steps if steps > 1 else 0
-        whole = el * n * (query + 2 * kv)  # one tensor, the values a view of it
-        if self.ulysses > 1:  # what the all-to-all brought; the rotated ones before it are not needed again
-            return whole + el * n * query + rows + chained
-        return el * n * (query + kv) + el * n * query + rows + (chained or whole)
+        unrolled = 2 * el * n * kv * steps if steps > 1 else 0
+        fused = el * n * (query + 2 * kv)  # one tensor; the values are a view of it
+        if self.ulysses > 1:  # the all-to-all's result; the rotated tensors before it are not kept
+            return fused + el * n * query + rows + unrolled
+        return el * n * (query + kv) + el * n * query + rows + (unrolled or fused)
 
     def block(self, steps: int = 1) -> int:
-        """One block with nothing recomputed: two norms, the inputs of four products, attention, SwiGLU."""
+        """One block without recomputation: two norms, the inputs of four products, attention, SwiGLU."""
         el, n = self.element, self.tokens
         ffn = self._widths[2]
-        # of query_key_value and gate_up; attention's output and the SwiGLU's come below
+        # inputs of query_key_value and gate_up; those of the other two products are counted below
         products = 2 * el * self._stream
         extra = 0
-        if self.ulysses > 1:  # the all-to-all's result is the output product's input, beside attention's own output
+        if self.ulysses > 1:  # the all-to-all's result is the output product's input, in addition to attention's output
             extra = el * n * self._widths[0]
         return 2 * self.norm() + products + self.attention(steps) + extra + 4 * el * n * ffn
 
@@ -100,14 +100,14 @@ class Activations:
         return self.element * self.tokens * self.config.dim_per_head
 
     def mask(self, steps: int = 1) -> int:
-        """The additive mask of one pass, shared by its layers; what recomputes also keeps the boolean one it is made from."""
+        """The additive mask of one pass, shared by its layers; with recomputation also the boolean mask it is built from."""
         if not self.kernels.dense_mask:
             return 0
-        whole = self.seq_length * self.ulysses
-        return (self.element + (1 if self.recompute else 0)) * self.micro_batch * whole * whole * steps
+        length = self.seq_length * self.ulysses
+        return (self.element + (1 if self.recompute else 0)) * self.micro_batch * length * length * steps
 
     def blocks(self, count: int) -> int:
-        """What `count` blocks of the backbone keep of a micro-batch."""
+        """What `count` blocks of the backbone keep for one micro-batch."""
         if count == 0:
             return 0
         if self.recompute:
@@ -124,7 +124,7 @@ class Activations:
         for step in range(1, recycle.depth + 1):
             if self.recompute:
                 total += 2 * self.element * self._stream + self.rotary() + self.mask(step)
-                if step < recycle.depth:  # the chain's keys and values, in the tensors they were cut from
+                if step < recycle.depth:  # the step's keys and values, which are views of larger tensors
                     total += recycle.layers * self.element * self.tokens * ((query + kv) + (query + 2 * kv))
             else:
                 joined = 2 * self.norm() + 2 * self.element * self._stream
@@ -132,26 +132,26 @@ class Activations:
         return total
 
     def head(self) -> int:
-        """After the last block: the final norm, and the gradients that the loss forms in its forward pass."""
+        """After the last block: the final norm, and the gradients that the loss computes in its forward pass."""
         losses = 1 + (self.recycle.depth if self.recycle.layers else 0)
         return self.norm() + losses * self.element * self._stream + self.head_gradient(self.element)
 
     def head_gradient(self, element: int) -> int:
-        """The output head's gradient, of its padded rows on one rank."""
+        """The output head's gradient on one rank, padding rows included."""
         return element * padded_rows(self.config, self.tensor) * self.config.hidden
 
     def stage(self, blocks: int, *, last: bool) -> int:
-        """What one pipeline stage keeps of one micro-batch."""
+        """What one pipeline stage keeps for one micro-batch."""
         return self.blocks(blocks) + (self.module() + self.head() if last else 0)
 
     def logits(self, chunk: int) -> int:
-        """The loss's workspace: a chunk's logits in fp32 and once more in the model's type, and the head's fp32 gradient."""
+        """The loss's workspace: a chunk's logits in fp32 and in the model's dtype, and the head's fp32 gradient."""
         rows = min(chunk, self.tokens)
         per_logit = 4 + (self.element if self.element < 4 else 0)
         return rows * padded_rows(self.config, self.tensor) * per_logit + self.head_gradient(4)
 
     def working_set(self) -> int:
-        """While a block is recomputed all that it keeps exists once."""
+        """With recomputation: what one block keeps while it is recomputed."""
         return self.block() if self.recompute else 0
 
 

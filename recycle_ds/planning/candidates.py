@@ -1,4 +1,4 @@
-"""The layouts there are to choose from, and why some of them cannot be."""
+"""The candidate layouts, and the reasons why some are impossible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ds.planning.hardware import Cluster
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what decides over its memory."""
+    """A layout with the settings that decide its memory use."""
 
     layout: Layout
     zero_stage: int
@@ -26,7 +26,7 @@ class Candidate:
     sequence: bool
 
     def micro_batches(self, config: RunConfig) -> int:
-        """Forward passes of a rank in one optimizer step."""
+        """Micro-batches of a rank in one optimizer step."""
         return config.training.global_batch_size // (self.layout.data * self.micro_batch_size)
 
     def describe(self) -> dict[str, int | str | bool]:
@@ -45,38 +45,37 @@ class Candidate:
 
 
 def layouts(config: RunConfig, cluster: Cluster, *, ulysses: bool = False) -> Iterator[tuple[Layout, str]]:
-    """Every TP x PP x DP of the cluster's GPUs, with the reason why it is impossible ("" where it is not).
+    """Every TP x PP x DP of the cluster's GPUs, with the reason why it is impossible ("" if possible).
 
-    Degrees are divisors of what they split: a tensor group stays inside a node, stages split the blocks. With `ulysses` also
-    every Ulysses degree x DP, inside a node and across nodes.
+    A tensor group stays inside a node. With `ulysses` also every Ulysses degree x DP, inside a node and across nodes.
     """
     model = config.model
     for tensor in _divisors(cluster.gpus_per_node):
         for pipeline in _divisors(cluster.gpus // tensor):
             if pipeline > 4 * model.layers:
-                continue  # far beyond reason: not worth a line each
+                continue  # far too many stages to be worth reporting
             layout = Layout(tensor, pipeline, cluster.gpus // (tensor * pipeline))
-            yield layout, _layout_fault(config, layout)
+            yield layout, _layout_problem(config, layout)
     for degree in _divisors(cluster.gpus)[1:] if ulysses else ():
         if degree <= model.heads:
             layout = Layout(data=cluster.gpus // degree, ulysses=degree)
-            yield layout, _layout_fault(config, layout)
+            yield layout, _layout_problem(config, layout)
 
 
 def candidates(config: RunConfig, layout: Layout, *, offload: bool) -> Iterator[tuple[Candidate, str]]:
-    """ZeRO stage, micro-batch size and recomputation of a possible layout, each with its reason where it is impossible."""
+    """ZeRO stages, micro-batch sizes and recomputation of a possible layout, each with the reason if it is impossible."""
     sequence = layout.tensor > 1 and config.training.seq_length % layout.tensor == 0
-    where = (False, True) if offload else (False,)
-    for stage, offloaded in ((0, False), *product((1, 2, 3), where)):
-        fault = _stage_fault(config, layout, stage, offload=offloaded)
+    offloads = (False, True) if offload else (False,)
+    for stage, offloaded in ((0, False), *product((1, 2, 3), offloads)):
+        problem = _stage_problem(config, layout, stage, offload=offloaded)
         for micro in _micro_batches(config, layout):
             for recompute in ("none", "full"):
-                yield Candidate(layout, stage, micro, recompute, offloaded, sequence), fault
-            if fault:
+                yield Candidate(layout, stage, micro, recompute, offloaded, sequence), problem
+            if problem:
                 break  # the same for every micro-batch size
 
 
-def _layout_fault(config: RunConfig, layout: Layout) -> str:
+def _layout_problem(config: RunConfig, layout: Layout) -> str:
     model, training = config.model, config.training
     split = ("heads", "kv_heads", "ffn", *(("hidden",) if config.recycle.layers else ()))
     for name in split:
@@ -91,15 +90,15 @@ def _layout_fault(config: RunConfig, layout: Layout) -> str:
     if layout.pipeline > model.layers:
         return f"pipeline {layout.pipeline} exceeds model.layers ({model.layers})"
     if layout.pipeline > 1 and config.recycle.gradient == "frozen_backbone" and config.recycle.layers:
-        return "recycle.gradient=frozen_backbone trains the last stage only: no pipeline"
+        return "recycle.gradient=frozen_backbone trains the last stage only: pipeline must be 1"
     if training.global_batch_size % layout.data:
         return f"training.global_batch_size ({training.global_batch_size}) is not divisible by data {layout.data}"
     return ""
 
 
-def _stage_fault(config: RunConfig, layout: Layout, stage: int, *, offload: bool) -> str:
+def _stage_problem(config: RunConfig, layout: Layout, stage: int, *, offload: bool) -> str:
     if layout.pipeline > 1 and stage > 1:
-        return f"ZeRO {stage} does not work with a pipeline: DeepSpeed partitions gradients that the pipeline still adds up"
+        return f"ZeRO {stage} does not work with a pipeline: DeepSpeed partitions gradients that the pipeline still accumulates"
     if stage == 0 and config.training.dtype == "bf16" and layout.tensor * layout.pipeline > 1:
         return "ZeRO 0 in bf16 gives wrong gradients with tensor or pipeline parallelism in DeepSpeed"
     if offload and layout.pipeline > 1:

@@ -1,31 +1,65 @@
-"""What `tools/plan.py` does: a configuration and a cluster in, plans out."""
+"""The command `recycle-ds plan` (tools/plan.py): a configuration and a cluster in, ranked layouts out."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 
 from recycle_ds.config import RunConfig, load_config
+from recycle_ds.config.command import run_command
+from recycle_ds.config.console import output_console
 from recycle_ds.planning.errors import PlanningError
-from recycle_ds.planning.hardware import Cluster
-from recycle_ds.planning.plan import Plan, Plans, make_plans
-from recycle_ds.planning.report import print_plans
-from recycle_ds.planning.verify import verify_layout
+from recycle_ds.planning.hardware import Cluster, find_gpu
 
-PRESETS = Path("ds_configs/runs")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from recycle_ds.planning.plan import Plan, Plans
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Option(help="Run configuration (YAML), or the name of one in ds_configs/runs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of the cluster.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", help="GPUs of a node.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="a100-40, a100-80, l40s, h100, h200, b200, mi300x.")
+    ] = "h100",
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of a GPU, where it is not the usual one.")
+    ] = None,
+    offload: Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")] = True,
+    ulysses: Annotated[bool, typer.Option("--ulysses", help="Consider Ulysses too, for long sequences.")] = False,
+    top: Annotated[int, typer.Option(metavar="N", help="Layouts in the table.")] = 12,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Build the parts of the best layouts (without memory) and check that they tile."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Rank the layouts of a run on a cluster. Exit code 1 when none fits."""
+    cluster = Cluster(nodes, gpus_per_node, find_gpu(gpu, gpu_memory_gib))
+    from recycle_ds.parallel.rendezvous import quiet_libraries
+
+    quiet_libraries()  # before what warns on import
+    run_config = read_run(config, overrides or [])
+    sys.exit(run(run_config, cluster, offload=offload, ulysses=ulysses, as_json=as_json, top=top, verify=verify))
 
 
 def read_run(name: str, overrides: list[str]) -> RunConfig:
-    """A run's YAML by its path, or a shipped one by its name; the vocabulary taken from the tokenizer where it is not given.
+    """A run's configuration, see `load_config`, with the vocabulary size of its tokenizer if it gives none.
 
-    Raises PlanningError when there is neither, ConfigError for what is wrong in it.
+    Raises PlanningError if there is no tokenizer to take it from, ConfigError for what is wrong in the file.
     """
-    path = Path(name)
-    if not path.is_file() and (PRESETS / f"{name}.yaml").is_file():
-        path = PRESETS / f"{name}.yaml"
-    config = load_config(str(path), overrides)
+    config = load_config(name, overrides)
     if config.model.vocab_size is not None:
         return config
     from recycle_ds.data.errors import DataError
@@ -34,19 +68,22 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
     try:
         size = Tokenizer.load(config.data.tokenizer).vocab_size
     except DataError as error:
-        raise PlanningError(f"model.vocab_size is not given, and {error}: add model.vocab_size=N") from None
+        raise PlanningError(f"model.vocab_size is not given, and {error}; or add model.vocab_size=N") from None
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def run(
     config: RunConfig, cluster: Cluster, *, offload: bool, as_json: bool, top: int, verify: bool, ulysses: bool = False
 ) -> int:
-    """Prints the plans; exit code 1 when nothing fits. Raises PlanningError when a verified layout does not tile.
+    """Prints the plans and returns the exit code, 1 if nothing fits. Raises PlanningError if a verified layout does not tile.
 
-    Ulysses layouts are among them where they are asked for, or where the run has one.
+    ulysses: whether to consider Ulysses layouts; they are also considered if the run itself has one.
     """
+    from recycle_ds.planning.plan import make_plans
+    from recycle_ds.planning.report import print_plans
+
     plans = make_plans(config, cluster, offload=offload, ulysses=ulysses or config.parallel.ulysses > 1)
-    console = Console(stderr=as_json)
+    console = output_console(stderr=as_json)
     if verify:
         _verify(config, plans, console)
     if as_json:
@@ -54,7 +91,7 @@ def run(
     else:
         print_plans(plans, cluster, console, top)
     if not plans.fitting:
-        Console(stderr=True).print(f"error: nothing fits: {nearest(plans)}", highlight=False, soft_wrap=True)
+        output_console(stderr=True).print(f"error: nothing fits: {nearest(plans)}", highlight=False, soft_wrap=True)
         return 1
     return 0
 
@@ -79,6 +116,8 @@ def nearest(plans: Plans) -> str:
 
 def _verify(config: RunConfig, plans: Plans, console: Console) -> None:
     """Builds the parts of every distinct TP x PP of the best layouts."""
+    from recycle_ds.planning.verify import verify_layout
+
     for plan in _distinct(plans.fitting):
         layout = plan.candidate.layout
         built = verify_layout(config, layout, sequence=plan.candidate.sequence)
@@ -94,3 +133,8 @@ def _distinct(plans: list[Plan], most: int = 4) -> list[Plan]:
     for plan in plans:
         best.setdefault((plan.candidate.layout.tensor, plan.candidate.layout.pipeline), plan)
     return list(best.values())[:most]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command with `argv`, by default the process's own arguments."""
+    run_command(app, argv)

@@ -1,4 +1,7 @@
-"""Bytes that one rank sends in an optimizer step, by kind. A ring moves (n - 1) / n of a tensor for each gather or scatter."""
+"""Bytes that one rank sends in an optimizer step, by kind.
+
+A ring all-gather or reduce-scatter over n ranks sends (n - 1) / n of a tensor per rank.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from recycle_ds.planning.settings import Settings, read_settings
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes per rank and step."""
+    """Bytes that a rank sends per step."""
 
     tensor: float
-    """Residual streams between the tensor-parallel products."""
+    """Residual stream, around the tensor-parallel products."""
     ulysses: float
-    """Queries, keys, values and attention's output, between a part of the sequence and a part of the heads."""
+    """Queries, keys, values and attention's output, in the all-to-all between sequence and heads."""
     pipeline: float
     """Activations and their gradients between stages."""
     gradients: float
@@ -40,7 +43,7 @@ def communication(
     last: bool,
     settings: Settings | None = None,
 ) -> Communication:
-    """What a rank of a stage with `blocks` blocks sends. settings: those of the run's DeepSpeed file, read if not given."""
+    """What a rank of a stage with `blocks` blocks sends. settings: of the run's DeepSpeed file, which is read if None."""
     known = settings or read_settings(config.deepspeed)
     training = config.training
     element = 2 if training.dtype == "bf16" else 4
@@ -62,24 +65,24 @@ def _ring(size: int) -> float:
 
 
 def _tensor(config: RunConfig, candidate: Candidate, blocks: int, *, last: bool) -> float:
-    """Streams sent for one micro-batch: two sums a block forward and two backward (Megatron-LM, arXiv 1909.08053).
+    """Residual streams sent per micro-batch: two all-reduces per block in forward and two in backward (arXiv 1909.08053).
 
-    A sum is a reduce-scatter and an all-gather, with sequence parallelism too, only that those lie apart. Recomputation sends
-    the forward ones again; sequence parallelism gathers each product's input once more in backward.
+    An all-reduce is a reduce-scatter and an all-gather; sequence parallelism runs these two at different places. Recomputation
+    repeats those of the forward pass; sequence parallelism gathers each product's input again in the backward pass.
     """
     size = candidate.layout.tensor
     if size == 1:
         return 0.0
     recycle = config.recycle
     passes = blocks + (recycle.layers * recycle.depth + recycle.depth if last else 0)
-    sums = 4 + (2 if candidate.recompute == "full" else 0)
+    all_reduces = 4 + (2 if candidate.recompute == "full" else 0)
     gathers = 2 if candidate.sequence else 0
     head = (1 + (recycle.depth if recycle.layers else 0)) if last else 0
-    return _ring(size) * (passes * (2 * sums + gathers) + 2 * head)
+    return _ring(size) * (passes * (2 * all_reduces + gathers) + 2 * head)
 
 
 def _ulysses(config: RunConfig, candidate: Candidate, blocks: int) -> float:
-    """Elements sent for one micro-batch: all four tensors forward, and their gradients back (arXiv 2309.14509, section 3)."""
+    """Elements sent per micro-batch: all four tensors in forward, their gradients in backward (arXiv 2309.14509, section 3)."""
     size = candidate.layout.ulysses
     if size == 1:
         return 0.0
@@ -95,14 +98,14 @@ def _pipeline(candidate: Candidate, *, last: bool) -> float:
     if stages == 1:
         return 0.0
     share = 1 / candidate.layout.tensor if candidate.sequence else 1.0
-    # a stage in the middle sends activations on and gradients back; the ends send one of them
+    # a stage sends activations forward and gradients backward, the last one only gradients, the first of two only activations
     return share * (1 if last or stages == 2 else 2)
 
 
 def _gradients(candidate: Candidate, weights: LocalWeights, element: int, micro_batches: int) -> float:
-    """element: bytes of a gradient as it is sent."""
+    """element: bytes per element of a gradient when it is sent."""
     size = element * weights.total * _ring(candidate.layout.replicas)
-    # stages 0 and 1 reduce once a step (an all-reduce is two passes of the ring), 2 and 3 scatter in every micro-batch
+    # ZeRO 0 and 1 all-reduce once per step (twice the bytes of a reduce-scatter), 2 and 3 reduce-scatter every micro-batch
     return size * (2 if candidate.zero_stage < 2 else micro_batches)
 
 

@@ -1,4 +1,4 @@
-"""Errors of the planner that a user can mend."""
+"""Errors of the planner that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from recycle_ds.config import RecycleError
 
 
 class PlanningError(RecycleError):
-    """A cluster, a GPU or a layout that cannot be planned for."""
+    """A cluster or GPU that cannot be planned for, or a layout that fails verification."""

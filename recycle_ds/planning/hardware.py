@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, by vendors' data sheets (dense figures, without sparsity)."""
+"""Peak rates of GPUs and their links, from vendors' data sheets (dense, without sparsity)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Gpu:
     fp32_flops: float
     memory_bandwidth: float
     node_bandwidth: float
-    """To the other GPUs of its node."""
+    """To other GPUs of the node."""
     network_bandwidth: float
     """To other nodes."""
     host_bandwidth: float = 25e9
@@ -43,10 +43,10 @@ GPUS = {
 
 
 def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """The GPU of that name, with another amount of memory if given. Raises PlanningError for one that is not known."""
+    """The GPU of this name, with `memory_gib` of memory if given. Raises PlanningError for an unknown name or memory <= 0."""
     gpu = GPUS.get(name.lower())
     if gpu is None:
-        raise PlanningError(f"--gpu {name}: not known; known are {', '.join(sorted(GPUS))}")
+        raise PlanningError(f"--gpu {name}: not known; choose one of {', '.join(sorted(GPUS))}")
     if memory_gib is not None and memory_gib <= 0:
         raise PlanningError(f"--gpu-memory-gib {memory_gib}: must be above 0")
     return gpu if memory_gib is None else replace(gpu, memory_gib=memory_gib)
@@ -54,7 +54,7 @@ def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal GPUs."""
+    """Identical nodes with identical GPUs. Raises PlanningError if a number is below 1."""
 
     nodes: int
     gpus_per_node: int

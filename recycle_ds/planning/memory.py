@@ -1,17 +1,17 @@
-"""Bytes that one rank holds at the worst moment of a step: after a backward pass, before gradients are reduced and dropped.
+"""Bytes that one rank holds at the peak of a step: after a backward pass, before gradients are reduced and freed.
 
 What DeepSpeed 0.19.8 keeps per weight (e bytes in the model's type, r ranks that share its state):
 
     ZeRO 0, fp32      weight 4, gradient 4, moments 8
     ZeRO 1            weight e, gradient e until reduced, (master 4 + moments 8) / r
-    ZeRO 1, summing   the same, and an fp32 gradient 4 beside the bf16 one
+    ZeRO 1, summing   the same, plus an fp32 gradient 4
     ZeRO 2            weight e, gradient s / r, (master 4 + moments 8) / r
-    ZeRO 3            all of it / r, but small weights stay gathered on every rank
+    ZeRO 3            the same / r, but small weights stay gathered on every rank
 
-"Summing" are bf16 runs that add gradients up in fp32 (`accumulates_in_fp32`, or the run's DeepSpeed file); s is 4 in them and
-in fp32 runs, else 2. (Rajbhandari et al., arXiv 1910.02054, section 3; the fp32 master exists in fp32 runs too from stage 1.)
-Building a model needs no more: its weights come to the device in the type they are trained in, and where DeepSpeed has no room
-to flatten them there it does so on the host. The tests compare these figures with the tensors that real runs hold.
+"Summing" marks bf16 runs that accumulate gradients in fp32 (`accumulates_in_fp32`, or the run's DeepSpeed file); s is 4 for
+them and for fp32 runs, otherwise 2. From stage 1 on, fp32 runs have an fp32 master too (Rajbhandari et al., arXiv 1910.02054,
+section 3). Building a model needs no more memory: weights are created on the device in the training dtype, and DeepSpeed
+flattens them on the host if the device has no room. Tests compare these figures with the tensors that real runs hold.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from recycle_ds.planning.candidates import Candidate
 from recycle_ds.planning.settings import Settings, read_settings
 
 GIB = 2**30
-# Elements that DeepSpeed copies together for an all-reduce where fp32 gradients are summed at stage 1; no setting changes it.
+# Elements of DeepSpeed's all-reduce buffer when it accumulates fp32 gradients at stage 1; not configurable.
 ALL_REDUCE = 5e8
 
 
 @dataclass(frozen=True)
 class LocalWeights:
-    """Weights of one rank before ZeRO: matrices' and embeddings' elements, and those of small tensors (norms, biases)."""
+    """Weights of one rank before ZeRO: elements of matrices and embeddings, and of small tensors (norms, biases)."""
 
     large: int
     small: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All weights."""
         return self.large + self.small
 
 
@@ -59,7 +59,7 @@ class Memory:
 
     @property
     def states(self) -> float:
-        """What lasts from step to step, and its gradients."""
+        """Weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -71,7 +71,7 @@ class Memory:
 def local_weights(
     config: ModelConfig, recycle: RecycleConfig, tensor: int, blocks: int, ends: tuple[bool, bool]
 ) -> LocalWeights:
-    """Of a stage with `blocks` blocks; ends says whether it is the first and the last. Vocabulary padding included."""
+    """Weights of a stage with `blocks` blocks, vocabulary padding included. ends: whether it is the first, and the last."""
     first, last = ends
     query, kv = config.heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     block = (config.hidden * (2 * query + 2 * kv) + 3 * config.hidden * config.ffn) // tensor
@@ -102,7 +102,7 @@ def _stages(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages
 def stage_memory(
     config: RunConfig, candidate: Candidate, stage: int, kernels: Kernels = CUDA, settings: Settings | None = None
 ) -> Memory:
-    """What a rank of pipeline stage `stage` holds. settings: those of the run's DeepSpeed file, which is read if not given."""
+    """What a rank of pipeline stage `stage` holds. settings: of the run's DeepSpeed file, which is read if None."""
     training, layout = config.training, candidate.layout
     counts = stage_counts(config, layout.pipeline)
     last = stage == layout.pipeline - 1
@@ -113,7 +113,7 @@ def stage_memory(
     stream = activations.element * activations.tokens * config.model.hidden
     stream //= layout.tensor if candidate.sequence else 1
     buffers = states.buffers + activations.working_set()
-    if layout.pipeline > 1:  # received and sent activations and their gradients, one buffer each for what is in flight
+    if layout.pipeline > 1:  # buffers for received and sent activations and gradients, for each micro-batch in flight
         buffers += (2 * max(2, in_flight) + 2) * stream
     return Memory(
         weights=states.weights,
@@ -129,7 +129,7 @@ def stage_memory(
 def worst_stage(
     config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA, settings: Settings | None = None
 ) -> tuple[int, Memory]:
-    """The stage that holds most, and what it holds. settings: see `stage_memory`."""
+    """The pipeline stage that needs the most memory, and its memory. settings: see `stage_memory`."""
     known = settings or read_settings(config.deepspeed)
     found = {
         stage: stage_memory(config, candidate, stage, kernels, known) for stage in range(candidate.layout.pipeline)
@@ -139,7 +139,7 @@ def worst_stage(
 
 
 def activations_of(config: RunConfig, candidate: Candidate, kernels: Kernels = CUDA) -> Activations:
-    """The counting of activations for a candidate."""
+    """The activation counts of a candidate."""
     training, layout = config.training, candidate.layout
     return Activations(
         config.model,
@@ -156,7 +156,7 @@ def activations_of(config: RunConfig, candidate: Candidate, kernels: Kernels = C
 
 
 def sums_in_fp32(config: RunConfig, candidate: Candidate, settings: Settings) -> bool:
-    """Whether a bf16 run adds up its gradients in fp32: by the DeepSpeed file where that says so, else as training decides."""
+    """Whether a bf16 run accumulates gradients in fp32: as the DeepSpeed file sets it, otherwise as training decides."""
     dtype, stage = config.training.dtype, candidate.zero_stage
     if settings.grad_accum_dtype is not None and stage:
         return dtype == "bf16" and settings.grad_accum_dtype == "fp32"
@@ -164,7 +164,7 @@ def sums_in_fp32(config: RunConfig, candidate: Candidate, settings: Settings) ->
 
 
 def reduces_in_fp32(config: RunConfig, candidate: Candidate, settings: Settings) -> bool:
-    """Whether a bf16 run also reduces them in fp32: at stage 1 DeepSpeed then takes another optimizer, unless it offloads."""
+    """Whether a bf16 run also reduces gradients in fp32: the optimizer that DeepSpeed uses at stage 1 without offload does."""
     return candidate.zero_stage == 1 and not candidate.offload and sums_in_fp32(config, candidate, settings)
 
 
@@ -178,7 +178,7 @@ def _states(config: RunConfig, weights: LocalWeights, candidate: Candidate, sett
     gradients, optimizer, buckets = held, 12 * shared, element * settings.reduce_bucket_size
     summed = 4 if summing else element
     if stage == 0:
-        # fp32: the weight is the master. bf16 (a single model rank): an fp32 master and gradient beside
+        # fp32: the weight is the master. bf16 (a single model rank): plus an fp32 master and gradient
         optimizer, buckets = 8 * count if element == 4 else 16 * count, 0.0
     elif stage < 3 and settings.overlap:
         buckets *= 2
@@ -202,6 +202,6 @@ def _states(config: RunConfig, weights: LocalWeights, candidate: Candidate, sett
 
 
 def _largest(config: RunConfig, candidate: Candidate) -> int:
-    """Elements that a module of ZeRO-3 needs at once: the head's weight, gathered for the whole pass, and a product's."""
+    """Elements that ZeRO-3 gathers at once: the head's weight, gathered for the full pass, and the weight of one product."""
     model, tensor = config.model, candidate.layout.tensor
     return padded_rows(model, tensor) * model.hidden + 2 * model.hidden * model.ffn // tensor

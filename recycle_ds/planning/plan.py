@@ -1,4 +1,4 @@
-"""Ranks the layouts of a run on a cluster, and says why the others are none."""
+"""Ranks the layouts of a run on a cluster, and gives the reasons why others are rejected."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from recycle_ds.planning.memory import GIB, Memory, local_weights, stage_counts,
 from recycle_ds.planning.settings import Settings, read_settings
 from recycle_ds.planning.timing import StepTime, step_time
 
-# Of the device's memory: the CUDA context, NCCL's buffers and what fragmentation loses.
+# Usable share of device memory; the CUDA context, NCCL's buffers and fragmentation take the rest.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout that fits, with its figures."""
+    """A layout that fits, with its estimates."""
 
     candidate: Candidate
     memory: Memory
-    """Of the rank that holds most."""
+    """Of the rank that needs the most."""
     stage: int
     """The pipeline stage of that rank."""
     sent: Communication
@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A layout that cannot be, or does not fit."""
+    """A layout that is impossible or does not fit."""
 
     fields: dict[str, int | str | bool]
     reason: str
@@ -64,7 +64,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Plans:
-    """The answer: what fits, best first, and what does not."""
+    """The result: layouts that fit, best first, and rejected ones."""
 
     parameters: int
     fitting: list[Plan]
@@ -72,21 +72,21 @@ class Plans:
 
 
 def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True, ulysses: bool = False) -> Plans:
-    """Every layout of the run on the cluster, with Ulysses ones if asked for. model.vocab_size must be known.
+    """Plans every layout of the run on the cluster, with Ulysses layouts if requested. model.vocab_size must be set.
 
-    Raises ConfigError when the run's DeepSpeed file, whose bucket sizes count, cannot be read.
+    Raises ConfigError when the run's DeepSpeed file, from which bucket sizes are taken, cannot be read.
     """
     fitting: list[Plan] = []
     rejected: list[Rejection] = []
     settings = read_settings(config.deepspeed)
     limit = USABLE * cluster.gpu.memory_gib * GIB
-    for layout, fault in layouts(config, cluster, ulysses=ulysses):
-        if fault:
-            rejected.append(Rejection(asdict(layout), fault))
+    for layout, problem in layouts(config, cluster, ulysses=ulysses):
+        if problem:
+            rejected.append(Rejection(asdict(layout), problem))
             continue
-        for candidate, wrong in candidates(config, layout, offload=offload):
-            if wrong:
-                rejected.append(Rejection(candidate.describe(), wrong))
+        for candidate, conflict in candidates(config, layout, offload=offload):
+            if conflict:
+                rejected.append(Rejection(candidate.describe(), conflict))
                 continue
             stage, memory = worst_stage(config, candidate, settings=settings)
             if memory.total > limit:
@@ -97,7 +97,7 @@ def make_plans(config: RunConfig, cluster: Cluster, *, offload: bool = True, uly
 
 
 def rank(plans: Iterable[Plan]) -> list[Plan]:
-    """Fastest first; of equals the one that holds less."""
+    """Fastest first; among equals, the one that needs less memory first."""
     return sorted(plans, key=lambda plan: (-plan.tokens_per_second, plan.memory.total))
 
 
@@ -105,8 +105,8 @@ def _too_large(memory: Memory, cluster: Cluster) -> str:
     parts = {name: value for name, value in asdict(memory).items() if name != "host"}
     most = max(parts, key=lambda name: parts[name])
     return (
-        f"needs {memory.total / GIB:.1f} GiB of {USABLE:.0%} of {cluster.gpu.memory_gib:g} GiB, "
-        f"most of it {most} ({parts[most] / GIB:.1f} GiB)"
+        f"needs {memory.total / GIB:.1f} GiB, more than {USABLE:.0%} of {cluster.gpu.memory_gib:g} GiB; "
+        f"largest part: {most} ({parts[most] / GIB:.1f} GiB)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the run's DeepSpeed file says about memory, with DeepSpeed 0.19's defaults where it says nothing."""
+"""The memory settings of the run's DeepSpeed file, with DeepSpeed 0.19's defaults for those that are not set."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes in elements. One file serves all candidates: its stage is not looked at, the rest holds at any stage."""
+    """Sizes in elements. One file is used for all candidates: its ZeRO stage is ignored, the rest applies to any stage."""
 
     reduce_bucket_size: float = 5e8
-    """Of a reduction bucket; stages 1 to 3 allocate it whole, however small the model."""
+    """Size of a reduction bucket; stages 1 to 3 allocate it in full, even for a small model."""
     overlap: bool = False
     """overlap_comm: stages 1 and 2 fill a second bucket while the first is reduced."""
     kept_gathered: float = 1e9
-    """Weights that ZeRO-3 keeps gathered during a pass, since they will be needed again soon, or fetches before they are."""
+    """Weights that ZeRO-3 keeps gathered during a pass because they are reused soon, or that it prefetches."""
     grad_accum_dtype: str | None = None
-    """Type that gradients are added up in, "fp32" or "bf16"; None where recycle_ds decides."""
+    """dtype in which gradients are accumulated, "fp32" or "bf16"; None if recycle_ds decides."""
 
 
 def read_settings(path: str) -> Settings:
-    """Those of a DeepSpeed file. Raises ConfigError for one that cannot be read, or a value that is none.
+    """The settings of a DeepSpeed file. Raises ConfigError for a file that cannot be read or an invalid value.
 
-    allgather_bucket_size is looked at, but takes no memory: ZeRO 1 and 2 gather the weights where they lie.
+    allgather_bucket_size is checked but takes no memory: ZeRO 1 and 2 gather the weights in place.
     """
     tree = load_deepspeed_json(path)
     zero = tree.get("zero_optimization") or {}
@@ -37,8 +37,8 @@ def read_settings(path: str) -> Settings:
         return _size(path, key, zero.get(key, default))
 
     size("allgather_bucket_size", 5e8)
-    # what is used again within the reuse distance stays, the next weights are fetched early, all up to max_live
-    soon = size("stage3_max_reuse_distance", 1e9) + size("stage3_prefetch_bucket_size", 5e7)
+    # weights reused within the reuse distance stay gathered and the next ones are prefetched, up to max_live in total
+    reused_or_prefetched = size("stage3_max_reuse_distance", 1e9) + size("stage3_prefetch_bucket_size", 5e7)
     given = (tree.get("data_types") or {}).get("grad_accum_dtype")
     dtype = _DTYPES.get(str(given).removeprefix("torch."))
     if given is not None and dtype is None:
@@ -46,7 +46,7 @@ def read_settings(path: str) -> Settings:
     return Settings(
         reduce_bucket_size=size("reduce_bucket_size", 5e8),
         overlap=zero.get("overlap_comm") is True,
-        kept_gathered=min(size("stage3_max_live_parameters", 1e9), soon),
+        kept_gathered=min(size("stage3_max_live_parameters", 1e9), reused_or_prefetched),
         grad_accum_dtype=dtype,
     )
 

@@ -1,4 +1,4 @@
-"""How long a step takes, from FLOPs, bytes and the bubble: an estimate to rank layouts by, its assumptions in one place."""
+"""Estimated time of a step from FLOPs, bytes and the pipeline bubble, used to rank layouts. `Assumptions` has the constants."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from recycle_ds.planning.hardware import Cluster
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the data sheets' figures that real kernels and links reach."""
+    """Fractions of the data sheets' figures that real kernels and links reach."""
 
     compute: float = 0.55
-    """Of the peak FLOP/s, for products of a few thousand rows."""
+    """Fraction of the peak FLOP/s, for matrix products of a few thousand rows."""
     narrow: float = 512.0
-    """Width at which a product split over tensor ranks reaches half of that; wider ones come closer."""
+    """Width per tensor rank at which a split product reaches half of `compute`; wider ones come closer to it."""
     links: float = 0.75
-    """Of the bandwidth, for large messages."""
+    """Fraction of the bandwidth, for large messages."""
     hidden_gradients: float = 0.8
-    """Share of gradient and weight traffic over the data axis that overlaps with computation, where DeepSpeed overlaps it."""
+    """Fraction of gradient and weight traffic over the data axis that overlaps with computation, if DeepSpeed overlaps it."""
     memory: float = 0.8
-    """Of the memory bandwidth, for the optimizer."""
+    """Fraction of the memory bandwidth, for the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,17 @@ class StepTime:
 
     compute: float
     tensor: float
-    """Tensor parallelism's or Ulysses' traffic, which nothing overlaps."""
+    """Tensor-parallel or Ulysses traffic, which does not overlap with computation."""
     pipeline: float
     data: float
     optimizer: float
     bubble: float
-    """Share of the step that a stage waits: (p - 1) / (m + p - 1) (Narayanan et al., arXiv 2104.04473)."""
+    """Fraction of the pipeline's time that a stage is idle: (p - 1) / (m + p - 1) for p stages and m micro-batches
+    (Narayanan et al., arXiv 2104.04473)."""
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the full step."""
         busy = self.compute + self.tensor + self.pipeline
         return busy / (1 - self.bubble) + self.data + self.optimizer
 
@@ -56,7 +57,7 @@ def step_time(
     weights: int,
     assumptions: Assumptions | None = None,
 ) -> StepTime:
-    """counts: blocks of each stage. sent, weights: bytes and elements of the busiest rank."""
+    """Estimates one step. counts: blocks per stage. sent, weights: bytes sent and elements of the rank that sends the most."""
     assumed = assumptions or Assumptions()
     training, layout, gpu = config.training, candidate.layout, cluster.gpu
     micro_batches = candidate.micro_batches(config)
@@ -65,7 +66,7 @@ def step_time(
     rate = gpu.flops(training.dtype) * assumed.compute * width / (width + assumed.narrow)
     local = max(layout.tensor, layout.ulysses) <= cluster.gpus_per_node
     inside = gpu.node_bandwidth if local else gpu.network_bandwidth
-    # stages and replicas share a node only where the whole model needs no more than one
+    # traffic between stages and replicas stays inside a node only if the cluster has a single node
     across = gpu.node_bandwidth if cluster.nodes == 1 else gpu.network_bandwidth
     element = 2 if training.dtype == "bf16" else 4
     overlapped = assumed.hidden_gradients if candidate.zero_stage in (2, 3) else 0.0
@@ -81,20 +82,20 @@ def step_time(
 
 
 def _stage_flops(config: RunConfig, candidate: Candidate, counts: tuple[int, ...]) -> float:
-    """FLOPs a token on the dearest stage, recomputation included."""
+    """FLOPs per token on the most expensive stage, recomputation included."""
     length = config.training.seq_length
     block = block_flops_per_token(config.model, length)
     tail = tail_flops_per_token(config.model, config.recycle, length)
     if candidate.layout.pipeline == 1:
-        whole = training_flops_per_token(config.model, config.recycle, length)
-        return whole + (counts[0] * block / 3 if candidate.recompute == "full" else 0.0)
-    again = 4 / 3 if candidate.recompute == "full" else 1.0
-    return max([count * block * again for count in counts[:-1]] + [counts[-1] * block * again + tail])
+        total = training_flops_per_token(config.model, config.recycle, length)
+        return total + (counts[0] * block / 3 if candidate.recompute == "full" else 0.0)
+    recomputed = 4 / 3 if candidate.recompute == "full" else 1.0
+    return max([count * block * recomputed for count in counts[:-1]] + [counts[-1] * block * recomputed + tail])
 
 
 def _optimizer(candidate: Candidate, cluster: Cluster, weights: int, element: int, assumed: Assumptions) -> float:
-    """AdamW reads and writes master, moments and gradient: 32 bytes a weight of this rank's share."""
+    """Seconds of AdamW, which reads and writes master, moments and gradient: 32 bytes per weight of this rank's partition."""
     share = weights / (candidate.layout.replicas if candidate.zero_stage else 1)
-    if candidate.offload:  # gradients to the host and weights back; the host's memory is an eighth as fast as its link
+    if candidate.offload:  # gradients go to the host and weights come back; the host's memory has 100 GB/s
         return share * (4 + element) / cluster.gpu.host_bandwidth + share * 32 / 100e9
     return share * 32 / (cluster.gpu.memory_bandwidth * assumed.memory)

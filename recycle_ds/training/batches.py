@@ -1,8 +1,8 @@
-"""One optimizer step's micro-batches with the scales that make losses and gradients independent of how they are split.
+"""One optimizer step's micro-batches with the scales that make losses and gradients independent of how the batch is split.
 
 The cross entropy of depth k is the sum over the unmasked targets of the global batch divided by their number in the global
-batch. The numbers are known before the first backward pass, since masks are a function of the data: each micro-batch's sum is
-scaled to them. A mean of means would depend on micro-batch size, data-parallel size and packing.
+batch. That number is known before the first backward pass, since masks are a function of the data: each micro-batch's sum is
+divided by it. A mean of means would depend on micro-batch size, data-parallel size and packing.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class StepBatches:
 
     @cached_property
     def count_list(self) -> list[float]:
-        """The counts on the host; read after the backward pass, when they have long arrived."""
+        """The counts on the host; read after the backward pass, when the transfer has long finished."""
         return self.counts.tolist()
 
     def scales(self, weights: Sequence[float], replicas: int) -> Tensor:
-        """[K+1] fp32: weight of one target in the total. DeepSpeed averages gradients over the replicas: hence their number."""
+        """[K+1] fp32: weight of one target in the total, times `replicas`, over which DeepSpeed averages gradients."""
         weight = torch.tensor(weights, dtype=torch.float64, device=self.counts.device)
         return (weight * replicas / self.counts.clamp_min(1)).float()
 
     def means(self, sums: Sequence[float]) -> list[float]:
-        """Mean loss by depth from the global batch's sums; 0 where a depth has no target."""
+        """Mean loss by depth from the global batch's sums; 0 if a depth has no target."""
         return [total / max(1.0, count) for total, count in zip(sums, self.count_list, strict=True)]
 
 
 def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:
     """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis.
 
-    With Ulysses a rank keeps its part of every sequence; the counts are those of the whole.
+    With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences.
     """
     counts = torch.zeros(losses, dtype=torch.float64)
     for batch in micro:
@@ -56,5 +56,5 @@ def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.devi
 
 
 def local_batches(micro: Sequence[Batch], mesh: Mesh, device: torch.device) -> list[Batch]:
-    """What this rank reads of its micro-batches, on its device."""
+    """This rank's part of its micro-batches (with Ulysses, of every sequence), on its device."""
     return [batch.part(mesh.ulysses.rank, mesh.ulysses.size).to(device) for batch in micro]

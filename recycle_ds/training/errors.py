@@ -3,9 +3,9 @@
 from recycle_ds.config import RecycleError
 
 
-class OwnError(RecycleError):
-    """An error that this rank alone has met: no other rank tells it."""
+class LocalError(RecycleError):
+    """An error that only this rank has met, so no other rank reports it."""
 
 
 class TrainingError(RecycleError):
-    """The run cannot go on; the message says why and what to do."""
+    """The run cannot continue; the message states the cause and the fix."""

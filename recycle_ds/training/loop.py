@@ -1,4 +1,4 @@
-"""The training loop: it sequences; schedules, clipping, metrics, checkpoints and signals live beside it."""
+"""The training loop. Schedules, clipping, metrics, checkpoints and signals are in modules of their own."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from recycle_ds.training.batches import StepBatches, assemble
 from recycle_ds.training.engine.build import TrainingEngine
 from recycle_ds.training.engine.dry_run import dry_run
 from recycle_ds.training.engine.gradients import GradientReport
-from recycle_ds.training.errors import OwnError, TrainingError
+from recycle_ds.training.errors import LocalError, TrainingError
 from recycle_ds.training.faults.bad_steps import APPLY, RETRY, ROLLBACK, SKIP, STOP, BadSteps
 from recycle_ds.training.faults.stop_requests import REASONS, TAKEN_OVER, StopRequest
 from recycle_ds.training.faults.watchdog import PATIENCE, Watchdog
 from recycle_ds.training.reporting.profiling import StepProfiler
 from recycle_ds.training.reporting.reporter import Reporter
-from recycle_ds.training.reporting.run_logs import Records
+from recycle_ds.training.reporting.run_logs import RunLogs
 from recycle_ds.training.saving import Saver
 from recycle_ds.training.schedule import learning_rate, loss_weights
 from recycle_ds.training.state import Checkpointer, TrainingState
 
-_ANSWERS = {
+_ACTION_TEXTS = {
     SKIP: "the step and its data are skipped",
-    RETRY: "no weight was changed, the same data are taken once more",
-    ROLLBACK: "going back to the newest checkpoint",
-    STOP: "the run ends",
+    RETRY: "no weight was changed, the step is retried with the same data",
+    ROLLBACK: "rolling back to the newest checkpoint",
+    STOP: "the run stops",
 }
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step as all ranks see it."""
+    """The result of one optimizer step, the same on all ranks."""
 
     losses: list[float]
     total: float
     gradients: GradientReport
     action: str
-    """What `BadSteps` made of it: APPLY, SKIP, RETRY or ROLLBACK."""
+    """What `BadSteps` decided: APPLY, SKIP, RETRY or ROLLBACK."""
     stop: str
     writing: bool
-    """Whether some rank still writes the checkpoint that was begun."""
+    """Whether some rank is still writing the checkpoint that was started."""
 
 
 class Trainer:
@@ -63,13 +63,13 @@ class Trainer:
         loader: BatchLoader,
         validation: BatchLoader | None,
         checkpointer: Checkpointer,
-        records: Records,
+        records: RunLogs,
         device: torch.device,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.device = device
         self.state = TrainingState()
-        self._longest = self._evaluation = 0.0
+        self._longest_step = self._longest_evaluation = 0.0
         self._first = True
         self._checkpointer = checkpointer
         self._reporter = Reporter(config, engine, records, device)
@@ -79,9 +79,9 @@ class Trainer:
         self._watchdog = Watchdog(hangs, mesh.rank, mesh.world_size, config.faults.hang_timeout)
 
     def run(self, state: TrainingState, stop: StopRequest) -> str:
-        """Trains from `state` on. Returns why it ended: "finished", "stop_at" or a stop request's reason, on all ranks
-        alike. Raises TrainingError on a step that is not finite, and when the last checkpoint cannot be written; TakenOver,
-        with nothing written any more, when a later start of the job goes on with the run."""
+        """Trains from `state`. Returns why it ended, the same on all ranks: "finished", "stop_at" or a stop request's reason.
+        Raises TrainingError on a bad step that the run must stop at, and if the last checkpoint cannot be written; TakenOver,
+        without writing anything more, if a later start of the job has taken over the run."""
         training = self.config.training
         self.state = state
         self._saver.start(state.step)
@@ -100,10 +100,10 @@ class Trainer:
                 self._dry_run()
             ended = self._loop(last, stop, profiler) or ("finished" if last == training.steps else "stop_at")
             self._watchdog.beat(self.state.step, "save")
-            if not self._saver.now(self.state):
+            if not self._saver.save_now(self.state):
                 raise TrainingError(
                     f"step {self.state.step}: the last checkpoint could not be written to {self.config.run_dir}/checkpoints; "
-                    f"free space there and start again: the run goes on from step {max(self._saver.saved_step, 0)}"
+                    f"free space there and restart: the run resumes from step {max(self._saver.saved_step, 0)}"
                 )
         finally:
             self._watchdog.stop()
@@ -113,7 +113,7 @@ class Trainer:
         return ended
 
     def _loop(self, last: int, stop: StopRequest, profiler: StepProfiler) -> str | None:
-        """Steps up to `last`; the reason of an agreed stop request, or None."""
+        """Runs steps up to `last`. Returns the reason of an agreed stop request, or None."""
         first = True
         while self.state.step < last:
             profiler.before(self.state.step + 1)
@@ -123,27 +123,27 @@ class Trainer:
                 raise TakenOver(self.config.run_dir, stop.taker)
             self._after_step(result, last)
             if first:
-                self._settle()
+                self._shorten_timeouts()
                 first = False
             if result.stop and self.state.step < last:
                 return result.stop
         return None
 
-    def _settle(self) -> None:
-        """After a first step nothing takes long any more: collectives wait a little longer than the watchdog does for a save
-        on another rank, no more."""
+    def _shorten_timeouts(self) -> None:
+        """After the first step, shortens the timeout of collectives to a little more than the watchdog allows a save on
+        another rank."""
         timeout = self.config.faults.hang_timeout
         if timeout:
             shorten_timeouts(PATIENCE * timeout + 60)
 
     def _draw(self) -> StepBatches:
         losses = 1 + self.engine.model.depth
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             micro = self.loader.step(self.state.next_sample)
-        except DataError as error:  # of this rank's part of the files
-            raise OwnError(f"step {self.state.step + 1}: {error}") from error
-        self._reporter.work.data(time.perf_counter() - begun)
+        except DataError as error:  # in the part of the files that only this rank reads
+            raise LocalError(f"step {self.state.step + 1}: {error}") from error
+        self._reporter.work.data(time.perf_counter() - start)
         self._watchdog.beat(self.state.step + 1, "count")
         return assemble(micro, losses, self.engine.mesh, self.device)
 
@@ -155,7 +155,7 @@ class Trainer:
 
     def _step(self, stop: StopRequest) -> StepResult:
         """One optimizer step: draw, forward and backward by micro-batch, agree, update."""
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step = self.state.step + 1
         self._watchdog.beat(step, "data")
         batches = self._draw()
@@ -169,7 +169,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.training)
         self._watchdog.beat(step, "update")
-        # a depth of no weight may be what is not finite
+        # a depth whose weight is 0 may be the one that is not finite
         self._bad.begin(total_loss if math.isfinite(sum(losses)) else math.nan)
         report = self.engine.gradients.step(self._bad.accept)
         action = self._respond(step)
@@ -183,92 +183,93 @@ class Trainer:
                 skipped=self.state.skipped + (action == SKIP),
                 recent=self._bad.recent,
             )
-        seconds = time.perf_counter() - begun
-        if not self._first:  # which compiles, opens connections, reads what is read once
-            self._longest = max(self._longest, seconds)
+        seconds = time.perf_counter() - start
+        if not self._first:  # the first step compiles, opens connections, fills caches
+            self._longest_step = max(self._longest_step, seconds)
         self._first = False
         self._reporter.stepped(self.state.step, seconds)
         return StepResult(losses, total_loss, report, action, stopping, writing)
 
     @property
     def _margin(self) -> float:
-        """Seconds before the job's end at which to save and leave."""
-        return self.config.faults.stop_margin + 2 * (self._longest + self._saver.longest) + self._evaluation
+        """Seconds before the job's end at which to save and exit."""
+        return (
+            self.config.faults.stop_margin + 2 * (self._longest_step + self._saver.longest) + self._longest_evaluation
+        )
 
     def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str, bool]:
-        """Sums of the global batch, why to stop ("" for not) and whether any rank still writes a checkpoint: one collective
-        over all ranks.
+        """Sums of the global batch, the reason to stop ("" for none), and whether any rank is still writing a checkpoint.
+        One collective over all ranks.
 
-        Host synchronisation, one of two in a step (the other reads the gradient norms): ranks must agree before the update.
+        One of two host synchronisations in a step (the other reads the gradient norms): ranks must agree before the update.
         """
         mesh = self.engine.mesh
-        said = [*(reason == name for name in REASONS), not self._saver.ended()]
-        votes = torch.tensor(said, dtype=torch.float64, device=self.device)
-        # every tensor rank of the last stage has the same sums: one of them counts
+        flags = [*(reason == name for name in REASONS), not self._saver.ended()]
+        votes = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        # every tensor rank of the last stage has the same sums: only one of them may count
         counts = mesh.last_stage and mesh.tensor.rank == 0
         shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))
         if mesh.world_size > 1:
             dist.all_reduce(shared)
         values = shared.tolist()
-        *asked, writing = values[len(sums) :]
-        heard = [name for name, votes in zip(REASONS, asked, strict=True) if votes]
-        return values[: len(sums)], heard[-1] if heard else "", bool(writing)
+        *counted, writing = values[len(sums) :]
+        reasons = [name for name, count in zip(REASONS, counted, strict=True) if count]
+        return values[: len(sums)], reasons[-1] if reasons else "", bool(writing)
 
     def _respond(self, step: int) -> str:
-        """What is done about the step, on all ranks alike. Saves what came before one that ends the run, and raises."""
+        """The action for the step, the same on all ranks. STOP saves the state before the step and raises TrainingError."""
         if self._bad.fault is not None:
-            self._saver.finish()  # whether there is a checkpoint to go back to is known when it is published
-        action = self._bad.respond(rollbacks=self.state.rollbacks, can_roll_back=self._saver.any)
+            self._saver.finish()  # publishes a pending checkpoint: it may be the one to roll back to
+        action = self._bad.respond(rollbacks=self.state.rollbacks, can_roll_back=self._saver.has_checkpoint)
         fault = self._bad.fault
         if fault is None:
             return action
         self._reporter.event(
-            fault.kind, f"step {step}: {fault.text}; {_ANSWERS[action]}", step, action=action, score=fault.score
+            fault.kind, f"step {step}: {fault.text}; {_ACTION_TEXTS[action]}", step, action=action, score=fault.score
         )
         if action == STOP:
-            kept = f"{self.config.run_dir}/checkpoints"
-            if self._saver.now(self.state):
-                kept += f" holds step {self.state.step}"
-            many = f" ({self._bad.in_a_row} steps in a row)" if self._bad.in_a_row > 1 else ""
+            folder = f"{self.config.run_dir}/checkpoints"
+            saved = f"is in {folder}" if self._saver.save_now(self.state) else f"could not be saved to {folder}"
+            repeats = f" ({self._bad.in_a_row} steps in a row)" if self._bad.in_a_row > 1 else ""
             key = "training.nonfinite" if fault.kind == "nonfinite" else "faults.spike"
             raise TrainingError(
-                f"step {step}: {fault.text}{many}; no weight was changed, {kept}. "
-                f"Lower training.learning_rate, or set {key}=skip (or retry, or rollback) to pass over such steps"
+                f"step {step}: {fault.text}{repeats}; no weight was changed, step {self.state.step} {saved}. "
+                f"Lower training.learning_rate, or set {key}=skip (or retry, or rollback) to continue after such steps"
             )
         return action
 
     def _roll_back(self) -> None:
-        """Goes on from the newest whole checkpoint with the data after those that led here."""
-        bad, jump = self.state.step + 1, self.state.next_sample + self.config.training.global_batch_size
+        """Resumes from the newest intact checkpoint, with the data after those of the bad step."""
+        bad_step, next_sample = self.state.step + 1, self.state.next_sample + self.config.training.global_batch_size
         rollbacks = self.state.rollbacks + 1
         fault = self._bad.fault
         assert fault is not None, "a rollback has a reason"
-        # the event that told it lies after the checkpoint, and goes with the steps taken back
+        # the fault's own event is later than the checkpoint, so rewinding the metrics removes it
         cause = {"reason": fault.kind, "loss_then": fault.loss, "grad_norm_then": fault.norm, "score": fault.score}
         found = self._checkpointer.restore()
         if found is None:
             raise TrainingError(
-                f"step {bad}: the checkpoint to go back to has gone from {self.config.run_dir}/checkpoints; start again"
+                f"step {bad_step}: no checkpoint to roll back to is left in {self.config.run_dir}/checkpoints; restart the run"
             )
         restored, folder = found
-        self.state = replace(restored, next_sample=jump, rollbacks=rollbacks)
+        self.state = replace(restored, next_sample=next_sample, rollbacks=rollbacks)
         self._saver.forget()
         self._bad.restart(restored.recent)
-        passed = jump - restored.next_sample
+        skipped = next_sample - restored.next_sample
         self._reporter.rewind(restored.step)
         self._reporter.event(
             "rollback",
-            f"back from step {bad} to {folder}; {passed} samples are jumped over (rollback {rollbacks} of "
+            f"rolled back from step {bad_step} to {folder}; {skipped} samples are skipped (rollback {rollbacks} of "
             f"{self.config.faults.max_rollbacks})",
             restored.step,
-            from_step=bad,
-            samples=passed,
+            from_step=bad_step,
+            samples=skipped,
             **cause,
         )
-        self._saver.now(self.state)  # what was decided must outlive a kill
+        self._saver.save_now(self.state)  # the decision must survive a kill
 
     def _after_step(self, result: StepResult, last: int) -> None:
-        """Log, save and evaluate when they are due; a stop request does not wait for an evaluation."""
+        """Logs, saves and evaluates when due; a stop request does not wait for an evaluation."""
         training, step = self.config.training, self.state.step
         if result.action == ROLLBACK:
             self._watchdog.beat(step, "save")
@@ -285,14 +286,14 @@ class Trainer:
         due = training.eval_every and (step % training.eval_every == 0 or step == last)
         if self.validation is not None and due and not result.stop:
             self._watchdog.beat(step, "evaluate")
-            begun = time.perf_counter()
+            start = time.perf_counter()
             self._reporter.evaluate(step, self.validation)
-            self._evaluation = max(self._evaluation, time.perf_counter() - begun)
+            self._longest_evaluation = max(self._longest_evaluation, time.perf_counter() - start)
 
     def _saved(self, step: int, waited: float) -> None:
         self._reporter.saved(step, waited)
 
     def _save_failed(self, step: int) -> None:
         self._reporter.event(
-            "save_failed", f"step {step}: the checkpoint could not be written; older ones are whole", step
+            "save_failed", f"step {step}: the checkpoint could not be written; older ones are intact", step
         )

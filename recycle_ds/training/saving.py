@@ -1,4 +1,4 @@
-"""When the loop saves: begins a checkpoint, lets training go on while it is written, and publishes it."""
+"""Saves checkpoints for the loop: starts one, lets training continue while it is written, and publishes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Saving:
     """A checkpoint that is being written."""
 
     step: int
-    begun: float
+    start: float
     waited: float
-    """Seconds that training stood still for it so far."""
+    """Seconds that training has waited for it so far."""
 
 
 class Saver:
-    """Every method but `ended` is collective over all ranks.
+    """Starts and publishes checkpoints. Every method except `ended` is collective over all ranks.
 
-    say: tells the person in front of it. failed: takes note of a step whose checkpoint the disk refused. done: takes note of
-    the step of a checkpoint that was published, and the seconds that training stood still for it.
+    say: prints a line for the user. failed: called with the step of a checkpoint that could not be written. done: called with
+    the step of a published checkpoint and the seconds that training waited for it.
     """
 
     def __init__(
@@ -36,61 +36,61 @@ class Saver:
         self._checkpointer = checkpointer
         self._say, self._failed, self._done = say, failed, done
         self.saved_step = -1
-        """Step of the newest checkpoint that is the present course's."""
+        """Step of the newest checkpoint of the current trajectory, or -1."""
         self._published = False
         self._saving: Saving | None = None
         self.longest = 0.0
-        """Seconds that the slowest checkpoint took so far, from its beginning to its publication."""
+        """Seconds that the slowest checkpoint took so far, from its start to its publication."""
 
     def ended(self) -> bool:
         """Whether this rank has nothing left to write."""
         return self._checkpointer.ended()
 
     def start(self, step: int) -> None:
-        """A run goes on from `step`: from a checkpoint, if that is not 0."""
+        """Sets the step that the run starts from: a checkpoint's, unless it is 0."""
         self.saved_step, self._published = step, step > 0
 
     def forget(self) -> None:
-        """After going back: the same step may have to be saved again, with another position in the data."""
+        """After a rollback: the same step may have to be saved again, with another position in the data."""
         self.saved_step = -1
 
     @property
-    def any(self) -> bool:
-        """Whether there is a published checkpoint to go back to."""
+    def has_checkpoint(self) -> bool:
+        """Whether there is a published checkpoint to roll back to."""
         return self._published
 
     def begin(self, state: TrainingState) -> None:
-        """Copies the state and lets a thread write it; waits for the one before, if that is not done."""
+        """Copies the state and lets a thread write it. Finishes the previous checkpoint first."""
         self.finish()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if self._checkpointer.begin(state):
-            self._saving = Saving(state.step, begun, time.perf_counter() - begun)
+            self._saving = Saving(state.step, start, time.perf_counter() - start)
         else:
             self._failed(state.step)
 
     def finish(self, *, writing: bool = False) -> bool:
-        """Publishes what was begun, if anything was, waiting for it if need be; not while it is still `writing` on some rank.
+        """Waits for the checkpoint that was started, if any, and publishes it. Does nothing while some rank is still `writing`.
 
-        False where the disk refused it: the run goes on.
+        False if it could not be written; the run continues.
         """
         if self._saving is None or writing:
             return True
         saving, self._saving = self._saving, None
-        asked = time.perf_counter()
+        wait_start = time.perf_counter()
         folder = self._checkpointer.finish()
         now = time.perf_counter()
-        self.longest = max(self.longest, now - saving.begun)
+        self.longest = max(self.longest, now - saving.start)
         if folder is None:
             self._failed(saving.step)
             return False
         self.saved_step, self._published = saving.step, True
-        waited = saving.waited + now - asked
+        waited = saving.waited + now - wait_start
         self._done(saving.step, waited)
-        self._say(f"saved {folder} in {now - saving.begun:.1f} s; training waited {waited:.2f} s")
+        self._say(f"saved {folder} in {now - saving.start:.1f} s; training waited {waited:.2f} s")
         return True
 
-    def now(self, state: TrainingState) -> bool:
-        """Has the state on disk when it returns. False where the disk refused it."""
+    def save_now(self, state: TrainingState) -> bool:
+        """Saves the state and waits until it is on disk. False if it could not be written."""
         self.finish()
         if self.saved_step == state.step:
             return True

@@ -1,4 +1,4 @@
-"""Learning rate and recycle-loss weight as pure functions of the step, so that resuming needs no state of theirs."""
+"""Learning rate and recycle-loss weight as pure functions of the step, so that resuming needs no schedule state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from recycle_ds.config import RecycleConfig, TrainingConfig
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of optimizer step `step`, counted from 1.
+    """Learning rate of optimizer step `step`, counted from 1.
 
     Linear warm-up to the peak, then cosine decay to `min_learning_rate_ratio` of it (Loshchilov and Hutter, arXiv 1608.03983),
     or warm-up, stable, linear decay (wsd; Hu et al., arXiv 2404.06395), or a constant.
@@ -22,8 +22,8 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
         return peak
     if config.schedule == "wsd":
         decay = config.decay_steps if config.decay_steps is not None else max(1, config.steps // 10)
-        begin = max(warmup, config.steps - decay)
-        return peak if step <= begin else peak + (floor - peak) * (step - begin) / max(1, config.steps - begin)
+        start = max(warmup, config.steps - decay)
+        return peak if step <= start else peak + (floor - peak) * (step - start) / max(1, config.steps - start)
     progress = (step - warmup) / max(1, config.steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -40,7 +40,7 @@ def recycle_weight(step: int, config: RecycleConfig) -> float:
 def loss_weights(step: int, config: RecycleConfig) -> list[float]:
     """Weight of each loss in the total, the backbone's first: 1, then lambda w_k / sum w with w_k = depth_decay^(k-1).
 
-    A frozen backbone's own loss is reported but weighs nothing.
+    A frozen backbone's own loss is reported but has weight 0.
     """
     backbone = 0.0 if config.gradient == "frozen_backbone" else 1.0
     if config.layers == 0:

@@ -1,4 +1,4 @@
-"""What a run is in the middle of, and what the loop needs of a checkpointer."""
+"""The state of a run, and the checkpointer interface that the loop uses."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class TrainingState:
     next_sample: int = 0
     skipped: int = 0
     rollbacks: int = 0
-    """Times that the run went back to a checkpoint because of a bad step."""
+    """Number of rollbacks to a checkpoint because of a bad step."""
     recent: tuple[tuple[float, float], ...] = ()
-    """(loss, gradient norm) of the last steps that were applied; kept where jumps are looked for."""
+    """(loss, gradient norm) of the last applied steps; empty unless spikes are detected."""
 
 
 class Checkpointer(Protocol):
-    """Saves a run so that it can go on, while it goes on. One checkpoint is written at a time."""
+    """Saves a run's state for a resume, while training continues. One checkpoint is written at a time."""
 
     def begin(self, state: TrainingState) -> bool:
-        """Copies the state and begins to write it. False where the disk refused it at once. Collective over all ranks."""
+        """Copies the state and starts to write it. False if writing failed at once. Collective over all ranks."""
 
     def ended(self) -> bool:
-        """Whether this rank has nothing left to write, if anything was begun; `finish` then waits for no disk of its own."""
+        """Whether this rank has nothing left to write, so that `finish` does not wait for this rank's disk."""
 
     def finish(self) -> Path | None:
-        """Waits for the writing and publishes. Returns the folder, or None where the disk refused it. Collective."""
+        """Waits for the writing and publishes. Returns the folder, or None if writing failed. Collective."""
 
     def restore(self) -> tuple[TrainingState, Path] | None:
-        """Goes back to the newest whole checkpoint; None where there is none. Collective."""
+        """Restores the newest intact checkpoint; None if there is none. Collective."""

@@ -1,4 +1,4 @@
-"""The demo itself, cut short: prepare, pretrain on two ranks, decode in three modes, draw."""
+"""The demo with fewer steps: prepare, pretrain on two ranks, decode in three modes, plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.runs import ROOT, steps_of
 
 
 def run_demo(folder: Path) -> str:
-    """Runs the demo with few steps and everything under `folder`; returns what it printed."""
+    """Runs the demo with few steps and all files under `folder`. Returns its stdout."""
     data = folder / "data"
     overrides = [
         f"run_dir={folder / 'run'}", f"data.prepare.output={data}", f"data.tokenizer={data / 'tokenizer.json'}",
@@ -27,8 +27,8 @@ def run_demo(folder: Path) -> str:
     return done.stdout
 
 
-def test_demo_leaves_what_it_promises(tmp_path: Path) -> None:
-    """A demo whose table, plots or files are missing, or whose lossless mode changes the text of a single prompt."""
+def test_demo_writes_all_results(tmp_path: Path) -> None:
+    """Prevents a demo with missing table, plots or files, or with a lossless mode that changes the text of a prompt."""
     printed = run_demo(tmp_path)
     run_dir = tmp_path / "run"
     assert [record["step"] for record in steps_of(run_dir)] == [1, 10, 12]

@@ -1,4 +1,4 @@
-"""The real commands: every launcher trains alike, and a signal to any part of a run saves it and leaves nothing behind."""
+"""The real commands: all launchers train identically, and a signal to any process of a run saves it without leftovers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("launch") / "corpus")
 
 
-def test_launchers_train_alike(corpus: Path, tmp_path: Path) -> None:
-    """A launcher whose ranks do not find each other, or each train alone: losses would differ from the others'."""
+def test_launchers_train_identically(corpus: Path, tmp_path: Path) -> None:
+    """Prevents a launcher whose ranks do not form one group, or each train alone: its losses would differ."""
     launchers: dict[str, Callable[[], list[str]]] = {"deepspeed": deepspeed, "torchrun": torchrun, "mpirun": mpirun}
     rows = {}
     for name, command in launchers.items():
@@ -42,7 +42,7 @@ def test_launchers_train_alike(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["SIGTERM to one rank", "SIGTERM to the group", "SIGINT to the group, twice"])
 def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str) -> None:
-    """A signal that kills ranks before they save, that only one rank obeys, or that leaves ranks running."""
+    """Prevents a signal that kills ranks before they save, that only one rank handles, or that leaves ranks running."""
     config = tiny_run(corpus, tmp_path, training__steps=100_000, training__save_every=0)
     process = start(deepspeed(), config, tmp_path)
     await_step(process, tmp_path, 4)
@@ -56,7 +56,7 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
         os.killpg(process.pid, signal.SIGINT)
     finish(process, tmp_path, timeout=90)
     deadline = time.monotonic() + 60
-    while ranks_of(tmp_path) and time.monotonic() < deadline:  # the launcher may leave before its ranks
+    while ranks_of(tmp_path) and time.monotonic() < deadline:  # the launcher may exit before its ranks
         time.sleep(0.05)
     log = (tmp_path / "run.log").read_text()
     assert not ranks_of(tmp_path), log
@@ -72,7 +72,7 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
 
 
 def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:
-    """A traceback, or silence, in place of a message that names the value and the fix; a file half made."""
+    """Prevents a traceback, or no output, in place of a message with the value and the fix; and half-written files."""
     cases = {
         "training.stps=3": "unknown key, did you mean training.steps?",
         "training.global_batch_size=7": "training.global_batch_size (7)",

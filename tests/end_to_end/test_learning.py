@@ -1,4 +1,4 @@
-"""A tiny model that has learnt a repeating text: what hides behind rejection shows in the acceptance."""
+"""A tiny model overfitted on a repeating text: its acceptance shows errors that verification would hide."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_acceptance_of_an_overfitted_model(run_dir: Path) -> None:
-    """A module fed with wrong states, tokens or positions: it learns too little, and rejection alone would hide it."""
+    """Prevents wrong states, tokens or positions in the module's training, which verification would hide."""
     evaluation = next(record for record in read_metrics(run_dir) if "eval_acceptance" in record)
     assert evaluation["eval_acceptance"][0] >= 0.95
     loaded = load_model(str(run_dir))
@@ -46,7 +46,7 @@ def test_acceptance_of_an_overfitted_model(run_dir: Path) -> None:
 
 
 def test_decoding_accepts_and_stays_identical(run_dir: Path) -> None:
-    """Training and decoding that disagree on offsets or caches: drafts would be refused, or the text would change."""
+    """Prevents training and decoding with different offsets or caches: drafts would be rejected, or the text would change."""
     loaded = load_model(str(run_dir))
     decoder = decoder_of(loaded)
     prompt = loaded.tokenizer.encode(TEXT.strip())

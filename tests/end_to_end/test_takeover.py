@@ -1,4 +1,4 @@
-"""A start of a job that SLURM has given up, and that still lives: on a node that only the controller cannot reach."""
+"""A job requeued by SLURM while its first start is still running, on a node that only the controller cannot reach."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 1200
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a run but the two starts' own output, by its checksum."""
+    """Checksums of all files of a run, except the output of the two starts."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
@@ -26,14 +26,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def between_saves(run: Path) -> bool:
-    """Whether no checkpoint is being written or published; there, a start that is stopped would go on where it was."""
+    """Whether no checkpoint is being written or published; a start stopped during that would continue it later."""
     folder = run / "checkpoints"
     newest = [path.name for path in completed(run)[:1]]
     return not list(folder.glob(".tmp-*")) and newest == (folder / "latest").read_text().split()
 
 
-def test_the_earlier_start_writes_nothing_once_a_later_one_has_gone_on(tmp_path: Path) -> None:
-    """A run of two authors: checkpoints of the one under the manifest of the other, or a log with steps of both."""
+def test_an_earlier_start_writes_nothing_after_a_takeover(tmp_path: Path) -> None:
+    """Prevents files of two starts in one run: checkpoints under the other's manifest, or a log with steps of both."""
     corpus = make_corpus(tmp_path / "corpus")
 
     def config(name: str, steps: int) -> RunConfig:
@@ -67,6 +67,6 @@ def test_the_earlier_start_writes_nothing_once_a_later_one_has_gone_on(tmp_path:
     assert f"error: {run} has been taken over by process" in log and "(job 77)" in log, log
     assert not ranks_of(run)
     assert contents(run) == after
-    whole = tmp_path / "whole"
-    assert finish(start(torchrun(), config("whole", last), whole), whole) == 0
-    assert figures(run) == figures(whole) and len(figures(run)) == last
+    uninterrupted = tmp_path / "uninterrupted"
+    assert finish(start(torchrun(), config("uninterrupted", last), uninterrupted), uninterrupted) == 0
+    assert figures(run) == figures(uninterrupted) and len(figures(run)) == last

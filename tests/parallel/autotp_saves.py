@@ -1,4 +1,4 @@
-"""What test_autotp_native runs on every rank: a Hugging Face model whose linear layers DeepSpeed splits by itself."""
+"""Functions that test_autotp_native runs on every rank: training of Hugging Face models split by DeepSpeed AutoTP."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tests.parallel.native_saves import TheirRun, train_each
 
 
 def train_autotp(rank: int, world_size: int, runs: list[TheirRun]) -> None:
-    """Three steps of each run. Ranks of one tensor group take the same tokens."""
+    """Trains each run for three steps. The ranks of a tensor group use the same tokens."""
     train_each(rank, runs, 0, _gathered)
 
 
 def _gathered(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.module_inject.layers import GatherReplacedLayerParams
 
-    whole = {}
+    weights = {}
     for module in engine.module.modules():
         own = list(module.parameters(recurse=False))
         with GatherReplacedLayerParams(own, module, enabled=True):
             for parameter in own:
                 name = next(name for name, value in engine.module.named_parameters() if value is parameter)
-                whole[name] = parameter.detach().clone()
-    return whole
+                weights[name] = parameter.detach().clone()
+    return weights

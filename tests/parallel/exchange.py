@@ -1,4 +1,4 @@
-"""What two Ulysses ranks compute beside DeepSpeed's own attention and beside one rank that holds the whole sequence."""
+"""Attention on Ulysses ranks, in DeepSpeed's own implementation, and on one rank with the full sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value and the gradient of the output, whole, the same on every rank."""
+    """Query, key, value and the gradient of the output for the full sequence, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     query, key, value, grad = (torch.randn(LENGTH, BATCH, count, CHANNELS, generator=generator) for count in heads)
@@ -29,7 +29,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(rank: int, world_size: int) -> dict[str, tuple[Tensor, Gradients]]:
-    """Output and gradients of this rank's part: ours, DeepSpeed's, and the whole sequence's."""
+    """Output and gradients of this rank's part: ours, DeepSpeed's, and those of the full sequence."""
     from deepspeed.sequence.layer import DistributedAttention
 
     from recycle_ds.config import ParallelConfig
@@ -44,15 +44,15 @@ def run(rank: int, world_size: int) -> dict[str, tuple[Tensor, Gradients]]:
     def ours(*parts: Tensor) -> Tensor:
         return to_sequence(causal(*to_heads(parts, axis)), axis)
 
-    theirs = DistributedAttention(causal, axis.group, scatter_idx=2, gather_idx=0)  # type: ignore[arg-type]
-    mine = slice(rank * LENGTH // world_size, (rank + 1) * LENGTH // world_size)
-    split = tuple(part[mine] for part in (query, key, value))
+    deepspeed_attention = DistributedAttention(causal, axis.group, scatter_idx=2, gather_idx=0)  # type: ignore[arg-type]
+    own = slice(rank * LENGTH // world_size, (rank + 1) * LENGTH // world_size)
+    split = tuple(part[own] for part in (query, key, value))
     found = {
-        "ours": differentiate(ours, split, grad[mine]),
-        "deepspeed": differentiate(lambda *parts: theirs(*parts, 1), split, grad[mine]),
+        "ours": differentiate(ours, split, grad[own]),
+        "deepspeed": differentiate(lambda *parts: deepspeed_attention(*parts, 1), split, grad[own]),
     }
     output, gradients = differentiate(causal, (query, key, value), grad)
-    found["whole"] = (output[mine], tuple(g[mine] for g in gradients))  # type: ignore[assignment]
+    found["full"] = (output[own], tuple(g[own] for g in gradients))  # type: ignore[assignment]
     return found
 
 
@@ -65,7 +65,7 @@ def differentiate(function: Any, parts: tuple[Tensor, ...], grad: Tensor) -> tup
 
 
 def inverse(rank: int, world_size: int) -> bool:
-    """Whether two exchanges give back what went in, bit for bit."""
+    """Whether two exchanges restore their input bit for bit."""
     from recycle_ds.config import ParallelConfig
     from recycle_ds.model.ulysses import gather_sequence, to_heads, to_sequence
     from recycle_ds.parallel import rendezvous
@@ -74,15 +74,15 @@ def inverse(rank: int, world_size: int) -> bool:
     rendezvous.start(rendezvous.detect_launch(os.environ))
     axis = build_mesh(ParallelConfig(ulysses=world_size)).ulysses
     query, key, value, _ = tensors()
-    mine = slice(rank * LENGTH // world_size, (rank + 1) * LENGTH // world_size)
-    parts = to_heads((query[mine], key[mine], value[mine]), axis)
+    own = slice(rank * LENGTH // world_size, (rank + 1) * LENGTH // world_size)
+    parts = to_heads((query[own], key[own], value[own]), axis)
     width = [part.shape[2] for part in parts]
     held = all(
         torch.equal(part, whole[:, :, rank * count : (rank + 1) * count])
         for part, whole, count in zip(parts, (query, key, value), width, strict=True)
     )
     back = all(
-        torch.equal(to_sequence(part.contiguous(), axis), whole[mine])
+        torch.equal(to_sequence(part.contiguous(), axis), whole[own])
         for part, whole in zip(parts, (query, key, value), strict=True)
     )
-    return held and back and torch.equal(gather_sequence(query[mine], axis), query)
+    return held and back and torch.equal(gather_sequence(query[own], axis), query)

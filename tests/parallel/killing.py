@@ -1,4 +1,4 @@
-"""A run whose process kills itself at a chosen moment of its work on the checkpoints folder."""
+"""A run whose process kills itself at a chosen operation on the checkpoints folder."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"
 def run_until_killed(
     rank: int, world_size: int, config: RunConfig, culprit: int, event: int, delay: float, report: str
 ) -> list[str]:
-    """Like `run_all` for one configuration; rank `culprit` dies by SIGKILL, `delay` seconds after its `event`-th operation on
-    the checkpoints folder in a save, and writes into `report` which one that was."""
+    """Like `run_all` for one configuration. Rank `culprit` kills itself by SIGKILL, `delay` seconds after its `event`-th
+    operation on the checkpoints folder in a save, and writes that operation to the file `report`."""
     folder = os.path.join(config.run_dir, "checkpoints")
     count = 0
 
-    def die(where: str) -> None:
+    def die(operation: str) -> None:
         with open(report, "w") as file:
-            file.write(where)
+            file.write(operation)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_later(where: str) -> None:
+    def die_later(operation: str) -> None:
         time.sleep(delay)
-        die(where)
+        die(operation)
 
     def watch(name: str, args: tuple[Any, ...]) -> None:
         nonlocal count
@@ -40,11 +40,11 @@ def run_until_killed(
             return
         count += 1
         if count == event:
-            where = f"{name} {_text(args[0])}"
+            operation = f"{name} {_text(args[0])}"
             if delay:
-                threading.Thread(target=die_later, args=(where,), daemon=True).start()
+                threading.Thread(target=die_later, args=(operation,), daemon=True).start()
             else:
-                die(where)
+                die(operation)
 
     if rank == culprit:
         sys.addaudithook(watch)
@@ -56,7 +56,7 @@ def _text(value: Any) -> Any:
 
 
 def _saving() -> bool:
-    """Whether a checkpointer is at work in this thread: reading at the start of a run is not a moment of a save."""
+    """Whether this thread is saving a checkpoint: reads of the folder at the start of a run do not count."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename.endswith(("checkpoint/writing.py", "checkpoint/shard_writer.py")):

@@ -1,4 +1,4 @@
-"""megatron-core's own GPTModel on the CPU: what the conversion is compared with. Functions that run on every rank."""
+"""megatron-core's own GPTModel on the CPU, the reference for the conversion. Functions that run on every rank."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.unit.checkpoint.megatron_cases import TOKENS
 
 
 class _NoGenerators:
-    """Stands in for the tracker of CUDA generators, which attention forks for its dropout of 0."""
+    """Replaces the tracker of CUDA generators, which attention forks although its dropout is 0."""
 
     fork = staticmethod(contextlib.nullcontext)
 
 
 def start(tensor: int) -> None:
-    """Groups of a tensor-parallel model, and the few CUDA calls that megatron-core makes on any device."""
+    """Creates the groups of a tensor-parallel model, and replaces the CUDA calls that megatron-core makes on any device."""
     from megatron.core import parallel_state, tensor_parallel
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
@@ -41,7 +41,7 @@ def start(tensor: int) -> None:
 
 
 def make(model: ModelConfig, recycle: RecycleConfig, tensor: int) -> Any:
-    """A GPTModel of a configuration, from megatron-core's local layers, with an MTP layer for the module."""
+    """Builds a GPTModel of a configuration, from megatron-core's local layers, with an MTP layer for the module."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
@@ -89,12 +89,12 @@ def make(model: ModelConfig, recycle: RecycleConfig, tensor: int) -> Any:
 
 @torch.no_grad()
 def their_logits(gpt: Any, vocabulary: int) -> list[Tensor]:
-    """[B, S, V] of the backbone and, where there is one, of the MTP layer."""
+    """Returns logits [B, S, V] of the backbone and of the MTP layer, if there is one."""
     count = TOKENS.shape[1]
     states: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         if hasattr(gpt, "mtp"):
-            # the loss of MTP would be added to the states: its logits are taken from the states themselves
+            # the model would add the MTP loss to the states, so the logits are computed from the states directly
             hook = gpt.mtp.register_forward_hook(lambda _, __, found: states.append(found))
             stack.callback(hook.remove)
         mask = torch.ones(count, count, dtype=torch.bool).triu(1)[None, None]
@@ -109,7 +109,7 @@ def their_logits(gpt: Any, vocabulary: int) -> list[Tensor]:
 
 @torch.no_grad()
 def our_logits(source: Source) -> list[Tensor]:
-    """The same of our model with a source's weights, the module at depth 1."""
+    """Returns the same logits of our model with a source's weights, the module at depth 1."""
     model = build_model(source.model, source.recycle, seed=None).eval()
     load_weights(model, source)
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
@@ -120,7 +120,7 @@ def our_logits(source: Source) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Gap:
-    """The largest differences of logits, and how large these are."""
+    """The largest differences between logits, and the largest logit."""
 
     backbone: float
     module: float | None
@@ -129,25 +129,25 @@ class Gap:
 
 def compare(ours: list[Tensor], theirs: list[Tensor]) -> Gap:
     assert len(ours) == len(theirs)
-    # what follows the last token is theirs to choose: zero, and the first token here
+    # megatron-core puts zero after the last token, our batch the first token: not compared
     gaps = [float((a[:, :-1] - b[:, :-1]).abs().max()) for a, b in zip(ours, theirs, strict=True)]
     return Gap(gaps[0], gaps[1] if len(gaps) > 1 else None, float(theirs[-1].abs().max()))
 
 
 Case = tuple[ModelConfig, RecycleConfig, dict[str, Any], Any]
-"""Model, module, the metadata that chooses how layers are kept, and `args`."""
+"""Model, module, the metadata that selects how layers are stored, and `args`."""
 
 
 def exchange(
     rank: int, world_size: int, ours: list[str], target: str, cases: list[Case]
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Loads checkpoints that we wrote and saves others for us to read; returns the logits of both."""
+    """Loads checkpoints that this package wrote and saves others for it to read; returns the logits of both."""
     start(world_size)
     return _load(world_size, ours), _save(rank, world_size, Path(target), cases)
 
 
 def _load(world_size: int, folders: list[str]) -> list[list[Tensor]]:
-    """With megatron-core's own loader, strictly, into its own model."""
+    """Loads checkpoints strictly with megatron-core's own loader into its own model."""
     from megatron.core import dist_checkpointing
 
     found = []
@@ -160,7 +160,7 @@ def _load(world_size: int, folders: list[str]) -> list[list[Tensor]]:
         sharded = gpt.sharded_state_dict()
         loaded, unused, absent = dist_checkpointing.load(sharded, str(source.folder), strict="return_all")
         assert not absent, absent
-        # states that only Transformer Engine's layers ask for
+        # states that only Transformer Engine's layers load
         assert all("_extra_state" in key for key in unused), unused
         metadata = dist_checkpointing.load_content_metadata(str(source.folder))
         assert metadata == {"singleton_local_shards": False, "non_homogeneous_layers": False}
@@ -171,7 +171,7 @@ def _load(world_size: int, folders: list[str]) -> list[list[Tensor]]:
 
 
 def _save(rank: int, world_size: int, root: Path, cases: list[Case]) -> list[list[Tensor]]:
-    """Models of random weights, with megatron-core's own `save`, under root/0, 1, ..."""
+    """Saves models with random weights with megatron-core's own `save`, to root/0, 1, ..."""
     from megatron.core import dist_checkpointing
 
     found = []
@@ -184,7 +184,7 @@ def _save(rank: int, world_size: int, root: Path, cases: list[Case]) -> list[lis
         generator = torch.Generator().manual_seed(1000 * number + rank)
         with torch.no_grad():
             for name, parameter in sorted(gpt.named_parameters()):
-                if "norm" in name:  # copies on every tensor rank
+                if "norm" in name:  # replicated on every tensor rank
                     same = torch.Generator().manual_seed(number)
                     parameter.copy_(torch.rand(parameter.shape, generator=same) + 0.5)
                 else:

@@ -1,4 +1,4 @@
-"""Functions that test_deepspeed_native runs on every rank: training that saves in DeepSpeed's own format."""
+"""Functions that test_deepspeed_native runs on every rank: training with checkpoints in DeepSpeed's own format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parallel.ranks import run_all
 
 
 def run_and_save(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
-    """Like `run_all`; every checkpoint is saved by DeepSpeed as well, under run_dir/native."""
+    """Like `run_all`, but DeepSpeed also saves every checkpoint, to run_dir/native."""
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
 
     original = PortableCheckpointer.begin
@@ -33,22 +33,22 @@ def run_and_save(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]
 
 @dataclass(frozen=True)
 class TheirRun:
-    """A Hugging Face model under plain DeepSpeed, saved as transformers' trainer lays it out."""
+    """A Hugging Face model trained with plain DeepSpeed, saved in the layout of transformers' trainer."""
 
     family: str
     """See tests.unit.checkpoint.families."""
     folder: Path
-    """Gets config.json, DeepSpeed's folder and, in whole.pt, the weights as DeepSpeed itself gathers them."""
+    """Output folder: config.json, DeepSpeed's folder and, in whole.pt, the weights as DeepSpeed itself gathers them."""
     deepspeed: dict[str, Any]
 
 
 def train_theirs(rank: int, world_size: int, runs: list[TheirRun]) -> None:
-    """Three steps of each run; whole.pt has fp32 masters."""
+    """Trains each run for three steps; whole.pt has fp32 master weights."""
     train_each(rank, runs, rank, _masters)
 
 
 def train_each(rank: int, runs: list[TheirRun], share: int, gather: Callable[[Any], dict[str, torch.Tensor]]) -> None:
-    """Three steps of each run. share: which tokens this rank takes. gather: whole weights by name; collective."""
+    """Trains each run for three steps. share: seed of this rank's tokens. gather: returns full weights by name; collective."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -72,9 +72,9 @@ def train_each(rank: int, runs: list[TheirRun], share: int, gather: Callable[[An
             tokens = torch.randint(300, (1, 12), generator=generator)
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
-        whole = gather(engine)
+        weights = gather(engine)
         if rank == 0:
-            torch.save(whole, run.folder / "whole.pt")
+            torch.save(weights, run.folder / "whole.pt")
         engine.save_checkpoint(str(run.folder), tag="global_step3")
 
 
@@ -85,6 +85,6 @@ def _masters(engine: Any) -> dict[str, torch.Tensor]:
     model = engine.module
     if engine.bfloat16_enabled():
         return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
-    # that function is wrong with round_robin_gradients, whose order of parameters it does not follow
+    # safe_get_full_fp32_param is wrong with round_robin_gradients: it ignores the changed order of parameters
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What a rank holds while ZeRO-3 builds a model, and from step to step."""
+"""The memory of a rank while ZeRO-3 builds a model, and after training steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from recycle_ds.config import RunConfig
 
 
 def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, dict[str, Tensor], dict[str, Any]]:
-    """Most bytes held while the model is made, bytes it then has, bytes of its largest parameter; gathered weights by name, and
-    the rotary tables."""
+    """Peak bytes while the model is built, bytes of the built model, bytes of its largest parameter, gathered weights by name,
+    and rotary tables by name."""
     import deepspeed
 
     from recycle_ds.config import resolve_deepspeed
@@ -37,13 +37,13 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
 
 
 def lasting(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, int]:
-    """After two steps of the benchmark's subject: weights, bytes of its state and of what lasts beside, as it counts them; and
-    bytes of all tensors alive but for batches and rotary tables."""
+    """After two steps of the benchmark's subject: number of weights, bytes of its state and of other persistent tensors, as it
+    counts them, and bytes of all live tensors except batches and rotary tables."""
     from recycle_ds.config import resolve_deepspeed
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.mesh import build_mesh
-    from recycle_ds.training.benchmark.comparison import OurSubject
     from recycle_ds.training.benchmark.live_memory import bytes_of
+    from recycle_ds.training.benchmark.subjects import OurSubject
     from tests.parallel.planner_reality import live, size_of
 
     rendezvous.start(rendezvous.detect_launch(os.environ))

@@ -1,4 +1,4 @@
-"""What a real run holds in memory, by unique storage, to hold the planner's formulas against."""
+"""The memory of a real run, by unique storage, to compare with the planner's formulas."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Storages = dict[int, torch.UntypedStorage]
 
 
 def live(earlier: Storages | None = None) -> Storages:
-    """The storages of all tensors that exist in this process, but for the earlier ones."""
+    """The storages of all tensors that exist in this process, except the earlier ones."""
     gc.collect()
-    warnings.simplefilter("ignore", FutureWarning)  # of torch's own objects, which are looked at
+    warnings.simplefilter("ignore", FutureWarning)  # raised by torch's own objects when they are inspected
     found: Storages = {}
     for item in gc.get_objects():
         if isinstance(item, torch.Tensor) and item.device.type != "meta":
-            # a gradient that Python has not asked for yet has no object of its own
+            # a gradient that Python has not accessed yet has no Python object
             for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None:
                     storage = tensor.untyped_storage()
@@ -31,13 +31,13 @@ def live(earlier: Storages | None = None) -> Storages:
 
 
 def size_of(storages: Storages) -> int:
-    """Their bytes."""
+    """Total bytes of the storages."""
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def hold(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[int, int]]:
-    """Per run: the most bytes of weights, gradients and optimizer state during the second step, and bytes that are kept for the
-    backward pass when as many micro-batches are in flight as 1F1B has."""
+    """Per run: peak bytes of weights, gradients and optimizer state in the second step, and bytes kept for the backward pass
+    with as many micro-batches in flight as in the 1F1B schedule."""
     from recycle_ds.parallel import rendezvous
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
@@ -53,11 +53,11 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
 
-    earlier = live()  # held on to, so that no storage made later has the address of one of these
-    place = torch.device("cpu")
+    earlier = live()  # kept alive, so that no later storage reuses the address of one of these
+    device = torch.device("cpu")
     tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
     mesh = build_mesh(config.parallel)
-    engine = build_engine(config, tree, mesh, place)
+    engine = build_engine(config, tree, mesh, device)
     training = config.training
     loader = BatchLoader(
         open_dataset(config.data.train, Tokenizer.load(config.data.tokenizer), training.seq_length, training.seed),
@@ -67,7 +67,7 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
     )
-    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, place)
+    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, device)
     scales = batches.scales([1.0] + [0.1] * config.recycle.depth, mesh.replicas.size)
     engine.passes.train(batches.micro, scales)
     engine.gradients.step(lambda _: True)
@@ -78,7 +78,7 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
 
 
 def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: Storages) -> int:
-    """The most bytes alive after a micro-batch's backward pass, and before gradients are reduced and the step is taken."""
+    """Peak bytes after a micro-batch's backward pass, before gradients are reduced and the optimizer steps."""
     held: list[int] = []
 
     def watched(function: Any) -> Any:
@@ -89,7 +89,7 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
 
         return call
 
-    if engine.mesh.pipeline.size > 1:  # asked just before the reduction
+    if engine.mesh.pipeline.size > 1:  # called just before the reduction
         module = engine.engine.module
         module.get_tied_weights_and_groups = watched(module.get_tied_weights_and_groups)
     else:
@@ -100,7 +100,7 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
 
 
 def _saved_bytes(engine: Any, batches: Any, scales: torch.Tensor) -> int:
-    """Bytes of the storages that a forward pass made and that are alive when it has ended."""
+    """Bytes of the storages that a forward pass creates and that are alive after it."""
     from recycle_ds.training.benchmark.live_memory import PeakMemory
     from recycle_ds.training.engine.dry_run import _forward, _in_flight
 

@@ -14,7 +14,7 @@ from recycle_ds.config import RecycleError, RunConfig
 
 
 def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
-    """Runs several configurations in one set of processes; returns why each ended, or its error."""
+    """Runs several configurations in one set of processes; returns for each why it ended, or its error."""
     from recycle_ds.parallel import rendezvous
     from recycle_ds.pretrain import run
 
@@ -29,21 +29,21 @@ def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
 
 
 def run_quietly(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[str, str]]:
-    """Like `run_all`; also what each run printed."""
+    """Like `run_all`, but also returns the output of each run."""
     import contextlib
     import io
 
     endings = []
     for config in runs:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
             (ending,) = run_all(rank, world_size, [config])
-        endings.append((ending, said.getvalue()))
+        endings.append((ending, output.getvalue()))
     return endings
 
 
 @dataclass
 class Fault:
-    """What happens to one rank in one step: its states are multiplied by `factor`, at the first `times` tries at that step."""
+    """A fault on one rank in one step: its states are multiplied by `factor`, in the first `times` attempts at that step."""
 
     config: RunConfig
     step: int
@@ -51,11 +51,11 @@ class Fault:
     times: int = 1_000_000
     factor: float = math.nan
     stop_file: bool = False
-    """Instead, somebody asks the run to stop by a file."""
+    """Instead, the run is asked to stop by a file."""
 
 
 def run_faulty(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
-    """Like `run_all`, a fault in each run."""
+    """Like `run_all`, with a fault in each run."""
     from recycle_ds.training import loop
 
     original = loop.Trainer._step
@@ -69,7 +69,7 @@ def run_faulty(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
             Path(fault.config.run_dir, "stop").touch()
             return original(trainer, stop)
         model = trainer.engine.model
-        # of a pipeline, each stage hands on what it computes
+        # with a pipeline, each stage sends the output of this module
         module = model.final_norm or list(model.blocks.values())[-1].mlp
         hook = module.register_forward_hook(lambda *_: _[2] * fault.factor)
         try:
@@ -89,7 +89,7 @@ def run_faulty(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
 
 
 def run_poisoned(rank: int, world_size: int, runs: list[tuple[RunConfig, int, int]]) -> list[str]:
-    """Like `run_all` for (configuration, step, rank): that rank's loss of that step becomes NaN, however often it is tried."""
+    """Like `run_all` for (configuration, step, rank): that rank's loss of that step is NaN in every attempt."""
     return run_faulty(rank, world_size, [Fault(*case) for case in runs])
 
 
@@ -97,24 +97,24 @@ def run_on_full_disk(rank: int, world_size: int, config: RunConfig, step: int) -
     """Like `run_all` for one configuration; the disk of rank 1 is full when the checkpoint of `step` is written."""
     import errno
 
-    from recycle_ds.checkpoint.files.checksums import checksums as files
+    from recycle_ds.checkpoint.files import safetensors_writer
 
-    original = files.save_file
+    original = safetensors_writer.save_file
 
     def full(tensors: Any, path: str, **options: Any) -> None:
         if rank == 1 and f"step-{step:08d}" in path:
             raise OSError(errno.ENOSPC, "No space left on device", path)
         original(tensors, path, **options)
 
-    files.save_file = full
+    safetensors_writer.save_file = full
     try:
         return run_all(rank, world_size, [config])[0]
     finally:
-        files.save_file = original
+        safetensors_writer.save_file = original
 
 
 def run_and_read_timeouts(rank: int, world_size: int, config: RunConfig) -> list[float]:
-    """Like `run_all` for one configuration; the seconds that collectives of each group wait afterwards."""
+    """Like `run_all` for one configuration; returns the collective timeout of each group afterwards, in seconds."""
     from torch.distributed import distributed_c10d as c10d
 
     run_all(rank, world_size, [config])
@@ -135,9 +135,9 @@ def run_with_small_shards(rank: int, world_size: int, runs: list[RunConfig], sha
 
 
 def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -> str:
-    """Like `run_all` for one configuration; once it has a checkpoint, another start takes the folder over: at the next "step",
-    or just before the next checkpoint is published ("publish"), or by tidying up while it is ("tidied") or is being written
-    ("writing")."""
+    """Like `run_all` for one configuration; once it has a checkpoint, another start takes over the folder: at the next "step",
+    just before the next checkpoint is published ("publish"), or by deleting temporary files while it is published ("tidied")
+    or written ("writing")."""
     import shutil
 
     from recycle_ds.checkpoint.run import saving as writing
@@ -175,7 +175,7 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
         (writing.PortableCheckpointer, "finish"): finish_late,
         (writing.PortableCheckpointer, "_publish"): publish_tidied,
     }
-    originals = {place: getattr(*place) for place in patches}
+    originals = {target: getattr(*target) for target in patches}
     for (owner, name), patch in patches.items():
         setattr(owner, name, patch)
     try:
@@ -191,7 +191,7 @@ BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")
 
 
 def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> str:
-    """Like `run_all` for one configuration with one reduction left out: the negative controls of the parity suite."""
+    """Like `run_all` for one configuration with one reduction omitted: the negative controls of the parity suite."""
     from recycle_ds.model import norm
     from recycle_ds.training import batches
     from recycle_ds.training.engine.build import pipeline
@@ -208,14 +208,14 @@ def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> 
         found = scales(step, weights, replicas)
         return torch.cat((found[:1], found[1:] / replicas))
 
-    place, name, broken = {
+    owner, name, broken = {
         "norm_gradients": (norm, "copy_to_tensor_model_parallel_region", alone),
         "tied_embedding": (pipeline.RecyclePipeline, "get_tied_weights_and_groups", untied),
         "recycle_scale": (batches.StepBatches, "scales", unscaled),
     }[breakage]
-    original = getattr(place, name)
-    setattr(place, name, broken)
+    original = getattr(owner, name)
+    setattr(owner, name, broken)
     try:
         return run_all(rank, world_size, [config])[0]
     finally:
-        setattr(place, name, original)
+        setattr(owner, name, original)

@@ -1,4 +1,4 @@
-"""Hugging Face models that DeepSpeed split over tensor ranks by itself, as it saves them, read back whole."""
+"""Reads checkpoints of Hugging Face models that DeepSpeed AutoTP split over tensor ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per run, as transformers' trainer leaves them."""
+    """One folder per run, as transformers' trainer saves them."""
     root = tmp_path_factory.mktemp("autotp")
     runs = [TheirRun(family, root / name / "checkpoint-3", SPLIT | config) for name, (family, config) in RUNS.items()]
     run_ranks(train_autotp, 2, runs, timeout=200.0)
@@ -39,14 +39,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
-    """Columns taken for rows, a vocabulary in halves, a rank's part in another's place."""
+    """Prevents columns read as rows, half a vocabulary, and swapped parts of ranks."""
     folder = root / name / "checkpoint-3"
-    whole = torch.load(folder / "whole.pt", weights_only=True)
+    gathered = torch.load(folder / "whole.pt", weights_only=True)
     source = open_source(folder)
     assert (source.kind, source.step, source.notes) == ("deepspeed", 3, ())
     assert source.layout == {"world_size": 2, "tensor": 2, "pipeline": 1, "data": 1}  # type: ignore[attr-defined]
     for tensor, shape in source.shapes.items():
-        expected = whole[hugging_face_name(tensor)]
+        expected = gathered[hugging_face_name(tensor)]
         assert torch.equal(source.read(tensor), expected), tensor
         axis = len(shape) - 1
         part = source.read(tensor, axis=axis, start=shape[axis] // 3, length=shape[axis] // 2)
@@ -57,8 +57,8 @@ def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
     assert all(torch.equal(result.read(tensor), source.read(tensor)) for tensor in source.shapes)
 
 
-def test_moments_lie_as_their_weights_do(root: Path) -> None:
-    """A moment of another rank's part: rows of the vocabulary that no token asked for have none, those of tokens do."""
+def test_moments_are_laid_out_like_their_weights(root: Path) -> None:
+    """Prevents a moment of another rank's part: vocabulary rows of trained tokens must have a second moment above zero."""
     source = open_source(root / "zero2_tied" / "checkpoint-3")
     generator = torch.Generator().manual_seed(7)
     seen = torch.cat([torch.randint(300, (1, 12), generator=generator) for _ in range(3)]).flatten().unique()
@@ -67,7 +67,7 @@ def test_moments_lie_as_their_weights_do(root: Path) -> None:
 
 
 def test_another_order_of_parts(root: Path, tmp_path: Path) -> None:
-    """Parts that interleave, by a plan of the user's own: they have the same shapes, and another meaning."""
+    """Prevents interleaved parts of a user's own plan from being read as consecutive ones: the shapes are the same."""
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(root / "zero1" / "checkpoint-3", folder)
     file = folder / "global_step3" / "mp_rank_01_model_states.pt"
@@ -79,11 +79,11 @@ def test_another_order_of_parts(root: Path, tmp_path: Path) -> None:
     for value in (pieces * 2, [pieces[0] | {"source": [48, [96, 1]]}], 7, [{}]):
         change(file, where, value)
         with pytest.raises(
-            CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight is not cut into one part"
+            CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight is not split into consecutive parts"
         ) as caught:
             open_source(folder)
         assert "\n" not in str(caught.value) and str(file) in str(caught.value)
-    change(file, ("universal_checkpoint_info",), ...)  # an older release's
+    change(file, ("universal_checkpoint_info",), ...)  # as an older release saves it
     assert open_source(folder).step == 3
     change(file, ("param_shapes", 0, "model.layers.1.self_attn.o_proj.weight"), torch.Size([24, 48]))
     with pytest.raises(

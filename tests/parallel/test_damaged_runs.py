@@ -1,4 +1,4 @@
-"""Broken checkpoints of real runs, on the way that a restart takes: an exact resume from an older one, or one line."""
+"""Restarts of real runs with a broken checkpoint: an exact resume from an older one, or an error of one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(root: Path, name: str, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole/: a run of six steps; parts/: the first four of them, with checkpoints of steps 2 and 4."""
+    """whole/: a run of six steps. parts/: its first four steps, with checkpoints of steps 2 and 4."""
     root = tmp_path_factory.mktemp("damaged")
     make_corpus(root / "corpus")
     runs = [config(root, "whole"), config(root, "parts", training__stop_at=4)]
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def broken(root: Path, name: str, mutate: Callable[[Path, random.Random], None], draw: random.Random) -> Path:
-    """A copy of parts/ whose newest checkpoint is mutated; that checkpoint."""
+    """Copies parts/ and mutates its newest checkpoint, whose path is returned."""
     shutil.copytree(root / "parts", root / name)
     newest = completed(root / name)[0]
     mutate(newest, draw)
@@ -52,15 +52,15 @@ def broken(root: Path, name: str, mutate: Callable[[Path, random.Random], None],
 
 
 def run_many(runs: list[RunConfig]) -> list[tuple[str, str]]:
-    """How each run ended, and what it printed; so many in one process as fit into its memory."""
+    """Runs them, in batches of TOGETHER per process to limit memory. Returns how each ended, and what it printed."""
     endings: list[tuple[str, str]] = []
     for start in range(0, len(runs), TOGETHER):
         endings += run_ranks(run_quietly, 1, runs[start : start + TOGETHER], timeout=300)[0]
     return endings
 
 
-def test_a_broken_checkpoint_never_goes_on_with_other_weights(root: Path) -> None:
-    """Moments, generators or a position that are read from a damaged file; a restart that ends in a traceback."""
+def test_a_broken_checkpoint_never_changes_a_run(root: Path) -> None:
+    """Prevents reading moments, generators or a position from a damaged file, and a restart that ends in a traceback."""
     draw = random.Random(29)
     names = []
     for number in range(MUTATIONS):
@@ -68,15 +68,15 @@ def test_a_broken_checkpoint_never_goes_on_with_other_weights(root: Path) -> Non
         broken(root, names[-1], (change_json, change_bytes, change_files)[number % 3], draw)
     endings = run_many([config(root, name) for name in names])
     fell_back = 0
-    for name, (ending, said) in zip(names, endings, strict=True):
+    for name, (ending, output) in zip(names, endings, strict=True):
         assert ending == "finished", (name, ending)
-        fell_back += "falling back" in said
-        assert figures(root / name) == figures(root / "whole"), f"{name}: not the run that it was"
+        fell_back += "falling back" in output
+        assert figures(root / name) == figures(root / "whole"), f"{name}: differs from the uninterrupted run"
     assert fell_back > MUTATIONS / 2
 
 
-def test_a_signed_manifest_of_nonsense_is_refused(root: Path) -> None:
-    """A KeyError or a TypeError about a manifest that some other program wrote, after weights have been changed perhaps."""
+def test_a_wrong_manifest_with_a_valid_digest_is_refused(root: Path) -> None:
+    """Prevents a KeyError or TypeError for a manifest of another program, possibly after weights were changed."""
     draw = random.Random(31)
     runs = []
     for number in range(MUTATIONS):
@@ -90,11 +90,11 @@ def test_a_signed_manifest_of_nonsense_is_refused(root: Path) -> None:
     endings = run_many(runs)
     for ending, _ in endings:
         assert ending == "finished" or (ending.startswith("error: ") and "\n" not in ending), ending
-    assert any("falling back" in said for _, said in endings)
+    assert any("falling back" in output for _, output in endings)
 
 
-def test_a_checkpoint_ends_texts_as_its_run_did(tmp_path: Path) -> None:
-    """A model whose end token, named beside its tokenizer alone, is another one once it is loaded from a checkpoint."""
+def test_a_checkpoint_keeps_the_end_token(tmp_path: Path) -> None:
+    """Prevents another end token after loading a checkpoint, if only a file next to the tokenizer names it."""
     corpus = make_corpus(tmp_path / "plain")
     chat = tmp_path / "chat"
     chat.mkdir()

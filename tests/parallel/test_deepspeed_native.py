@@ -1,4 +1,4 @@
-"""DeepSpeed's own folders, as it writes them at every layout, read back: the very bits that a portable checkpoint holds."""
+"""Reads folders that DeepSpeed wrote at every layout: bits equal to those of a portable checkpoint of the same step."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per case: checkpoints/ is portable, native/ DeepSpeed's, of the same step."""
+    """One folder per case: checkpoints/ is portable, native/ is DeepSpeed's, of the same step."""
     root = tmp_path_factory.mktemp("native")
     corpus = make_corpus(root / "corpus")
-    # odd widths: nothing divides evenly over data ranks
+    # odd widths, so that nothing divides evenly over data ranks
     odd = {"model__ffn": 78, "model__vocab_multiple": 37, "training__steps": 2, "training__dry_run": False}
     for world_size in sorted({ranks for ranks, _ in CASES.values()}):
         runs = [
@@ -62,7 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "frozen_bf16"])
 def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
-    """A partition that is cut at the wrong element, a tensor shard in another's place, bf16 weights where masters are there."""
+    """Prevents a partition split at the wrong element, swapped tensor shards, and bf16 weights in place of master weights."""
     portable, native = open_source(root / name), open_source(root / name / "native")
     assert native.kind == "deepspeed" and native.step == portable.step == 2 and native.notes == ()
     assert (native.model, native.recycle, native.seq_length) == (portable.model, portable.recycle, portable.seq_length)
@@ -72,11 +72,11 @@ def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
         for kind in KINDS:
             assert native.has(tensor, kind) == portable.has(tensor, kind), f"{kind} of {tensor}"
             if native.has(tensor, kind):
-                whole = portable.read(tensor, kind)
-                assert torch.equal(native.read(tensor, kind), whole), f"{kind} of {tensor}"
+                expected = portable.read(tensor, kind)
+                assert torch.equal(native.read(tensor, kind), expected), f"{kind} of {tensor}"
                 axis, start = len(shape) - 1, shape[-1] // 3
                 part = native.read(tensor, kind, axis, start, shape[-1] // 2)
-                assert torch.equal(part, whole.narrow(axis, start, shape[-1] // 2)), f"{kind} of {tensor}"
+                assert torch.equal(part, expected.narrow(axis, start, shape[-1] // 2)), f"{kind} of {tensor}"
     if name in ("zero1", "pp2_tp2"):
         result = convert(str(root / name / "native"), str(tmp_path / "out"), Conversion("portable"))
         assert all(torch.equal(result.read(tensor), portable.read(tensor)) for tensor in portable.shapes)
@@ -84,7 +84,7 @@ def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
 
 
 def test_weights_have_moved(root: Path) -> None:
-    """The comparison above between initial weights, which need no checkpoint to be equal."""
+    """Prevents the comparison above from comparing initial weights, which are equal without any checkpoint."""
     from recycle_ds.model.initialisation import initial_tensor
 
     native = open_source(root / "zero3_bf16" / "native")
@@ -92,8 +92,8 @@ def test_weights_have_moved(root: Path) -> None:
         assert not torch.equal(native.read(name), initial_tensor(name, shape, native.model, 1234)), name
 
 
-def test_frozen_weights_of_bf16_are_told(root: Path) -> None:
-    """Weights that DeepSpeed saved rounded only, passed off as masters."""
+def test_frozen_bf16_weights_are_reported(root: Path) -> None:
+    """Prevents weights that DeepSpeed saved only in bf16 from being passed off as master weights."""
     portable, native = open_source(root / "frozen_bf16"), open_source(root / "frozen_bf16" / "native")
     assert len(native.notes) == 1 and "tensors are in bfloat16" in native.notes[0]
     for name in native.shapes:
@@ -111,7 +111,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per run, as transformers' trainer leaves them."""
+    """One folder per run, as transformers' trainer saves them."""
     root = tmp_path_factory.mktemp("theirs")
     runs = [TheirRun(family, root / name / "checkpoint-3", config) for name, (family, config) in THEIRS.items()]
     run_ranks(train_theirs, 2, runs)
@@ -120,7 +120,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_hugging_face_models(theirs: Path, name: str, tmp_path: Path) -> None:
-    """Groups that DeepSpeed reordered, tied heads and sub-groups: a converted model of other logits than the trained one."""
+    """Prevents a converted model with wrong logits, for groups that DeepSpeed reordered, tied heads and sub-groups."""
     from transformers import AutoModelForCausalLM
 
     checkpoint = theirs / name / "checkpoint-3"

@@ -1,4 +1,4 @@
-"""Bad steps on one rank of two: what all ranks do about them, and that what is left is the run without them."""
+"""Bad steps on one rank of two: all ranks respond alike, and the results are those of a run without them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_fault_that_does_not_come_again_costs_nothing(runs: Runs, name: str) -> None:
-    """A retry after which weights, moments, Adam's step or the position in the data are not what they were."""
+def test_a_retried_transient_fault_changes_nothing(runs: Runs, name: str) -> None:
+    """Prevents a retry that changes weights, moments, Adam's step or the position in the data."""
     assert figures(runs.root / "retry" / name) == figures(runs.root / "clean" / name), "bit for bit"
     (event,) = runs.events(f"retry/{name}", "nonfinite")
     assert (event["step"], event["action"]) == (5, "retry")
@@ -78,29 +78,29 @@ def test_a_fault_that_does_not_come_again_costs_nothing(runs: Runs, name: str) -
     assert (read_manifest(left).skipped, read_manifest(left).adam_step) == (0, 12)
 
 
-def test_a_fault_that_comes_again_is_skipped(runs: Runs) -> None:
-    """A bad batch that is retried for ever."""
+def test_a_persistent_fault_is_skipped(runs: Runs) -> None:
+    """Prevents a bad batch from being retried for ever."""
     assert [event["action"] for event in runs.events("twice", "nonfinite")] == ["retry", "skip"]
     manifest = read_manifest(completed(runs.root / "twice")[0])
     assert (manifest.step, manifest.skipped, manifest.adam_step, manifest.next_sample) == (12, 1, 11, 96)
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3", "pipeline"])
-def test_a_rollback_goes_on_from_the_checkpoint_with_other_data(runs: Runs, name: str) -> None:
-    """A rollback that keeps a moment or a weight of the steps it took back, reads their data again, or forgets a rank."""
-    mine, clean = figures(runs.root / "rollback" / name), figures(runs.root / "clean" / name)
-    assert len(mine) == 12 and mine[:4] == clean[:4] and mine[4] != pytest.approx(clean[4], rel=1e-4)
+def test_a_rollback_resumes_from_the_checkpoint_with_other_data(runs: Runs, name: str) -> None:
+    """Prevents a rollback that keeps a moment or a weight of the undone steps, reads their data again, or misses a rank."""
+    found, clean = figures(runs.root / "rollback" / name), figures(runs.root / "clean" / name)
+    assert len(found) == 12 and found[:4] == clean[:4] and found[4] != pytest.approx(clean[4], rel=1e-4)
     (event,) = runs.events(f"rollback/{name}", "rollback")
     assert (event["step"], event["from_step"], event["samples"]) == (4, 7, 24)
     manifest = read_manifest(completed(runs.root / "rollback" / name)[0])
     assert (manifest.step, manifest.rollbacks, manifest.next_sample, manifest.adam_step) == (12, 1, 120, 12)
-    # all layouts go on alike, which they would not with anything left of the steps taken back
-    for left, right in zip(mine, figures(runs.root / "rollback" / "zero1"), strict=True):
+    # all layouts continue alike, which they would not if anything of the undone steps were left
+    for left, right in zip(found, figures(runs.root / "rollback" / "zero1"), strict=True):
         assert left == pytest.approx(right, rel=1e-5)
 
 
-def test_after_a_rollback_it_is_the_run_that_began_at_the_checkpoint(runs: Runs) -> None:
-    """Figures after a rollback that are near those they should be, and not the same."""
+def test_a_rollback_equals_a_run_started_from_the_checkpoint(runs: Runs) -> None:
+    """Prevents results after a rollback that are close to the correct ones, but not the same."""
     import shutil
 
     from recycle_ds.checkpoint.portable.manifest import write_manifest
@@ -118,8 +118,8 @@ def test_after_a_rollback_it_is_the_run_that_began_at_the_checkpoint(runs: Runs)
     assert figures(again)[4:] == figures(runs.root / "rollback" / "zero1")[4:], "bit for bit"
 
 
-def test_rollbacks_end(runs: Runs) -> None:
-    """A run that goes back to the same checkpoint for ever; one that goes back to a checkpoint there is not."""
+def test_rollbacks_are_limited(runs: Runs) -> None:
+    """Prevents endless rollbacks to the same checkpoint, and a rollback without a checkpoint."""
     ending = runs.endings[str(runs.root / "endless")]  # type: ignore[attr-defined]
     assert ending.startswith("error: step 7: loss nan") and "training.nonfinite=skip" in ending
     assert [event["from_step"] for event in runs.events("endless", "rollback")] == [7, 7]
@@ -127,22 +127,22 @@ def test_rollbacks_end(runs: Runs) -> None:
     assert runs.endings[str(runs.root / "early")] == "finished"  # type: ignore[attr-defined]
 
 
-def test_a_stop_file_is_obeyed_once(runs: Runs) -> None:
-    """A request to stop that is not heard, or that is obeyed at every start from then on."""
+def test_a_stop_file_stops_one_run(runs: Runs) -> None:
+    """Prevents a stop request that is missed, or that stops every later start as well."""
     assert runs.endings[str(runs.root / "asked")] == "stop file"  # type: ignore[attr-defined]
     assert completed(runs.root / "asked")[0].name == "step-00000005"
     assert not (runs.root / "asked" / "stop").exists()
-    (runs.root / "asked" / "stop").touch()  # left from whenever: not for this start
+    (runs.root / "asked" / "stop").touch()  # left over from earlier: not meant for this start
     assert run_ranks(run_all, 2, [runs.config("asked")], timeout=120) == [["finished"]] * 2
     assert figures(runs.root / "asked") == figures(runs.root / "clean" / "zero1")
 
 
 def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> None:
-    """A jump right after a restart that passes because the restart has forgotten what is usual."""
+    """Prevents a spike right after a restart from passing because the history has been lost."""
     change: dict[str, Any] = {"training__steps": 24, "faults__spike": "skip", "faults__spike_window": 16}
-    whole, parts = (runs.config(f"judged/{name}", **change) for name in ("whole", "parts"))
+    uninterrupted, resumed = (runs.config(f"judged/{name}", **change) for name in ("whole", "parts"))
     first = runs.config("judged/parts", **change, training__stop_at=20)
-    faults = [Fault(whole, 22, 1, 1, 40.0), Fault(first, 30, 0), Fault(parts, 22, 1, 1, 40.0)]
+    faults = [Fault(uninterrupted, 22, 1, 1, 40.0), Fault(first, 30, 0), Fault(resumed, 22, 1, 1, 40.0)]
     assert run_ranks(run_faulty, 2, faults, timeout=200) == [["finished", "stop_at", "finished"]] * 2
     assert figures(runs.root / "judged/parts") == figures(runs.root / "judged/whole")
     for name in ("whole", "parts"):
@@ -152,8 +152,8 @@ def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> Non
 
 
 @pytest.mark.parametrize("moment", ["step", "publish", "tidied", "writing"])
-def test_a_run_that_is_taken_over_leaves_the_folder_alone(runs: Runs, moment: str) -> None:
-    """A later start's summary or checkpoints replaced by those of one that SLURM has given up; ranks that wait for ever."""
+def test_a_run_that_is_taken_over_does_not_touch_the_folder(runs: Runs, moment: str) -> None:
+    """Prevents an abandoned start from replacing a later start's summary or checkpoints, and ranks that wait for ever."""
     config = runs.config(f"taken/{moment}", training__save_every=2, training__steps=1000)
     ending, other = run_ranks(run_taken_over, 2, config, moment, timeout=120)
     assert ending.startswith(f"taken over: {config.run_dir} has been taken over by process 1 on elsewhere (job 8)")
@@ -162,11 +162,11 @@ def test_a_run_that_is_taken_over_leaves_the_folder_alone(runs: Runs, moment: st
     assert [path.name for path in completed(folder)] == ["step-00000002"]
     assert not list((folder / "checkpoints").glob(".tmp-*"))
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["state"] == "running" and summary["anomalies"] == {}, "not written once more"
+    assert summary["state"] == "running" and summary["anomalies"] == {}, "not written again"
     assert "released" not in (folder / ".lock").read_text()
 
 
-def test_collectives_wait_less_after_the_first_step(runs: Runs) -> None:
-    """Ranks that wait six hours for one that has gone; or that give up while another one's disk is slow at a save."""
+def test_collective_timeouts_are_shorter_after_the_first_step(runs: Runs) -> None:
+    """Prevents ranks from waiting six hours for a dead one, and from timing out while another rank's disk is slow at a save."""
     found = run_ranks(run_and_read_timeouts, 2, runs.config("timeouts", faults__hang_timeout=50.0), timeout=120)
     assert found[0] and {seconds for rank in found for seconds in rank} == {4 * 50 + 60}

@@ -1,4 +1,4 @@
-"""SIGKILL at moments chosen by progress, most of them inside a save: nothing is lost that a completed checkpoint had."""
+"""SIGKILL at moments chosen by progress, most of them during a save: no step before a published checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KILLS = 30 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 6
 
 
 def config(root: Path, name: str) -> RunConfig:
-    """Saves every other step; the disk is asked while training goes on."""
+    """Saves every second step, in the background."""
     return tiny_run(
         root / "corpus", root / name, training__steps=4 * KILLS + 8, training__save_every=2, deepspeed=zero(1),
         training__learning_rate=1e-3,
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_resume_is_exact(root: Path) -> None:
-    """A checkpoint that is half there and taken for whole, one lost at the rename, a step done twice or left out, litter."""
+    """Prevents a partial checkpoint taken for a complete one, one lost at the rename, and a step repeated or skipped."""
     draw = random.Random(KILLS)
     run = config(root, "killed")
     folder = Path(run.run_dir) / "checkpoints"
@@ -47,29 +47,31 @@ def test_every_resume_is_exact(root: Path) -> None:
     for number in range(KILLS):
         report = root / f"moment-{number}"
         culprit, event, delay = draw.randrange(2), draw.randrange(1, 36), draw.choice([0.0, 0.0, 0.002])
-        # the killed rank's exit code, or what the other one says of the connection that broke, whichever comes first
+        # the killed rank's exit code, or the other rank's error about the broken connection, whichever comes first
         with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exit code -9|[Cc]onnection"):
             run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
         moments.append(report.read_text())
-        whole = completed(Path(run.run_dir))
-        for checkpoint in whole:
-            open_source(checkpoint)  # its checksums hold, each of those that were renamed into place
-        resumed.append(step_of(whole[0]) if whole else None)
+        published = completed(Path(run.run_dir))
+        for checkpoint in published:
+            open_source(checkpoint)  # compares its checksums
+        resumed.append(step_of(published[0]) if published else None)
     assert run_ranks(run_all, 2, [run], timeout=300) == [["finished"]] * 2
-    # no step was lost that a completed checkpoint had: every start went on from the newest of them
+    # no step before a published checkpoint was lost: every start resumed from the newest one
     sessions = json.loads((Path(run.run_dir) / "summary.json").read_text())["sessions"]
     starts = [session["first_step"] for session in sessions]
     newest = [0, *(step or 0 for step in resumed)]
     assert newest == sorted(newest) and newest[-1] >= KILLS // 2
-    # a start that was killed before it had begun leaves no session
+    # a start that was killed before its first step has no session
     assert starts[-1] == newest[-1] and [step for step in newest if step in starts] and set(starts) <= set(newest)
     assert len(starts) > KILLS // 2 and starts == sorted(starts)
     assert [record["step"] for record in read_metrics(run.run_dir) if "loss" in record] == list(
         range(1, run.training.steps + 1)
     )
     assert figures(run.run_dir) == figures(root / "whole"), "bit for bit"
-    left, whole_left = (sorted(p.name for p in (root / name / "checkpoints").iterdir()) for name in ("killed", "whole"))
-    assert left == whole_left
+    remaining, expected = (
+        sorted(p.name for p in (root / name / "checkpoints").iterdir()) for name in ("killed", "whole")
+    )
+    assert remaining == expected
     assert not [path for path in Path(run.run_dir).rglob("*") if path.name.startswith(".tmp-")]
     assert not list(folder.rglob("part-*.json"))
     inside = [moment for moment in moments if ".tmp-" in moment]

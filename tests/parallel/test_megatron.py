@@ -1,4 +1,4 @@
-"""Megatron checkpoints in and out, against megatron-core's own model, loader and `save`."""
+"""Reading and writing Megatron checkpoints, against megatron-core's own model, loader and `save`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True
 
 @dataclass(frozen=True)
 class Exchange:
-    """Checkpoints written by us and by megatron-core, and the logits of its models with the weights of both."""
+    """Checkpoints written by this package and by megatron-core, and logits of megatron-core's models with either weights."""
 
     ours: dict[str, Path]
     of_ours: list[list[list[Tensor]]]
-    """By rank, case, and backbone or module."""
+    """Logits with the weights of `ours`, by rank, case, and backbone or module."""
     theirs: Path
     of_theirs: list[list[Tensor]]
     cases: list[Case]
@@ -34,7 +34,7 @@ class Exchange:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def exchanged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exchange:
-    """Ours are cut for two tensor ranks and two stages; megatron-core's models have one or two tensor ranks."""
+    """Our checkpoints have two tensor ranks and two stages; megatron-core's models have one or two tensor ranks."""
     root = tmp_path_factory.mktemp("exchange")
     ours: dict[str, Path] = {}
     for name in CASES:
@@ -53,23 +53,23 @@ def exchanged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def check(name: str, gap: Gap) -> None:
-    assert gap.scale > 1, "logits near zero would agree whatever the weights are"
+    assert gap.scale > 1, "logits near zero would agree for any weights"
     assert gap.backbone < CLOSE, name
     assert (gap.module is not None) == bool(CASES[name][1].layers), name
     assert gap.module is None or gap.module < CLOSE, name
 
 
-def test_their_model_loads_ours(exchanged: Exchange) -> None:
-    """Query heads in the wrong group, gate and up or the halves of the projection exchanged, a rotation of another base, chunks
-    at a wrong offset: a checkpoint that loads into Megatron without a word and speaks noise."""
+def test_megatron_loads_our_checkpoints(exchanged: Exchange) -> None:
+    """Prevents a checkpoint that loads into Megatron without an error and generates noise: query heads in the wrong group, gate
+    and up or the halves of the projection exchanged, a wrong RoPE base, chunks at a wrong offset."""
     for number, (name, folder) in enumerate(exchanged.ours.items()):
         logits = our_logits(open_source(folder))
         for theirs in exchanged.of_ours:
             check(name, compare(logits, theirs[number]))
 
 
-def test_ours_loads_what_theirs_saved(exchanged: Exchange, tmp_path: Path) -> None:
-    """A reader that knows its own writer only: stacked and numbered layers, gate and up apart, args instead of our file."""
+def test_we_load_megatrons_checkpoints(exchanged: Exchange, tmp_path: Path) -> None:
+    """Prevents a reader that only reads our writer's files: covers numbered layers, separate gate and up, and `args`."""
     for number, (name, (model, recycle, _, _)) in enumerate(zip(CASES, exchanged.cases, strict=True)):
         folder = exchanged.theirs / f"{number}"
         source = open_source(folder)
@@ -84,8 +84,8 @@ def test_ours_loads_what_theirs_saved(exchanged: Exchange, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "tensor", ["recycle.projection", "blocks.1.attention.query", "blocks.2.mlp.gate", "recycle.blocks.0.attention.key"]
 )
-def test_a_mix_up_is_seen(exchanged: Exchange, tensor: str, tmp_path: Path) -> None:
-    """The comparisons above passing whatever the weights are."""
+def test_swapped_weights_are_detected(exchanged: Exchange, tensor: str, tmp_path: Path) -> None:
+    """Prevents the comparisons above from passing for any weights."""
     source = source_of("grouped_tied", tmp_path)
     weight = source.read(f"{tensor}.weight")
     changed = weight.roll(32, dims=1) if tensor == "recycle.projection" else weight.flip(0)

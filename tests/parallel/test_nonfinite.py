@@ -15,7 +15,7 @@ from tests.runs import make_corpus, read_metrics, steps_of, tensors, tiny_run, z
 
 
 def test_non_finite_steps(tmp_path: Path) -> None:
-    """NaN on one rank that stops only that rank, reaches the weights, or is skipped on one and taken on the other."""
+    """NaN on one rank that stops only that rank, reaches the weights, or is skipped on only one of the ranks."""
     corpus = make_corpus(tmp_path / "corpus")
 
     def config(name: str, **changes: Any) -> RunConfig:
@@ -50,7 +50,7 @@ def test_non_finite_steps(tmp_path: Path) -> None:
         assert skipped == "finished"
         assert "step 3" in stopped and "not finite" in stopped and "training.nonfinite=skip" in stopped
         kept = read_manifest(tmp_path / f"nan{stage}_stop/checkpoints/step-00000002")
-        assert (kept.step, kept.adam_step) == (2, 2), "what came before the bad step must not be lost"
+        assert (kept.step, kept.adam_step) == (2, 2), "the steps before the bad one must not be lost"
         events = [r for r in read_metrics(tmp_path / f"nan{stage}_skip") if r.get("event") == "nonfinite"]
         assert [(event["step"], event["action"]) for event in events] == [(3, "skip")]
         manifest = read_manifest(tmp_path / f"nan{stage}_skip/checkpoints/step-00000006")

@@ -1,6 +1,6 @@
 """Every layout against the single process: losses, gradient norms and evaluation of five steps.
 
-One set of processes runs all cases of its size. The figures are those of runs that train, evaluate and save as users' runs do.
+One set of processes runs all cases of a world size. The runs train, evaluate and save as users' runs do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, assert_
 from tests.parallel.ranks import BREAKAGES, run_broken
 from tests.runs import make_corpus, read_metrics, tiny_run, zero
 
-# An odd number of layers: pipeline stages are uneven. Four query and two key/value heads: a rank has one of the latter.
+# An odd number of layers: pipeline stages are uneven. Four query and two key/value heads: one of the latter per rank.
 BASE: Change = {
     "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
     "training__learning_rate": 2e-3,
@@ -49,7 +49,7 @@ LAYOUTS: dict[int, dict[str, Change]] = {
         "ulysses2_dp2_zero2": {"parallel__ulysses": 2, "deepspeed": zero(2)},
     },
 }  # fmt: skip
-# Beyond the product: what crosses a layout with another setting.
+# Cases beyond the product of layouts and shapes: layouts with another setting.
 SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
     2: {
         "pp2_detached": ("detached", {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
@@ -81,7 +81,7 @@ SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
         ),
         "tp2_dp2_micro1": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(2), "training__micro_batch_size": 1}),
         "tp2_dp2_micro2": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(3), "training__micro_batch_size": 2}),
-        # every tensor rank a head of its own, and one of them nothing but padding of the vocabulary
+        # every tensor rank has one key/value head, and one rank has only vocabulary padding
         "tp4_sp": ("four_kv_heads", {"parallel__tensor": 4, "parallel__sequence": True, "deepspeed": zero(3)}),
         "pp4_untied": (
             "four_layers_untied", {"parallel__pipeline": 4, "deepspeed": PIPELINE, "training__micro_batch_size": 1},
@@ -103,14 +103,14 @@ EXTRA_SHAPES: dict[str, Change] = {
     "untied_detached": {"recycle__depth": 2, "recycle__gradient": "detached", "model__tied_embeddings": False},
     "plain_lm": {"recycle__layers": 0},
     "frozen": {"recycle__depth": 2, "recycle__gradient": "frozen_backbone"},
-    # without a module nothing splits the hidden width
+    # without a recycle module, the hidden width is not split
     "odd_hidden": {"recycle__layers": 0, "model__hidden": 45, "model__head_dim": 12},
     "four_layers": {"recycle__depth": 2, "model__layers": 4},
     "four_layers_untied": {"recycle__depth": 2, "model__layers": 4, "model__tied_embeddings": False},
     "four_kv_heads": {"recycle__depth": 2, "model__kv_heads": 4},
 }
 BF16: Change = {"training__dtype": "bf16"}
-# The layout that each breakage is a fault of.
+# The layout in which each breakage occurs.
 BROKEN: dict[str, Change] = {
     "norm_gradients": {"parallel__tensor": 2, "parallel__sequence": True},
     "tied_embedding": {"parallel__pipeline": 2, "deepspeed": PIPELINE},
@@ -119,7 +119,7 @@ BROKEN: dict[str, Change] = {
 
 
 def cases(world_size: int) -> dict[str, tuple[str, Change]]:
-    """Every case of a world: its name, the reference it must equal, and what it changes."""
+    """Every case of a world size: its name, the reference that it must equal, and its changes."""
     found: dict[str, tuple[str, Change]] = {}
     for layout, change in LAYOUTS[world_size].items():
         for shape, model in SHAPES.items():
@@ -150,7 +150,7 @@ def corpus(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def curves(root: Path, corpus: Path) -> dict[str, Curve]:
-    """Figures by step of every reference and case."""
+    """Metrics by step of every reference and case."""
     run_cases(corpus, root, 1, REFERENCES)
     for world_size in LAYOUTS:
         run_cases(corpus, root, world_size, {name: change for name, (_, change) in cases(world_size).items()})
@@ -166,15 +166,15 @@ def test_equals_the_single_process(curves: dict[str, Curve], name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_evaluation_equals_the_single_process(curves: dict[str, Curve], root: Path, name: str) -> None:
-    """Validation losses or acceptance that count a rank twice, or that miss what lies on another stage or sequence part."""
+    """Validation losses or acceptance that count a rank twice, or that omit those of another stage or sequence part."""
     shape, _ = ALL[name]
-    mine, reference = ([r for r in read_metrics(root / run) if "eval_loss" in r][-1] for run in (name, shape))
+    own, reference = ([r for r in read_metrics(root / run) if "eval_loss" in r][-1] for run in (name, shape))
     close = 5e-3 if shape == "bf16" else 1e-5
-    assert mine["eval_loss"] == pytest.approx(reference["eval_loss"], rel=close)
-    assert mine["eval_recycle_loss"] == pytest.approx(reference["eval_recycle_loss"], rel=close)
-    # of some hundred positions; in bf16 a near tie may fall the other way
-    assert mine["eval_acceptance"] == pytest.approx(reference["eval_acceptance"], abs=0.1 if shape == "bf16" else 1e-9)
-    assert len(mine["eval_acceptance"]) == len(reference["eval_acceptance"])
+    assert own["eval_loss"] == pytest.approx(reference["eval_loss"], rel=close)
+    assert own["eval_recycle_loss"] == pytest.approx(reference["eval_recycle_loss"], rel=close)
+    # over some hundred positions; in bf16 a near tie may be decided differently
+    assert own["eval_acceptance"] == pytest.approx(reference["eval_acceptance"], abs=0.1 if shape == "bf16" else 1e-9)
+    assert len(own["eval_acceptance"]) == len(reference["eval_acceptance"])
 
 
 @pytest.mark.parametrize(("name", "expected"), [
@@ -182,20 +182,20 @@ def test_evaluation_equals_the_single_process(curves: dict[str, Curve], root: Pa
     ("ulysses2_dp2_zero2/tied3", {"tensor": 1, "pipeline": 1, "data": 2, "sequence": False, "ulysses": 2, "zero_stage": 2}),
     ("tp2_dp2_zero3/untied1", {"tensor": 2, "pipeline": 1, "data": 2, "sequence": False, "ulysses": 1, "zero_stage": 3}),
 ])  # fmt: skip
-def test_run_json_tells_the_layout(curves: dict[str, Curve], root: Path, name: str, expected: dict[str, int]) -> None:
-    """A layout that was asked for and not built, and weights that every rank holds although they are said to be split."""
+def test_run_json_has_the_layout(curves: dict[str, Curve], root: Path, name: str, expected: dict[str, int]) -> None:
+    """A layout that was requested but not built, or weights that every rank holds although they should be split."""
     record = json.loads((root / name / "run.json").read_text())
     assert {key: record[key] for key in expected} == expected
     assert record["world_size"] == len(record["parameters_per_rank"]) == 4
     share = max(record["parameters_per_rank"]) / record["parameters"]
-    # the padded vocabulary, norms and the tied embedding's copy are on top of the even share
+    # the padded vocabulary, norms and the tied embedding's copy come on top of an even share
     limit = {"pp2_tp2_sp/tied3": 0.45, "ulysses2_dp2_zero2/tied3": 1.2, "tp2_dp2_zero3/untied1": 0.32}[name]
     assert share < limit
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Path, root: Path, breakage: str) -> None:
-    """A parity suite that would pass whatever the ranks reduce."""
+    """A parity suite that passes with a wrong reduction."""
     config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | SHAPES["tied3"] | BROKEN[breakage]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
     broken = curves_of(root, [f"broken_{breakage}"])[f"broken_{breakage}"]
@@ -207,9 +207,9 @@ def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Pa
 def test_a_broken_reduction_fails_in_bf16_too(
     curves: dict[str, Curve], corpus: Path, root: Path, breakage: str
 ) -> None:
-    """A tolerance for rounding so wide that a whole reduction fits into it.
+    """A rounding tolerance so wide that a missing reduction passes.
 
-    The norms' gradients alone, which fp32 controls, move the total norm by 0.2 %: as little as bf16's own rounding does.
+    The norms' gradients are checked in fp32 only: they change the total norm by 0.2 %, as little as bf16's rounding does.
     """
     config = tiny_run(corpus, root / f"bf16_{breakage}", **(BASE | SHAPES["tied3"] | BF16 | BROKEN[breakage]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
@@ -218,7 +218,7 @@ def test_a_broken_reduction_fails_in_bf16_too(
 
 
 def test_more_stages_than_layers_is_one_line(corpus: Path, root: Path) -> None:
-    """A stage without blocks that fails somewhere inside, on some ranks only, once the data have been prepared."""
+    """A stage without blocks that fails with a traceback, on some ranks only, after the data have been prepared."""
     with pytest.raises(ConfigError) as caught:
         tiny_run(corpus, root / "too_many", parallel__pipeline=4, deepspeed=PIPELINE, training__micro_batch_size=1)
     expected = "parallel.pipeline (4) exceeds model.layers (2): a stage would have no block; lower it"

@@ -1,4 +1,4 @@
-"""ZeRO-3 makes the model in partitions: no rank ever holds all of it, and its initial weights are those of every layout."""
+"""ZeRO-3 builds the model in partitions: no rank ever holds all of it, and its initial weights equal those of other layouts."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from tests.runs import make_corpus, tiny_run, zero
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_no_rank_holds_the_whole_model(tmp_path: Path, dtype: str) -> None:
-    """A 70 B model made whole on every rank before it is partitioned; weights, or rotary tables, made in another type."""
+def test_no_rank_holds_the_full_model(tmp_path: Path, dtype: str) -> None:
+    """A 70 B model built in full on every rank before it is partitioned, or weights or rotary tables in the wrong dtype."""
     config = tiny_run(
         make_corpus(tmp_path / "corpus"), tmp_path / "run", deepspeed=zero(3), model__layers=24, model__hidden=96,
         model__ffn=192, model__vocab_size=320, training__dtype=dtype,
     )  # fmt: skip
-    whole = build_model(config.model, config.recycle, seed=config.training.seed)
-    size = sum(p.numel() * 4 for p in whole.parameters())
-    tables = sum(b.numel() * b.element_size() for b in whole.buffers())
+    full = build_model(config.model, config.recycle, seed=config.training.seed)
+    size = sum(p.numel() * 4 for p in full.parameters())
+    tables = sum(b.numel() * b.element_size() for b in full.buffers())
     for peak, held, largest, weights, buffers in run_ranks(build, 2, config):
         assert held < 0.51 * size
-        # a parameter is drawn whole, cut and then partitioned: one at a time
+        # each parameter is drawn in full, cut and then partitioned, one at a time
         assert peak < held + 4 * largest + 4 * tables < 0.75 * size
-        expected = dict(whole.named_parameters())
+        expected = dict(full.named_parameters())
         assert weights.keys() == expected.keys()
         for name, weight in weights.items():
             assert torch.equal(weight, expected[name].to(weight.dtype)), name
-        for name, table in whole.named_buffers():
+        for name, table in full.named_buffers():
             assert torch.equal(buffers[name], table), name
 
 
 @pytest.mark.parametrize(("stage", "dtype", "element"), [(0, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2)])
-def test_whole_weights_are_made_in_their_type(tmp_path: Path, stage: int, dtype: str, element: int) -> None:
-    """Twice the memory of the weights on the device while a bf16 model is built, more than a rank of ZeRO 2 holds later."""
+def test_unpartitioned_weights_are_built_in_their_dtype(tmp_path: Path, stage: int, dtype: str, element: int) -> None:
+    """Twice the weights' memory on the device while a bf16 model is built, more than a rank of ZeRO 2 needs later."""
     change = {"deepspeed": zero(stage), "training__dtype": dtype, "model__vocab_size": 320}
-    config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # whose data are not read
+    config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # its data are not read
     model, kept = _build_model(config, resolve_deepspeed(config, 1), Mesh(), torch.device("cpu"), initial=True)
-    whole = build_model(config.model, config.recycle, seed=config.training.seed)
+    full = build_model(config.model, config.recycle, seed=config.training.seed)
     assert {parameter.element_size() for parameter in model.parameters()} == {element}
-    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        assert torch.equal(mine, theirs.to(mine.dtype)), name
-    for table, expected in zip(model.buffers(), whole.buffers(), strict=True):
+    for (name, actual), reference in zip(model.named_parameters(), full.parameters(), strict=True):
+        assert torch.equal(actual, reference.to(actual.dtype)), name
+    for table, expected in zip(model.buffers(), full.buffers(), strict=True):
         assert torch.equal(table, expected)
     assert not kept, "nothing is frozen"
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (3, "fp32"), (3, "bf16")])
-def test_what_lasts_is_counted(tmp_path: Path, stage: int, dtype: str) -> None:
-    """A benchmark that counts ZeRO-3's empty parameters: no weights, and memory without partitions and masters."""
+def test_the_benchmark_counts_persistent_state(tmp_path: Path, stage: int, dtype: str) -> None:
+    """A benchmark that counts ZeRO-3's empty parameters: zero weights, and memory without partitions and masters."""
     tree = load_deepspeed_json(zero(stage))
     tree["zero_optimization"]["reduce_bucket_size"] = 300_000
     (tmp_path / "ds.json").write_text(json.dumps(tree))
@@ -67,7 +67,7 @@ def test_what_lasts_is_counted(tmp_path: Path, stage: int, dtype: str) -> None:
     )  # fmt: skip
     total = parameters(config.model, config.recycle)
     sizes = [p.numel() for p in build_model(config.model, config.recycle).parameters()]
-    # weights of up to 1e5 elements stay gathered, beside their partitions
+    # weights of up to 1e5 elements stay gathered, in addition to their partitions
     persistent = sum(size for size in sizes if size <= 1e5)
     assert 0 < persistent < total / 3
     element = 2 if dtype == "bf16" else 4

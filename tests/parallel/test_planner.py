@@ -1,4 +1,4 @@
-"""The planner's bytes against those that real runs hold."""
+"""The planner's bytes against those of real runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.runs import make_corpus, tiny_run, zero
 BF16 = {"training__dtype": "bf16"}
 PP2, TP2, SP = {"parallel__pipeline": 2}, {"parallel__tensor": 2}, {"parallel__sequence": True}
 FULL = {"training__activation_checkpointing": "full"}
-# What ZeRO allocates whole, however small the model, or keeps gathered for a while: counted as buffers, cut to nothing here.
+# Buffers that ZeRO allocates in full even for a small model, or weights that it keeps gathered: reduced to almost nothing here.
 BUCKETS = {
     "reduce_bucket_size": 1000,
     "stage3_param_persistence_threshold": 200,
@@ -53,7 +53,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def make_runs(root: Path) -> dict[str, RunConfig]:
-    """A model whose weights outweigh its batches; buckets and the bound of small weights cut to its size."""
+    """A model whose weights are larger than its batches; buckets and the threshold for small weights are set to match it."""
     corpus = make_corpus(root / "corpus")
     base = {
         "model__layers": 10, "model__hidden": 96, "model__ffn": 192, "model__vocab_size": 320, "recycle__depth": 1,
@@ -100,26 +100,26 @@ def compare(root: Path) -> dict[str, list[tuple[float, float, float, float]]]:
         held = run_ranks(hold, world_size, [runs[name] for name in names], timeout=400)
         for index, name in enumerate(names):
             rows = zip(predicted(runs[name], world_size), (rank[index] for rank in held), strict=True)
-            found[name] = [(mine[0], real[0], mine[1], real[1]) for mine, real in rows]
+            found[name] = [(planned[0], real[0], planned[1], real[1]) for planned, real in rows]
     return found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_states_are_those_that_a_run_holds(comparison: dict[str, Any], name: str) -> None:
-    """A layout that is said to fit and does not, or is rejected although it fits: weights, gradients and optimizer state."""
+    """A layout that is planned but does not fit, or is rejected although it fits: weights, gradients and optimizer state."""
     for states, held, _, _ in comparison[name]:
         assert states == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_activations_are_those_that_a_run_holds(comparison: dict[str, Any], name: str) -> None:
-    """The same for what is kept for the backward pass."""
+    """The same for the activations kept for the backward pass."""
     for _, _, activations, held in comparison[name]:
         assert activations == pytest.approx(held, rel=0.10)
 
 
 def test_layouts_differ(comparison: dict[str, Any]) -> None:
-    """Tolerances so wide, or layouts so alike, that any formula would pass."""
+    """Tolerances so wide, or layouts so similar, that any formula would pass."""
     assert len(comparison) >= 8
     assert len({round(rows[0][1], -4) for rows in comparison.values()}) >= 8
     assert len({round(rows[0][3], -4) for rows in comparison.values()}) >= 8

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other: the next steps equal those of a run that was never interrupted."""
+"""A checkpoint of any layout resumes at any other: the next steps equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Pairs of layouts: with every target, and every source, at least twice; ZeRO 1 to 3 and back among them."""
+    """Pairs (source, target). The full list has every source and target at least twice, and ZeRO 1 to 3 and back."""
     draw = random.Random(23)
     names = sorted(LAYOUTS)
     found = [("dp2_zero1", "dp2_zero3"), ("dp2_zero3", "dp2_zero1")]
@@ -58,7 +58,7 @@ def pairs() -> list[tuple[str, str]]:
         sources, targets = draw.sample(names, len(names)), draw.sample(names, len(names))
         new = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1] and pair not in found]
         found += new
-    # of the long list four, others every day: all have been seen to hold, and a test's name tells its pair
+    # four of the full list, other ones every day; the name of a test shows its pair
     seed = int(os.environ.get("RECYCLE_TEST_SEED", date.today().toordinal()))
     return found if ALL else random.Random(seed).sample(found, 4)
 
@@ -67,12 +67,12 @@ PAIRS = pairs()
 
 
 def settings(number: int) -> Change:
-    """The padding of the vocabulary differs from that of the run before."""
+    """Another padding of the vocabulary than in the run before."""
     return {"model__vocab_multiple": (64, 16, 50)[number % 3]}
 
 
 def run_together(configs: dict[str, tuple[int, RunConfig]]) -> dict[str, str]:
-    """Runs configurations of (ranks, configuration), those of one size in as few processes as is wise; how each ended."""
+    """Runs (ranks, configuration) pairs, those of one world size in few processes. Returns how each ended."""
     endings: dict[str, str] = {}
     for world_size in sorted({ranks for ranks, _ in configs.values()}):
         names = [name for name, (ranks, _) in configs.items() if ranks == world_size]
@@ -85,7 +85,7 @@ def run_together(configs: dict[str, tuple[int, RunConfig]]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole/: the single process, never interrupted. from/: every source, stopped at step 3. Then one folder for every pair."""
+    """whole/: one process, uninterrupted. from_*/: every source, stopped at step 3. Then one folder for every pair."""
     root = tmp_path_factory.mktemp("portability")
     corpus = make_corpus(root / "corpus")
 
@@ -109,35 +109,35 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_the_next_steps_equal_the_uninterrupted_run(root: Path, source: str, target: str) -> None:
-    """Weights, moments, Adam's step, schedule or data position that are bound to the ranks that saved them."""
+    """Prevents weights, moments, Adam's step, schedule or data position from depending on the ranks that saved them."""
     run = root / f"{source}_to_{target}"
-    # a busy machine may make any rank slow
+    # on a busy machine any rank may be slow
     events = [record for record in read_metrics(run) if record.get("event", "straggler") != "straggler"]
     assert [(event["event"], event["step"]) for event in events] == [("resume", 3)], "it must not have started over"
-    mine, whole = figures(run), figures(root / "whole")
-    assert len(mine) == len(whole) == 6
-    for left, right in zip(mine, whole, strict=True):
+    resumed, whole = figures(run), figures(root / "whole")
+    assert len(resumed) == len(whole) == 6
+    for left, right in zip(resumed, whole, strict=True):
         assert left == pytest.approx(right, rel=1e-5)
-    first, fourth = figures(root / "whole")[0], mine[3]
+    first, fourth = figures(root / "whole")[0], resumed[3]
     assert fourth != pytest.approx(first, rel=1e-2), "a run that started over would show the first step's figures"
 
 
-def test_weights_of_hugging_face_begin_a_run_at_any_layout(root: Path) -> None:
-    """Continued pretraining of another model's weights: a shard read for the wrong rank, or weights that stay random."""
+def test_hugging_face_weights_start_a_run_at_any_layout(root: Path) -> None:
+    """Prevents, in continued pretraining of another model, a shard read for the wrong rank, and weights that stay random."""
     source = root / f"from_{PAIRS[0][0]}"
     convert(str(source), str(root / "hf"), Conversion("hf"))
     layouts = ("one_zero0", "dp2_zero3", "tp2_sp_zero3", "pp2", "ulysses2_zero2", "tp2_dp2_zero3", "pp2_tp2_sp")
     configs = {}
     for number, name in enumerate(layouts):
         ranks, change = LAYOUTS[name]
-        begin = {"init_from": str(root / "hf"), "training__steps": 2, "training__warmup_steps": 0, **settings(number)}
-        configs[name] = (ranks, tiny_run(root / "corpus", root / f"begun_{name}", **(BASE | change | begin)))
-    random = tiny_run(root / "corpus", root / "begun_random", **(BASE | {"training__steps": 2, "deepspeed": zero(0)}))
+        start = {"init_from": str(root / "hf"), "training__steps": 2, "training__warmup_steps": 0, **settings(number)}
+        configs[name] = (ranks, tiny_run(root / "corpus", root / f"started_{name}", **(BASE | change | start)))
+    random = tiny_run(root / "corpus", root / "started_random", **(BASE | {"training__steps": 2, "deepspeed": zero(0)}))
     endings = run_together(configs | {"random": (1, random)})
     assert set(endings.values()) == {"finished"}
-    curves = {name: figures(root / f"begun_{name}") for name in layouts}
+    curves = {name: figures(root / f"started_{name}") for name in layouts}
     for name in layouts:
         for left, right in zip(curves[name], curves["one_zero0"], strict=True):
             assert left == pytest.approx(right, rel=1e-5), name
-    trained, untrained = figures(root / "whole")[3], figures(root / "begun_random")[0]
+    trained, untrained = figures(root / "whole")[3], figures(root / "started_random")[0]
     assert abs(curves["one_zero0"][0][0] - trained[0]) < abs(curves["one_zero0"][0][0] - untrained[0]) / 3

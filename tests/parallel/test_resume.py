@@ -1,4 +1,4 @@
-"""Interrupted runs equal uninterrupted ones, at the same layout bit for bit; damaged or foreign checkpoints are refused."""
+"""Interrupted runs equal uninterrupted ones, bit for bit at the same layout; damaged or foreign checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("zero3", {"deepspeed": zero(3)}),
     ("zero3_bf16", {"deepspeed": zero(3), "training__dtype": "bf16"}),
     (
-        "zero1_bf16_many",  # so many micro-batches are added up in fp32
+        "zero1_bf16_many",  # gradients of this many micro-batches are accumulated in fp32
         {
             "deepspeed": zero(1), "training__dtype": "bf16", "training__micro_batch_size": 1,
             "training__global_batch_size": 24,
@@ -45,7 +45,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Runs:
-    """Configurations under one folder over one corpus."""
+    """Configurations of runs in one folder, on one corpus."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.corpus = root, make_corpus(root / "corpus")
@@ -56,7 +56,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every layout run straight through, and again in two parts, on two ranks in one set of processes."""
+    """For every layout an uninterrupted run and a run in two parts, all on two ranks in one set of processes."""
     found = Runs(tmp_path_factory.mktemp("resume"))
     configs = []
     for name, change in LAYOUTS:
@@ -76,11 +76,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize("name", [name for name, _ in LAYOUTS])
 def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> None:
-    """Weights, a moment, Adam's step, the schedule, the data position or a dry run's trace lost between two parts."""
+    """Prevents losing weights, a moment, Adam's step, the schedule, the data position or a dry run's trace at a restart."""
     whole, parts = runs.root / name / "whole", runs.root / name / "parts"
     assert figures(parts) == figures(whole)
     events = [record for record in read_metrics(parts) if "event" in record]
-    # on a busy machine a step of one rank may well take long
+    # on a busy machine one rank may be slow at a step
     assert [(one["event"], one["step"]) for one in events if one["event"] != "straggler"] == [("resume", 3)]
     last = "checkpoints/step-00000006"
     left, right = tensors(parts / last), tensors(whole / last)
@@ -88,21 +88,21 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> 
     assert all(left[key].equal(right[key]) for key in left)
 
 
-def test_a_run_that_starts_over_is_told_from_one_that_resumes(runs: Runs) -> None:
-    """The comparison above passing for a run that began again: its figures are the same, and only its events are not."""
+def test_a_run_that_starts_over_differs_from_one_that_resumes(runs: Runs) -> None:
+    """Prevents the comparison above from passing for a run that started over: only its events differ, not its figures."""
     again = runs.root / "again"
     shutil.copytree(runs.root / "zero1" / "parts", again)
     shutil.rmtree(again / "checkpoints")
     assert run_ranks(run_all, 2, [runs.config("again", **dict(LAYOUTS)["zero1"])]) == [["finished"]] * 2
     assert figures(again) == figures(runs.root / "zero1" / "whole")
     assert "resume" not in [record.get("event") for record in read_metrics(again)]
-    began = json.loads((again / "summary.json").read_text())["sessions"][-1]["first_step"]
+    started_over = json.loads((again / "summary.json").read_text())["sessions"][-1]["first_step"]
     resumed = json.loads((runs.root / "zero1" / "parts" / "summary.json").read_text())["sessions"][-1]["first_step"]
-    assert (began, resumed) == (0, 3)
+    assert (started_over, resumed) == (0, 3)
 
 
 def test_a_checkpoint_of_many_shards(runs: Runs) -> None:
-    """A run of some size, whose ranks write several files each and wait for the disk: tiny ones never do."""
+    """Prevents errors in larger runs, whose ranks write several files each and wait for the disk: tiny runs never do."""
     whole = runs.config("shards/whole", deepspeed=zero(1))
     first = runs.config("shards/parts", deepspeed=zero(1), training__stop_at=3, training__save_buffer_gib=6e-5)
     second = runs.config("shards/parts", deepspeed=zero(1), training__save_buffer_gib=0)
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_many_shards(runs: Runs) -> None:
 
 
 def test_resume_at_another_layout(runs: Runs) -> None:
-    """A checkpoint bound to the ranks, the axes they lie along, the ZeRO stage or the micro-batch that wrote it."""
+    """Prevents a checkpoint that depends on the ranks, parallel axes, ZeRO stage or micro-batch size that wrote it."""
     cases: list[tuple[str, int, dict[str, Any]]] = [
         ("zero1", 1, {"deepspeed": zero(3)}),
         ("zero3", 1, {"deepspeed": zero(0), "training__micro_batch_size": 4}),
@@ -144,7 +144,7 @@ def test_resume_at_another_layout(runs: Runs) -> None:
 
 
 def test_refusals_and_fallback(runs: Runs) -> None:
-    """A resume with another model or batch going on as if nothing had changed; a damaged checkpoint loaded or fatal."""
+    """Prevents a resume with another model or batch size, and a damaged checkpoint that is loaded or stops the run."""
     source = runs.root / "zero1" / "parts"
     damaged, ruined = runs.root / "damaged", runs.root / "ruined"
     for target in (damaged, ruined):
@@ -172,23 +172,23 @@ def test_refusals_and_fallback(runs: Runs) -> None:
         runs.config("damaged", training__keep_checkpoints=1, data__train=[{"path": str(moved / "train")}]),
     ]
     endings = run_ranks(run_all, 2, configs, timeout=200)
-    assert endings[0] == endings[1], "ranks must agree, or some would wait for ever"
-    hidden, seed, batch, data, beyond, none_whole, fallen_back = endings[0]
+    assert endings[0] == endings[1], "ranks must agree, or some would wait forever"
+    hidden, seed, batch, data, beyond, all_damaged, fallen_back = endings[0]
     assert "model.hidden was 48 and is 64" in hidden
     assert "training.seed was 1234 and is 1" in seed
     assert "training.global_batch_size was 8 and is 4" in batch
-    assert "data.tokenizer" in data and "another tokenizer" in data
+    assert "data.tokenizer" in data and "is not the tokenizer of the run" in data
     assert "at step 6" in beyond and "training.steps (4)" in beyond
-    assert "none is whole" in none_whole
+    assert "checkpoints are damaged" in all_damaged
     assert fallen_back == "finished"
     assert figures(damaged) == figures(source)
     assert not stray.exists()
-    # the damaged folder was replaced by a whole one, and pruning spared what was just saved
+    # the damaged folder was replaced by an intact one, and pruning kept the checkpoint just saved
     assert load_model(str(damaged)).step == 6
 
 
-def test_init_from_takes_weights_and_makes_a_module(runs: Runs) -> None:
-    """Weights of a model without a module refused, mixed up or trained from scratch; moments or steps carried along."""
+def test_init_from_loads_weights_and_initialises_a_module(runs: Runs) -> None:
+    """Prevents weights of a model without a module from being refused, mixed up or ignored, and loading moments or steps."""
     plain = runs.config("plain", recycle__layers=0)
     given = runs.config("given", init_from=str(runs.root / "plain"), recycle__gradient="frozen_backbone")
     other = runs.config("other", init_from=str(runs.root / "plain"), model__ffn=96)
@@ -203,7 +203,7 @@ def test_init_from_takes_weights_and_makes_a_module(runs: Runs) -> None:
 
 
 def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
-    """A line cut by a kill, or lines after the checkpoint's step, left in the log of the run that goes on."""
+    """Prevents a line cut by a kill, or lines after the checkpoint's step, from staying in the log of a resumed run."""
     source, target = runs.root / "zero1" / "parts", runs.root / "trimmed"
     shutil.copytree(source, target)
     shutil.rmtree(target / "checkpoints" / "step-00000006")
@@ -214,18 +214,18 @@ def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_is_told(runs: Runs) -> None:
-    """A last checkpoint that could not be written, on one rank of two, reported as success; half a checkpoint left behind."""
+def test_a_full_disk_is_reported(runs: Runs) -> None:
+    """Prevents reporting success if one of two ranks could not write the last checkpoint, and leaving half a checkpoint."""
     endings = run_ranks(run_on_full_disk, 2, runs.config("full", training__save_every=4), 6)
     assert endings[0] == endings[1]
-    assert "step 6: the last checkpoint could not be written" in endings[0] and "goes on from step 4" in endings[0]
+    assert "step 6: the last checkpoint could not be written" in endings[0] and "resumes from step 4" in endings[0]
     root = runs.root / "full" / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000004"]
     assert read_manifest(root / "step-00000004").step == 4
 
 
-def test_a_run_leaves_its_trace_evaluations_and_newest_checkpoints(runs: Runs) -> None:
-    """Steps not traced, evaluations that differ between one rank and two, checkpoints kept beyond those asked for."""
+def test_trace_evaluations_and_kept_checkpoints(runs: Runs) -> None:
+    """Prevents steps without a trace, evaluations that differ between one rank and two, and keeping too many checkpoints."""
     change = {
         "training__profile": {"start": 2, "end": 3}, "training__eval_every": 3, "training__save_every": 1,
         "training__keep_checkpoints": 2, "training__eval_batches": 1, "recycle__start_step": 2, "recycle__warmup_steps": 2,
@@ -252,7 +252,7 @@ def test_a_run_leaves_its_trace_evaluations_and_newest_checkpoints(runs: Runs) -
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """Two runs that write into one folder, each removing the other's unfinished checkpoints."""
+    """Prevents two runs in one folder, each removing the other's unfinished checkpoints."""
     lock = RunLock(tmp_path)
     with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
         RunLock(tmp_path)
@@ -260,8 +260,8 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
-def test_checkpoint_holds_what_it_says(runs: Runs) -> None:
-    """A checkpoint without its generators, tokenizer, configuration or provenance; `latest` that names another."""
+def test_a_checkpoint_is_complete(runs: Runs) -> None:
+    """Prevents a checkpoint without random generators, tokenizer, configuration or provenance, and a wrong `latest`."""
     root = runs.root / "zero1" / "whole" / "checkpoints"
     assert (root / "latest").read_text() == "step-00000006\n"
     manifest = read_manifest(root / "step-00000006")

@@ -23,7 +23,7 @@ Cases = list[tuple[str, dict[str, Any]]]
 STAGES: Cases = [
     (f"zero{stage}", {"deepspeed": zero(stage)}) for stage in (0, 1, 2, 3, "1_offload", "2_offload", "3_offload")
 ]
-# Twelve micro-batches on each of two ranks: so many are added up in fp32 at ZeRO 1 too.
+# Twelve micro-batches on each of two ranks: enough to be accumulated in fp32 at ZeRO 1 too.
 MANY = {"training__micro_batch_size": 1, "training__global_batch_size": 24}
 CASES: Cases = [
     *STAGES,
@@ -57,11 +57,11 @@ CASES: Cases = [
         ]
     ],
 ]
-# 200 norm weights a group over three replicas: DeepSpeed pads the last partition with zeros.
+# 200 norm weights per group over three replicas: DeepSpeed pads the last partition with zeros.
 UNEVEN_SHAPE = {"model__hidden": 40, "training__global_batch_size": 12}
 UNEVEN: Cases = [(f"uneven_zero{stage}", UNEVEN_SHAPE | {"deepspeed": zero(stage)}) for stage in (1, 2, "2_offload", 3)]
 UNEVEN.append(("uneven_bf16", UNEVEN_SHAPE | {"deepspeed": zero(2), "training__dtype": "bf16"}))
-# What the single process runs: one reference for every case that differs in layout only.
+# Runs of the single process: one reference for all cases that differ only in layout.
 REFERENCES: Cases = [
     ("plain", {"deepspeed": zero(0)}),
     ("untied", {"model__tied_embeddings": False, "deepspeed": zero(0)}),
@@ -70,7 +70,7 @@ REFERENCES: Cases = [
     ("bf16", {"training__dtype": "bf16", "deepspeed": zero(0)}),
     ("no_module", {"recycle__layers": 0, "deepspeed": zero(0)}),
     ("uneven", UNEVEN_SHAPE | {"deepspeed": zero(0)}),
-    # all sequences at once: nothing to add up
+    # all sequences in one micro-batch: nothing to accumulate
     *[
         (name, MANY | change | {"training__micro_batch_size": 24, "training__dtype": "bf16", "deepspeed": zero(0)})
         for name, change in (("many_bf16", {}), ("many_bf16_detached", {"recycle__gradient": "detached"}))
@@ -94,7 +94,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def curves(root: Path) -> Iterator[dict[str, list[list[float]]]]:
-    """Figures by step of every case ("2/name": two ranks, "1/name": one, "3/name": three)."""
+    """Metrics by step of every case ("2/name": two ranks, "1/name": one, "3/name": three)."""
     corpus = make_corpus(root / "corpus")
     found = {}
     for world_size, cases in ((1, REFERENCES), (2, CASES), (3, UNEVEN)):
@@ -113,7 +113,7 @@ def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: s
 
 @pytest.mark.parametrize("name", ["bf16_zero0", "bf16_zero1", "bf16_zero2", "bf16_zero3", "tensor2_zero3_bf16"])
 def test_bf16_stays_within_its_rounding(curves: dict[str, list[list[float]]], name: str) -> None:
-    """A stage whose bf16 gradients or fp32 masters go wrong by more than bf16 rounds."""
+    """A stage whose bf16 gradients or fp32 masters are wrong by more than bf16's rounding."""
     assert_rounded(curves[f"2/{name}"], curves["1/bf16"])
 
 
@@ -125,20 +125,20 @@ def test_replicas_that_do_not_divide_the_weights(curves: dict[str, list[list[flo
 
 @pytest.mark.parametrize("name", [name for name, _ in CASES if name.startswith("many_bf16")])
 def test_many_micro_batches_in_bf16(curves: dict[str, list[list[float]]], root: Path, name: str) -> None:
-    """ZeRO 1 with another optimizer of DeepSpeed's, which adds up in fp32: norms of partial sums, or clipping of none."""
+    """Norms of partial sums, or no clipping, in the optimizer that DeepSpeed uses at ZeRO 1 to accumulate in fp32."""
     reference = curves["1/many_bf16_detached" if "detached" in name else "1/many_bf16"]
     assert_rounded(curves[f"2/{name}"], reference)
     assert all(row[-1] != pytest.approx(1.0, rel=1e-3) for row in reference), "a norm after clipping would pass"
 
 
 def test_losses_fall(curves: dict[str, list[list[float]]]) -> None:
-    """Parity between runs none of which learns anything."""
+    """Parity between runs that do not learn anything."""
     first, last = curves["1/plain"][0], curves["1/plain"][-1]
     assert all(after < before - 0.1 for before, after in zip(first[1:-1], last[1:-1], strict=True))
 
 
 def test_detached_leaves_the_backbone_alone(curves: dict[str, list[list[float]]]) -> None:
-    """A recycle loss that reaches the backbone through states, embedding, head or a shared clipping norm: bit for bit."""
+    """A recycle loss that reaches the backbone through states, embedding, head or a shared clipping norm."""
     detached = [row[1] for row in curves["1/detached"]]
     plain = [row[1] for row in curves["1/no_module"]]
     assert detached == plain
@@ -147,7 +147,7 @@ def test_detached_leaves_the_backbone_alone(curves: dict[str, list[list[float]]]
 
 @pytest.mark.parametrize("name", ["frozen", "frozen3", "frozen_bf16"])
 def test_frozen_backbone_stays(curves: dict[str, list[list[float]]], root: Path, name: str) -> None:
-    """A frozen backbone that decays, or that is saved as the bf16 copy the model computes with: it must stay bit for bit."""
+    """A frozen backbone that decays, or is saved from the model's bf16 copy: it must be bit-identical."""
     folder = root / "2" / name / "checkpoints" / "step-00000005"
     manifest = read_manifest(folder)
     config = parse_config(manifest.config)

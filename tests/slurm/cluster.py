@@ -1,7 +1,7 @@
-"""A real SLURM cluster of a few pretend nodes on this machine: loopback only, no systemd, no cgroups, no database.
+"""A real SLURM cluster of a few simulated nodes on this machine: loopback only, no systemd, no cgroups, no database.
 
-Each slurmd runs in a UTS namespace of its own, so that nodes have their own host names. Everything lies in one folder of a
-short name (unix sockets have short paths) and ends with `stop`.
+Each slurmd runs in a UTS namespace of its own, so that nodes have their own host names. All files are in one folder with a
+short path (unix sockets need short paths); `stop` ends everything.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ NodeName=DEFAULT CPUs=8 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
 NodeName=node[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}]
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# Links to /dev/null, which nothing opens: a job gets CUDA_VISIBLE_DEVICES as on a node with GPUs.
+# Links to /dev/null as GPUs, which nothing opens: a job gets CUDA_VISIBLE_DEVICES as on a node with GPUs.
 _GRES = "AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu File={root}/gpu[0-3]\n"
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why no cluster can be started here, or None."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
     if os.geteuid() != 0:
-        return "pretend nodes need root (UTS namespaces, /etc/hosts)"
+        return "simulated nodes need root (UTS namespaces, /etc/hosts)"
     return None
 
 
@@ -81,7 +81,7 @@ class Cluster:
 
     def __init__(self, root: Path, nodes: int = 2) -> None:
         self.root, self.nodes = root, [f"node{number}" for number in range(1, nodes + 1)]
-        root.chmod(0o755)  # munged wants its socket's folder open to all
+        root.chmod(0o755)  # munged requires that its socket's folder is accessible to all users
         ports = _free_ports(nodes + 1)
         for name in ("ctld", *self.nodes):
             (root / name).mkdir(parents=True)
@@ -99,7 +99,7 @@ class Cluster:
             raise
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
-        """What a client prints. Raises AssertionError with what it complained of."""
+        """The output of a client. Raises AssertionError with its error message."""
         done = subprocess.run(
             command, capture_output=True, text=True, env=self.environment | environment, timeout=60, check=False
         )
@@ -107,19 +107,19 @@ class Cluster:
         return done.stdout
 
     def start_slurmd(self, node: str) -> None:
-        """A node's daemon, under the node's host name."""
+        """Starts a node's daemon, under the node's host name."""
         self.run("unshare", "--uts", "sh", "-c", 'hostname "$1" && exec slurmd -N "$1"', "sh", node)
 
     def kill_slurmd(self, node: str) -> None:
-        """Takes a node's daemon away as a crash would. What it started goes on."""
+        """Kills a node's daemon, like a crash. The processes it started keep running."""
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ends jobs and daemons, by their pid files, and takes the node names out of /etc/hosts."""
+        """Ends jobs and daemons, by their pid files, and removes the node names from /etc/hosts."""
         running = (self.root / "slurmctld.pid").exists()
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired, OSError):
             if not running:
-                raise OSError("nobody to ask")
+                raise OSError("slurmctld is not running")
             self.run("scancel", f"--user={getpass.getuser()}", check=False)
             deadline = time.monotonic() + 20
             while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
@@ -152,7 +152,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` adjacent TCP ports that nobody listens on."""
+    """The first of `count` adjacent unused TCP ports."""
     for first in range(17_000, 19_000, count):
         with contextlib.ExitStack() as stack:
             try:

@@ -1,4 +1,4 @@
-"""Submitting the shipped sbatch files, and watching what becomes of the jobs."""
+"""Submits the shipped sbatch files, and waits for the jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INJECT = ROOT / "tests" / "slurm" / "inject"
 
 
 class Jobs:
-    """Jobs of one cluster; their logs and folders lie in `root`."""
+    """Jobs of one cluster; their logs and folders are in `root`."""
 
     def __init__(self, cluster: Cluster, root: Path) -> None:
         self.cluster, self.root = cluster, root
@@ -32,14 +32,14 @@ class Jobs:
         signal: str = "B:USR1@5",
         **environment: str,
     ) -> str:
-        """The number of a job of slurm/SCRIPT. inject: a fault that the ranks are given, see tests/slurm/inject.
+        """Submits slurm/SCRIPT and returns the job number. inject: a fault for the ranks, see tests/slurm/inject.
         signal: what SLURM sends before the time limit, "none" for nothing."""
         exported = {"JOBS_DIR": str(self.root / "jobs"), "OMP_NUM_THREADS": "1"} | environment
         if inject:
             exported |= {"PYTHONPATH": str(_INJECT), "INJECT": inject, "INJECT_ONCE": str(self.root / "once")}
             (self.root / "once").mkdir(exist_ok=True)
         sizes = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1")
-        # the file asks for a signal: one that does nothing stands for none
+        # the file requests a signal; CONT, which does nothing, replaces it
         warning = ("--signal=B:CONT@1" if signal == "none" else f"--signal={signal}",)
         log = f"--output={self.root}/logs/%j.out"
         exports = ",".join(("--export=ALL", *(f"{name}={value}" for name, value in exported.items())))
@@ -53,20 +53,20 @@ class Jobs:
         return found.group(1) if found else ""
 
     def log(self, job: str) -> str:
-        """What the job has printed."""
+        """The output of the job."""
         path = self.root / "logs" / f"{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, job: str, timeout: float = 180) -> str:
-        """The state a job ends in, requeues included."""
+        """Waits until a job has ended, after any requeues, and returns its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
         self.until(lambda: self.field(job, "JobState") in ended, job, timeout)
         return self.field(job, "JobState")
 
-    def until(self, happened: Callable[[], bool], job: str, timeout: float = 120) -> None:
-        """Waits for something that a job does; fails with its log."""
+    def until(self, condition: Callable[[], bool], job: str, timeout: float = 120) -> None:
+        """Waits until a condition holds; fails with the job's log after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not happened():
+        while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"job {job} ({self.field(job, 'JobState')}):\n{self.log(job)}")
             time.sleep(0.1)
@@ -80,7 +80,7 @@ def reached(run_dir: Path) -> int:
     """The last step in a run's metrics; 0 before the first."""
     try:
         records = steps_of(run_dir)
-    except (OSError, ValueError):  # not there yet, or a line is being written
+    except (OSError, ValueError):  # does not exist yet, or a line is being written
         return 0
     return int(records[-1]["step"]) if records else 0
 

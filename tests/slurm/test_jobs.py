@@ -1,4 +1,4 @@
-"""The shipped sbatch files on a real cluster: every launcher, faults that a run meets, sweeps, conversion and generation."""
+"""The shipped sbatch files on a real cluster: every launcher, faults during a run, sweeps, conversion and generation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIME = ("--time=10",)
 
 
 def devices_of(pid: int) -> str:
-    """The GPUs that a process was told to use."""
+    """CUDA_VISIBLE_DEVICES of a process."""
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(line.decode().partition("=")[2] for line in variables if line.startswith(b"CUDA_VISIBLE_DEVICES="))
 
@@ -30,40 +30,40 @@ def events_of(run_dir: Path, *names: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
-def test_every_launcher_trains_alike(jobs: Jobs, lab: Path, whole: list[list[float]], launcher: str) -> None:
-    """Ranks that do not find each other over nodes, take one another's place, or lose the GPUs that SLURM gave them."""
+def test_every_launcher_trains_alike(jobs: Jobs, lab: Path, reference: list[list[float]], launcher: str) -> None:
+    """Prevents ranks that do not connect across nodes, get the wrong rank number, or lose the GPUs that SLURM assigned."""
     run_dir = lab / launcher
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
-    # two of a node's four GPUs are somebody else's: the first two
-    held = jobs.cluster.run(
+    # another job occupies the first two of a node's four GPUs
+    other = jobs.cluster.run(
         "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--output=/dev/null",
         "--wrap=sleep 300",
     ).strip()  # fmt: skip
-    jobs.until(lambda: jobs.field(held, "JobState") == "RUNNING", held)
+    jobs.until(lambda: jobs.field(other, "JobState") == "RUNNING", other)
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="slow:0.1", LAUNCHER=launcher)
     jobs.until_step(run_dir, 1, job)
     assert [devices_of(pid) for pid in ranks_of(run_dir)] == ["2,3"] * 4
-    jobs.cluster.run("scancel", held)
+    jobs.cluster.run("scancel", other)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert json.loads((run_dir / "run.json").read_text())["world_size"] == 4
     assert f"summary of {run_dir}: finished at step 40 of 40" in jobs.log(job)
-    assert not (lab / "jobs" / job).exists(), "a job that is done leaves no folder behind"
+    assert not (lab / "jobs" / job).exists(), "a finished job must remove its folder"
 
 
-def test_a_nan_on_one_rank_is_retried(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """A fault of one rank's that reaches the weights, ends the run, or costs a batch although it does not come again."""
+def test_a_nan_on_one_rank_is_retried(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents a transient fault on one rank from changing the weights, ending the run, or losing a batch."""
     run_dir = lab / "nan"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "training.nonfinite=retry")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="nan:14:2")
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert [(e["step"], e["action"]) for e in events_of(run_dir, "nonfinite")] == [(14, "retry")]
     assert "anomalies: nonfinite 1" in jobs.log(job)
 
 
-def test_a_spike_is_rolled_back(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """A jump of the loss that stays in the weights, or a rollback that reads the same data again, or that needs a person."""
+def test_a_spike_is_rolled_back(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents a loss spike that stays in the weights, and a rollback that reads the same data again or needs a user."""
     run_dir = lab / "spike"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "faults.spike=rollback")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="spike:28")
@@ -71,33 +71,33 @@ def test_a_spike_is_rolled_back(jobs: Jobs, lab: Path, whole: list[list[float]])
     (rollback,) = events_of(run_dir, "rollback")
     assert (rollback["step"], rollback["from_step"], rollback["samples"]) == (25, 28, 3 * 8)
     assert [record["step"] for record in steps_of(run_dir)] == list(range(1, 41))
-    assert figures(run_dir)[:25] == whole[:25] and figures(run_dir)[25:] != whole[25:]
-    # other data than in the clean run: what its last steps differ by among themselves is the noise
-    last = [row[1] for row in whole[-8:]]
-    assert abs(figures(run_dir)[-1][1] - whole[-1][1]) < max(last) - min(last) + 0.05
+    assert figures(run_dir)[:25] == reference[:25] and figures(run_dir)[25:] != reference[25:]
+    # other data than in the reference run: the spread of its last steps is the noise
+    last = [row[1] for row in reference[-8:]]
+    assert abs(figures(run_dir)[-1][1] - reference[-1][1]) < max(last) - min(last) + 0.05
 
 
-def test_a_hang_ends_and_restarts(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """A job that holds its nodes until the time limit because one rank does not come back, and nobody knows which."""
+def test_a_hang_ends_and_restarts(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents a job from occupying its nodes until the time limit because an unidentified rank hangs."""
     run_dir = lab / "hang"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "faults.hang_timeout=8")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="hang:13:3")
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert int(jobs.field(job, "Restarts")) == 1
     folder = run_dir / "hangs" / "step-00000013"
     assert sorted(path.name for path in folder.iterdir()) == [f"rank-{rank:05d}.txt" for rank in range(4)]
-    assert "_before_data" in (folder / "rank-00003.txt").read_text(), "the stacks show where"
-    assert "hang: behind the others: rank 3 on node2" in jobs.log(job)
+    assert "_before_data" in (folder / "rank-00003.txt").read_text(), "the stack traces show where"
+    assert "hang: ranks behind the others: rank 3 on node2" in jobs.log(job)
 
 
-def test_a_full_disk_does_not_end_the_run(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """A save that fails on one node taking the run with it, or half a checkpoint taken for a whole one."""
+def test_a_full_disk_does_not_end_the_run(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents a failed save on one node from ending the run, and an incomplete checkpoint from counting as intact."""
     run_dir = lab / "full"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="enospc:20:3")
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert [event["step"] for event in events_of(run_dir, "save_failed")] == [20]
     assert "rank 3: saving failed: No space left on device" in jobs.log(job)
     assert [path.name for path in completed(run_dir)] == [f"step-000000{step}" for step in (40, 35, 30, 25)]
@@ -106,7 +106,7 @@ def test_a_full_disk_does_not_end_the_run(jobs: Jobs, lab: Path, whole: list[lis
 
 
 def test_a_slow_rank_is_named(jobs: Jobs, lab: Path) -> None:
-    """A rank that holds up all others, and a log that says no more than that everything is slow."""
+    """Prevents a slow rank that blocks all others from staying unnamed in the log."""
     run_dir = lab / "straggler"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "training.stop_at=6", "training.log_every=3")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="slow:0.5:1")
@@ -116,7 +116,7 @@ def test_a_slow_rank_is_named(jobs: Jobs, lab: Path) -> None:
 
 
 def test_the_end_of_the_job_needs_no_signal(jobs: Jobs, lab: Path) -> None:
-    """A job that is killed at its time limit because nobody told it: it knows when it ends."""
+    """Prevents a job without a signal from being killed at its time limit: it knows its own end time."""
     run_dir = lab / "time_limit"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "training.steps=100000", "faults.stop_margin=35")
     job = jobs.submit("pretrain.sbatch", *config, options=("--time=1",), REQUEUE="0", signal="none")
@@ -127,7 +127,7 @@ def test_the_end_of_the_job_needs_no_signal(jobs: Jobs, lab: Path) -> None:
 
 
 def test_a_sweep_names_the_bad_run(jobs: Jobs, lab: Path) -> None:
-    """One bad run of an array that takes the others with it, or that nobody hears of."""
+    """Prevents a bad run of an array from stopping the others, or from going unreported."""
     sweep = lab / "sweep.txt"
     sweep.write_text(
         "# name, changes\nplain\nfast training.learning_rate=4e-3\n"
@@ -150,10 +150,12 @@ def all_logs(jobs: Jobs) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted((jobs.root / "logs").iterdir()))
 
 
-def test_convert_then_generate(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """Prompts lost, done twice or out of order when tasks share them, when the job starts again, or in the tasks' own order."""
+def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents prompts that are lost, repeated or out of order when tasks share them or the job restarts."""
     model, prompts, output = lab / "hf", lab / "prompts.jsonl", lab / "out.jsonl"
-    job = jobs.submit("convert.sbatch", str(lab / "whole"), str(model), "--to", "hf", options=TIME, nodes=1, tasks=1)
+    job = jobs.submit(
+        "convert.sbatch", str(lab / "reference"), str(model), "--to", "hf", options=TIME, nodes=1, tasks=1
+    )
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     texts = [json.loads(line)["text"] for line in (lab / "corpus" / "texts.jsonl").read_text().splitlines()[:18]]
     prompts.write_text("".join(json.dumps({"prompt": text[:12], "id": f"p{n}"}) + "\n" for n, text in enumerate(texts)))
@@ -161,10 +163,10 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, whole: list[list[float]]) 
     job = jobs.submit("generate.sbatch", *settings, "--output", str(output), options=TIME, inject="slow_prompt:1.0")
     parts = lab / "out.jsonl.parts"
 
-    def begun() -> bool:
+    def started() -> bool:
         return sum(part.read_text().count("\n") for part in parts.glob("part-*")) >= 4
 
-    jobs.until(begun, job)
+    jobs.until(started, job)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     assert int(jobs.field(job, "Restarts")) == 1, jobs.log(job)

@@ -1,4 +1,4 @@
-"""Whatever takes a job's ranks away, the job goes on by itself, with the losses of the run that was never interrupted."""
+"""However a job's ranks are ended, the job resumes without help, with the losses of a run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from tests.slurm.jobs import Jobs, ranks_of, reached
 
 pytestmark = pytest.mark.slurm
 ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
-# What the log calls the reason of a stop that the run saved for.
+# The reason in the log of a stop for which the run saved.
 REASONS = {"usr1": "job signal", "term": "SIGTERM"}
 
 
 def usr1(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """What --signal=B:USR1@N sends before the time limit."""
+    """The signal that --signal=B:USR1@N sends before the time limit."""
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
 
 
 def term(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """What preemption with a grace time sends: to the steps, not to the shell."""
+    """The signal of a preemption with a grace time: sent to the steps, not to the shell."""
     jobs.cluster.run("scancel", "--signal=TERM", job)
 
 
 def requeue(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """What an administrator does."""
+    """An administrator's requeue."""
     jobs.cluster.run("scontrol", "requeue", job)
 
 
 def node_down(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """A node is taken out of service, and comes back."""
+    """A node is taken out of service, and returned to service."""
     jobs.cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     jobs.until(lambda: jobs.field(job, "JobState") != "RUNNING", job)
     jobs.cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
@@ -57,7 +57,7 @@ def killed_slurmd(jobs: Jobs, job: str, run_dir: Path) -> None:
 
 
 def killed_shell(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """The batch shell dies; SLURM takes that for the end of the job, and ends the ranks."""
+    """The batch shell dies; SLURM takes this for the end of the job, and ends the ranks."""
     pid = (jobs.root / "jobs" / job / "shell").read_text().split()[1]
     os.kill(int(pid), signal.SIGKILL)
 
@@ -65,15 +65,15 @@ def killed_shell(jobs: Jobs, job: str, run_dir: Path) -> None:
 WAYS: dict[str, Callable[[Jobs, str, Path], None]] = {
     way.__name__: way for way in (usr1, term, requeue, node_down, killed_rank, killed_slurmd, killed_shell)
 }
-# One that the run saves for, one that SLURM does by itself, and one that it does not hear of.
+# One for which the run saves, one requeued by SLURM itself, and one that SLURM does not notice.
 SAMPLE = [random.Random(7).choice(pair) for pair in (("usr1", "term"), ("requeue", "node_down"), ("killed_rank",))]
 
 
 @pytest.mark.parametrize("way", [name for name in WAYS if ALL or name in SAMPLE])
-def test_the_job_goes_on_by_itself(jobs: Jobs, lab: Path, whole: list[list[float]], way: str) -> None:
-    """A job that waits for a person after a preemption, that loses steps it had saved, or goes on with other numbers."""
+def test_the_job_resumes_without_help(jobs: Jobs, lab: Path, reference: list[list[float]], way: str) -> None:
+    """Prevents a job that needs a user after a preemption, loses steps it had saved, or resumes with other results."""
     run_dir = lab / way
-    # the controller takes its time to notice that a daemon is gone: the run must not be over by then
+    # the controller takes a while to notice a dead daemon: the run must not finish before that
     slow = "slow:3" if way == "killed_slurmd" else ""
     common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), inject=slow)
@@ -82,44 +82,46 @@ def test_the_job_goes_on_by_itself(jobs: Jobs, lab: Path, whole: list[list[float
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     log = jobs.log(job)
     assert int(jobs.field(job, "Restarts")) >= 1, log
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     resumed = [record["step"] for record in read_metrics(run_dir) if record.get("event") == "resume"]
     assert resumed and resumed[0] >= 10, log
     if way in REASONS:
         stopped = re.search(rf"^{REASONS[way]} at step (\d+)$", log, re.MULTILINE)
-        assert stopped is not None and int(stopped.group(1)) == resumed[0], "it saved where it was asked to"
+        assert stopped is not None and int(stopped.group(1)) == resumed[0], (
+            "it must resume from the step at which it was stopped"
+        )
     assert "restarts 1" in log.rpartition("summary of")[2], log
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 @pytest.mark.parametrize("way", ["term", "killed_rank"])
-def test_under_other_launchers(jobs: Jobs, lab: Path, whole: list[list[float]], way: str, launcher: str) -> None:
-    """A launcher that ends its ranks before they have saved, or that outlives a rank that died."""
+def test_under_other_launchers(jobs: Jobs, lab: Path, reference: list[list[float]], way: str, launcher: str) -> None:
+    """Prevents a launcher from ending its ranks before they have saved, or from outliving a dead rank."""
     run_dir = lab / f"{way}_{launcher}"
     common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), LAUNCHER=launcher)
     jobs.until_step(run_dir, 12, job)
     WAYS[way](jobs, job, run_dir)
     assert jobs.wait(job, timeout=240) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert int(jobs.field(job, "Restarts")) == 1, jobs.log(job)
 
 
 @pytest.mark.full
-def test_the_signal_before_the_time_limit(jobs: Jobs, lab: Path, whole: list[list[float]]) -> None:
-    """A signal that SLURM itself sends, and that nobody hears: the job then ends at its limit, and does not come back."""
+def test_the_signal_before_the_time_limit(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
+    """Prevents SLURM's own signal from being missed: the job would end at its limit without a requeue."""
     run_dir = lab / "limit"
     common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *common, options=("--time=1",), signal="B:USR1@30", inject="slow:2.5")
     assert jobs.wait(job, timeout=240) == "COMPLETED", jobs.log(job)
-    assert figures(run_dir) == whole, "bit for bit"
+    assert figures(run_dir) == reference, "bit for bit"
     assert int(jobs.field(job, "Restarts")) >= 1 and "got USR1" in jobs.log(job)
 
 
 @pytest.mark.full
 def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
-    """A preempted run of a sweep that takes all others with it: one task of an array bears the array's own number."""
+    """Prevents a preempted run of a sweep from requeueing all others: one task of an array has the array's own number."""
     sweep = lab / "preempted.txt"
     sweep.write_text("one\ntwo training.learning_rate=2e-3\n")
     common = ("--config", str(lab / "run.yaml"), "training.steps=30")
@@ -138,10 +140,10 @@ def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
     assert [int(jobs.field(task, "Restarts")) for task in tasks] == [0, 1]
 
 
-def test_ends(jobs: Jobs, lab: Path) -> None:
-    """A cancelled job that comes back, or one that a person asked to stop; REQUEUE=0 that requeues; two jobs in one folder."""
+def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
+    """Prevents a requeue of a job that was cancelled, stopped by the user, or has REQUEUE=0; and two jobs in one folder."""
     common = ("--config", str(lab / "run.yaml"))
-    cancelled, kept, asked = lab / "cancelled", lab / "kept", lab / "asked"
+    cancelled, kept, stopped = lab / "cancelled", lab / "kept", lab / "stopped"
     first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",), inject="slow:3")
     jobs.until_step(cancelled, 6, first)
     twin = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",))
@@ -149,11 +151,11 @@ def test_ends(jobs: Jobs, lab: Path) -> None:
     assert f"{cancelled} is in use by process" in jobs.log(twin) and f"(job {first})" in jobs.log(twin)
     jobs.cluster.run("scancel", first)
     assert jobs.wait(first) == "CANCELLED"
-    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={asked}", options=("--time=10",), inject="slow:0.5")
-    jobs.until_step(asked, 6, third)
-    (asked / "stop").touch()
+    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={stopped}", options=("--time=10",), inject="slow:0.5")
+    jobs.until_step(stopped, 6, third)
+    (stopped / "stop").touch()
     assert jobs.wait(third) == "COMPLETED" and int(jobs.field(third, "Restarts")) == 0
-    assert completed(asked)[0].name == f"step-{reached(asked):08d}" and "stopped for good" in jobs.log(third)
+    assert completed(stopped)[0].name == f"step-{reached(stopped):08d}" and "stopped by the user" in jobs.log(third)
     second = jobs.submit(
         "pretrain.sbatch", *common, f"run_dir={kept}", options=("--time=10",), REQUEUE="0", LAUNCHER="torchrun"
     )
@@ -165,8 +167,8 @@ def test_ends(jobs: Jobs, lab: Path) -> None:
     assert int(jobs.field(first, "Restarts")) == 0 and jobs.field(first, "JobState") == "CANCELLED"
 
 
-def test_what_starting_again_would_not_help(jobs: Jobs, lab: Path) -> None:
-    """A job that cannot begin and is started again for ever, because the first rank was ended before it could say why."""
+def test_errors_that_a_restart_would_not_fix(jobs: Jobs, lab: Path) -> None:
+    """Prevents endless restarts of a job that cannot start, if the first rank was ended before it could report the error."""
     common = ("--config", str(lab / "run.yaml"), f"run_dir={lab / 'never'}")
     wrong = jobs.submit("pretrain.sbatch", *common, "training.stps=3", options=("--time=10",))
     assert jobs.wait(wrong) == "FAILED" and int(jobs.field(wrong, "Restarts")) == 0, jobs.log(wrong)

@@ -1,4 +1,4 @@
-"""The harness under every test with ranks: if it lost a failure or a process, those tests would prove nothing.
+"""The harness of all tests with several ranks: if it lost a failure or a process, those tests would prove nothing.
 
 torch is imported only where it is used: the ranks of the other tests then start in a fraction of a second.
 """
@@ -54,7 +54,7 @@ def _raise_odd(rank: int, world_size: int) -> None:
     raise Odd(rank, "the odd reason")
 
 
-def _leave(rank: int, world_size: int, code: int) -> None:
+def _exit_on_rank_1(rank: int, world_size: int, code: int) -> None:
     if rank == 1:
         os._exit(code)
     time.sleep(60)
@@ -78,7 +78,7 @@ def _alive(folder: Path) -> list[int]:
 
 @pytest.mark.ranks
 def test_results_come_back_in_the_order_of_ranks() -> None:
-    """Prevents results ordered by who ended first: parity tests would compare the wrong shards."""
+    """Prevents results in the order in which ranks end: parity tests would compare the wrong shards."""
     assert run_ranks(_describe, 3, "word") == [(rank, 3, "word", str(rank), "1") for rank in range(3)]
 
 
@@ -90,7 +90,7 @@ def test_ranks_can_form_a_group_and_return_tensors() -> None:
 
 @pytest.mark.ranks
 def test_the_failing_rank_is_raised_and_its_peers_are_ended(tmp_path: Path) -> None:
-    """Prevents the report of a peer's "connection closed" in place of the reason, and peers that wait for ever."""
+    """Prevents the report of a peer's "connection closed" instead of the cause, and peers that wait forever."""
     with pytest.raises(KeyError, match="the reason") as caught:
         run_ranks(_fail_on_one, 2, 1, str(tmp_path))
     assert isinstance(caught.value.__cause__, RankError)
@@ -100,36 +100,36 @@ def test_the_failing_rank_is_raised_and_its_peers_are_ended(tmp_path: Path) -> N
 
 
 @pytest.mark.ranks
-def test_an_exception_that_pickle_cannot_rebuild_is_told_by_its_traceback() -> None:
-    """Prevents the reason getting lost, or an error of pickle's, for an exception with an unusual constructor."""
+def test_an_exception_that_pickle_cannot_rebuild_is_reported_by_its_traceback() -> None:
+    """Prevents a lost cause, or an error of pickle, for an exception with an unusual constructor."""
     with pytest.raises(RankError, match="the odd reason"):
         run_ranks(_raise_odd, 1)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("code", "message"), [(7, "rank 1 ended with exit code 7"), (0, r"ranks \[1\] left without")])
-def test_a_rank_that_leaves_without_a_result_is_an_error(code: int, message: str) -> None:
+@pytest.mark.parametrize(("code", "message"), [(7, "rank 1 exited with code 7"), (0, r"ranks \[1\] exited without")])
+def test_a_rank_that_exits_without_a_result_is_an_error(code: int, message: str) -> None:
     """Prevents a passing test whose rank crashed in native code, or called exit, before it compared anything."""
     with pytest.raises(RankError, match=message):
-        run_ranks(_leave, 2, code)
+        run_ranks(_exit_on_rank_1, 2, code)
 
 
 @pytest.mark.ranks
-def test_a_hang_times_out_shows_its_stack_and_leaves_nobody(tmp_path: Path) -> None:
-    """Prevents a deadlock from stopping the whole suite, and from being reported without the line it stood on."""
+def test_a_hang_times_out_with_its_stack_and_leaves_no_process(tmp_path: Path) -> None:
+    """Prevents a deadlock from blocking the test suite, and from being reported without the line where it hangs."""
     with pytest.raises(RankTimeout, match="_hang_in_here"):
         run_ranks(_hang_in_here, 2, str(tmp_path), timeout=10)
     assert _alive(tmp_path) == []
 
 
 @pytest.mark.ranks
-def test_a_result_that_cannot_travel_is_an_error() -> None:
-    """Prevents a rank that fails while it hands over its result from counting as one that ended well."""
+def test_a_result_that_cannot_be_pickled_is_an_error() -> None:
+    """Prevents a rank that fails while it returns its result from counting as successful."""
     with pytest.raises((RankError, TypeError), match="generator"):
         run_ranks(_return_a_generator, 1)
 
 
 def test_a_function_that_ranks_cannot_import_is_refused() -> None:
-    """Prevents ranks that all fail to find a local function, each in its own words."""
+    """Prevents separate errors of all ranks for a local function that they cannot import."""
     with pytest.raises(Exception, match=r"[Cc]an't (get|pickle)|local object"):
         run_ranks(lambda rank, world_size: rank, 1)

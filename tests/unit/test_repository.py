@@ -1,4 +1,4 @@
-"""The promises of the repository itself: pinned versions, help that answers at once, no text of one machine."""
+"""Checks of the repository itself: pinned versions, --help without torch, no paths of one machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENTRY_POINTS = [
 ]
 TOOLS = sorted((ROOT / "tools").glob("[!_]*.py"))
 
-# Ends by telling, last on stderr, whether torch was imported on the way.
+# The last line on stderr is whether torch was imported.
 _ENTRY_HELP = """
 import sys
 from recycle_ds.{name} import main
@@ -69,14 +69,14 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_requirement_is_pinned() -> None:
-    """Prevents an installation of next month that differs from the one that was tested."""
+    """Prevents a later installation from getting other versions than those that were tested."""
     loose = [str(entry) for entry in _requirements() if [spec.operator for spec in entry.specifier] != ["=="]]
     assert loose == []
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_requirement_has_one_pin_on_every_python(python: str) -> None:
-    """Prevents markers that leave a package out, or pin it twice, on a Python nobody tried."""
+    """Prevents markers that omit a package, or pin it twice, on an untested Python version."""
     names = {canonicalize_name(entry.name) for entry in _requirements()}
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
     chosen = [
@@ -87,8 +87,8 @@ def test_every_requirement_has_one_pin_on_every_python(python: str) -> None:
     assert sorted(chosen) == sorted(names)
 
 
-def test_pins_lie_in_the_ranges_of_the_package() -> None:
-    """Prevents the two lists from drifting apart: a package in one only, or a pin that its own range excludes."""
+def test_pins_are_within_the_ranges_of_the_package() -> None:
+    """Prevents the two lists from diverging: a package in only one of them, or a pin outside its range."""
     project = _project()
     texts = [
         *project["dependencies"],
@@ -102,14 +102,14 @@ def test_pins_lie_in_the_ranges_of_the_package() -> None:
 
 
 def test_the_version_is_in_the_changelog() -> None:
-    """Prevents a release that says nothing of itself."""
+    """Prevents a release without an entry in the changelog."""
     assert f"## [{recycle_ds.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert _project()["dynamic"] == ["version"], "the version stands in recycle_ds/__init__.py only"
+    assert _project()["dynamic"] == ["version"], "the version must be in recycle_ds/__init__.py only"
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_help_of_an_entry_point_does_without_torch(name: str) -> None:
-    """Prevents a --help that takes as long as importing torch."""
+def test_help_of_an_entry_point_does_not_import_torch(name: str) -> None:
+    """Prevents a --help that takes seconds because it imports torch."""
     result = _python(_ENTRY_HELP.format(name=name))
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
@@ -117,8 +117,8 @@ def test_help_of_an_entry_point_does_without_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_help_of_a_tool_does_without_torch(tool: Path) -> None:
-    """Prevents a tool that fails, or takes seconds, before it can say what it is for."""
+def test_help_of_a_tool_does_not_import_torch(tool: Path) -> None:
+    """Prevents a tool whose --help fails, or takes seconds because it imports torch."""
     result = _python(_TOOL_HELP.format(path=str(tool)))
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
@@ -127,7 +127,7 @@ def test_help_of_a_tool_does_without_torch(tool: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "recycle_ds/pretrain.py").exists(), reason="no entry point to forward to")
 def test_the_console_script_forwards_every_argument() -> None:
-    """Prevents options, --help included, from being taken by `recycle-ds` in place of the subcommand they follow."""
+    """Prevents `recycle-ds` from parsing options, --help included, that belong to the subcommand."""
     code = """
 import types, sys
 seen = []
@@ -144,22 +144,22 @@ assert seen == [(arguments, ["recycle-ds pretrain", *arguments])], seen
     assert result.returncode == 0, result.stderr
 
 
-def test_the_console_script_tells_its_version() -> None:
-    """Prevents a bug report that cannot name what it is about."""
+def test_the_console_script_prints_its_version() -> None:
+    """Prevents bug reports without the version."""
     result = _python("from recycle_ds.cli import main; main(['--version'])")
     assert (result.returncode, result.stdout.strip()) == (0, f"recycle-ds {recycle_ds.__version__}")
 
 
-def test_folders_of_tests_are_packages() -> None:
-    """Prevents two test files of one name from shadowing each other, and ranks that cannot import their function."""
+def test_test_folders_are_packages() -> None:
+    """Prevents test files of the same name from shadowing each other, and ranks that cannot import a test's function."""
     folders = {file.parent for file in (ROOT / "tests").rglob("test_*.py")}
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-def test_no_text_holds_a_path_of_one_machine() -> None:
-    """Prevents a config, script or document that works only where it was written."""
+def test_no_file_contains_a_path_of_one_machine() -> None:
+    """Prevents a config, script or document that works on one machine only."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: which files belong to the repository is unknown")
+        pytest.skip("not a git checkout: the files of the repository are unknown")
     listing = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\0")
     found = []
@@ -186,12 +186,12 @@ def test_no_text_holds_a_path_of_one_machine() -> None:
         ("runs{}tmp/x", False),
     ],
 )
-def test_a_path_of_one_machine_is_seen(text: str, wrong: bool) -> None:
-    """Prevents a pattern that matches nothing, or every address."""
+def test_a_path_of_one_machine_is_detected(text: str, wrong: bool) -> None:
+    """Prevents a pattern that matches nothing, or every URL."""
     assert bool(_machine_path().search(text.format("/"))) is wrong
 
 
 def _machine_path() -> re.Pattern[str]:
-    """Absolute paths in a home or temporary folder, and this checkout's own."""
+    """Matches absolute paths in home and temporary folders, and the path of this checkout."""
     own = re.escape(str(ROOT)) + r"(?!\w)"
     return re.compile(rf"(?<![\w.}}~-])(?:/(?:home|root|Users|tmp|var/tmp)/[\w.]+|{own})")

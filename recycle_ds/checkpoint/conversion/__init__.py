@@ -1,1 +1,1 @@
-"""From one format to another, with verification; inspection and comparison."""
+"""Conversion between formats, with verification; inspection and comparison of folders."""

@@ -1,4 +1,4 @@
-"""Conversions between formats: any source to any target, a tensor at a time, checked after it is written."""
+"""Conversion between formats: any source to any target, tensor by tensor, verified after writing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recycle_ds.checkpoint.megatron.writing import write_megatron
 from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
-from recycle_ds.checkpoint.tensor_equality import one_nan, same_bits
+from recycle_ds.checkpoint.tensor_equality import canonical_nan, same_bits
 from recycle_ds.config import RecycleConfig, TrainingConfig
 
 TARGETS = ("hf", "portable", "megatron")
@@ -27,34 +27,34 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is asked for."""
+    """The options of a conversion."""
 
     target: str
     dtype: str | None = None
-    """None keeps the source's."""
+    """None keeps the source's dtype."""
     shard_gib: float = 1.0
     tensor: int = 1
-    """megatron: tensor ranks that the checkpoint is sharded for."""
+    """megatron: tensor-parallel ranks to shard for."""
     pipeline: int = 1
-    """megatron: pipeline stages that it is sharded for."""
+    """megatron: pipeline stages to shard for."""
     verify: bool = True
     """Read the result back and compare every tensor bit for bit."""
     config: str | None = None
-    """Configuration of a source that does not hold its own."""
+    """Configuration file for a source without one of its own."""
     recycle_layers: int = 0
-    """Blocks of a recycle module that is initialised anew, of a source without one; 0 adds none."""
+    """Blocks of a newly initialised recycle module to add to a source without one; 0 adds none."""
     recycle_depth: int | None = None
-    """Tokens ahead that the new module is to be unrolled for in training; None is 1."""
+    """Unrolled steps of the new module in training; None is 1."""
     seed: int | None = None
-    """Of the new module's weights: those that a run of this training.seed begins with. None is a run's default."""
+    """Seed of the new module's weights, as training.seed of a run. None is the default of training.seed."""
 
     @property
     def shard_bytes(self) -> int:
-        """Largest file, in bytes."""
+        """Maximum file size in bytes."""
         return int(self.shard_gib * _GIB)
 
     def check(self) -> None:
-        """Raises CheckpointError for values there are none of."""
+        """Raises CheckpointError for invalid options."""
         if self.target not in TARGETS:
             raise CheckpointError(f"--to {self.target}: must be one of {', '.join(TARGETS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -65,7 +65,7 @@ class Conversion:
             raise CheckpointError(f"--tp {self.tensor} --pp {self.pipeline}: must be at least 1")
         if self.target != "megatron" and self.tensor * self.pipeline > 1:
             raise CheckpointError(
-                f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the others load at any"
+                f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the other formats load at any"
             )
         for option, value, least in (
             ("--recycle-layers", self.recycle_layers, 0),
@@ -87,10 +87,10 @@ def convert(
     step: Callable[[str, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Source:
-    """Converts into a folder that does not exist yet, written under a temporary name and renamed once it is whole.
+    """Converts into a new folder, which is written under a temporary name and renamed once it is complete.
 
-    step: told what is being done and to how many tensors, once for each of them. note: told the source's notes. Returns the
-    result, opened. Raises CheckpointError; then nothing is left at the target.
+    step: called for each tensor written or checked, with the name of the phase and the number of tensors. note: called with
+    each of the source's notes. Returns the result, opened. Raises CheckpointError; nothing is left at the target then.
     """
     conversion.check()
     target = check_target(target_path)
@@ -99,16 +99,16 @@ def convert(
         for text in source.notes:
             note(text)
     count = len(source.shapes)
-    tell = step or (lambda *_: None)
+    progress = step or (lambda *_: None)
     with new_folder(target_path) as folder:
-        _write(source, folder, conversion, lambda _: tell("writing", count))
+        _write(source, folder, conversion, lambda _: progress("writing", count))
         if conversion.verify:
-            _verify(source, open_source(str(folder)), conversion, lambda _: tell("checking", count))
+            _verify(source, open_source(str(folder)), conversion, lambda _: progress("checking", count))
     return open_source(str(target))
 
 
 def _open(path: str, conversion: Conversion) -> Source:
-    """The source, with a module added where one is asked for."""
+    """Opens the source, and adds a recycle module if requested."""
     source = open_source(path, config=conversion.config)
     if not conversion.recycle_layers:
         return source
@@ -128,17 +128,17 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
 
 
 def _verify(source: Source, result: Source, conversion: Conversion, step: Callable[[str], None]) -> None:
-    """Every tensor of the result is the source's, rounded as asked. Raises CheckpointError."""
+    """Compares every tensor of the result with the source's, rounded as requested. Raises CheckpointError if one differs."""
     if dict(result.shapes) != {name: tuple(shape) for name, shape in source.shapes.items()}:
         raise CheckpointError(
-            f"{source.folder}: what was written has other tensors than it: nothing is left at the target"
+            f"{source.folder}: the result has other tensors than the source: nothing is left at the target"
         )
     for name in source.shapes:
         wanted, found = source.read(name), result.read(name)
         if conversion.dtype is not None:
-            wanted, found = one_nan(wanted.to(DTYPES[conversion.dtype])), one_nan(found)
+            wanted, found = canonical_nan(wanted.to(DTYPES[conversion.dtype])), canonical_nan(found)
         if not same_bits(wanted, found):
             raise CheckpointError(
-                f"{source.folder}: {name} does not read back as it was written: nothing is left at the target"
+                f"{source.folder}: {name} in the result differs from the source: nothing is left at the target"
             )
         step(name)

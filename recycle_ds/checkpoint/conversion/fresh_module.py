@@ -1,4 +1,4 @@
-"""A source with a recycle module as training would begin it, for sources that have none."""
+"""A source with a newly initialised recycle module added, for sources without one."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ _PART = "recycle."
 
 
 class FreshModule:
-    """See `Source`. The backbone is the source's; the module's tensors are those that a run of this seed begins with.
+    """See `Source`. The backbone is the source's; the module's tensors are the initial ones of a run with this seed.
 
-    They are drawn as they are read, one at a time, and rounded to the type of the source's first tensor.
+    They are generated when they are read, one at a time, and rounded to the dtype of the source's first tensor.
     """
 
     def __init__(self, source: Source, recycle: RecycleConfig, seed: int) -> None:
-        """Raises CheckpointError where the source has a module."""
+        """Raises CheckpointError if the source has a recycle module."""
         if source.recycle.layers:
             raise CheckpointError(
-                f"{source.folder}: has a recycle module of {source.recycle.layers} layer(s) already: leave --recycle-layers "
-                f"{recycle.layers} out"
+                f"{source.folder}: already has a recycle module of {source.recycle.layers} layer(s): omit --recycle-layers "
+                f"{recycle.layers}"
             )
         self._source, self._seed = source, seed
         self.kind, self.folder, self.model, self.step = source.kind, source.folder, source.model, source.step
         self.seq_length, self.tokenizer = source.seq_length, source.tokenizer
         self.recycle = recycle
-        drawn = {name: shape for name, shape in whole_shapes(self.model, recycle).items() if name.startswith(_PART)}
-        self.shapes: Mapping[str, tuple[int, ...]] = {**source.shapes, **drawn}
+        initial_shapes = {
+            name: shape for name, shape in whole_shapes(self.model, recycle).items() if name.startswith(_PART)
+        }
+        self.shapes: Mapping[str, tuple[int, ...]] = {**source.shapes, **initial_shapes}
         self._dtype = source.dtype(next(iter(source.shapes)))
         self.notes: tuple[str, ...] = (
             *source.notes,
-            f"recycle module of {recycle.layers} layer(s) initialised with seed {seed}: it knows nothing before it is trained",
+            f"recycle module of {recycle.layers} layer(s) initialised with seed {seed}: it must be trained before use",
         )
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""How much host memory conversions take: each in a process of its own, beside one that only imports what they need."""
+"""Host memory of conversions: each runs in a process of its own, compared with one that only imports the same modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.recognition import open_source
 
-_IDLE = "import recycle_ds.checkpoint.conversion.command"
+_IDLE = "import recycle_ds.checkpoint.conversion.convert"
 _CONVERT = (
     "import sys\n"
     "from recycle_ds.checkpoint.conversion.convert import Conversion, convert\n"
@@ -26,18 +26,18 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Peak:
-    """One conversion. Memory in MiB: the most that the process had, beyond that of one that converts nothing. Files that are
-    mapped are left aside: the kernel drops their pages where it needs them."""
+    """One conversion. Memory in MiB: the peak of its process, beyond that of a process that converts nothing. Memory-mapped
+    files are not counted: the kernel drops their pages when it needs the memory."""
 
     source: str
     target: str
     peak_mib: float
     share: float
-    """Of the weights' size in the type that they are stored in."""
+    """The peak as a fraction of the size of the weights in their stored dtype."""
 
 
 def measure(model: str, shard_gib: float) -> dict[str, object]:
-    """Converts a model to portable, to Hugging Face, to Megatron (two stages) and back, each result the next one's source.
+    """Converts a model to portable, to Hugging Face, to Megatron (two stages) and back; each result is the next source.
 
     Returns the model's size and the idle process's memory in MiB, and a `Peak` for every conversion. Raises CheckpointError
     for a model that cannot be opened, and for a conversion that fails. Linux only.
@@ -47,42 +47,47 @@ def measure(model: str, shard_gib: float) -> dict[str, object]:
     idle = _peak([_IDLE])
     peaks = []
     with tempfile.TemporaryDirectory(prefix="recycle-ds-conversions-") as name:
-        here, kind = model, source.kind
+        current, kind = model, source.kind
         for number, target in enumerate(("portable", "hf", "megatron", "hf")):
-            there = str(Path(name) / f"{number}")
+            result = str(Path(name) / f"{number}")
             stages = "2" if target == "megatron" else "1"
-            used = _peak([_CONVERT, here, there, target, str(shard_gib), stages]) - idle
+            used = _peak([_CONVERT, current, result, target, str(shard_gib), stages]) - idle
             peaks.append(Peak(kind, target, used, used / size))
-            here, kind = there, target
-    return {"model_mib": size, "idle_mib": idle, "shard_gib": shard_gib, "conversions": [asdict(one) for one in peaks]}
+            current, kind = result, target
+    return {
+        "model_mib": size,
+        "idle_mib": idle,
+        "shard_gib": shard_gib,
+        "conversions": [asdict(peak) for peak in peaks],
+    }
 
 
 def _peak(program: list[str]) -> float:
-    """Most memory of its own that a Python process has, in MiB, by looking every few milliseconds. Raises CheckpointError where
-    it fails."""
+    """Peak of the anonymous memory of a Python process in MiB, sampled every few milliseconds. Raises CheckpointError if the
+    process fails."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", *program], stdout=subprocess.DEVNULL, stderr=errors
         )
-        most = 0.0
+        peak = 0.0
         while process.poll() is None:
-            most = max(most, _anonymous_mib(process.pid))
+            peak = max(peak, _anonymous_mib(process.pid))
             time.sleep(0.005)
         errors.seek(0)
-        said = errors.read().strip().splitlines()
+        output = errors.read().strip().splitlines()
     if process.returncode:
-        reason = said[-1] if said else f"exit code {process.returncode}"
+        reason = output[-1] if output else f"exit code {process.returncode}"
         raise CheckpointError(f"the conversion of {' '.join(program[1:4])} failed: {reason}")
-    return most
+    return peak
 
 
 def _anonymous_mib(pid: int) -> float:
-    """Resident memory that is no file's, 0 for a process that has just ended."""
+    """Anonymous (not file-backed) resident memory in MiB; 0 for a process that has just ended."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except FileNotFoundError:
         if not Path("/proc/self/status").exists():
-            raise CheckpointError("a process's memory is read from /proc, which only Linux has") from None
+            raise CheckpointError("memory is measured through /proc, which only Linux has") from None
         return 0.0
     except ProcessLookupError:
         return 0.0

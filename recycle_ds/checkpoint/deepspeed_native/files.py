@@ -1,4 +1,4 @@
-"""Which files a DeepSpeed folder has, what layout their names say, and whether any of them is missing."""
+"""Lists the files of a DeepSpeed folder, derives the layout from their names, and reports missing ones."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ _LATEST = "latest"
 
 @dataclass(frozen=True)
 class Inventory:
-    """The files of one checkpoint. A model-parallel rank is stage x tensor + tensor rank."""
+    """The files of one checkpoint. A model-parallel rank is stage * tensor + tensor rank."""
 
     folder: Path
     tensor: int
     pipeline: int
     data: int
-    """Ranks that ZeRO partitions over; 1 where no file says."""
+    """Number of data ranks that ZeRO partitions over; 1 if the file names do not show it."""
     partitioned: bool
     """Whether weights are partitioned too (ZeRO 3)."""
     model: dict[tuple[int, int], str]
-    """model_states by (model-parallel rank, data rank); data rank 0 alone but for ZeRO 3."""
+    """model_states files by (model-parallel rank, data rank); only data rank 0 unless ZeRO 3."""
     optimizer: dict[tuple[int, int], str]
-    """optim_states likewise; empty where the optimizer saves with the model (ZeRO 0) or its files are not there."""
+    """optim_states files likewise; empty if the optimizer is saved with the model (ZeRO 0) or its files are absent."""
     layers: dict[int, str]
-    """A pipeline's weights by model-parallel rank."""
+    """Weight files of a pipeline, by model-parallel rank."""
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold different parts of the model."""
+        """Number of ranks that hold different parts of the model."""
         return self.tensor * self.pipeline
 
     @property
     def files(self) -> list[str]:
-        """All of them."""
+        """Names of all files."""
         return [*self.model.values(), *self.optimizer.values(), *self.layers.values()]
 
 
 def find_tag(folder: Path) -> Path | None:
-    """The folder with the files: the one named, or the one that its `latest` names. None where there is none.
+    """Returns the tag folder with the files: `folder`, or the one that `folder`/latest names. None if there is no checkpoint.
 
-    Raises CheckpointError where there are several and no `latest`, and where `latest` names none.
+    Raises CheckpointError if there are several tags and no `latest`, and if `latest` names one that does not exist.
     """
     if _is_tag(folder):
         return folder
@@ -62,56 +62,60 @@ def find_tag(folder: Path) -> Path | None:
     if not latest.is_file():
         if len(tags) == 1:
             return folder / tags[0]
-        raise CheckpointError(f"{folder}: {len(tags)} checkpoints of DeepSpeed and no {_LATEST}: name {shorten(tags)}")
+        raise CheckpointError(
+            f"{folder}: {len(tags)} DeepSpeed checkpoints and no {_LATEST} file: choose one of {shorten(tags)}"
+        )
     try:
         tag = latest.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{latest}: cannot be read ({error})") from None
     if tag not in tags:
-        raise CheckpointError(f"{latest}: names {tag!r}, which is not there; there are {shorten(tags)}")
+        raise CheckpointError(f"{latest}: names {tag!r}, which does not exist; found {shorten(tags)}")
     return folder / tag
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Sorts the files of a checkpoint by rank. Raises CheckpointError that lists what is missing or contradictory."""
+    """Assigns the files of a checkpoint to ranks. Raises CheckpointError that lists missing or contradictory files."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     experts = [name for name in names if _EXPERTS.match(name)]
     if experts:
-        raise CheckpointError(f"{folder}: mixtures of experts are not supported: {shorten(experts)}")
-    whole = {(int(m.group(1)), 0): m.group(0) for m in map(_MODEL.match, names) if m}
-    parts = {(int(m.group(2)), int(m.group(1))): m.group(0) for m in map(_PARTITIONED.match, names) if m}
-    if whole and parts:
+        raise CheckpointError(f"{folder}: mixture-of-experts models are not supported: {shorten(experts)}")
+    full = {(int(m.group(1)), 0): m.group(0) for m in map(_MODEL.match, names) if m}
+    partitioned = {(int(m.group(2)), int(m.group(1))): m.group(0) for m in map(_PARTITIONED.match, names) if m}
+    if full and partitioned:
         raise CheckpointError(
-            f"{folder}: files of two saves: {shorten([*whole.values()])} and, of ZeRO 3, {shorten([*parts.values()])}"
+            f"{folder}: files of two saves: {shorten([*full.values()])} and, of ZeRO 3, {shorten([*partitioned.values()])}"
         )
     found = [m for m in map(_OPTIMIZER.match, names) if m]
     if len({m.group(1) for m in found}) > 1:
         raise CheckpointError(f"{folder}: files of two saves: optimizer states with and without bf16_ in their names")
     optimizer = {(int(m.group(3)), int(m.group(2))): m.group(0) for m in found}
-    model = whole or parts
+    model = full or partitioned
     if not model:
-        raise CheckpointError(f"{folder}: mp_rank_00_model_states.pt is missing, and so are all others of the kind")
+        raise CheckpointError(f"{folder}: mp_rank_00_model_states.pt and all other model_states files are missing")
     ranks = 1 + max(rank for rank, _ in model.keys() | optimizer.keys())
     data = 1 + max(rank for _, rank in model.keys() | optimizer.keys())
     layers, tensor, pipeline = _layers(folder, names, ranks)
-    wanted = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(ranks) if not parts and (rank, 0) not in model]
+    absent = [
+        f"mp_rank_{rank:02d}_model_states.pt" for rank in range(ranks) if not partitioned and (rank, 0) not in model
+    ]
     for rank in range(ranks):
         for replica in range(data):
             prefix = f"zero_pp_rank_{replica}_mp_rank_{rank:02d}"
-            if parts and (rank, replica) not in model:
-                wanted.append(f"{prefix}_model_states.pt")
-            if (optimizer or parts) and (rank, replica) not in optimizer:
+            if partitioned and (rank, replica) not in model:
+                absent.append(f"{prefix}_model_states.pt")
+            if (optimizer or partitioned) and (rank, replica) not in optimizer:
                 bf16 = "bf16_" if found and found[0].group(1) else ""
-                wanted.append(f"{bf16}{prefix}_optim_states.pt")
-    if wanted:
+                absent.append(f"{bf16}{prefix}_optim_states.pt")
+    if absent:
         raise CheckpointError(
-            f"{folder}: missing of {ranks} model-parallel x {data} data ranks: {shorten(wanted)}; copy all files of the save"
+            f"{folder}: missing for {ranks} model-parallel x {data} data ranks: {shorten(absent)}; copy all files of the save"
         )
-    return Inventory(folder, tensor, pipeline, data, bool(parts), model, optimizer, layers)
+    return Inventory(folder, tensor, pipeline, data, bool(partitioned), model, optimizer, layers)
 
 
 def _layers(folder: Path, names: list[str], ranks: int) -> tuple[dict[int, str], int, int]:
-    """Layer files by model-parallel rank, and the tensor and pipeline degrees. Raises CheckpointError."""
+    """Returns layer files by model-parallel rank, and the tensor and pipeline degrees. Raises CheckpointError."""
     found = {(int(m.group(1)), int(m.group(2) or 0)): m.group(0) for m in map(_LAYER.match, names) if m}
     if not found:
         return {}, ranks, 1
@@ -123,11 +127,11 @@ def _layers(folder: Path, names: list[str], ranks: int) -> tuple[dict[int, str],
         if (stage, rank) not in found
     ]
     if absent:
-        raise CheckpointError(f"{folder}: missing of {pipeline} stages x {tensor} tensor ranks: {shorten(absent)}")
+        raise CheckpointError(f"{folder}: missing for {pipeline} stages x {tensor} tensor ranks: {shorten(absent)}")
     if pipeline * tensor != ranks:
         raise CheckpointError(
             f"{folder}: layers ({pipeline}) x tensor ranks ({tensor}) != mp_rank files ({ranks}): a file is missing, or the "
-            "pipeline is not of this package, whose stages are one layer each"
+            "pipeline was not saved by this package, which saves each stage as one layer"
         )
     return {stage * tensor + rank: name for (stage, rank), name in found.items()}, tensor, pipeline
 

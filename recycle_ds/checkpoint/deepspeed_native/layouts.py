@@ -1,4 +1,4 @@
-"""Which canonical tensors each model-parallel rank's parameters are, by either naming: this package's and Hugging Face's."""
+"""Maps the parameters of each model-parallel rank to canonical tensors, for this package's names and for Hugging Face's."""
 
 from __future__ import annotations
 
@@ -24,79 +24,80 @@ from recycle_ds.parallel.mesh import virtual_mesh, world_of_one
 from recycle_ds.training.engine.optimizer import parameter_groups, part_of
 
 RUN_CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
-# Folders above the tag that are searched: a run's is run_dir/FOLDER/TAG, transformers' checkpoint-500/global_step500.
+# Number of parent folders searched. A run saves to run_dir/FOLDER/TAG, transformers to checkpoint-500/global_step500.
 _ABOVE = {RUN_CONFIG: 3, MODEL_CONFIG: 2}
-# A long context is not evaluated whole where the length of the training's sequences is not known.
+# Upper limit of the evaluation length if the training's sequence length is unknown: evaluating a long context is expensive.
 _WINDOW = 2048
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the configuration says of the parameters in the files."""
+    """What the configuration specifies about the parameters in the files."""
 
     model: ModelConfig
     recycle: RecycleConfig
     seq_length: int
     tokenizer: Path | None
-    """Where the configuration says the tokenizer is."""
+    """Path of the tokenizer in the configuration."""
     notes: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every canonical tensor."""
+    """Full shape of every canonical tensor."""
     shards: Mapping[str, tuple[Shard, ...]]
-    """Of every canonical tensor, in the order of their rows."""
+    """Shards of every canonical tensor, in row order."""
     expected: tuple[Mapping[str, tuple[int, ...]], ...]
     """Local shapes by parameter, for each model-parallel rank."""
-    spare: frozenset[str]
-    """Parameters that may be there and say nothing new."""
+    redundant: frozenset[str]
+    """Parameters that may be present and duplicate another one."""
     groups: tuple[tuple[tuple[str, ...], ...], ...]
-    """Parameters by optimizer group, for each model-parallel rank; empty where they are not known."""
+    """Parameter names by optimizer group, for each model-parallel rank; empty if they are unknown."""
 
 
-def describe(inventory: Inventory, held: Sequence[Mapping[str, Shape]], config: Path | None) -> Described:
-    """Recognises the naming and reads its configuration: `config`, or one beside or above the files. held: what each
-    model-parallel rank's parameters are called, and their shapes.
+def describe(inventory: Inventory, local_shapes: Sequence[Mapping[str, Shape]], config: Path | None) -> Described:
+    """Detects the naming scheme and reads its configuration: `config`, or one in the folder or above it.
 
-    Raises CheckpointError for names of neither kind, and for a configuration that is missing or not valid.
+    local_shapes: shapes by parameter name, for each model-parallel rank.
+
+    Raises CheckpointError for names of neither scheme, and for a missing or invalid configuration.
     """
-    names = set().union(*held)
+    names = set().union(*local_shapes)
     if any(name.startswith(("blocks.", "embedding.")) for name in names):
-        return _own(inventory, config or _search(inventory.folder, RUN_CONFIG))
+        return _describe_own(inventory, config or _search(inventory.folder, RUN_CONFIG))
     if any(name.startswith("model.layers.") for name in names):
-        return _hugging_face(inventory, held, config or _search(inventory.folder, MODEL_CONFIG))
+        return _describe_hugging_face(inventory, local_shapes, config or _search(inventory.folder, MODEL_CONFIG))
     raise CheckpointError(
-        f"{inventory.folder}: its parameters are named neither as this package's nor as Hugging Face's LLaMA family: "
-        f"{shorten(sorted(names)) or 'there are none'}"
+        f"{inventory.folder}: parameter names match neither this package nor Hugging Face's LLaMA family: "
+        f"{shorten(sorted(names)) or 'no parameters'}"
     )
 
 
 def _search(folder: Path, name: str) -> Path:
     above = Path(os.path.abspath(folder))
-    places = [above, *above.parents][: 1 + _ABOVE[name]]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
+    candidates = [above, *above.parents][: 1 + _ABOVE[name]]
+    for candidate in candidates:
+        if (candidate / name).is_file():
+            return candidate / name
     kind = "a run's" if name == RUN_CONFIG else "the model's"
     raise CheckpointError(
-        f"{folder}: DeepSpeed's files do not describe the model, and there is no {name} there or in the {_ABOVE[name]} folders "
-        f"above: give {kind} {name} with --config FILE"
+        f"{folder}: DeepSpeed's files do not describe the model, and there is no {name} in this folder or the {_ABOVE[name]} "
+        f"above it: give {kind} {name} with --config FILE"
     )
 
 
-def _own(inventory: Inventory, path: Path) -> Described:
+def _describe_own(inventory: Inventory, path: Path) -> Described:
     try:
         config = load_config(path)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'--config {path}: ')}") from None
     if config.model.vocab_size is None:
         raise CheckpointError(
-            f"{path}: without model.vocab_size: give the config.yaml that the run wrote into its run_dir, or set it there"
+            f"{path}: model.vocab_size is not set: give the config.yaml that the run wrote to its run_dir, or set it here"
         )
     layout = Layout(inventory.tensor, inventory.pipeline)
     shards: dict[str, list[Shard]] = {}
     expected, groups = [], []
     with world_of_one():
         for rank in range(layout.world_size):
-            table, own, grouped = _part(config, layout, rank)
+            table, own, grouped = _describe_rank(config, layout, rank)
             expected.append(own)
             groups.append(grouped)
             for name, row in table.items():
@@ -117,17 +118,17 @@ def _own(inventory: Inventory, path: Path) -> Described:
     )
 
 
-def _part(
+def _describe_rank(
     config: RunConfig, layout: Layout, rank: int
 ) -> tuple[dict[str, tuple[Piece, ...]], dict[str, tuple[int, ...]], tuple[tuple[str, ...], ...]]:
-    """Of one model-parallel rank: the pieces that only it holds, all local shapes, and the optimizer's groups."""
+    """Returns, for one model-parallel rank: the pieces that only it holds, all local shapes, and the optimizer groups."""
     pipeline, tensor = divmod(rank, layout.tensor)
     mesh = virtual_mesh(layout, layout.rank_of(Coordinates(pipeline, 0, 0, tensor)))
     try:
         with torch.device("meta"):
             model = build_model(config.model, config.recycle, mesh, seed=None, seq_length=config.training.seq_length)
     except ConfigError as error:
-        raise CheckpointError(f"{layout.pipeline} pipeline stages do not fit the configuration: {error}") from None
+        raise CheckpointError(f"{layout.pipeline} pipeline stages do not match the configuration: {error}") from None
     table = {
         name: tuple(piece for piece in row if tensor == 0 or not piece.whole)
         for name, row in pieces(model, mesh).items()
@@ -141,21 +142,21 @@ def _part(
     return table, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, groups
 
 
-def _hugging_face(inventory: Inventory, held: Sequence[Mapping[str, Shape]], path: Path) -> Described:
+def _describe_hugging_face(inventory: Inventory, local_shapes: Sequence[Mapping[str, Shape]], path: Path) -> Described:
     model, notes = read_model(read_json(path), str(path))
     recycle = RecycleConfig(layers=0)
     shapes = whole_shapes(model, recycle)
-    expected: list[dict[str, Shape]] = [{} for _ in held]
+    expected: list[dict[str, Shape]] = [{} for _ in local_shapes]
     shards: dict[str, tuple[Shard, ...]] = {}
     for name, shape in shapes.items():
         parameter = hugging_face_name(name)
-        shards[name], local = split(name, shape, [own.get(parameter) for own in held])
+        shards[name], local = split(name, shape, [own.get(parameter) for own in local_shapes])
         for own, part in zip(expected, local, strict=True):
             own[parameter] = part
     if inventory.model_parallel > 1 and (inventory.pipeline > 1 or all(len(row) == 1 for row in shards.values())):
         raise CheckpointError(
             f"{inventory.folder}: tensor ranks ({inventory.tensor}) x stages ({inventory.pipeline}) of a Hugging Face model: "
-            "stages are not supported, and tensor ranks only where DeepSpeed split the linear layers over them"
+            "stages are not supported, and tensor ranks only if DeepSpeed AutoTP split the linear layers over them"
         )
     return Described(
         model,
@@ -167,5 +168,5 @@ def _hugging_face(inventory: Inventory, held: Sequence[Mapping[str, Shape]], pat
         shards,
         tuple(expected),
         frozenset({"lm_head.weight"} if model.tied_embeddings else ()),
-        ((),) * len(held),
+        ((),) * len(local_shapes),
     )

@@ -1,8 +1,8 @@
-"""Where the elements of each parameter lie in the flat fp32 partitions that ZeRO saves. Pure arithmetic over sizes.
+"""Locates the elements of each parameter in the flat fp32 partitions that ZeRO saves. Pure arithmetic over sizes.
 
-ZeRO 1, 2: a group's parameters are laid end to end (some padded to an alignment), and the whole is cut over the data ranks:
+ZeRO 1, 2: the parameters of a group are concatenated (some padded to an alignment) and the result is split over the data ranks:
     [ a a a a b | b b c c c | c c . . . ]
-ZeRO 3: each parameter is cut over the data ranks, and each rank lays its parts end to end:
+ZeRO 3: each parameter is split over the data ranks, and each rank concatenates its parts:
     [ a a b b c c ]  [ a a b b c c ]  [ a . b b c . ]
 """
 
@@ -32,10 +32,10 @@ class Flat:
 def cut_groups(
     groups: Sequence[Shapes], paddings: Sequence[Sequence[int]] | None, partitions: Sequence[Sequence[Flat]], where: str
 ) -> dict[str, tuple[Span, ...]]:
-    """ZeRO 1 and 2. groups: shapes by name, in the order they were flattened in; paddings: elements after each of them;
-    partitions: [group][data rank].
+    """Locates parameters of ZeRO 1 and 2. groups: shapes by name, in the order of flattening; paddings: padding elements after
+    each parameter; partitions: [group][data rank].
 
-    Raises CheckpointError where the partitions do not hold what the shapes need.
+    Raises CheckpointError if the sizes of the partitions do not match the shapes.
     """
     found: dict[str, tuple[Span, ...]] = {}
     for index, (shapes, ranks) in enumerate(zip(groups, partitions, strict=True)):
@@ -53,9 +53,9 @@ def cut_groups(
 
 
 def cut_each(shapes: Shapes, partitions: Sequence[Sequence[Flat]], where: str) -> dict[str, tuple[Span, ...]]:
-    """ZeRO 3. shapes: by name, over all groups in order; partitions: [data rank][sub-group].
+    """Locates parameters of ZeRO 3. shapes: by name, over all groups in order; partitions: [data rank][sub-group].
 
-    Raises CheckpointError where the ranks differ, or do not hold what the shapes need.
+    Raises CheckpointError if the sizes of the partitions differ between ranks, or do not match the shapes.
     """
     replicas = len(partitions)
     sizes = [[flat.elements for flat in ranks] for ranks in partitions]
@@ -64,8 +64,8 @@ def cut_each(shapes: Shapes, partitions: Sequence[Sequence[Flat]], where: str) -
         if own != sizes[0] or sum(own) != needed:
             raise CheckpointError(
                 f"{where}: data rank {rank} of {replicas} holds {sum(own)} elements in {len(own)} sub-groups, rank 0 "
-                f"{sum(sizes[0])} in {len(sizes[0])}; the parameters need {needed} of each (those offloaded to NVMe are not in "
-                "these files)"
+                f"{sum(sizes[0])} in {len(sizes[0])}; the parameters need {needed} per rank (those offloaded to NVMe are not "
+                "in these files)"
             )
     found: dict[str, tuple[Span, ...]] = {}
     offset = 0
@@ -80,7 +80,7 @@ def cut_each(shapes: Shapes, partitions: Sequence[Sequence[Flat]], where: str) -
 
 
 def _between(flats: Sequence[Flat], start: int, length: int) -> tuple[Span, ...]:
-    """The spans of `length` elements from `start` of flat tensors laid end to end."""
+    """Returns the spans of `length` elements from `start` of the concatenated flat tensors."""
     spans = []
     for flat in flats:
         first, last = max(start, 0), min(start + length, flat.elements)
@@ -91,11 +91,11 @@ def _between(flats: Sequence[Flat], start: int, length: int) -> tuple[Span, ...]
 
 
 def _check_group(index: int, needed: int, sizes: Sequence[int], where: str) -> None:
-    """All ranks' partitions are alike but for the end, which is saved with or without its padding to 2 x ranks elements."""
+    """Raises CheckpointError for partitions of unequal size. The end may be saved without its padding to 2 x ranks elements."""
     held = sum(sizes)
     uneven = any(size != sizes[0] and any(sizes[rank + 1 :]) for rank, size in enumerate(sizes))
     if uneven or not 0 <= held - needed < 2 * len(sizes):
         raise CheckpointError(
-            f"{where}: group {index}: {len(sizes)} data ranks hold {held} elements ({', '.join(map(str, sizes[:8]))}), the "
-            f"parameters need {needed}"
+            f"{where}: group {index}: {len(sizes)} data ranks hold {held} elements ({', '.join(map(str, sizes[:8]))}), but "
+            f"the parameters need {needed}"
         )

@@ -1,4 +1,4 @@
-"""Masters and moments of ZeRO 0, which saves the optimizer's lists beside the model's weights, without names."""
+"""Master weights and moments of ZeRO 0, which saves the optimizer's lists with the model's weights, without names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from recycle_ds.checkpoint.deepspeed_native.ranks import MOMENTS, Stored
 def with_optimizer(
     files: PtFiles, file: str, stored: dict[str, Stored], groups: Sequence[Sequence[str]]
 ) -> dict[str, Stored]:
-    """The parameters of a rank with what its model file's optimizer holds of them; as they were where its lists do not fit.
+    """Returns the parameters of a rank with the optimizer state of its model file; unchanged if the lists do not match.
 
-    groups: names by optimizer group, in order. A master is taken only if it is, rounded, the very weight of that name.
+    groups: names by optimizer group, in order. A master weight is used only if it rounds to exactly the weight of that name.
     """
     state: Keys = ("optimizer", "state")
     masters = files.find(file, ("optimizer", "fp32_groups"))

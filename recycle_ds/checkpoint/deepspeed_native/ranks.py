@@ -1,4 +1,4 @@
-"""The parameters of one model-parallel rank, by name: their shapes, and where weights and moments lie."""
+"""The parameters of one model-parallel rank, by name: their shapes, and where weights and moments are stored."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _STATE = "optimizer_state_dict"
 _GROUPS, _SUBGROUPS = (_STATE, "single_partition_of_fp32_groups"), (_STATE, "fp32_flat_groups")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# A stage is the pipeline's only layer on its rank, and the model is in it.
+# A pipeline rank has a single layer, its stage, which contains the model.
 _STAGE = re.compile(r"^(?:\d+\.)?model\.")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter: spans by kind, whose elements laid end to end are the flattened local tensor."""
+    """One parameter. The concatenated spans of a kind are the flattened local tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     spans: Mapping[str, tuple[Span, ...]]
     master: bool
-    """Whether the weight is the one that the optimizer updates, rather than what the model computes with."""
+    """Whether the weight is the optimizer's master weight, rather than the one that the model computes with."""
 
 
 def read_rank(files: PtFiles, inventory: Inventory, rank: int) -> dict[str, Stored]:
-    """All parameters of a model-parallel rank, fp32 masters where there are any. Raises CheckpointError."""
+    """Returns all parameters of a model-parallel rank, as fp32 master weights if there are any. Raises CheckpointError."""
     model = inventory.model[rank, 0]
     found = _module_weights(files, inventory, rank)
     if inventory.partitioned:
@@ -44,23 +44,23 @@ def read_rank(files: PtFiles, inventory: Inventory, rank: int) -> dict[str, Stor
     if inventory.optimizer:
         groups = [_shapes(group, files, model) for group in files.get(model, ("param_shapes",), list)]
         found |= _masters(files, inventory, rank, groups)
-    # a layer's names lack the number that the optimizer's have; of two with one plain name the later one, the master, stays
-    found = {_plain(name, inventory): stored for name, stored in found.items()}
+    # names in layer files have no layer number, those of the optimizer do; after stripping, the later one (the master) wins
+    found = {_model_name(name, inventory): stored for name, stored in found.items()}
     aliases = files.find(model, ("shared_params",))
     for alias, holder in (aliases if isinstance(aliases, dict) else {}).items():
-        if _plain(str(holder), inventory) in found:
-            found[_plain(str(alias), inventory)] = found[_plain(str(holder), inventory)]
+        if _model_name(str(holder), inventory) in found:
+            found[_model_name(str(alias), inventory)] = found[_model_name(str(holder), inventory)]
     return found
 
 
-def _plain(name: str, inventory: Inventory) -> str:
-    """A parameter's name in the model, without what wrappers put before it."""
+def _model_name(name: str, inventory: Inventory) -> str:
+    """Returns a parameter's name in the model, without the prefixes of wrappers."""
     name = _WRAPPERS.sub("", name)
     return _STAGE.sub("", name) if inventory.layers else name
 
 
 def _module_weights(files: PtFiles, inventory: Inventory, rank: int) -> dict[str, Stored]:
-    """The weights that the model computes with; ZeRO 3 leaves empty tensors in their place."""
+    """Returns the weights that the model computes with. ZeRO 3 saves empty tensors instead, which are skipped."""
     file = inventory.model[rank, 0]
     keys: Keys = ("module",)
     listed = files.find(file, ("buffer_names",))
@@ -76,10 +76,10 @@ def _module_weights(files: PtFiles, inventory: Inventory, rank: int) -> dict[str
 
 
 def _frozen_partitions(files: PtFiles, inventory: Inventory, rank: int) -> dict[str, Stored]:
-    """ZeRO 3's weights that no optimizer updates: a partition in each data rank's model file, in the model's type."""
+    """Returns ZeRO 3's frozen weights: each data rank's model file has a partition, in the model's dtype."""
     first = inventory.model[rank, 0]
     shapes = files.find(first, ("frozen_param_shapes",))
-    if shapes is None:  # saved without them
+    if shapes is None:  # saved without frozen weights
         return {}
     found = {}
     for name, shape in _shapes(shapes, files, first).items():
@@ -112,7 +112,7 @@ def _masters(files: PtFiles, inventory: Inventory, rank: int, groups: Sequence[S
         counts = [len(flats) for flats in by_rank]
         if set(counts) != {len(groups)}:
             raise CheckpointError(
-                f"{where}: {len(groups)} groups of parameters, but by data rank {counts[:8]} of weights"
+                f"{where}: {len(groups)} parameter groups, but {counts[:8]} weight groups by data rank"
             )
         weights = cut_groups(groups, _paddings(files, owners[0], len(groups)), list(zip(*by_rank, strict=True)), where)
     found = {}
@@ -127,32 +127,34 @@ def _masters(files: PtFiles, inventory: Inventory, rank: int, groups: Sequence[S
 
 
 def _flats(files: PtFiles, file: str, keys: Keys) -> list[Flat]:
-    """A rank's flat tensors of weights. Raises CheckpointError for others."""
+    """Returns a rank's flat weight tensors. Raises CheckpointError for a tensor that is not flat or not floating point."""
     found = []
     for index in range(len(files.get(file, keys, list))):
         value = files.get(file, (*keys, index), Tensor)
         if value.dim() != 1 or not value.is_floating_point():
             raise CheckpointError(
-                f"{files.folder / file}: {'.'.join(map(str, keys))}.{index} has shape {list(value.shape)} and type "
-                f"{value.dtype}; weights are flat and of a floating type"
+                f"{files.folder / file}: {'.'.join(map(str, keys))}.{index} has shape {list(value.shape)} and dtype "
+                f"{value.dtype}: must be flat and floating point"
             )
         found.append(Flat(file, (*keys, index), value.numel()))
     return found
 
 
 def _paddings(files: PtFiles, file: str, groups: int) -> list[list[int]] | None:
-    """Elements of padding after each parameter of each group; None from releases that aligned none."""
+    """Returns the padding elements after each parameter of each group; None for releases that did not align parameters."""
     found = files.find(file, (_STATE, "param_alignment_paddings"))
     if found is None:
         return None
-    whole = isinstance(found, list) and len(found) == groups
-    if not whole or not all(isinstance(row, list) and all(type(n) is int and n >= 0 for n in row) for row in found):
-        raise CheckpointError(f"{files.folder / file}: param_alignment_paddings are not those of {groups} groups")
+    complete = isinstance(found, list) and len(found) == groups
+    if not complete or not all(isinstance(row, list) and all(type(n) is int and n >= 0 for n in row) for row in found):
+        raise CheckpointError(
+            f"{files.folder / file}: param_alignment_paddings must be lists of sizes for {groups} groups"
+        )
     return [list(row) for row in found]
 
 
 def _moments(files: PtFiles, spans: tuple[Span, ...], kind: str, inventory: Inventory) -> tuple[Span, ...] | None:
-    """A moment lies as its weight does, in the optimizer's own state; None where there is none."""
+    """Returns the spans of a moment, laid out like its weight but in the optimizer's state; None if it is not saved."""
     moments = []
     for span in spans:
         index = span.keys[-1]
@@ -164,7 +166,7 @@ def _moments(files: PtFiles, spans: tuple[Span, ...], kind: str, inventory: Inve
             roots = ((_STATE, _STATE, "state", index),)
         for root in roots:
             value = files.find(span.file, (*root, kind))
-            # partitions of moments keep the padding that those of weights may have lost
+            # partitions of moments are saved with padding, those of weights may be saved without
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel() >= span.start + span.length:
                 moments.append(replace(span, keys=(*root, kind)))
                 break
@@ -174,14 +176,12 @@ def _moments(files: PtFiles, spans: tuple[Span, ...], kind: str, inventory: Inve
 
 
 def _shapes(tree: object, files: PtFiles, file: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, in the file's order. Raises CheckpointError for anything else."""
+    """Returns shapes by name, in the file's order. Raises CheckpointError for anything else."""
     if not isinstance(tree, dict):
-        raise CheckpointError(
-            f"{files.folder / file}: shapes of parameters are a {type(tree).__name__}, not a dictionary"
-        )
+        raise CheckpointError(f"{files.folder / file}: parameter shapes are a {type(tree).__name__}, not a dictionary")
     found = {}
     for name, shape in tree.items():
         if not isinstance(shape, tuple | list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise CheckpointError(f"{files.folder / file}: the shape of {name} is {one_line(repr(shape))}")
+            raise CheckpointError(f"{files.folder / file}: the shape of {name} is {one_line(repr(shape))}, not sizes")
         found[str(name)] = tuple(shape)
     return found

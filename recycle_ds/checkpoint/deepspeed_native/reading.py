@@ -1,4 +1,4 @@
-"""DeepSpeed's native folders as a source of canonical tensors."""
+"""Reads DeepSpeed's native folders as a source of canonical tensors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TOKENIZER = "tokenizer.json"
 
 
 class DeepSpeedSource:
-    """See `Source`. Names, shapes, ranks and steps are compared when it is opened; tensors are read one at a time."""
+    """See `Source`. Names, shapes, ranks and steps are checked on opening; tensors are read one at a time."""
 
     kind = "deepspeed"
 
     def __init__(self, folder: Path, config: Path | None = None, *, verify: bool = True) -> None:
-        """Opens the folder of a tag. config: the run's config.yaml or the model's config.json, where none lies near. verify:
-        whether to compare all checksums first; without, that is left to `verify`.
+        """Opens the folder of a tag. config: the run's config.yaml or the model's config.json, if there is none nearby. verify:
+        whether to compare all checksums first; if not, call `verify` before using the weights.
 
-        Raises CheckpointError that lists what is missing, does not agree, or does not fit the configuration.
+        Raises CheckpointError that lists what is missing, contradictory, or does not match the configuration.
         """
         self.folder = folder
         self._inventory = inventory = take_inventory(folder)
@@ -40,7 +40,7 @@ class DeepSpeedSource:
             self.verify()
         self.step = _check_agreement(self._files, inventory)
         self.layout = _layout(self._files, inventory)
-        """Ranks at save, as far as the folder tells: tensor, pipeline, data (those of a sequence counted too), world_size."""
+        """Ranks at save, as far as the files show: tensor, pipeline, data (including sequence-parallel ranks), world_size."""
         ranks = [read_rank(self._files, inventory, rank) for rank in range(inventory.model_parallel)]
         described = describe(inventory, [{name: one.shape for name, one in own.items()} for own in ranks], config)
         if not inventory.optimizer:
@@ -54,7 +54,7 @@ class DeepSpeedSource:
         self.model, self.recycle, self.seq_length = described.model, described.recycle, described.seq_length
         self.shapes: Mapping[str, tuple[int, ...]] = described.shapes
         self.tokenizer = _tokenizer(folder, described.tokenizer)
-        self.notes: tuple[str, ...] = (*described.notes, *self._rounded())
+        self.notes: tuple[str, ...] = (*described.notes, *self._precision_notes())
         self._files.close()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -77,13 +77,13 @@ class DeepSpeedSource:
         if length is None:
             length = self.shapes[name][axis] - start
         split = shards[0].piece.axis
-        if split != axis:  # split another way at save: read all, then cut
-            whole = self._gather(shards, kind, 0, self.shapes[name][split])
-            return whole.narrow(axis, start, length).contiguous()
+        if split != axis:  # split along another axis at save: read the full tensor, then slice
+            full = self._gather(shards, kind, 0, self.shapes[name][split])
+            return full.narrow(axis, start, length).contiguous()
         return self._gather(shards, kind, start, start + length)
 
     def _gather(self, shards: tuple[Shard, ...], kind: str, start: int, end: int) -> Tensor:
-        """Rows [start, end) along the axis that the shards split."""
+        """Returns rows [start, end) along the axis that the shards split."""
         parts = []
         for shard in shards:
             piece = shard.piece
@@ -94,7 +94,7 @@ class DeepSpeedSource:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=shards[0].piece.axis)
 
     def _rows(self, stored: Stored, kind: str, axis: int, start: int, length: int) -> Tensor:
-        """Rows of a local parameter: of the first axis those alone, of another cut out of the whole."""
+        """Returns rows of a local parameter. Along axis 0 only these are read; along another, all are read, then sliced."""
         spans, shape = stored.spans[kind], stored.shape
         row = torch.Size(shape[1:]).numel()
         if axis == 0:
@@ -104,8 +104,8 @@ class DeepSpeedSource:
     def _stored(self, shard: Shard) -> Stored:
         return self._ranks[shard.rank][shard.parameter]
 
-    def _rounded(self) -> list[str]:
-        """Says so where weights are not the optimizer's own but what the model computed with."""
+    def _precision_notes(self) -> list[str]:
+        """Returns notes on weights that are saved only in the dtype that the model computed with."""
         types: dict[str, int] = {}
         for row in self._shards.values():
             stored = self._stored(row[0])
@@ -113,25 +113,25 @@ class DeepSpeedSource:
                 name = str(stored.dtype).removeprefix("torch.")
                 types[name] = types.get(name, 0) + 1
         return [
-            f"{count} of {len(self._shards)} tensors are in {name}, as the model computed with them: there are no fp32 masters "
-            "of them in the folder"
+            f"{count} of {len(self._shards)} tensors are in {name}, in which the model computed: the folder has no fp32 "
+            "master weights for them"
             for name, count in types.items()
         ]
 
 
 def _check_agreement(files: PtFiles, inventory: Inventory) -> int:
-    """Compares what the files say of the save's ranks and steps with their names. Returns the step. Raises CheckpointError."""
+    """Compares the ranks and steps recorded in the files with the file names. Returns the step. Raises CheckpointError."""
     steps: dict[int, str] = {}
     for file in inventory.model.values():
         steps.setdefault(files.get(file, ("global_steps",), int), file)
-        said = {
+        recorded = {
             "model-parallel ranks": (files.find(file, ("mp_world_size",)), inventory.model_parallel),
             "tensor ranks": (files.find(file, ("checkpoint_parallel_dimensions", "tp_degree")), inventory.tensor),
             "pipeline stages": (files.find(file, ("checkpoint_parallel_dimensions", "pp_degree")), inventory.pipeline),
         }
         if inventory.optimizer:
-            said["data ranks"] = (files.find(file, ("dp_world_size",)), inventory.data)
-        _compare(files.folder / file, said)
+            recorded["data ranks"] = (files.find(file, ("dp_world_size",)), inventory.data)
+        _compare(files.folder / file, recorded)
     if len(steps) > 1:
         shown = [f"{file} of step {step}" for step, file in sorted(steps.items())]
         raise CheckpointError(f"{files.folder}: files of several saves: {shorten(shown)}; copy all files of one save")
@@ -144,30 +144,30 @@ def _check_agreement(files: PtFiles, inventory: Inventory) -> int:
 
 def _layout(files: PtFiles, inventory: Inventory) -> dict[str, int]:
     layout = {"tensor": inventory.tensor, "pipeline": inventory.pipeline}
-    said = files.find(inventory.model[0, 0], ("dp_world_size",))  # ZeRO 0 leaves no other trace of them
-    data = inventory.data if inventory.optimizer else said
+    recorded = files.find(inventory.model[0, 0], ("dp_world_size",))  # ZeRO 0 records the data ranks only here
+    data = inventory.data if inventory.optimizer else recorded
     if type(data) is not int or data < 1:
         return layout
     return {"world_size": inventory.model_parallel * data, **layout, "data": data}
 
 
-def _compare(path: Path, said: Mapping[str, tuple[object, int]]) -> None:
-    for what, (inside, by_name) in said.items():
+def _compare(path: Path, recorded: Mapping[str, tuple[object, int]]) -> None:
+    for kind, (inside, by_name) in recorded.items():
         if inside is not None and (type(inside) is not int or inside != by_name):
             raise CheckpointError(
-                f"{path}: was saved by {one_line(inside)} {what}, but by the names there are files of {by_name}: files are "
-                "missing, or are left from another save"
+                f"{path}: was saved by {one_line(inside)} {kind}, but the file names show {by_name}: files are missing, or "
+                "left over from another save"
             )
 
 
 def _check(inventory: Inventory, ranks: list[dict[str, Stored]], described: Described) -> None:
-    """Every parameter of every rank is there in its shape and in one type, and nothing besides. Raises CheckpointError."""
-    missing, extra, other = [], [], []
+    """Raises CheckpointError unless every rank has exactly the expected parameters and shapes, in one dtype per tensor."""
+    missing, extra, wrong = [], [], []
     for rank, (stored, expected) in enumerate(zip(ranks, described.expected, strict=True)):
         where = f"mp_rank_{rank:02d} " if len(ranks) > 1 else ""
         missing += [f"{where}{name}" for name in sorted(expected.keys() - stored.keys())]
-        extra += [f"{where}{one_line(name)}" for name in sorted(stored.keys() - expected.keys() - described.spare)]
-        other += [
+        extra += [f"{where}{one_line(name)}" for name in sorted(stored.keys() - expected.keys() - described.redundant)]
+        wrong += [
             f"{where}{name} {list(stored[name].shape)} instead of {list(expected[name])}"
             for name in sorted(expected.keys() & stored.keys())
             if stored[name].shape != tuple(expected[name])
@@ -176,21 +176,21 @@ def _check(inventory: Inventory, ranks: list[dict[str, Stored]], described: Desc
         for name, row in described.shards.items():
             types = {str(ranks[shard.rank][shard.parameter].dtype) for shard in row}
             if len(types) > 1:
-                other.append(f"{name} is {' and '.join(sorted(types))}")
-    faults = [
+                wrong.append(f"{name} has dtypes {' and '.join(sorted(types))}")
+    problems = [
         f"{title}: {shorten(names)}"
-        for title, names in (("missing", missing), ("not in this model", extra), ("other shape", other))
+        for title, names in (("missing", missing), ("not in this model", extra), ("wrong shape or dtype", wrong))
         if names
     ]
-    if faults:
+    if problems:
         raise CheckpointError(
-            f"{inventory.folder}: its parameters (tensor ranks {inventory.tensor}, stages {inventory.pipeline}) are not those "
-            f"of the configuration: {'; '.join(faults)}"
+            f"{inventory.folder}: parameters (tensor ranks {inventory.tensor}, stages {inventory.pipeline}) do not match the "
+            f"configuration: {'; '.join(problems)}"
         )
 
 
 def _tokenizer(folder: Path, configured: Path | None) -> Path | None:
-    """The tokenizer.json that the run's configuration names, else one beside the files or up to two folders above them."""
+    """Returns the tokenizer.json that the run's configuration names, else one in the folder or up to two folders above it."""
     above = Path(os.path.abspath(folder))
-    places = [place / _TOKENIZER for place in [above, *above.parents][:3]]
-    return next((path for path in [*([configured] if configured else []), *places] if path.is_file()), None)
+    candidates = [parent / _TOKENIZER for parent in [above, *above.parents][:3]]
+    return next((path for path in [*([configured] if configured else []), *candidates] if path.is_file()), None)

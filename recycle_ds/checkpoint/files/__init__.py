@@ -1,1 +1,1 @@
-"""Files and folders of every format: checksums, safetensors, torch archives, tokenizer files, folders made whole or not at all."""
+"""Files of every format: checksums, safetensors, torch archives, tokenizer files, atomic creation of folders."""

@@ -1,4 +1,4 @@
-"""Reading parts of tensors out of memory-mapped safetensors files, with their errors told in one line."""
+"""Reading parts of tensors from memory-mapped safetensors files, with errors reported in one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 class ShardFiles:
-    """Opens the safetensors files of a folder as they are asked for; they stay open."""
+    """The safetensors files of a folder. Each is opened on first use and stays open."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
 
     def keys(self, file: str) -> list[str]:
-        """Names in a file."""
+        """Names of the tensors in a file."""
         return list(self._handle(file).keys())
 
     def shape(self, file: str, key: str) -> tuple[int, ...]:
@@ -30,23 +30,23 @@ class ShardFiles:
         return tuple(self._part(file, key).get_shape())
 
     def dtype(self, file: str, key: str) -> torch.dtype:
-        """Type of a stored tensor. Raises CheckpointError for one that weights do not have."""
+        """Dtype of a stored tensor. Raises CheckpointError for a dtype that weights cannot have."""
         name = self._part(file, key).get_dtype()
         if name not in DTYPES:
-            raise CheckpointError(f"{self.folder / file}: {key} is of type {name}; weights are {', '.join(DTYPES)}")
+            raise CheckpointError(f"{self.folder / file}: {key} has dtype {name}; weights must be {', '.join(DTYPES)}")
         return DTYPES[name]
 
     def read(self, file: str, key: str, axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
-        """Rows [start, start + length) along `axis`, only their bytes where they lie together."""
+        """Slice [start, start + length) along `axis`; if its bytes are contiguous, no others are read."""
         part = self._part(file, key)
         shape = part.get_shape()
         index = [slice(None)] * len(shape)
         index[axis] = slice(start, shape[axis] if length is None else start + length)
         try:
-            found: Tensor = part[tuple(index)]
+            value: Tensor = part[tuple(index)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {key}: {error}") from None
-        return found
+        return value
 
     def _part(self, file: str, key: str) -> Any:
         try:

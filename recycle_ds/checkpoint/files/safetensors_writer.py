@@ -1,4 +1,4 @@
-"""Writing safetensors shards a tensor at a time, within one shard of memory."""
+"""Writing safetensors shards, tensor by tensor, with at most one shard in memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from recycle_ds.checkpoint.files.checksums import save_shard
+from recycle_ds.config.atomic_files import fsync
 
 Named = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
-"""Name, shape and type of a tensor, and what reads it."""
+"""Name, shape and dtype of a tensor, and a function that reads it."""
 
 
 def split(tensors: Iterable[Named], shard_bytes: int) -> list[list[Named]]:
-    """Shards of at most `shard_bytes`, but for a tensor that is larger by itself; in order."""
+    """Groups tensors, in order, into shards of at most `shard_bytes`; a larger tensor gets a shard of its own."""
     shards: list[list[Named]] = []
     room = 0
     for named in tensors:
@@ -31,16 +32,25 @@ def split(tensors: Iterable[Named], shard_bytes: int) -> list[list[Named]]:
 def write_shards(
     folder: Path, shards: list[list[Named]], name: Callable[[int, int], str], step: Callable[[str], None]
 ) -> dict[str, list[str]]:
-    """Writes every shard to disk; returns the names in each file. `step` is told each tensor's name as it is read."""
+    """Writes every shard to disk; returns the tensor names in each file. `step` is called with the name of each tensor read."""
     written: dict[str, list[str]] = {}
     for number, shard in enumerate(shards, start=1):
-        held: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for key, shape, dtype, read in shard:
             value = read().to(dtype).contiguous()
             assert tuple(value.shape) == tuple(shape), key
-            held[key] = value
+            values[key] = value
             step(key)
         path = folder / name(number, len(shards))
-        save_shard(path, held)
-        written[path.name] = list(held)
+        save_shard(path, values)
+        written[path.name] = list(values)
     return written
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file and forces it to disk. Its mode follows the umask, which safetensors itself ignores."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+    fsync(path)

@@ -1,11 +1,11 @@
-"""The files of a tokenizer, which every format keeps beside the weights under the same names."""
+"""The files of a tokenizer, which every format stores next to the weights under the same names."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from recycle_ds.config.atomic_files import flush as fsync
+from recycle_ds.config.atomic_files import fsync
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.tokenizer import Tokenizer
 
@@ -14,11 +14,11 @@ _BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 
 def copy_tokenizer(source_tokenizer: Path, folder: Path) -> list[str]:
-    """Copies a tokenizer's files that exist into a folder, forced to disk; returns their names there.
+    """Copies those files of a tokenizer that exist into a folder and forces them to disk; returns their names there.
 
-    source_tokenizer: its tokenizer.json, whatever it is called; it arrives under that name, bit for bit. Where no
-    tokenizer_config.json says which token ends a document, one is written: transformers knows it from there alone. Raises
-    OSError where the folder cannot be written.
+    source_tokenizer: path of its tokenizer.json, under any file name; the copy is named tokenizer.json and has the same bytes.
+    If no tokenizer_config.json names the end-of-text token, one is written: transformers reads the token only from there.
+    Raises OSError if the folder cannot be written.
     """
     if not source_tokenizer.is_file():
         return []
@@ -36,11 +36,11 @@ def copy_tokenizer(source_tokenizer: Path, folder: Path) -> list[str]:
 
 
 def _save_config(path: Path, folder: Path) -> bool:
-    """Writes a tokenizer_config.json that names the end token, unless the tokenizer's own does; returns whether it did."""
+    """Writes a tokenizer_config.json that names the end token, unless the tokenizer has one. Returns whether it was written."""
     try:
         tokenizer = Tokenizer.load(path)
     except DataError:
-        return False  # no end token, or not for us to read: it is copied as it is, and whoever loads it is told
+        return False  # no end token, or unreadable: copied unchanged, and loading it reports the error
     if "eos_token" in tokenizer.config:
         return False
     tokenizer.save(folder)

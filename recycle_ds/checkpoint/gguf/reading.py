@@ -1,6 +1,6 @@
-"""Reading a GGUF file of the LLaMA architecture as a source of canonical tensors, dequantised to fp32.
+"""Reads a GGUF file of the LLaMA architecture as a source of canonical tensors, dequantised to fp32.
 
-llama.cpp rotates neighbouring channels where LLaMA rotates halves, so its query and key rows are permuted: undone here.
+llama.cpp rotates adjacent channels where LLaMA rotates halves, so its query and key rows are permuted. Reading undoes this.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class GgufSource:
     recycle = RecycleConfig(layers=0)
 
     def __init__(self, file: Path, tokenizer: Path | None = None) -> None:
-        """Opens a file; `tokenizer` is the tokenizer.json made of it. Raises CheckpointError for what is not supported."""
+        """Opens a file. tokenizer: the tokenizer.json made from it. Raises CheckpointError if it is not supported."""
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise CheckpointError(f"{file}: reading it needs the package gguf: pip install gguf") from None
+            raise CheckpointError(f"{file}: reading it requires the package gguf: pip install gguf") from None
         self.folder, self.tokenizer = file, tokenizer
         try:
             self._reader = GGUFReader(file)
@@ -63,7 +63,7 @@ class GgufSource:
             raise CheckpointError(f"{file}: missing: {shorten(missing) or '-'}; not supported: {shorten(extra) or '-'}")
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """The format has no checksums."""
+        """Does nothing: the format has no checksums."""
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
@@ -89,10 +89,12 @@ class GgufSource:
 
     def _read_config(self) -> ModelConfig:
         if self._field("general.architecture") != "llama":
-            raise CheckpointError(f"{self.folder}: architecture {self._field('general.architecture')!r}, not 'llama'")
+            raise CheckpointError(
+                f"{self.folder}: architecture {self._field('general.architecture')!r}: must be 'llama'"
+            )
         scaled = [name for name in self._reader.fields if name.startswith("llama.rope.scaling")]
         if scaled:
-            raise CheckpointError(f"{self.folder}: {scaled[0]}: scaled rotary embeddings are not read from GGUF")
+            raise CheckpointError(f"{self.folder}: {scaled[0]}: RoPE scaling in GGUF files is not supported")
         fields = {
             "layers": self._field("llama.block_count"),
             "hidden": self._field("llama.embedding_length"),
@@ -102,7 +104,7 @@ class GgufSource:
             "vocab_size": self._field("llama.vocab_size"),
             "max_positions": self._field("llama.context_length"),
             "rope": {"theta": self._field("llama.rope.freq_base")},
-            # stored in fp32: 1e-5 comes out as 9.999999747378752e-06
+            # stored in fp32, where 1e-5 reads as 9.999999747378752e-06
             "norm_epsilon": float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
             "tied_embeddings": "output.weight" not in self._tensors,
         }
@@ -114,7 +116,7 @@ class GgufSource:
     def _field(self, key: str) -> Any:
         field = self._reader.fields.get(key)
         if field is None:
-            raise CheckpointError(f"{self.folder}: without {key}")
+            raise CheckpointError(f"{self.folder}: missing {key}")
         return field.contents()
 
 
@@ -126,6 +128,6 @@ def _name(canonical: str) -> str:
 
 
 def _unpermute(rows: Tensor, heads: int) -> Tensor:
-    """Rows (0, C/2), (1, C/2 + 1), ... of each head, as llama.cpp keeps them, back to 0, 1, ..., C - 1."""
+    """Reorders the rows of each head from llama.cpp's order 0, C/2, 1, C/2 + 1, ... to 0, 1, ..., C - 1."""
     pairs = rows.view(heads, -1, 2, rows.shape[1])
     return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,1 +1,1 @@
-"""Hugging Face folders of the LLaMA family: config.json and safetensors, with the recycle module beside them."""
+"""Hugging Face folders of the LLaMA family: config.json and safetensors, with the recycle module next to them."""

@@ -1,7 +1,8 @@
-"""config.json of the supported architectures to our model section, and back.
+"""Converts config.json of the supported architectures to our model section, and back.
 
-All are pre-norm decoders with RMSNorm, rotary embeddings (halves rotated), SwiGLU and grouped queries, and differ in biases and
-defaults. What a config asks for beyond that is refused by name: a model that ignored it would run and be wrong.
+All are pre-norm decoders with RMSNorm, rotary embeddings (halves rotated), SwiGLU and grouped-query attention; they differ in
+biases and defaults. Any other setting that changes the computation raises a CheckpointError that names it: if it were ignored,
+the model would run and compute wrong results.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from recycle_ds.config import ConfigError, ModelConfig, build_section
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`."""
+    """One supported `model_type`."""
 
     model_type: str
     architecture: str
     qkv_bias: bool
     sliding_window: int | None
-    """What transformers assumes where the config does not say."""
+    """Default of transformers for a config without the key."""
 
 
 FAMILIES = {
@@ -35,7 +36,7 @@ FAMILIES = {
     )
 }
 _PARTIAL = "partial_rotary_factor"
-# Must have these values where they are given; everything else changes the computation.
+# A key that is present must have one of these values: any other value changes the computation.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -58,7 +59,10 @@ _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", 
 
 
 def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
-    """The model section of a config.json, and notes on what is narrower than the source. Raises CheckpointError."""
+    """Returns the model section of a config.json, and notes on limits that the source does not have.
+
+    where: path for error messages. Raises CheckpointError for an invalid or unsupported config.
+    """
     family = FAMILIES.get(str(tree.get("model_type")))
     if family is None:
         raise CheckpointError(
@@ -69,10 +73,10 @@ def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[s
             raise CheckpointError(f"{where}: {key}={tree[key]!r} is not supported, only {allowed[0]!r}")
     missing = [key for key in _SIZES.values() if tree.get(key) is None]
     if missing:
-        raise CheckpointError(f"{where}: without {', '.join(missing)}")
+        raise CheckpointError(f"{where}: missing {', '.join(missing)}")
     _check_numbers(tree, where)
     groups = tree.get("num_key_value_heads")
-    fields: dict[str, Any] = {ours: tree[theirs] for ours, theirs in _SIZES.items()} | {
+    fields: dict[str, Any] = {field: tree[key] for field, key in _SIZES.items()} | {
         "kv_heads": tree[_SIZES["heads"]] if groups is None else groups,
         "head_dim": tree.get("head_dim"),
         "norm_epsilon": tree.get("rms_norm_eps", 1e-6),
@@ -89,12 +93,12 @@ def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[s
     window = _window(tree, family, where)
     if window is None or window >= model.max_positions:
         return model, []
-    note = f"sliding_window={window}: positions are limited to it, from {model.max_positions}"
+    note = f"sliding_window={window}: max_positions reduced from {model.max_positions} to {window}"
     return model.model_copy(update={"max_positions": window}), [note]
 
 
 def _check_numbers(tree: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError for true or false in a number's place, which Python would take for 1 or 0, and for the reverse."""
+    """Raises CheckpointError for a boolean in place of a number, which Python would accept as 1 or 0, and for the reverse."""
     for key in _NUMBERS:
         if isinstance(tree.get(key), bool):
             raise CheckpointError(f"{where}: {key}={tree[key]!r}: must be a number")
@@ -103,9 +107,9 @@ def _check_numbers(tree: Mapping[str, Any], where: str) -> None:
 
 
 def _window(tree: Mapping[str, Any], family: Family, where: str) -> int | None:
-    """Positions that a token sees, None for all. Raises CheckpointError."""
+    """Returns the attention window in positions, None if it is unlimited. Raises CheckpointError for an invalid one."""
     window = tree.get("sliding_window", family.sliding_window)
-    if family.model_type != "mistral" or window is None:  # Qwen2's has no effect without use_sliding_window
+    if family.model_type != "mistral" or window is None:  # without use_sliding_window, Qwen2 ignores the key
         return None
     if type(window) is not int or window < 1:
         raise CheckpointError(f"{where}: sliding_window={window!r}: must be a whole number above 0, or null")
@@ -113,7 +117,7 @@ def _window(tree: Mapping[str, Any], family: Family, where: str) -> int | None:
 
 
 def _read_rope(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier releases)."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(tree.get(name), Mapping | None):
             raise CheckpointError(f"{where}: {name}={tree[name]!r}: must be an object")
@@ -138,18 +142,18 @@ def _read_rope(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         }
     absent = [key for key, value in found.items() if value is None]
     if absent:
-        raise CheckpointError(f"{where}: rope type {kind!r} without {', '.join(absent)}")
+        raise CheckpointError(f"{where}: rope type {kind!r}: missing {', '.join(absent)}")
     return {"theta": theta, "scaling": found}
 
 
 def write_model(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a plain base model: Qwen2 where queries, keys and values have biases, else LLaMA. dtype: torch's name."""
+    """Returns config.json of a plain base model: Qwen2 for model.qkv_bias, else LLaMA. dtype: torch's name."""
     family = FAMILIES["qwen2" if config.qkv_bias else "llama"]
     assert config.vocab_size is not None
     tree: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        **{key: getattr(config, field) for field, key in _SIZES.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.dim_per_head,
         "hidden_act": "silu",

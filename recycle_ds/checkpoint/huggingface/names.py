@@ -1,4 +1,4 @@
-"""Canonical names to Hugging Face's, tensor by tensor: nothing is fused, transposed or permuted on either side."""
+"""Maps canonical names to Hugging Face's, one tensor to one: nothing is fused, transposed or permuted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECYCLE = "recycle."
 
 
 def hugging_face_name(canonical: str) -> str:
-    """The name in a Hugging Face folder of a tensor of the backbone; the module's keep theirs, in a file of their own."""
+    """Returns a tensor's name in a Hugging Face folder. The module's tensors, in separate files, keep their canonical names."""
     if canonical.startswith(RECYCLE):
         return canonical
     match = _IN_BLOCK.match(canonical)

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder of the LLaMA family as a source of canonical tensors."""
+"""Reads a Hugging Face folder of the LLaMA family as a source of canonical tensors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from recycle_ds.model.build import whole_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
-# Buffers that old releases saved and that are computed anew.
+# Buffers that old releases of transformers saved; they are recomputed.
 _IGNORED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 
 class HuggingFaceSource:
-    """See `Source`. Nothing is unpickled and no code of the folder is run; names and shapes are checked when it is opened."""
+    """See `Source`. Nothing is unpickled and no code from the folder is run; names and shapes are checked on opening."""
 
     kind = "huggingface"
     step = 0
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         """Opens a folder with config.json and safetensors. verify: whether to compare the module's checksums; the model's files
-        have none. Raises CheckpointError that lists what does not fit.
+        have none. Raises CheckpointError that lists all mismatches.
         """
         self.folder = folder
         tree = read_json(folder / CONFIG)
@@ -47,7 +47,7 @@ class HuggingFaceSource:
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
         self._files = ShardFiles(folder)
-        self._where = self._locate()
+        self._file_of = self._locate()
         self._check()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -62,23 +62,23 @@ class HuggingFaceSource:
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""
         key = hugging_face_name(name)
-        return self._files.dtype(self._where[key], key)
+        return self._files.dtype(self._file_of[key], key)
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
         """See `Source`."""
         assert self.has(name, kind), f"{kind} of {name}"
         key = hugging_face_name(name)
-        return self._files.read(self._where[key], key, axis, start, length)
+        return self._files.read(self._file_of[key], key, axis, start, length)
 
     def _locate(self) -> dict[str, str]:
-        """File of every stored tensor, by its name there."""
-        where: dict[str, str] = {}
+        """Returns the file of every stored tensor, by its Hugging Face name."""
+        file_of: dict[str, str] = {}
         for file in (*self._weight_files(), *self._module_files):
             for key in self._files.keys(file):
-                if key in where:
-                    raise CheckpointError(f"{self.folder}: {key} lies in {where[key]} and in {file}")
-                where[key] = file
-        return where
+                if key in file_of:
+                    raise CheckpointError(f"{self.folder}: {key} is in both {file_of[key]} and {file}")
+                file_of[key] = file
+        return file_of
 
     def _weight_files(self) -> list[str]:
         if (self.folder / INDEX).is_file():
@@ -89,7 +89,7 @@ class HuggingFaceSource:
             for file in files:
                 if not _PLAIN_NAME.match(file):
                     raise CheckpointError(
-                        f"{self.folder / INDEX}: {file!r} is not the name of a safetensors file beside it"
+                        f"{self.folder / INDEX}: {file!r}: must be the name of a safetensors file in the same folder"
                     )
             absent = [file for file in files if not (self.folder / file).is_file()]
             if absent:
@@ -106,21 +106,21 @@ class HuggingFaceSource:
         raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{why}")
 
     def _check(self) -> None:
-        """Every tensor of the model is there in its shape, and nothing besides."""
+        """Raises CheckpointError unless the folder has exactly the model's tensors, in their shapes."""
         expected = {hugging_face_name(name): shape for name, shape in self.shapes.items()}
-        spare = {"lm_head.weight"} if self.model.tied_embeddings else set()
-        missing = sorted(expected.keys() - self._where.keys())
-        extra = sorted(key for key in self._where.keys() - expected.keys() - spare if not _IGNORED.match(key))
-        other = []
-        for key in sorted(expected.keys() & self._where.keys()):
-            self._files.dtype(self._where[key], key)
-            found = self._files.shape(self._where[key], key)
+        redundant = {"lm_head.weight"} if self.model.tied_embeddings else set()
+        missing = sorted(expected.keys() - self._file_of.keys())
+        extra = sorted(key for key in self._file_of.keys() - expected.keys() - redundant if not _IGNORED.match(key))
+        wrong = []
+        for key in sorted(expected.keys() & self._file_of.keys()):
+            self._files.dtype(self._file_of[key], key)
+            found = self._files.shape(self._file_of[key], key)
             if found != tuple(expected[key]):
-                other.append(f"{key} {list(found)} instead of {list(expected[key])}")
-        faults = [
+                wrong.append(f"{key} {list(found)} instead of {list(expected[key])}")
+        problems = [
             f"{title}: {shorten(names)}"
-            for title, names in (("missing", missing), ("not supported", extra), ("other shape", other))
+            for title, names in (("missing", missing), ("not supported", extra), ("wrong shape", wrong))
             if names
         ]
-        if faults:
-            raise CheckpointError(f"{self.folder}: its tensors are not those of its {CONFIG}: {'; '.join(faults)}")
+        if problems:
+            raise CheckpointError(f"{self.folder}: tensors do not match {CONFIG}: {'; '.join(problems)}")

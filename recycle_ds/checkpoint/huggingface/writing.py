@@ -1,4 +1,4 @@
-"""Writing a folder that transformers' AutoModelForCausalLM loads as the plain base model, with the module beside it."""
+"""Writes a folder that transformers' AutoModelForCausalLM loads as the plain base model, with the module next to it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from recycle_ds.checkpoint.files.checksums import write_json
 from recycle_ds.checkpoint.files.safetensors_writer import Named, split, write_shards
 from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
 from recycle_ds.checkpoint.huggingface.families import write_model
@@ -16,13 +15,14 @@ from recycle_ds.checkpoint.huggingface.names import RECYCLE, hugging_face_name
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
+from recycle_ds.config.atomic_files import write_json_atomically
 from recycle_ds.data.tokenizer import Tokenizer
 
 
 def write_hugging_face(
     source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, step: Callable[[str], None]
 ) -> None:
-    """Fills an empty folder; dtype None keeps each tensor's. `step` is told each tensor's name as it is written."""
+    """Fills an empty folder. dtype None keeps each tensor's dtype. `step` is called with the name of each tensor written."""
 
     def named(name: str) -> Named:
         return hugging_face_name(name), source.shapes[name], dtype or source.dtype(name), lambda: source.read(name)
@@ -34,21 +34,23 @@ def write_hugging_face(
         write_shards(folder, shards, lambda *_: SINGLE, step)
     else:
         files = write_shards(folder, shards, lambda n, of: f"model-{n:05d}-of-{of:05d}.safetensors", step)
-        size = sum(torch.Size(shape).numel() * kept.itemsize for _, shape, kept, _ in base)
+        size = sum(torch.Size(shape).numel() * stored.itemsize for _, shape, stored, _ in base)
         table = {key: file for file, keys in files.items() for key in keys}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
+        write_json_atomically(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
     tree = write_model(source.model, str(base[0][2]).removeprefix("torch."))
     if source.tokenizer is not None:
         tree |= _write_tokenizer(source.tokenizer, folder)
-    write_json(folder / CONFIG, tree)
+    write_json_atomically(folder / CONFIG, tree)
     if module:
         shards = split(module, shard_bytes)
         files = write_shards(folder, shards, module_file, step)
-        write_json(folder / MODULE_CONFIG, describe_module(source.recycle, folder, list(files), provenance()))
+        write_json_atomically(
+            folder / MODULE_CONFIG, describe_module(source.recycle, folder, list(files), provenance())
+        )
 
 
 def _write_tokenizer(path: Path, folder: Path) -> dict[str, int]:
-    """Copies the tokenizer's files; returns the special tokens of config.json."""
+    """Copies the tokenizer's files; returns the special-token ids for config.json."""
     tokenizer = Tokenizer.load(path)
     copy_tokenizer(path, folder)
     found = {"eos_token_id": tokenizer.eos_id}

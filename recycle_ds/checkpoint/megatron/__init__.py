@@ -1,1 +1,1 @@
-"""Checkpoints of megatron.core.dist_checkpointing (torch_dist) with the names of its GPTModel; its MTP layer is our module."""
+"""Checkpoints of megatron.core.dist_checkpointing (torch_dist) with GPTModel's names; its MTP layer is the recycle module."""

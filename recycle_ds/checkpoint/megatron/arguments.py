@@ -1,7 +1,7 @@
-"""Megatron-LM's arguments (the `args` of common.pt) to our model section, and back.
+"""Converts Megatron-LM's arguments (the `args` of common.pt) to our model section, and back.
 
-An argument that changes the computation beyond what our model does is refused by name: ignored, it would give a model that
-runs and is wrong.
+An argument that changes the computation in a way that our model does not support raises a CheckpointError that names it: if it
+were ignored, the model would run and compute wrong results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.size_limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig, build_section
 
-# Must be given, and be so.
+# Must be present and have one of these values.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",),
@@ -32,7 +32,7 @@ _OFF = (
     "is_hybrid_model", "layernorm_zero_centered_gamma", "mtp_use_repeated_layer", "multi_latent_attention", "qk_l2_norm",
     "qk_layernorm", "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
 )  # fmt: skip
-# Must have one of these values where they are given.
+# Must have one of these values if present.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0, None),
     "glu_linear_offset": (0.0, None),
@@ -55,7 +55,7 @@ _UNTIED, _BIAS, _SCALED, _DEPTH = (
     "mtp_num_layers",
 )
 _FLAGS = (_GROUPED, _UNTIED, _BIAS, _SCALED)
-# Of what is read as a number, none is ever true or false: Python would take those for 1 and 0.
+# Read as numbers: booleans are refused, because Python would accept them as 1 and 0.
 _NUMBERS = (
     *_SIZES.values(), _PADDED, _GROUPS, _DEPTH, "init_method_std", "kv_channels", "layernorm_epsilon",
     "make_vocab_size_divisible_by", "norm_epsilon", "rope_scaling_factor", "rotary_base", "rotary_seq_len_interpolation_factor",
@@ -64,19 +64,22 @@ _NUMBERS = (
 _LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_positions": 8192}
 """Constants of Megatron's RotaryEmbedding."""
 _EPSILON = 1e-5
-"""What Megatron-LM assumes."""
+"""Default of Megatron-LM."""
 SEPARATE_DEPTHS = (
-    "Megatron's MTP has weights of its own for every depth, a recycle module one set for all: only one layer is read"
+    "Megatron's MTP has separate weights for every depth, a recycle module has one set: only one layer is read"
 )
 
 
 def read_arguments(
     args: Mapping[str, Any], where: str, tokens: int | None
 ) -> tuple[ModelConfig, RecycleConfig, list[str]]:
-    """Model, module and notes. tokens: those of the tokenizer beside it, if there is one. Raises CheckpointError."""
+    """Returns model section, recycle section and notes. tokens: vocabulary size of the tokenizer with the checkpoint, if any.
+
+    Raises CheckpointError for missing, invalid or unsupported arguments.
+    """
     _check(args, where)
     vocabulary, notes = _vocabulary(args, tokens)
-    fields: dict[str, Any] = {ours: args[theirs] for ours, theirs in _SIZES.items()} | {
+    fields: dict[str, Any] = {field: args[key] for field, key in _SIZES.items()} | {
         "kv_heads": args[_GROUPS] if args.get(_GROUPED) else args[_SIZES["heads"]],
         "head_dim": args.get("kv_channels"),
         "vocab_size": vocabulary,
@@ -99,11 +102,11 @@ def read_arguments(
 
 
 def _check(args: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError for what is missing, of another kind than it must be, or not supported."""
+    """Raises CheckpointError for arguments that are missing, of the wrong type or not supported."""
     wanted = (*_SIZES.values(), _PADDED, *_REQUIRED, *([_GROUPS] if args.get(_GROUPED) else []))
     missing = [key for key in wanted if args.get(key) is None]
     if missing:
-        raise CheckpointError(f"{where}: args without {', '.join(missing)}")
+        raise CheckpointError(f"{where}: missing in args: {', '.join(missing)}")
     for key, allowed in (_REQUIRED | _FIXED).items():
         if key in args and args[key] not in allowed:
             raise CheckpointError(f"{where}: {key}={args[key]!r} is not supported, only {allowed[0]!r}")
@@ -115,13 +118,13 @@ def _check(args: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {key}={args[key]!r}: must be a number")
 
 
-def _first(args: Mapping[str, Any], keys: tuple[str, ...], otherwise: Any) -> Any:
-    """The first of them that is given. None is not; 0 is, and is then judged as any other value."""
-    return next((args[key] for key in keys if args.get(key) is not None), otherwise)
+def _first(args: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
+    """Returns the first value that is given. None counts as not given; 0 is a value and is checked like any other."""
+    return next((args[key] for key in keys if args.get(key) is not None), default)
 
 
 def _vocabulary(args: Mapping[str, Any], tokens: int | None) -> tuple[int, list[str]]:
-    """Tokens without padding, and a note where that is not known."""
+    """Returns the vocabulary size without padding, and a note if only the padded size is known."""
     padded = args[_PADDED]
     given = args.get("vocab_size")
     if given is not None and "Null" not in str(args.get("tokenizer_type")):
@@ -129,7 +132,7 @@ def _vocabulary(args: Mapping[str, Any], tokens: int | None) -> tuple[int, list[
     if tokens is not None and isinstance(padded, int) and tokens <= padded:
         return tokens, []
     return padded, [
-        f"vocabulary: {padded} tokens with Megatron's padding; neither args nor a tokenizer.json say without"
+        f"vocabulary: {padded} tokens including Megatron's padding; neither args nor a tokenizer.json gives the size without it"
     ]
 
 
@@ -139,7 +142,7 @@ def _read_rope(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     if args.get(_SCALED):
         if factor is not None:
             raise CheckpointError(
-                f"{where}: use_rope_scaling together with rotary_seq_len_interpolation_factor={factor!r}: only one of them"
+                f"{where}: use_rope_scaling together with rotary_seq_len_interpolation_factor={factor!r}: only one is supported"
             )
         scaling = {"kind": "llama3", "factor": _first(args, ("rope_scaling_factor",), 8.0), **_LLAMA3}
         return found | {"scaling": scaling}
@@ -154,12 +157,12 @@ def write_arguments(
     dtype: torch.dtype,
     layout: tuple[int, int],
 ) -> dict[str, Any]:
-    """What --use-checkpoint-args looks for and what its checks compare. layout: tensor and pipeline ranks.
+    """Returns the arguments that --use-checkpoint-args reads and that its checks compare. layout: tensor and pipeline ranks.
 
-    Raises CheckpointError for a rotary scaling that Megatron does not have.
+    Raises CheckpointError for a RoPE scaling that Megatron does not support.
     """
     return {
-        **{theirs: getattr(model, ours) for ours, theirs in _SIZES.items()},
+        **{key: getattr(model, field) for field, key in _SIZES.items()},
         "seq_length": seq_length,
         "group_query_attention": model.kv_heads != model.heads,
         "num_query_groups": model.kv_heads,
@@ -221,7 +224,7 @@ def _write_scaling(model: ModelConfig) -> dict[str, Any]:
 
 
 def unrestored(model: ModelConfig) -> list[str]:
-    """Options of Megatron-LM that --use-checkpoint-args does not set and that this model needs."""
+    """Returns the Megatron-LM options that this model needs and --use-checkpoint-args does not set."""
     found = [] if model.norm_epsilon == _EPSILON else [f"--norm-epsilon {model.norm_epsilon:g}"]
     scaling = model.rope.scaling
     if scaling is not None and scaling.kind == "llama3":

@@ -1,4 +1,4 @@
-"""Boxes of tensors out of .distcp files: only the chunks that overlap them are read."""
+"""Reads boxes of tensors from .distcp files: only the chunks that overlap a box are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recycle_ds.checkpoint.sources import shorten
 
 
 class BlockFiles:
-    """Reads a folder's files as they are asked for. The chunk read last is kept: queries, keys and values share theirs."""
+    """Reads a folder's files on demand. The last chunk is cached, because queries, keys and values share one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,9 +28,9 @@ class BlockFiles:
         self._lengths: dict[str, int] = {}
 
     def fault(self, stored: Stored) -> str | None:
-        """What is wrong with where a tensor lies, or None: its chunks must tile it and lie in files that are there."""
+        """Returns what is wrong with a tensor's chunks, or None: they must tile the tensor and be inside existing files."""
         if not _tiles(stored.shape, stored.chunks):
-            return f"{stored.key}: its parts do not make up {list(stored.shape)}"
+            return f"{stored.key}: its chunks do not tile {list(stored.shape)}"
         for chunk in stored.chunks:
             if chunk.file not in self._lengths:
                 try:
@@ -38,12 +38,12 @@ class BlockFiles:
                 except OSError:
                     return f"{chunk.file} is missing"
             if chunk.position + chunk.bytes > self._lengths[chunk.file]:
-                return f"{chunk.file} has {self._lengths[chunk.file]} bytes, {stored.key} lies beyond them"
+                return f"{chunk.file} has {self._lengths[chunk.file]} bytes, {stored.key} ends beyond them"
         return None
 
     def verify(self, tensors: Iterable[Stored], rank: int, world_size: int) -> None:
-        """Compares the checksums of every world_size-th chunk from the rank-th, in their order on disk: a share of chunks and
-        not of files, of which there may be one. Raises CheckpointError that names the damaged ones.
+        """Compares the checksums of every world_size-th chunk from the rank-th, in disk order. Ranks share chunks, not files,
+        because there may be only one file. Raises CheckpointError that names the damaged files.
         """
         chunks = {
             (chunk.file, chunk.position, chunk.bytes): stored.key for stored in tensors for chunk in stored.chunks
@@ -58,20 +58,20 @@ class BlockFiles:
             except OSError as error:
                 damaged.append(f"{name} ({error.strerror})")
         if damaged:
-            raise CheckpointError(f"{self.folder}: damaged: {shorten(damaged)}; copy it anew")
+            raise CheckpointError(f"{self.folder}: damaged: {shorten(damaged)}; copy them again")
 
     def read(self, stored: Stored, box: Box) -> Tensor:
-        """A new tensor of the box's lengths, in the stored type. Raises CheckpointError."""
+        """Returns a new tensor with the lengths of the box, in the stored dtype. Raises CheckpointError."""
         value = torch.empty([length for _, length in box], dtype=stored.dtype)
         for chunk in stored.chunks:
-            into: list[slice] = []
-            out_of: list[slice] = []
+            target: list[slice] = []
+            source: list[slice] = []
             for (start, length), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True):
                 first, last = max(start, offset), min(start + length, offset + size)
-                into.append(slice(first - start, last - start))
-                out_of.append(slice(first - offset, last - offset))
-            if all(part.start < part.stop for part in into):
-                value[tuple(into)] = self._load(stored, chunk)[tuple(out_of)]
+                target.append(slice(first - start, last - start))
+                source.append(slice(first - offset, last - offset))
+            if all(part.start < part.stop for part in target):
+                value[tuple(target)] = self._load(stored, chunk)[tuple(source)]
         return value
 
     def _load(self, stored: Stored, chunk: Chunk) -> Tensor:
@@ -82,21 +82,21 @@ class BlockFiles:
             with path.open("rb") as file:
                 view = cast("IO[bytes]", FilePart(file, chunk.position, chunk.bytes))
                 found = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive raises whatever its bytes happen to ask for
+        except Exception as error:  # a damaged archive can raise any exception
             raise CheckpointError(f"{path}: {stored.key} cannot be read ({type(error).__name__})") from None
         if type(found) is not Tensor or found.layout != torch.strided:
             raise CheckpointError(f"{path}: {stored.key} is a {type(found).__name__}, not a plain tensor")
         if tuple(found.shape) != chunk.sizes or found.dtype != stored.dtype:
             raise CheckpointError(
-                f"{path}: {stored.key} has a part of {list(found.shape)}, {found.dtype}, "
-                f"its list says {list(chunk.sizes)}, {stored.dtype}"
+                f"{path}: {stored.key} has a chunk of {list(found.shape)}, {found.dtype}, "
+                f"but .metadata lists {list(chunk.sizes)}, {stored.dtype}"
             )
         self._last = (chunk, found)
         return found
 
 
 def _tiles(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> bool:
-    """Whether chunks make up a tensor, each element once: intervals along an axis that follow each other, and so on within."""
+    """Whether chunks cover every element once: the intervals along each axis are contiguous, recursively."""
     ranks = {len(shape)} | {len(chunk.offsets) for chunk in chunks} | {len(chunk.sizes) for chunk in chunks}
     if len(ranks) != 1 or math.prod(shape) == 0:
         return False

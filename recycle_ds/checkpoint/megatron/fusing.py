@@ -1,11 +1,11 @@
-"""How our tensors lie in Megatron's, and the way back.
+"""How our tensors are laid out in Megatron's, and the inverse.
 
     query_key_value  rows grouped by key/value head: its query heads, then its key, then its value
     gate_up          gate above up
-    swapped          W [h; e] of ours is W' [e; h] of theirs: the halves of the columns change places
-    vocabulary       rows below the vocabulary are padding
+    swapped          our W [h; e] is Megatron's W' [e; h]: the two halves of the columns are exchanged
+    vocabulary       rows beyond the vocabulary size are padding
 
-Everything holds for a tensor rank's part as for the whole: groups are whole heads.
+This applies to the full tensor and to a tensor rank's shard: every group has complete heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 def fuse(entry: Entry, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Megatron's tensor, from the canonical ones in the order of `entry.parts`."""
+    """Returns Megatron's tensor, built from the canonical ones in the order of `entry.parts`."""
     if entry.kind == "query_key_value":
         rows = _rows(model)
         groups = [part.view(-1, count, *part.shape[1:]) for part, count in zip(parts, rows, strict=True)]
@@ -37,7 +37,7 @@ def fuse(entry: Entry, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
 def take(
     entry: Entry, name: str, axis: int, start: int, length: int, model: ModelConfig, read: Callable[[Box], Tensor]
 ) -> Tensor:
-    """Rows [start, start + length) along `axis` of the canonical tensor `name`, of which `read` gives Megatron's boxes."""
+    """Returns rows [start, start + length) along `axis` of canonical tensor `name`. read: reads a box of Megatron's tensor."""
     box = [(0, size) for size in entry.shape]
     index = entry.parts.index(name)
     if entry.kind == "query_key_value":
@@ -57,7 +57,7 @@ def take(
 
 
 def _rows(model: ModelConfig) -> tuple[int, int, int]:
-    """Rows of queries, keys and values in the group of one key/value head."""
+    """Returns the number of query, key and value rows in the group of one key/value head."""
     channels = model.dim_per_head
     return model.heads // model.kv_heads * channels, channels, channels
 
@@ -65,16 +65,16 @@ def _rows(model: ModelConfig) -> tuple[int, int, int]:
 def _ungroup(
     index: int, start: int, length: int, model: ModelConfig, read: Callable[[tuple[int, int]], Tensor]
 ) -> Tensor:
-    """Rows of queries (index 0), keys (1) or values (2), out of the groups that hold them."""
+    """Returns rows of queries (index 0), keys (1) or values (2), from the groups that contain them."""
     rows = _rows(model)
     count, group = rows[index], sum(rows)
     first, last = start // count, -(-(start + length) // count)
-    held = read((first * group, (last - first) * group))
-    held = held.view(last - first, group, *held.shape[1:]).narrow(1, sum(rows[:index]), count).flatten(0, 1)
-    return held.narrow(0, start - first * count, length).contiguous()
+    values = read((first * group, (last - first) * group))
+    values = values.view(last - first, group, *values.shape[1:]).narrow(1, sum(rows[:index]), count).flatten(0, 1)
+    return values.narrow(0, start - first * count, length).contiguous()
 
 
 def _swap(weight: Tensor) -> Tensor:
-    """The halves of the columns exchanged: its own inverse."""
+    """Exchanges the two halves of the columns. This is its own inverse."""
     left, right = weight.chunk(2, dim=1)
     return torch.cat((right, left), dim=1)

@@ -1,7 +1,7 @@
-"""Canonical names to the keys of Megatron's GPTModel, several of our tensors to one of theirs.
+"""Maps canonical names to the keys of Megatron's GPTModel. One of its tensors may contain several canonical ones.
 
-The layers of the decoder are stacked under one key along an axis put in front, or numbered
-(`non_homogeneous_layers`); both hold the same tensors. Names as in megatron-core 0.16's `GPTModel.sharded_state_dict`.
+The decoder layers are either stacked under one key along a new first axis, or numbered (`non_homogeneous_layers`); the tensors
+are the same. Names as in megatron-core 0.16's `GPTModel.sharded_state_dict`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model.build import whole_shapes
 
 Kind = Literal["plain", "vocabulary", "query_key_value", "gate_up", "swapped"]
-"""How our tensors lie in Megatron's: see `fusing`."""
+"""How our tensors are laid out in Megatron's: see `fusing`."""
 
 DECODER, MODULE = "decoder.layers.", "mtp.layers.0."
-# What newer releases call the block inside an MTP layer.
+# Old and new name of the block inside an MTP layer.
 RENAMED = ("mtp.layers.0.transformer_layer.", "mtp.layers.0.mtp_model_layer.")
-# Modules that keep an `_extra_state` (of FP8) in the checkpoint, in local or Transformer Engine layers; loading asks for them.
+# Modules that have an `_extra_state` (for FP8) in the checkpoint, in local or Transformer Engine layers; loading requires it.
 _BLOCK_STATES = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -33,26 +33,26 @@ _MODULE_STATES = ("enorm", "hnorm", "eh_proj", "final_layernorm")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of Megatron's model, of one layer where layers may be stacked."""
+    """A tensor of Megatron's model; in the decoder, of one layer."""
 
     key: str
-    """With the layer's number."""
+    """Key with the layer number."""
     stacked: str | None
-    """The key of all layers together, None outside the decoder's layers."""
+    """Key of all layers stacked; None outside the decoder layers."""
     layer: int | None
-    """Its place in that stack."""
+    """Index in that stack."""
     parts: tuple[str, ...]
-    """The canonical tensors that it holds."""
+    """Canonical tensors that it contains."""
     shape: tuple[int, ...]
-    """Of one layer; the vocabulary without padding."""
+    """Shape for one layer; the vocabulary without padding."""
     kind: Kind
     axis: int | None
-    """The axis that tensor ranks split; None where each holds all of it."""
+    """Axis split over tensor ranks; None if replicated."""
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Makes entries of one model."""
+    """Creates the entries of one model."""
 
     shapes: dict[str, tuple[int, ...]]
     qkv_bias: bool
@@ -65,24 +65,28 @@ class _Names:
         stacked = None if layer is None else key.replace(f"{DECODER}{layer}.", DECODER, 1)
         return Entry(key, stacked, layer, parts, shape, kind, axis)
 
-    def block(self, ours: str, theirs: str, layer: int | None = None) -> Iterator[Entry]:
+    def block(self, canonical: str, megatron: str, layer: int | None = None) -> Iterator[Entry]:
         def parts(parent: str, names: tuple[str, ...], suffix: str) -> tuple[str, ...]:
-            return tuple(f"{ours}{parent}.{name}.{suffix}" for name in names)
+            return tuple(f"{canonical}{parent}.{name}.{suffix}" for name in names)
 
-        attention, mlp = f"{theirs}self_attention.", f"{theirs}mlp."
+        attention, mlp = f"{megatron}self_attention.", f"{megatron}mlp."
         heads = ("query", "key", "value")
-        yield self.entry(f"{attention}linear_qkv.layer_norm_weight", (f"{ours}attention_norm.weight",), layer=layer)
+        yield self.entry(
+            f"{attention}linear_qkv.layer_norm_weight", (f"{canonical}attention_norm.weight",), layer=layer
+        )
         for suffix in ("weight", "bias") if self.qkv_bias else ("weight",):
-            held = parts("attention", heads, suffix)
-            yield self.entry(f"{attention}linear_qkv.{suffix}", held, "query_key_value", 0, layer)
-        yield self.entry(f"{attention}linear_proj.weight", (f"{ours}attention.output.weight",), axis=1, layer=layer)
-        yield self.entry(f"{mlp}linear_fc1.layer_norm_weight", (f"{ours}mlp_norm.weight",), layer=layer)
+            members = parts("attention", heads, suffix)
+            yield self.entry(f"{attention}linear_qkv.{suffix}", members, "query_key_value", 0, layer)
+        yield self.entry(
+            f"{attention}linear_proj.weight", (f"{canonical}attention.output.weight",), axis=1, layer=layer
+        )
+        yield self.entry(f"{mlp}linear_fc1.layer_norm_weight", (f"{canonical}mlp_norm.weight",), layer=layer)
         yield self.entry(f"{mlp}linear_fc1.weight", parts("mlp", ("gate", "up"), "weight"), "gate_up", 0, layer)
-        yield self.entry(f"{mlp}linear_fc2.weight", (f"{ours}mlp.down.weight",), axis=1, layer=layer)
+        yield self.entry(f"{mlp}linear_fc2.weight", (f"{canonical}mlp.down.weight",), axis=1, layer=layer)
 
 
 def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
-    """Every tensor of Megatron's model, in its order. Raises CheckpointError for a module that its MTP layer cannot hold."""
+    """Returns all tensors of Megatron's model, in its order. Raises CheckpointError for a module with several blocks."""
     check_module(recycle)
     names = _Names(whole_shapes(model, recycle), model.qkv_bias)
     found = [names.entry("embedding.word_embeddings.weight", ("embedding.weight",), "vocabulary", 0)]
@@ -101,15 +105,15 @@ def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
 
 
 def check_module(recycle: RecycleConfig) -> None:
-    """Raises CheckpointError for a module of several blocks."""
+    """Raises CheckpointError for a module with several blocks."""
     if recycle.layers > 1:
         raise CheckpointError(
-            f"recycle.layers={recycle.layers}: an MTP layer of Megatron's has one block; convert it to portable or hf"
+            f"recycle.layers={recycle.layers}: an MTP layer of Megatron has one block; convert to portable or hf instead"
         )
 
 
 def extra_states(model: ModelConfig, recycle: RecycleConfig) -> list[tuple[int | None, str]]:
-    """Layer (None behind the last one) and key of the empty states that loading asks for, with all layers stacked."""
+    """Returns layer (None for those after the decoder) and key of the empty states that loading stacked layers requires."""
     count = model.layers
     found: list[tuple[int | None, str]] = [
         (layer, f"{DECODER}{name}._extra_state/shard_{layer}_{count}")

@@ -1,4 +1,4 @@
-"""Reading a checkpoint of megatron.core.dist_checkpointing (torch_dist) as a source of canonical tensors."""
+"""Reads a checkpoint of megatron.core.dist_checkpointing (torch_dist) as a source of canonical tensors."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ BACKEND, TRACKER, OURS = "metadata.json", "latest_checkpointed_iteration.txt", "
 FORMAT, VERSION = "recycle_ds in Megatron's format", 1
 _OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _DEEPER = re.compile(r"^mtp\.layers\.([1-9]\d*)\.")
-# A long context is not evaluated whole where the length of the training's sequences is not known.
+# Upper limit of the evaluation length if the training's sequence length is unknown: evaluating a long context is expensive.
 _WINDOW = 2048
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an entry, or one canonical tensor of it that has a key of its own, is stored."""
+class _Location:
+    """Where an entry is stored, or one of its canonical tensors that has a separate key."""
 
     entry: Entry
     stored: Stored
     layer: int | None
-    """Place in a stack of layers, None where the tensor stands alone."""
+    """Index in a stack of layers; None if the tensor is not stacked."""
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether a folder is one of Megatron's checkpoints, or holds some."""
+    """Whether a folder is a Megatron checkpoint, or contains some."""
     return (folder / TRACKER).is_file() or (folder / METADATA).is_file()
 
 
 class MegatronSource:
-    """See `Source`. Names, shapes and places are checked when it is opened; no code that a file names is run."""
+    """See `Source`. Names, shapes and locations are checked on opening; no code named in a file is run."""
 
     kind = "megatron"
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        """Opens a checkpoint, or the newest one of a folder of them. verify: whether to compare all checksums; without, that is
-        left to `verify`. Raises CheckpointError that lists what does not fit.
+        """Opens a checkpoint, or the latest one in a folder of them. verify: whether to compare all checksums first; if not,
+        call `verify` before using the weights. Raises CheckpointError that lists all mismatches.
         """
         self.folder = _find(folder)
         if not (self.folder / BACKEND).is_file():
@@ -64,12 +64,12 @@ class MegatronSource:
         backend = read_json(self.folder / BACKEND).get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{self.folder}: format {backend!r}; only 'torch_dist' is read: save with --ckpt-format"
+                f"{self.folder}: format {backend!r} is not supported, only 'torch_dist': save with --ckpt-format torch_dist"
             )
         table = read_table(self.folder)
-        homes = [self.folder, *([folder] if folder != self.folder else [])]
-        beside = [home / "tokenizer.json" for home in homes if (home / "tokenizer.json").is_file()]
-        self.tokenizer = beside[0] if beside else None
+        folders = [self.folder, *([folder] if folder != self.folder else [])]
+        tokenizers = [path / "tokenizer.json" for path in folders if (path / "tokenizer.json").is_file()]
+        self.tokenizer = tokenizers[0] if tokenizers else None
         self.notes: tuple[str, ...] = ()
         self.layout: dict[str, Any] = {}
         self._configure()
@@ -78,13 +78,13 @@ class MegatronSource:
             raise CheckpointError(f"{self.folder}: MTP layers 0 to {deeper[-1]}: {SEPARATE_DEPTHS}")
         self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
         self._files = BlockFiles(self.folder)
-        self._places = self._locate(table)
+        self._locations = self._locate(table)
         if verify:
             self.verify()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compares the checksums of this rank's share of the weights. Raises CheckpointError that names the damaged files."""
-        self._files.verify((place.stored for place in self._places.values()), rank, world_size)
+        self._files.verify((location.stored for location in self._locations.values()), rank, world_size)
 
     def has(self, name: str, kind: str) -> bool:
         """See `Source`."""
@@ -92,29 +92,29 @@ class MegatronSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""
-        return self._places[name].stored.dtype
+        return self._locations[name].stored.dtype
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
         """See `Source`."""
         assert self.has(name, kind), f"{kind} of {name}"
-        place = self._places[name]
+        location = self._locations[name]
         count = self.shapes[name][axis] - start if length is None else length
 
         def read(box: Box) -> Tensor:
-            if place.layer is None:
-                return self._files.read(place.stored, box)
-            return self._files.read(place.stored, ((place.layer, 1), *box)).squeeze(0)
+            if location.layer is None:
+                return self._files.read(location.stored, box)
+            return self._files.read(location.stored, ((location.layer, 1), *box)).squeeze(0)
 
-        return take(place.entry, name, axis, start, count, self.model, read)
+        return take(location.entry, name, axis, start, count, self.model, read)
 
     def _configure(self) -> None:
-        """The model, from our own file if there is one, else from Megatron-LM's arguments."""
+        """Reads the configuration from recycle_ds.json if there is one, else from Megatron-LM's arguments."""
         path = self.folder / OURS
         if path.is_file():
             tree = read_json(path)
             if tree.get("format") != FORMAT or tree.get("version") != VERSION:
                 raise CheckpointError(
-                    f"{path}: format {tree.get('format')!r}, version {tree.get('version')!r}; known is {FORMAT!r}, {VERSION}"
+                    f"{path}: format {tree.get('format')!r}, version {tree.get('version')!r}; must be {FORMAT!r} and {VERSION}"
                 )
             try:
                 self.model = build_section(ModelConfig, tree.get("model") or {})
@@ -122,7 +122,7 @@ class MegatronSource:
             except ConfigError as error:
                 raise CheckpointError(f"{path}: {error}") from None
             if self.model.vocab_size is None:
-                raise CheckpointError(f"{path}: model.vocab_size is not given")
+                raise CheckpointError(f"{path}: model.vocab_size is not set")
             check_sizes(self.model, str(path))
             self.step, self.seq_length = _count(tree, "step", path), _count(tree, "seq_length", path)
             self.layout = tree["layout"] if isinstance(tree.get("layout"), dict) else {}
@@ -132,8 +132,8 @@ class MegatronSource:
         args = arguments(common)
         if args is None:
             raise CheckpointError(
-                f"{self.folder}: common.pt has no args that describe the model; put a {OURS} with "
-                f'"format": "{FORMAT}", "version": {VERSION}, "step", "seq_length", "model" and "recycle" there'
+                f"{self.folder}: common.pt has no args that describe the model; add a {OURS} with "
+                f'"format": "{FORMAT}", "version": {VERSION}, "step", "seq_length", "model" and "recycle"'
             )
         self.model, self.recycle, notes = read_arguments(args, str(self.folder / "common.pt"), self._tokens())
         step, length = common.get("iteration"), args.get("seq_length")
@@ -152,61 +152,65 @@ class MegatronSource:
         except DataError as error:
             raise CheckpointError(str(error)) from None
 
-    def _locate(self, table: Mapping[str, Stored]) -> dict[str, _Place]:
-        """Where every canonical tensor is. Raises CheckpointError that lists what is missing, unknown or of another shape."""
-        places: dict[str, _Place] = {}
+    def _locate(self, table: Mapping[str, Stored]) -> dict[str, _Location]:
+        """Returns the location of every canonical tensor. Raises CheckpointError that lists all mismatches."""
+        locations: dict[str, _Location] = {}
         missing: list[str] = []
         for entry in entries(self.model, self.recycle):
             found = _find_entry(entry, table)
             missing += [] if found else [entry.key]
-            places |= found
-        used = {place.stored.key for place in places.values()}
+            locations |= found
+        used = {location.stored.key for location in locations.values()}
         extra = sorted(key for key in table.keys() - used if not _OPTIMIZER.match(key))
-        kept = {(place.stored.key, place.entry.shape): place for place in places.values()}.values()
-        other = [fault for place in kept if (fault := _shape_fault(place, self.model.layers)) is not None]
+        unique = {(location.stored.key, location.entry.shape): location for location in locations.values()}.values()
+        wrong = [fault for location in unique if (fault := _shape_fault(location, self.model.layers)) is not None]
         types = sorted(
-            {f"{place.stored.key} {place.stored.dtype}" for place in kept if place.stored.dtype not in DTYPES.values()}
+            {
+                f"{location.stored.key} {location.stored.dtype}"
+                for location in unique
+                if location.stored.dtype not in DTYPES.values()
+            }
         )
-        faults = [
+        problems = [
             f"{title}: {shorten(names)}"
             for title, names in (
-                ("missing", missing), ("not supported", extra), ("other shape", other), ("other type", types),
+                ("missing", missing), ("not supported", extra), ("wrong shape", wrong), ("unsupported dtype", types),
             )
             if names
         ]  # fmt: skip
-        if not faults:
-            stored = {place.stored.key: place.stored for place in kept}.values()
-            faults = [fault for tensor in stored if (fault := self._files.fault(tensor)) is not None][:1]
-        if faults:
-            raise CheckpointError(f"{self.folder}: its tensors are not those of its model: {'; '.join(faults)}")
-        return places
+        if not problems:
+            stored = {location.stored.key: location.stored for location in unique}.values()
+            problems = [fault for tensor in stored if (fault := self._files.fault(tensor)) is not None][:1]
+        if problems:
+            raise CheckpointError(f"{self.folder}: tensors do not match the model: {'; '.join(problems)}")
+        return locations
 
 
-def _find_entry(entry: Entry, table: Mapping[str, Stored]) -> dict[str, _Place]:
-    """The places of an entry's canonical tensors; none where it is missing."""
+def _find_entry(entry: Entry, table: Mapping[str, Stored]) -> dict[str, _Location]:
+    """Returns the locations of an entry's canonical tensors; empty if it is missing."""
     for key in (entry.key, entry.key.replace(*RENAMED)):
         if key in table:
-            return dict.fromkeys(entry.parts, _Place(entry, table[key], None))
-        # gate and up under keys of their own: `singleton_local_shards`
-        apart = [f"{key}_w", f"{key}_v"]
-        if entry.kind == "gate_up" and all(name in table for name in apart):
+            return dict.fromkeys(entry.parts, _Location(entry, table[key], None))
+        # gate and up have separate keys with `singleton_local_shards`
+        separate = [f"{key}_w", f"{key}_v"]
+        if entry.kind == "gate_up" and all(name in table for name in separate):
             shape = (entry.shape[0] // 2, *entry.shape[1:])
-            alone = [replace(entry, parts=(part,), shape=shape, kind="plain") for part in entry.parts]
-            return {one.parts[0]: _Place(one, table[name], None) for one, name in zip(alone, apart, strict=True)}
+            halves = [replace(entry, parts=(part,), shape=shape, kind="plain") for part in entry.parts]
+            return {one.parts[0]: _Location(one, table[name], None) for one, name in zip(halves, separate, strict=True)}
     if entry.stacked is not None and entry.stacked in table:
-        return dict.fromkeys(entry.parts, _Place(entry, table[entry.stacked], entry.layer))
+        return dict.fromkeys(entry.parts, _Location(entry, table[entry.stacked], entry.layer))
     return {}
 
 
-def _shape_fault(place: _Place, layers: int) -> str | None:
-    """How a stored shape differs from what is expected, or None. Rows behind the vocabulary are padding."""
-    expected = place.entry.shape if place.layer is None else (layers, *place.entry.shape)
-    found = place.stored.shape
+def _shape_fault(location: _Location, layers: int) -> str | None:
+    """Returns how a stored shape differs from the expected one, or None. Rows beyond the vocabulary are padding."""
+    expected = location.entry.shape if location.layer is None else (layers, *location.entry.shape)
+    found = location.stored.shape
     if found == expected:
         return None
-    if place.entry.kind == "vocabulary" and found[1:] == expected[1:] and found[:1] > expected[:1]:
+    if location.entry.kind == "vocabulary" and found[1:] == expected[1:] and found[:1] > expected[:1]:
         return None
-    return f"{place.stored.key} {list(found)} instead of {list(expected)}"
+    return f"{location.stored.key} {list(found)} instead of {list(expected)}"
 
 
 def _own_notes(model: ModelConfig, recycle: RecycleConfig) -> list[str]:
@@ -214,18 +218,18 @@ def _own_notes(model: ModelConfig, recycle: RecycleConfig) -> list[str]:
     if recycle.layers and recycle.depth > 1:
         notes.append(
             f"recycle.depth={recycle.depth}: one MTP layer holds the module that all depths share; "
-            "Megatron has weights of their own for every depth and uses it at the first"
+            "Megatron has separate weights for every depth and uses it for the first one only"
         )
     options = unrestored(model)
     if options:
         notes.append(
-            f"Megatron-LM takes these from its command line only, not from the checkpoint: {' '.join(options)}"
+            f"Megatron-LM reads these options from its command line only, not from the checkpoint: {' '.join(options)}"
         )
     return notes
 
 
 def _find(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the one its tracker names. Raises CheckpointError."""
+    """Returns the checkpoint folder: `folder`, or the one that its tracker file names. Raises CheckpointError."""
     if (folder / METADATA).is_file():
         return folder
     try:
@@ -237,9 +241,9 @@ def _find(folder: Path) -> Path:
     found = folder / (text if text == "release" else f"iter_{int(text):07d}")
     if (found / METADATA).is_file():
         return found
-    why = f"no such folder, which {TRACKER} names"
+    why = f"no such folder, but {TRACKER} names it"
     if found.is_dir():
-        why = f"no {METADATA} there; only the torch_dist format is read: save with --ckpt-format torch_dist"
+        why = f"no {METADATA} in it; only the torch_dist format is supported: save with --ckpt-format torch_dist"
     raise CheckpointError(f"{found}: {why}")
 
 

@@ -1,8 +1,8 @@
-"""The two pickles of a Megatron checkpoint, read as data: `.metadata`, which says where tensors lie, and common.pt.
+"""Reads the two pickles of a Megatron checkpoint as plain data: `.metadata`, which lists where tensors are, and common.pt.
 
-A pickle may name any function and have it called. `.metadata` finds the few classes that such a file needs, and these not
-themselves but stand-ins that only hold what they are given; common.pt goes through torch's own restricted reader, with
-stand-ins for what Megatron-LM puts there. Whatever else they name is refused, and told.
+A pickle can name any function and have it called. In `.metadata`, only the few classes that the format needs can be named, and
+each is replaced by a placeholder that only stores its arguments. common.pt is read by torch's restricted unpickler, with
+placeholders for the classes that Megatron-LM saves there. Any other class raises a CheckpointError that names it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RECORDS = {
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
     "pathlib._local": ("PosixPath",),
 }  # fmt: skip
-# Of common.pt, besides what torch lets through: none of their values is looked at.
+# Allowed in common.pt in addition to torch's list; their values are not used.
 _IGNORED = (
     "types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath",
     "_io.BytesIO", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType", "numpy.core.multiarray._reconstruct",
@@ -47,7 +47,7 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor, and the bytes of a file that hold it."""
+    """A block of a tensor, and the range of bytes in a file that contains it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -67,11 +67,11 @@ class Stored:
 
 
 class _Refused(Exception):
-    """A pickle asks for what it does not get."""
+    """A pickle names a class that is not allowed."""
 
 
-class _Stand:
-    """Stands in for a class: keeps arguments and state, and does nothing."""
+class _Placeholder:
+    """Placeholder for a class: stores arguments and state, and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args, self.state = args, None
@@ -80,13 +80,13 @@ class _Stand:
         self.state = state
 
     def get(self, field: str) -> Any:
-        """A field of a dataclass's state; None where there is none."""
+        """Returns a field of a dataclass's state; None if there is none."""
         state = getattr(self, "state", None)
         return state.get(field) if isinstance(state, dict) else None
 
 
 class _Reader(pickle.Unpickler):
-    """Finds stand-ins, made anew for every file so that none can change them for the next."""
+    """Resolves classes to placeholders. Every file gets new ones, so that no file can change them for the next."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -99,29 +99,31 @@ class _Reader(pickle.Unpickler):
             return getattr(torch, name)
         if name not in _RECORDS.get(module, ()):
             raise _Refused(f"{module}.{name}")
-        return self._made.setdefault((module, name), type(name, (_Stand,), {}))
+        return self._made.setdefault((module, name), type(name, (_Placeholder,), {}))
 
 
 def read_table(folder: Path) -> dict[str, Stored]:
-    """The tensors that `.metadata` lists, by key. Raises CheckpointError for a damaged file, or one that asks for more."""
+    """Returns the tensors that `.metadata` lists, by key. Raises CheckpointError for damaged files and other classes."""
     path = folder / METADATA
     try:
         with path.open("rb") as file:
             metadata = _Reader(file).load()
     except _Refused as error:
-        raise CheckpointError(f"{path}: asks for {error}, which is none of this format's classes: not read") from None
+        raise CheckpointError(
+            f"{path}: names {error}, which is not a class of this format: the file was not read"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+    except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from None
     try:
         return _tabulate(metadata)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not such metadata ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"{path}: invalid metadata ({' '.join(str(error).split())})") from None
 
 
 def _tabulate(metadata: Any) -> dict[str, Stored]:
-    """Raises ValueError, or AttributeError and the like, for records that are not what they should be."""
+    """Returns the tensors by key. Raises ValueError, AttributeError, KeyError or TypeError for malformed records."""
     where = {}
     for index, info in metadata.get("storage_data").items():
         if info.get("transform_descriptors"):
@@ -130,17 +132,17 @@ def _tabulate(metadata: Any) -> dict[str, Stored]:
         where[index.get("fqn"), None if offsets is None else _sizes(offsets)] = info
     table = {}
     for key, entry in metadata.get("state_dict_metadata").items():
-        if entry.get("chunks") is None:  # bytes: extra states, random generators
+        if entry.get("chunks") is None:  # bytes: extra states, states of random generators
             continue
         shape = _sizes(entry.get("size"))
         dtype = entry.get("properties").state[0]
         if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{key!r}: no name and type")
+            raise ValueError(f"{key!r}: name or dtype is missing")
         chunks = []
         for chunk in entry.get("chunks"):
             offsets, sizes = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
             if (key, offsets) not in where:
-                raise ValueError(f"{key}: where its part from {list(offsets)} lies is not said")
+                raise ValueError(f"{key}: no file is listed for its chunk at {list(offsets)}")
             chunks.append(_chunk(key, offsets, sizes, where[key, offsets]))
         table[key] = Stored(key, dtype, shape, tuple(chunks))
     return table
@@ -149,42 +151,44 @@ def _tabulate(metadata: Any) -> dict[str, Stored]:
 def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> Chunk:
     file, position, count = info.get("relative_path"), info.get("offset"), info.get("length")
     if not isinstance(file, str) or not _PLAIN_NAME.match(file):
-        raise ValueError(f"{key}: {file!r} is not the name of a .distcp file beside it")
+        raise ValueError(f"{key}: {file!r}: must be the name of a .distcp file in the same folder")
     _sizes((position, count))
     return Chunk(offsets, sizes, file, position, count)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
-        raise ValueError(f"{values!r}: not sizes")
+        raise ValueError(f"{values!r}: must be sizes")
     return tuple(values)
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """common.pt: what is not sharded, `args` as a dictionary. Raises CheckpointError for a file that asks for other classes."""
+    """Returns the content of common.pt, which is not sharded. Raises CheckpointError for a file that names other classes."""
     path = folder / COMMON
-    stands: list[Any] = [(type("Inert", (_Stand,), {}), name) for name in _IGNORED]
+    placeholders: list[Any] = [(type("Inert", (_Placeholder,), {}), name) for name in _IGNORED]
     try:
-        with torch.serialization.safe_globals([Namespace, *stands]):
+        with torch.serialization.safe_globals([Namespace, *placeholders]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {COMMON} and so no args that describe the model") from None
+        raise CheckpointError(f"{folder}: no {COMMON}, and so no args that describe the model") from None
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"asks for {asked.group(1)}, which is none of this format's classes" if asked else "not such a file"
-        raise CheckpointError(f"{path}: {why}: not read") from None
-    except Exception as error:  # a damaged archive raises whatever its bytes happen to ask for
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        why = (
+            f"names {named.group(1)}, which is not a class of this format" if named else "not a valid pickle of weights"
+        )
+        raise CheckpointError(f"{path}: {why}: the file was not read") from None
+    except Exception as error:  # a damaged archive can raise any exception
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from None
     fault = archive_fault(path)
     if fault is not None:
-        raise CheckpointError(f"{path}: damaged ({fault}); copy it anew")
+        raise CheckpointError(f"{path}: damaged ({fault}); copy it again")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: must hold a dictionary, not a {type(found).__name__}")
+        raise CheckpointError(f"{path}: must contain a dictionary, not a {type(found).__name__}")
     return found
 
 
 def arguments(common: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`args` of common.pt, None where there are none; values that are not plain are told by their type only."""
+    """Returns `args` of common.pt, None if there are none. Values that are not plain data are replaced by their type's name."""
     args = common.get("args")
     if not isinstance(args, Namespace):
         return None

@@ -1,7 +1,7 @@
-"""Writing a checkpoint that megatron.core.dist_checkpointing loads into a GPTModel, a layer at a time.
+"""Writes a checkpoint that megatron.core.dist_checkpointing loads into a GPTModel, one layer at a time.
 
-The files are those that its own `save` makes: one per tensor and pipeline rank, whose chunks are what that rank holds. It
-loads at any layout.
+The files are those that its own `save` writes: one per tensor and pipeline rank, with that rank's shards as chunks. The
+checkpoint can be loaded at any layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files.checksums import write_json, write_text
 from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
 from recycle_ds.checkpoint.megatron.arguments import write_arguments
 from recycle_ds.checkpoint.megatron.fusing import fuse
@@ -39,11 +38,11 @@ from recycle_ds.checkpoint.megatron.unpickling import COMMON, METADATA
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source, check_tensors, shorten
 from recycle_ds.config import ModelConfig, RecycleConfig
-from recycle_ds.config.atomic_files import flush as fsync
+from recycle_ds.config.atomic_files import fsync, write_atomically, write_json_atomically
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.layers import padded_vocabulary
 
-# Weights without an optimizer are what Megatron-LM calls a release: it then looks for no optimizer and no generators.
+# Megatron-LM calls weights without optimizer state a release, and then loads no optimizer state and no random generators.
 RELEASE = "release"
 
 
@@ -55,16 +54,16 @@ def write_megatron(
     pipeline: int,
     step: Callable[[str], None],
 ) -> None:
-    """Fills an empty folder; dtype None keeps the source's. `step` is told each tensor's name as it is written.
+    """Fills an empty folder. dtype None keeps the source's. `step` is called with the name of each tensor written.
 
-    Raises CheckpointError, before anything is written, for sizes that the ranks do not divide, and for a module, a rotary
-    scaling or a mixture of types that Megatron's format does not hold.
+    Raises CheckpointError, before anything is written, for sizes that the ranks do not divide, and for a module, a RoPE scaling
+    or a mix of dtypes that Megatron's format does not support.
     """
     model, recycle = source.model, source.recycle
     table = entries(model, recycle)
     check_tensors(source, whole_shapes(model, recycle))
     _check_layout(model, recycle, tensor, pipeline)
-    assert model.vocab_size is not None, "a source knows its vocabulary"
+    assert model.vocab_size is not None, "a source has a vocabulary size"
     padded = padded_vocabulary(model.vocab_size, model.vocab_multiple, tensor)
     types = _types(source, table, dtype)
     args = write_arguments(model, recycle, padded, source.seq_length, types[table[0].key], (tensor, pipeline))
@@ -83,11 +82,11 @@ def write_megatron(
                     writer.add_state(key)
     writer.finish()
     _write_rest(source, checkpoint, args, {"tensor": tensor, "pipeline": pipeline})
-    write_text(folder / TRACKER, f"{RELEASE}\n")
+    write_atomically(folder / TRACKER, f"{RELEASE}\n")
 
 
 def _check_layout(model: ModelConfig, recycle: RecycleConfig, tensor: int, pipeline: int) -> None:
-    """Raises CheckpointError with the numbers."""
+    """Raises CheckpointError for sizes that the ranks do not divide."""
     sizes = {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "model.ffn": model.ffn}
     if recycle.layers:
         sizes["model.hidden"] = model.hidden
@@ -99,7 +98,7 @@ def _check_layout(model: ModelConfig, recycle: RecycleConfig, tensor: int, pipel
 
 
 def _types(source: Source, table: list[Entry], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Type of every key, of which there is one for all layers. Raises CheckpointError where they differ."""
+    """Returns the dtype of every key; stacked layers share one. Raises CheckpointError if dtypes differ within a key."""
     types: dict[str, torch.dtype] = {}
     mixed: list[str] = []
     for entry in table:
@@ -109,36 +108,36 @@ def _types(source: Source, table: list[Entry], dtype: torch.dtype | None) -> dic
                 mixed.append(f"{part} ({own})")
     if mixed:
         raise CheckpointError(
-            f"{source.folder}: types differ within what Megatron keeps together: {shorten(mixed)}; give --dtype"
+            f"{source.folder}: dtypes differ within one Megatron tensor: {shorten(mixed)}; give --dtype"
         )
     return types
 
 
 def _stage(layer: int | None, key: str, layers: int, pipeline: int) -> int:
-    """The pipeline rank that holds a tensor."""
+    """Returns the pipeline rank that holds a tensor."""
     if layer is not None:
         return layer // (layers // pipeline)
     return 0 if key.startswith("embedding.") else pipeline - 1
 
 
 def _chunks(source: Source, entry: Entry, padded: int, tensor: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Tensor rank, start along the split axis and values of each chunk, of one layer."""
+    """Yields tensor rank, start along the split axis and values of each chunk of one layer."""
     if entry.kind == "vocabulary":
         (name,) = entry.parts
         rows = padded // tensor
         for rank in range(tensor):
             first = rows * rank
-            held = max(0, min(entry.shape[0] - first, rows))
+            count = max(0, min(entry.shape[0] - first, rows))
             value = torch.zeros((rows, *entry.shape[1:]), dtype=source.dtype(name))
-            if held:
-                value[:held] = source.read(name, axis=0, start=first, length=held)
+            if count:
+                value[:count] = source.read(name, axis=0, start=first, length=count)
             yield rank, first, value
         return
     fused = fuse(entry, [source.read(name) for name in entry.parts], source.model)
     if entry.axis is None:
         yield 0, 0, fused
         return
-    # a rank's gate and up are two chunks: each is split by itself
+    # gate and up are split separately, so a rank has one chunk of each
     runs = len(entry.parts) if entry.kind == "gate_up" else 1
     size = fused.shape[entry.axis] // (tensor * runs)
     for number in range(tensor * runs):
@@ -146,7 +145,7 @@ def _chunks(source: Source, entry: Entry, padded: int, tensor: int) -> Iterator[
 
 
 class _Writer:
-    """Appends chunks to the files of the ranks of a stage, and keeps the list of them."""
+    """Appends chunks to the files of a stage's ranks, and records where each chunk is."""
 
     def __init__(self, folder: Path, layers: int) -> None:
         self._folder, self._layers = folder, layers
@@ -158,7 +157,7 @@ class _Writer:
         self._state = state.getvalue()
 
     def stage(self, number: int, tensor: int) -> ExitStack:
-        """Opens the files of a pipeline stage, to be closed by the caller's `with`, forced to disk."""
+        """Opens the files of a pipeline stage. The end of the caller's `with` closes and fsyncs them."""
         stack = ExitStack()
         self._files = []
         for rank in range(tensor):
@@ -172,19 +171,19 @@ class _Writer:
         stacked = entry.layer is not None
         shape = (padded, *entry.shape[1:]) if entry.kind == "vocabulary" else entry.shape
         key = entry.stacked or entry.key
-        held = self._metadata.get(key)
-        if held is None:
+        metadata = self._metadata.get(key)
+        if metadata is None:
             size = torch.Size((self._layers, *shape) if stacked else shape)
-            held = self._metadata[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
-        assert isinstance(held, TensorStorageMetadata), key
+            metadata = self._metadata[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
+        assert isinstance(metadata, TensorStorageMetadata), key
         for rank, start, value in chunks:
             offsets = [0] * len(shape)
             offsets[entry.axis or 0] = start
-            # a copy, so that no more than the chunk is saved
+            # a copy, because torch.save would write the full storage of a view
             value = value.to(dtype).clone(memory_format=torch.contiguous_format)
             if stacked:
                 value, offsets = value.unsqueeze(0), [entry.layer or 0, *offsets]
-            held.chunks.append(ChunkStorageMetadata(torch.Size(offsets), value.shape))
+            metadata.chunks.append(ChunkStorageMetadata(torch.Size(offsets), value.shape))
             self._append(rank, MetadataIndex(key, torch.Size(offsets)), partial(torch.save, value))
 
     def add_state(self, key: str) -> None:
@@ -193,7 +192,7 @@ class _Writer:
         self._append(0, MetadataIndex(key), lambda file: file.write(self._state))
 
     def finish(self) -> None:
-        """Writes the list of everything."""
+        """Writes `.metadata`, the list of all chunks."""
         path = self._folder / METADATA
         listing = Metadata(self._metadata, storage_data=self._where, storage_meta=StorageMeta(), version="1.0.0")
         with path.open("wb") as file:
@@ -208,7 +207,7 @@ class _Writer:
 
 
 def _write_rest(source: Source, checkpoint: Path, args: dict[str, Any], layout: dict[str, int]) -> None:
-    """What describes the tensors: for Megatron's loaders, for Megatron-LM, and for us."""
+    """Writes the descriptions of the tensors: for Megatron's loaders, for Megatron-LM, and for this package."""
     common = {
         "args": Namespace(**args),
         "checkpoint_version": 3.0,
@@ -218,8 +217,8 @@ def _write_rest(source: Source, checkpoint: Path, args: dict[str, Any], layout: 
     torch.save(common, checkpoint / COMMON)
     fsync(checkpoint / COMMON)
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    write_json(checkpoint / BACKEND, {**backend, "common_backend": "torch", "common_backend_version": 1})
-    ours = {
+    write_json_atomically(checkpoint / BACKEND, {**backend, "common_backend": "torch", "common_backend_version": 1})
+    description = {
         "format": FORMAT,
         "version": VERSION,
         "step": source.step,
@@ -229,7 +228,7 @@ def _write_rest(source: Source, checkpoint: Path, args: dict[str, Any], layout: 
         "recycle": source.recycle.model_dump(mode="json"),
         "provenance": provenance() | {"converted_from": {"kind": source.kind, "folder": source.folder.name}},
     }
-    write_json(checkpoint / OURS, ours)
+    write_json_atomically(checkpoint / OURS, description)
     if source.tokenizer is not None:
         copy_tokenizer(source.tokenizer, checkpoint)
     fsync(checkpoint)

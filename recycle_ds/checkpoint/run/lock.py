@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""The lock on a run folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ NAME = ".lock"
 
 
 class RunLock:
-    """Held from construction to `release`, or to the end of the process however it ends: the kernel keeps it.
+    """A kernel lock (flock) held from construction to `release`, or to the end of the process, however it ends.
 
-    A kernel on a node that was lost may keep it for ever on a shared file system, and some file systems know no locks: the
-    file also says who holds it. A lock of an earlier start of the same job, which SLURM has ended, and one of a process on
-    this host that has ended are taken over at once. Should the earlier start still live, on a node that only SLURM cannot
-    reach, `taken_by` tells it so, and it must write nothing any more. Raises CheckpointError while another run holds it.
+    On a shared file system the lock of a lost node may stay forever, and some file systems do not support locks, so the file
+    also records the holder. The lock is taken over at once if the holder is an earlier start of the same job (which SLURM has
+    ended) or a process on this host that has ended. If the earlier start is still alive, on a node that SLURM cannot reach, its
+    `taken_by` reports the takeover, and it must not write anything from then on. Raises CheckpointError while another run
+    holds the lock.
     """
 
     def __init__(self, run_dir: Path, job: Job = Job()) -> None:  # noqa: B008 - frozen
@@ -31,40 +32,43 @@ class RunLock:
         holder = _read(self._file)
         if holder.get("released"):
             holder = {}
-        held = _lock(self._file)
-        if held is False and _same_job(holder, job):
-            # a new file under the same name: whoever still holds the old one holds nothing any more
+        locked = _try_lock(self._file)
+        if locked is False and _same_job(holder, job):
+            # a new file under the same name makes a lock on the old file ineffective
             self._file.close()
             self._path.unlink(missing_ok=True)
             self._file = self._open()
-            held = _lock(self._file)
-        if held is None and holder and not (_same_job(holder, job) or _ended(holder)):
-            self._refuse(run_dir, holder, " (this file system has no locks: delete it if that process has ended)")
-        if held is False:
+            locked = _try_lock(self._file)
+        if locked is None and holder and not (_same_job(holder, job) or _ended(holder)):
+            self._refuse(
+                run_dir, holder, " (this file system does not support locks: delete it if that process has ended)"
+            )
+        if locked is False:
             self._refuse(run_dir, holder)
         self._record = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "begun": _begun(os.getpid()),
+            "begun": _start_time(os.getpid()),
             "job": job.name,
             "restarts": job.restarts,
         }
         self._write(self._record)
 
     def taken_by(self) -> str | None:
-        """Who has taken the folder over, None while it is ours. The file is opened anew: that is when NFS asks its server."""
+        """The process that has taken over the folder, None while this one owns it. The file is opened again each time, because
+        NFS contacts its server only then."""
         try:
             with self._path.open(encoding="utf-8") as file:
                 holder = _read(file)
-        except OSError:  # gone with the folder, or out of reach for now: no word of another run
+        except OSError:  # deleted, or unreachable for now: no sign of another run
             return None
-        holder.pop("released", None)  # it was taken over all the same
+        holder.pop("released", None)  # a takeover by a run that has finished still counts
         return None if not holder or holder == self._record else _describe(holder)
 
     def release(self) -> None:
-        """Lets the next run in."""
+        """Releases the lock, so that the next run can start."""
         if self.taken_by() is None:
-            with contextlib.suppress(OSError):  # a full disk: the kernel's lock ends with the file all the same
+            with contextlib.suppress(OSError):  # disk full: closing the file releases the kernel lock anyway
                 self._write(self._record | {"released": True})
         self._file.close()
 
@@ -81,12 +85,12 @@ class RunLock:
         self._file.close()
         who = _describe(holder) if holder else "another process"
         raise CheckpointError(
-            f"{run_dir} is in use by {who}: wait for it, or use another run_dir; its lock is {self._path}{advice}"
+            f"{run_dir} is in use by {who}: wait for it, or use another run_dir; its lock file is {self._path}{advice}"
         )
 
 
-def _lock(file: IO[str]) -> bool | None:
-    """True: ours. False: somebody else's. None: this file system has no locks."""
+def _try_lock(file: IO[str]) -> bool | None:
+    """True: acquired. False: held by another process. None: the file system does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,7 +101,7 @@ def _lock(file: IO[str]) -> bool | None:
 
 
 def _read(file: IO[str]) -> dict[str, Any]:
-    """Who the file says holds it; empty for nobody, or for what cannot be read."""
+    """The holder recorded in the file; empty if there is none or the record is unreadable."""
     file.seek(0)
     try:
         record = json.loads(file.read())
@@ -112,19 +116,19 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _same_job(holder: dict[str, Any], job: Job) -> bool:
-    """Whether the holder is an earlier start of this very job."""
+    """Whether the holder is an earlier start of the same job."""
     return job.name is not None and holder.get("job") == job.name and int(holder.get("restarts") or 0) < job.restarts
 
 
 def _ended(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to have ended: it was on this host, and its number is nobody's, or another process's, now."""
-    return holder["host"] == socket.gethostname() and _begun(holder["pid"]) != holder["begun"]
+    """Whether the holder is known to have ended: it ran on this host, and its pid is now unused or another process's."""
+    return holder["host"] == socket.gethostname() and _start_time(holder["pid"]) != holder["begun"]
 
 
-def _begun(pid: Any) -> str | None:
-    """When a process of this host began, in the kernel's clock ticks; None where there is no such process, or no /proc."""
+def _start_time(pid: Any) -> str | None:
+    """Start time of a process on this host, in kernel clock ticks; None if there is no such process or no /proc."""
     try:
-        # the name, which may hold anything, ends with the last parenthesis; the 20th field after it is the start
+        # the process name may contain anything and ends at the last parenthesis; the 20th field after it is the start time
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, IndexError):
         return None

@@ -1,7 +1,8 @@
-"""Going on from a checkpoint, at any layout, and beginning a new run from another's weights."""
+"""Resuming a run from a checkpoint, at any layout, and starting a new run from the weights of another."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ from torch import Tensor
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import DataIdentity, Manifest, read_manifest
+from recycle_ds.checkpoint.portable.newest import newest_intact
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ModelConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
-from recycle_ds.parallel.agree import SharedError, from_rank, together
+from recycle_ds.parallel.agree import SharedError, broadcast_from, on_all_ranks
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
 from recycle_ds.training.engine.build import TrainingEngine
 from recycle_ds.training.state import TrainingState
 
 RECYCLE = "recycle."
-# What must be as it was: another model, other data, another order of the data or another batch is another run.
+# Settings that must not change at a resume: another model, data order or batch size makes it another run.
 _FIXED = (
     "model",
     "recycle",
@@ -35,7 +37,7 @@ _FIXED = (
     "training.global_batch_size",
     "training.seq_length",
 )
-# What may change at a resume without a word.
+# Settings that may change at a resume without a note.
 _FREE = (
     "run_dir", "deepspeed", "init_from", "parallel", "data", "faults", "training.steps", "training.stop_at",
     "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
@@ -46,31 +48,31 @@ _FREE = (
 )  # fmt: skip
 
 
-def find_checkpoint(
+def checkpoint_to_resume(
     config: RunConfig, identity: DataIdentity, mesh: Mesh, device: torch.device
 ) -> tuple[Path, Manifest] | None:
-    """The newest whole checkpoint of this run, if there is one; says what has changed since. Collective.
+    """The newest intact checkpoint of this run, or None if there is none. Prints the settings that have changed. Collective.
 
-    Raises CheckpointError as `newest_whole` and `check_same_run` do.
+    Raises CheckpointError as `newest_of_run` and `check_same_run` do.
     """
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         if mesh.is_first:
             print(text, flush=True)
 
-    found = newest_whole(config, mesh, device, say)
+    found = newest_of_run(config, mesh, device, report)
     if found is not None:
         for note in check_same_run(config, identity, found[1], found[0]):
-            say(note)
+            report(note)
     return found
 
 
 def begin(
     config: RunConfig, found: tuple[Path, Manifest] | None, engine: TrainingEngine, device: torch.device
 ) -> tuple[TrainingState, Path | None]:
-    """Where a run begins: at a checkpoint that was found, else with weights from init_from, else with its initial ones.
+    """Loads the checkpoint `found`, or else the weights of init_from; without either, the engine keeps its initial weights.
 
-    Returns the state, and the checkpoint. Raises CheckpointError. Collective.
+    Returns the training state, and the checkpoint if there is one. Raises CheckpointError. Collective.
     """
     text, state, source = "", TrainingState(), None
     if found is not None:
@@ -81,14 +83,19 @@ def begin(
         weights, missing = initialise_from(engine, config.init_from, device)
         text = f"weights from {weights.folder}"
         if missing:
-            text += f"; {len(missing)} tensors of the recycle module are new"
+            text += f"; {len(missing)} tensors of the recycle module are newly initialised"
         elif weights.recycle.layers and not config.recycle.layers:
-            text += "; its recycle module is left out"
+            text += "; its recycle module is not used"
         notes = list(weights.notes)
         if config.training.seq_length > weights.model.max_positions:
             notes.append(
-                f"training.seq_length ({config.training.seq_length}) is beyond the {weights.model.max_positions} positions "
-                "that these weights know"
+                f"training.seq_length ({config.training.seq_length}) exceeds the max_positions of these weights "
+                f"({weights.model.max_positions})"
+            )
+        if config.model.max_positions != weights.model.max_positions:
+            notes.append(
+                f"model.max_positions is {config.model.max_positions}, but {weights.model.max_positions} in the weights: "
+                "the former will be the longest context of the trained model"
             )
         text = "\n".join((text, *(f"note: {note}" for note in notes)))
     if text and engine.mesh.is_first:
@@ -96,79 +103,75 @@ def begin(
     return state, source
 
 
-def newest_whole(config: RunConfig, mesh: Mesh, device: torch.device, say: Any) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of the run whose files all hold, or None where there is none at all.
+def newest_of_run(
+    config: RunConfig, mesh: Mesh, device: torch.device, warn: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint of the run with intact files, or None if the run has no checkpoint.
 
-    Damaged ones are named through `say` and passed over. Raises CheckpointError when there are some and none is whole.
-    Collective: ranks share the checksums and agree.
+    Damaged ones are reported through `warn` and skipped. Raises CheckpointError if there are checkpoints and all are damaged.
+    Collective: each rank verifies its share of the files, and all agree on the result.
     """
-    # shared file systems may show ranks different lists: the first rank's holds
-    names = from_rank(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
-    root = Path(config.run_dir) / "checkpoints"
-    for name in names:
-        folder = root / name
-        try:
-            return folder, together(partial(_read_whole, folder, mesh), mesh, device)
-        except (SharedError, MachineFault) as error:
-            say(f"warning: {folder} is damaged ({error}); falling back to the one before")
-    if names:
-        raise CheckpointError(
-            f"{root}: {len(names)} checkpoints and none is whole; restore one, or start anew in another run_dir"
-        )
-    return None
+    # on shared file systems ranks may see different lists: all use rank 0's
+    names = broadcast_from(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
+    folders = [Path(config.run_dir) / "checkpoints" / name for name in names]
+
+    def open_folder(folder: Path) -> Manifest:
+        return on_all_ranks(partial(_read_verified, folder, mesh), mesh, device)
+
+    return newest_intact(folders, open_folder, warn, (SharedError, MachineFault))
 
 
-def _read_whole(folder: Path, mesh: Mesh) -> Manifest:
-    """A checkpoint's manifest, once this rank's share of its files holds. Raises CheckpointError."""
+def _read_verified(folder: Path, mesh: Mesh) -> Manifest:
+    """Verifies this rank's share of a checkpoint's files and returns its manifest. Raises CheckpointError."""
     source = PortableSource(folder, read_manifest(folder))
     source.verify(mesh.rank, mesh.world_size)
     return source.manifest
 
 
 def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest, folder: Path) -> list[str]:
-    """Refuses, by name, a resume with another model, data, seed or batch. Returns notes on other changes.
+    """Refuses to resume with another model, data, seed or batch size. Returns notes on other changed settings.
 
-    Data are compared by content: files may have moved. Raises CheckpointError.
+    Data are compared by content, as files may have moved. Raises CheckpointError naming the changed setting.
     """
     if "training" not in manifest.config:
         raise CheckpointError(
-            f"{folder}: holds weights only, a conversion's; give it as init_from, with another run_dir"
+            f"{folder}: converted weights without training state; set init_from to it, and use another run_dir"
         )
     if identity.tokenizer != manifest.data.tokenizer:
         raise CheckpointError(
-            f"{folder}: cannot go on: data.tokenizer ({config.data.tokenizer}) is another tokenizer than the run began with; "
-            "put it back, or use another run_dir"
+            f"{folder}: cannot resume: data.tokenizer ({config.data.tokenizer}) is not the tokenizer of the run; "
+            "restore it, or use another run_dir"
         )
     weights = [source["weight"] for source in manifest.config["data"]["train"]]
     if identity.train != manifest.data.train or weights != [source.weight for source in config.data.train]:
         raise CheckpointError(
-            f"{folder}: cannot go on: the token files or weights of data.train are not those the run began with; "
-            "put them back, or use another run_dir"
+            f"{folder}: cannot resume: the token files or weights of data.train are not those of the run; "
+            "restore them, or use another run_dir"
         )
-    now, then = _flat(config.model_dump(mode="json")), _flat(manifest.config)
+    current, saved = _flat(config.model_dump(mode="json")), _flat(manifest.config)
     notes = []
-    for key in sorted(now.keys() | then.keys()):
-        if now.get(key) == then.get(key):
+    for key in sorted(current.keys() | saved.keys()):
+        if current.get(key) == saved.get(key):
             continue
-        change = f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        change = f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
         if _under(key, _FIXED) and key not in _FREE:
             raise CheckpointError(
-                f"{folder}: cannot go on: {change}; put it back, or use another run_dir (init_from keeps weights)"
+                f"{folder}: cannot resume: {change}; change it back, or use another run_dir (init_from keeps the weights)"
             )
         if not _under(key, _FREE):
-            notes.append(f"note: resuming with a change: {change}")
+            notes.append(f"note: resuming with a changed setting: {change}")
     return notes
 
 
 def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
-    """Loads weights, moments, Adam's step and, at the same number of ranks, the random generators. Collective."""
+    """Loads weights, moments, Adam's step and, at the same world size, the random generators. Collective."""
     mesh = engine.mesh
-    same = manifest.layout.get("world_size") == mesh.world_size
+    same_world_size = manifest.layout.get("world_size") == mesh.world_size
     generators = folder / f"rng-{mesh.rank:05d}.safetensors"
-    states = together(lambda: _read_generators(generators) if same else {}, mesh, device)
+    states = on_all_ranks(lambda: _read_generators(generators) if same_world_size else {}, mesh, device)
     _load_tensors(engine, PortableSource(folder, manifest), moments=True)
     engine.master.adam_step = manifest.adam_step
-    if same:
+    if same_world_size:
         torch.set_rng_state(states["cpu"])
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], device)
@@ -179,75 +182,79 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
 
 
 def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Source, list[str]]:
-    """Loads the weights of another run, a checkpoint or a folder of another format, each rank reading only its part.
+    """Loads the weights of a run, a checkpoint or a folder in another format; each rank reads only its part.
 
-    Returns the source, and the recycle module's tensors where it has no module: they keep their initial values. Raises
-    CheckpointError for any other difference in names, shapes or rotary embedding. Collective: ranks share the checksums.
+    Returns the source, and the names of the recycle module's tensors if the source has no module: they keep their initial
+    values. Raises CheckpointError for any other difference in names, shapes or rotary embedding. Collective: each rank
+    verifies its share of the files.
     """
     mesh = engine.mesh
 
     def open_checked() -> Source:
         source = open_source(path, verify=False)
-        fault = _differences(engine.model.config, source)
-        if fault is not None:
-            raise CheckpointError(fault)
+        mismatch = _setting_mismatch(engine.model.config, source)
+        if mismatch is not None:
+            raise CheckpointError(mismatch)
         source.verify(mesh.rank, mesh.world_size)
         return source
 
     try:
-        source = together(open_checked, mesh, device)
+        source = on_all_ranks(open_checked, mesh, device)
     except SharedError as error:
         raise CheckpointError(f"init_from={path}: {error}") from None
     return source, _load_tensors(engine, source, moments=False, optional=RECYCLE)
 
 
-def _differences(config: ModelConfig, source: Source) -> str | None:
-    """What names and shapes do not show: the same weights under another rotation or epsilon are another model."""
+def _setting_mismatch(config: ModelConfig, source: Source) -> str | None:
+    """A difference that names and shapes do not show, or None: with another RoPE or epsilon the weights are another model's."""
     for key in ("rope", "norm_epsilon", "heads"):
-        mine, theirs = getattr(config, key), getattr(source.model, key)
-        if mine != theirs:
-            shown = [value.model_dump(exclude_none=True) if key == "rope" else value for value in (mine, theirs)]
-            return f"model.{key} is {shown[0]} here and {shown[1]} there; set it as the weights were trained with"
+        configured, stored = getattr(config, key), getattr(source.model, key)
+        if configured != stored:
+            shown = [value.model_dump(exclude_none=True) if key == "rope" else value for value in (configured, stored)]
+            return (
+                f"model.{key} is {shown[0]} here and {shown[1]} in the source; set it as in the training of the weights"
+            )
     return None
 
 
 def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, optional: str | None = None) -> list[str]:
-    """Returns what the source lacks and may lack. An error on one rank ends all, and none goes on with part of the weights."""
+    """Returns the names of optional tensors that the source does not have. An error on one rank is raised on all of them, so
+    that none continues with part of the weights."""
     master, model = engine.master, engine.model
     table = pieces(model, engine.mesh)
 
     def check() -> list[str]:
-        # against the whole model: a pipeline stage knows its own part only
-        lacks = check_tensors(source, whole_shapes(model.config, model.recycle_config), optional)
+        # compared with the whole model: this rank's pipeline stage is only a part of it
+        absent = check_tensors(source, whole_shapes(model.config, model.recycle_config), optional)
         if isinstance(source, PortableSource):
-            source.probe({piece.name for row in table.values() for piece in row}.difference(lacks))
-        return lacks
+            source.probe({piece.name for row in table.values() for piece in row}.difference(absent))
+        return absent
 
     device = next(model.parameters()).device
-    missing = together(check, engine.mesh, device)
-    lacking = set(missing)
+    missing = on_all_ranks(check, engine.mesh, device)
+    skipped = set(missing)
 
     def load() -> None:
         for name in sorted(master.parameters):
-            if any(piece.name in lacking for piece in table[name]):
+            if any(piece.name in skipped for piece in table[name]):
                 continue
             for kind in master.kinds(name) if moments else ("weight",):
                 present = kind == "weight" or all(source.has(piece.name, kind) for piece in table[name])
-                if present:  # moments are absent for what was frozen at the time
+                if present:  # parameters that were frozen have no moments
                     master.write(name, kind, assemble(source, table[name], master.shape(name), kind))
 
-    together(load, engine.mesh, device)
+    on_all_ranks(load, engine.mesh, device)
     master.refresh()
     return missing
 
 
 def _read_generators(path: Path) -> dict[str, Tensor]:
-    """States of the random generators, looked at before a weight changes. Raises CheckpointError."""
+    """States of the random generators, validated before a weight changes. Raises CheckpointError."""
     try:
         states = load_file(str(path))
         torch.Generator().set_state(states["cpu"])
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: no state of a random generator can be read there: {error}") from None
+        raise CheckpointError(f"{path}: cannot read the states of the random generators: {error}") from None
     return states
 
 

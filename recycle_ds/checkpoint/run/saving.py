@@ -1,8 +1,8 @@
-"""Writing a checkpoint: every rank its share, to a temporary folder that is renamed once all of it is on disk.
+"""Writing a checkpoint: every rank writes its share to a temporary folder, which is renamed once it is complete on disk.
 
-Parameters are gathered one at a time, and of each the replicas take turns to keep it, so a rank holds its own share at most: in
-host memory, from where a thread writes it while training goes on. Once all ranks' threads have ended, the ranks agree, and the
-first one publishes.
+Parameters are gathered one at a time, and the replicas take turns in keeping them, so a rank buffers at most its own share, in
+host memory, from where a thread writes it while training continues. Once the threads of all ranks have finished, the ranks
+agree on the result, and rank 0 publishes the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recycle_ds.checkpoint.files.checksums import describe, write_text
+from recycle_ds.checkpoint.files.checksums import describe
 from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.portable.folders import REPLACED, completed, step_folder, step_of
 from recycle_ds.checkpoint.portable.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
-from recycle_ds.checkpoint.run.resume import newest_whole, restore
-from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_fault
+from recycle_ds.checkpoint.run.resume import newest_of_run, restore
+from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
 from recycle_ds.config import RunConfig
-from recycle_ds.config.atomic_files import flush as fsync
+from recycle_ds.config.atomic_files import fsync, write_atomically
 from recycle_ds.model.sharding import is_copy, pieces
-from recycle_ds.parallel.agree import from_rank
+from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.training.engine.build import TrainingEngine
-from recycle_ds.training.engine.master_state import keeper
+from recycle_ds.training.engine.master_state import owning_replica
 from recycle_ds.training.state import TrainingState
 
 
 @dataclass(frozen=True)
 class _Save:
-    """A checkpoint that is being written, and what training has moved on from since."""
+    """A checkpoint that is being written, with the training state of the moment it was started."""
 
     state: TrainingState
     adam_step: int
@@ -50,8 +50,8 @@ class _Save:
 class PortableCheckpointer:
     """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state.
 
-    taken_by: who has taken the run folder over, asked by the first rank before it touches the folder; None for nobody. `begin`
-    and `finish` raise TakenOver on all ranks then. Construction is collective.
+    taken_by: returns the later start that has taken over the run folder, None if there is none. Rank 0 calls it before it
+    changes the folder; after a takeover `begin` and `finish` raise TakenOver on all ranks. Construction is collective.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class PortableCheckpointer:
     ) -> None:
         self._config, self._engine, self._device = config, engine, device
         self._identity, self._taken_by = identity, taken_by
-        # two starts never write to the same temporary folder, even if the earlier does not know yet that it has been replaced
-        self._token = from_rank(0, secrets.token_hex(4), engine.mesh, device)
+        # two starts never share a temporary folder, even if the earlier one has not noticed the takeover yet
+        self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh, device)
         self._run_dir = Path(config.run_dir)
         self._save: _Save | None = None
 
     def begin(self, state: TrainingState) -> bool:
-        """See `Checkpointer`. Copies to the host up to training.save_buffer_gib ahead of the disk."""
+        """See `Checkpointer`. Buffers up to training.save_buffer_gib in host memory ahead of the disk."""
         assert self._save is None, "one checkpoint is written at a time"
         final = step_folder(self._run_dir, state.step)
         temporary = final.with_name(f".tmp-{final.name}-{self._token}")
         mesh = self._engine.mesh
-        if not self._first(lambda: _fresh(temporary)):
+        if not self._on_first_rank(lambda: _make_empty(temporary)):
             return False
         writer = ShardWriter(temporary, mesh.rank, int(self._config.training.save_buffer_gib * 2**30))
         self._gather(writer)
@@ -91,47 +91,47 @@ class PortableCheckpointer:
         return self._save is None or self._save.writer.ended
 
     def finish(self) -> Path | None:
-        """See `Checkpointer`. Writes the manifest, then `latest`; what was there before stays if the disk refuses."""
-        assert self._save is not None, "begin comes first"
+        """See `Checkpointer`. Writes the manifest, then `latest`; if the disk fails, the older checkpoints stay."""
+        assert self._save is not None, "begin must be called first"
         save, self._save = self._save, None
         published = False
         try:
-            if self._agree(save.writer.wait()):
-                published = self._first(lambda: self._publish(save))
-            else:  # a later start that tidies up looks like a fault of the disk
-                self._first(lambda: None)
+            if self._all_succeeded(save.writer.wait()):
+                published = self._on_first_rank(lambda: self._publish(save))
+            else:  # a takeover may look like a disk error: checked here
+                self._on_first_rank(lambda: None)
         finally:
             if not published:
                 self._discard(save.temporary)
         return save.final if published else None
 
     def restore(self) -> tuple[TrainingState, Path] | None:
-        """See `Checkpointer`. Raises CheckpointError when there are checkpoints and none is whole."""
-        assert self._save is None, "finish comes first"
-        found = newest_whole(self._config, self._engine.mesh, self._device, self._say)
+        """See `Checkpointer`. Raises CheckpointError if there are checkpoints and all are damaged."""
+        assert self._save is None, "finish must be called first"
+        found = newest_of_run(self._config, self._engine.mesh, self._device, self._report)
         if found is None:
             return None
         folder, manifest = found
         return restore(self._engine, folder, manifest, self._device), folder
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         if self._engine.mesh.is_first:
             print(text, flush=True)
 
     def _gather(self, writer: ShardWriter) -> None:
-        """Gathers every parameter, which all ranks take part in, and keeps this rank's share."""
+        """Gathers every parameter and hands this rank's share to the writer. Collective."""
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
-        for name, rank in keeper(list(master.parameters), mesh.replicas.size).items():
-            mine = rank == mesh.replicas.rank and not is_copy(name, mesh)
+        for name, rank in owning_replica(list(master.parameters), mesh.replicas.size).items():
+            is_owner = rank == mesh.replicas.rank and not is_copy(name, mesh)
             for kind in master.kinds(name):
                 value = master.read(name, kind)
-                for piece in table[name] if mine else ():
+                for piece in table[name] if is_owner else ():
                     if mesh.tensor.rank == 0 or not piece.whole:
                         writer.add(piece, kind, value)
 
     def _publish(self, save: _Save) -> None:
-        """Rank 0: merges the parts into the manifest, renames the folder, moves `latest`, forgets the oldest."""
+        """Rank 0: merges the ranks' parts into the manifest, renames the folder, updates `latest`, deletes old checkpoints."""
         mesh, state, temporary, final = self._engine.mesh, save.state, save.temporary, save.final
         tensors: dict[str, Any] = {}
         files: dict[str, Any] = {}
@@ -170,54 +170,56 @@ class PortableCheckpointer:
         }
         write_manifest(temporary, manifest)
         fsync(temporary)
-        aside = None
-        if final.exists():  # the same step once more: the older one goes when this one stands in its place
-            aside = final.with_name(f"{REPLACED}{final.name}")
-            os.rename(final, aside)
+        replaced = None
+        if final.exists():  # an older checkpoint of the same step: deleted once this one is in place
+            replaced = final.with_name(f"{REPLACED}{final.name}")
+            os.rename(final, replaced)
         os.rename(temporary, final)
         fsync(final.parent)
-        if self._taken_by() is not None:  # since it was asked last: another start's `latest` is newer
+        if self._taken_by() is not None:  # in the meantime: do not overwrite the later start's `latest`
             return
-        try:  # the checkpoint stands: what goes wrong from here on is told, and does not undo it
-            write_text(final.parent / "latest", f"{final.name}\n")
-            # newer ones can only be damaged ones that the run fell back from: they do not count
+        try:  # the checkpoint is published: errors from here on are reported and do not undo it
+            write_atomically(final.parent / "latest", f"{final.name}\n")
+            # newer ones can only be damaged ones that the run fell back from: not counted
             older = [path for path in completed(self._run_dir) if (step_of(path) or 0) <= state.step]
-            for old in [*([aside] if aside else []), *older[self._config.training.keep_checkpoints :]]:
-                # under its own name, half of it would be taken for a checkpoint if this is cut short
-                doomed = old.with_name(f".tmp-old-{old.name}")
-                os.rename(old, doomed)
-                shutil.rmtree(doomed)
+            for old in [*([replaced] if replaced else []), *older[self._config.training.keep_checkpoints :]]:
+                # renamed first: after a kill, a half-deleted folder must not be taken for a checkpoint
+                to_delete = old.with_name(f".tmp-old-{old.name}")
+                os.rename(old, to_delete)
+                shutil.rmtree(to_delete)
         except OSError as error:
-            print(f"warning: {final} is saved, but tidying up failed: {error}", flush=True)
+            print(f"warning: {final} is saved, but updating `latest` or deleting old ones failed: {error}", flush=True)
 
-    def _first(self, action: Callable[[], None]) -> bool:
-        """Has the first rank change the run folder, if that is still ours. Whether the disk let it; TakenOver if it is not."""
-        fault, taker = None, None
+    def _on_first_rank(self, action: Callable[[], None]) -> bool:
+        """Runs `action`, which changes the run folder, on rank 0. Returns whether the disk accepted it. Raises TakenOver if a
+        later start has taken over the folder. Collective."""
+        error, new_owner = None, None
         if self._engine.mesh.is_first:
-            taker = self._taken_by()
-            if taker is None:
-                fault = disk_fault(action)
-                taker = self._taken_by() if fault is not None else None  # files vanish when another start tidies up
-        taker = from_rank(0, taker, self._engine.mesh, self._device)
-        if taker is not None:
-            raise TakenOver(self._config.run_dir, taker)
-        return self._agree(fault)
+            new_owner = self._taken_by()
+            if new_owner is None:
+                error = disk_error(action)
+                # a disk error may come from a takeover, in which the later start deletes unfinished folders
+                new_owner = self._taken_by() if error is not None else None
+        new_owner = broadcast_from(0, new_owner, self._engine.mesh, self._device)
+        if new_owner is not None:
+            raise TakenOver(self._config.run_dir, new_owner)
+        return self._all_succeeded(error)
 
-    def _agree(self, fault: str | None) -> bool:
-        """Whether no rank has a fault; each prints its own."""
-        if fault is not None:
-            print(f"warning: rank {self._engine.mesh.rank}: saving failed: {fault}", flush=True)
-        votes = torch.tensor([fault is not None], dtype=torch.int32, device=self._device)
+    def _all_succeeded(self, error: str | None) -> bool:
+        """Whether no rank has an error; each rank prints its own. Collective."""
+        if error is not None:
+            print(f"warning: rank {self._engine.mesh.rank}: saving failed: {error}", flush=True)
+        failures = torch.tensor([error is not None], dtype=torch.int32, device=self._device)
         if self._engine.mesh.world_size > 1:
-            dist.all_reduce(votes)
-        return int(votes.item()) == 0
+            dist.all_reduce(failures)
+        return int(failures.item()) == 0
 
     def _discard(self, temporary: Path) -> None:
         if self._engine.mesh.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fresh(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

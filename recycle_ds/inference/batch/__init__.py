@@ -1,1 +1,1 @@
-"""A file of prompts, split over processes and resumable."""
+"""Decoding of a file of prompts, split over processes and resumable."""

@@ -1,4 +1,4 @@
-"""What a folder of parts was begun with: every start and every process goes on with the same checkpoint, or is refused."""
+"""Record of a parts folder: the prompts, settings and checkpoint that all processes and later starts must share."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from recycle_ds.config.atomic_files import temporary_name, write_atomically
 from recycle_ds.inference.errors import DecodingError
 
 RECORD = "key"
-"""Name of the record in a folder of parts, which never exists without it."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
-_BESIDE = ("config.json", "tokenizer.json")
-# Of a larger file this many blocks are read, evenly spaced: training changes all of a model's tensors.
+"""File name of the record in a parts folder. The folder is created together with its record."""
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".distcp")
+_CONFIG_FILES = ("config.json", "tokenizer.json")
+# Number of blocks and bytes per block read of a larger file, evenly spaced. Training changes all tensors, so samples suffice.
 _BLOCKS, _BLOCK = 256, 2**16
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Which prompts, settings and checkpoint parts are of."""
+class PartsRecord:
+    """The prompts, settings and checkpoint with which a folder of partial outputs was created."""
 
     key: str
     """SHA-256 of the prompts and the settings."""
     asked: str
-    """Absolute path that --model named: a run perhaps, which has another newest checkpoint by now."""
+    """Absolute path of --model. It may be a run folder, whose newest checkpoint changes."""
     checkpoint: str
-    """Absolute path of the checkpoint that was found there."""
+    """Absolute path of the checkpoint that was loaded from it."""
     digest: str
-    """See `digest_of`."""
+    """See `checkpoint_digest`."""
 
-    def serves(self, key: str, model: str) -> bool:
-        """Whether a request for `model` may go on with it: the same one, or one that names the checkpoint itself."""
+    def matches(self, key: str, model: str) -> bool:
+        """Whether a request may continue with these parts: same key, and `model` is the same path or the checkpoint."""
         return key == self.key and model in (self.asked, self.checkpoint)
 
     @property
     def portable(self) -> bool:
-        """Whether the checkpoint is a folder that is complete by itself; other formats may have a tokenizer above it."""
+        """Whether the checkpoint folder is self-contained. Other formats may have their tokenizer in a parent folder."""
         return Path(self.checkpoint, MANIFEST).is_file()
 
 
-def read_begun(path: Path) -> Begun | None:
-    """None where there is no record. Raises DecodingError for a file that is none."""
+def read_record(path: Path) -> PartsRecord | None:
+    """Reads a record; None if the file does not exist. Raises DecodingError for an invalid file."""
     try:
-        return Begun(**json.loads(path.read_text(encoding="utf-8")))
+        return PartsRecord(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not written by this release"
-        raise DecodingError(f"{path}: cannot be read ({reason}): remove it and its parts, and begin anew") from None
+        raise DecodingError(f"{path}: cannot be read ({reason}): remove it and its parts to start over") from None
 
 
-def write_begun(path: Path, begun: Begun) -> None:
+def write_record(path: Path, record: PartsRecord) -> None:
     """Writes a record, replacing an older one."""
-    write_atomically(path, json.dumps(asdict(begun)) + "\n")
+    write_atomically(path, json.dumps(asdict(record)) + "\n")
 
 
-def claim(parts: Path, mine: Begun) -> bool:
-    """Makes a folder of parts with its record in it. False where another process was quicker."""
+def claim(parts: Path, record: PartsRecord) -> bool:
+    """Creates the parts folder with its record, atomically. Returns False if another process has created it already."""
     temporary = temporary_name(parts)
     temporary.mkdir()
     try:
-        write_begun(temporary / RECORD, mine)
+        write_record(temporary / RECORD, record)
         try:
-            os.rename(temporary, parts)  # a folder that is not empty is never replaced
+            os.rename(temporary, parts)  # never replaces a folder that is not empty
         except OSError:
             if parts.is_dir():
                 return False
@@ -77,18 +77,19 @@ def claim(parts: Path, mine: Begun) -> bool:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def digest_of(folder: Path) -> str:
-    """What tells a checkpoint from another of the same name: its manifest's digest, which covers all checksums; without one, a
-    digest of samples of its weights, and of its configuration and tokenizer. The same on every node, unlike times of files.
+def checkpoint_digest(folder: Path) -> str:
+    """Digest that distinguishes checkpoints with the same path: the manifest's digest, which covers all checksums. Without a
+    manifest, the SHA-256 of samples of the weights, the configuration and the tokenizer; unlike modification times, it is the
+    same on every node.
 
-    Raises DecodingError, and CheckpointError for a manifest that is damaged.
+    Raises DecodingError for files that cannot be read, and CheckpointError for a damaged manifest.
     """
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).digest
     total = hashlib.sha256()
     try:
         for path in sorted(folder.iterdir()):
-            if path.suffix in _WEIGHTS or path.name in _BESIDE:
+            if path.suffix in _WEIGHT_SUFFIXES or path.name in _CONFIG_FILES:
                 total.update(f"{path.name} {path.stat().st_size}\n".encode())
                 for block in _samples(path):
                     total.update(block)
@@ -98,7 +99,7 @@ def digest_of(folder: Path) -> str:
 
 
 def _samples(path: Path) -> list[bytes]:
-    """All of a small file; of a larger one its first and last block, and some between."""
+    """The complete content of a small file; evenly spaced blocks of a larger one, including the first and the last."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _BLOCKS * _BLOCK:

@@ -1,12 +1,11 @@
-"""Compares decoding modes on the same prompts: the figures of `decoding.json`, a table, and reasons in numbers.
+"""Compares decoding modes on the same prompts: the figures of `decoding.json`, a table, and notes that explain them.
 
-Prompts and modes are interleaved, the order of the modes rotating from prompt to prompt, so that a machine that slows
-down slows all of them. Speeds are medians over repeats.
+Prompts and modes are interleaved, and the order of the modes rotates from prompt to prompt, so that a slowdown of the
+machine affects all modes. Speeds are medians over repeats.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -21,13 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from recycle_ds.config.atomic_files import write_atomically
-from recycle_ds.inference.batch.prompt_file import read_prompt_file
+from recycle_ds.config.atomic_files import write_json_atomically
+from recycle_ds.inference.batch.prompts import read_prompt_file
 from recycle_ds.inference.bench.diagnosis import notes_on_verified
-from recycle_ds.inference.decoder import Decoder, check_mode
+from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.loading import decoder_of, load
+from recycle_ds.inference.parameters import check_mode
 
 REFERENCE = "autoregressive"
 _WARMUP_TOKENS = 32
@@ -35,10 +35,10 @@ _WARMUP_TOKENS = 32
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is run. `autoregressive` is always run, and first in the report: speedup and identity are measured against
-    it.
+    """Settings of a comparison. `autoregressive` is always run, and first in the report: it is the reference for speedup
+    and identity.
 
-    draft_tokens: None is each mode's own default. Raises DecodingError for values that cannot be run.
+    draft_tokens: None means each mode's default. Raises DecodingError for invalid values.
     """
 
     modes: tuple[str, ...] = (REFERENCE, "alternate", "verified")
@@ -51,7 +51,7 @@ class BenchSettings:
             check_mode(mode)
         if self.max_new_tokens < 2:
             raise DecodingError(
-                f"max_new_tokens={self.max_new_tokens}: must be at least 2, as speeds begin after the first token"
+                f"max_new_tokens={self.max_new_tokens}: must be at least 2, because speed is measured after the first token"
             )
         if self.repeats < 1:
             raise DecodingError(f"repeats={self.repeats}: must be at least 1")
@@ -61,7 +61,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The structure of decoding.json, and lines that explain it."""
+    """The content of decoding.json, and notes that explain it."""
 
     report: dict[str, Any]
     notes: list[str]
@@ -115,7 +115,7 @@ def run_bench(
 ) -> BenchResult:
     """Decodes every prompt (token ids) in every mode, greedily, `settings.repeats` times.
 
-    model, dtype: as they are to stand in the report. on_progress: called with generations done and in total.
+    model, dtype: recorded in the report as given. on_progress: called with the numbers of completed and of all generations.
     """
     runs = {mode: _Runs() for mode in settings.modes}
     for mode in settings.modes:
@@ -160,7 +160,7 @@ def run_bench(
 
 
 def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str, threads: int | None) -> BenchResult:
-    """`run_bench` for a model's folder and a file of prompts, with a progress bar on stderr when that is a terminal."""
+    """`run_bench` for a model folder and a file of prompts, with a progress bar on stderr if that is a terminal."""
     texts = read_prompts(prompts)
     loaded = load(path, dtype, threads)
     columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -178,8 +178,8 @@ def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str
 
 
 def print_result(result: BenchResult) -> None:
-    """The table, and the notes under it, on stdout."""
-    # In a file or pipe there is no width to fit into: a table squeezed into 80 columns is hard to read.
+    """Prints the table, followed by the notes, to stdout."""
+    # A file or pipe has no width limit, and a table squeezed into 80 columns is hard to read.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(results_table(result.report))
     for note in result.notes:
@@ -187,13 +187,13 @@ def print_result(result: BenchResult) -> None:
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes decoding.json; it appears whole or not at all."""
+    """Writes decoding.json atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    write_json_atomically(path, report)
 
 
 def results_table(report: dict[str, Any]) -> Table:
-    """The report as one table."""
+    """The report as a table."""
     table = Table(
         title=f"Decoding {report['model']}  ({report['dtype']}, {report['threads']} threads, {report['machine']})",
         title_justify="left",
@@ -213,7 +213,7 @@ def results_table(report: dict[str, Any]) -> Table:
 
 
 def machine(device: torch.device) -> str:
-    """What ran it, in words: the GPU, or the processor and its number of cores this process may use."""
+    """Name of the hardware: the GPU, or the processor and the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -233,11 +233,11 @@ def _rotated(modes: tuple[str, ...], by: int) -> tuple[str, ...]:
 
 
 def _figures(runs: dict[str, _Runs]) -> dict[str, dict[str, Any]]:
-    """The "modes" of the report. Raises DecodingError when there was nothing to time."""
+    """The "modes" of the report. Raises DecodingError if there was nothing to time."""
     reference = runs[REFERENCE]
     base = reference.tokens_per_second()
     if base == 0:
-        raise DecodingError("no prompt was continued by more than one token: nothing to time; give other prompts")
+        raise DecodingError("no prompt was continued by more than one token: nothing to time; use other prompts")
     expected = [one.token_ids for one in reference.first]
     figures = {}
     for mode, one in runs.items():

@@ -1,4 +1,4 @@
-"""Why verified decoding was not faster, and where it parted from autoregressive: reasons in measured numbers."""
+"""Explains with measured numbers why verified decoding was not faster and where it diverged from autoregressive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def notes_on_verified(
     found: Sequence[Sequence[tuple[int, ...]]],
     figures: dict[str, Any],
 ) -> list[str]:
-    """Lines for under the table: none when verified was faster and identical.
+    """Notes printed below the table; empty if verified was faster and identical.
 
     expected: tokens of `autoregressive` by prompt; found: those of `verified` by repeat and prompt; figures: the report
     of `verified`.
@@ -34,9 +34,9 @@ def notes_on_verified(
     if figures["speedup"] <= 1 and draft_tokens != 0:
         notes.append(_why_not_faster(model, prompts[0], draft_tokens, figures))
     for index, (prompt, reference) in enumerate(zip(prompts, expected, strict=True)):
-        others = [tokens[index] for tokens in found if tokens[index] != reference]
-        if others:
-            notes.append(_divergence(model, index, prompt, reference, others[0]))
+        divergent = [tokens[index] for tokens in found if tokens[index] != reference]
+        if divergent:
+            notes.append(_divergence(model, index, prompt, reference, divergent[0]))
     return notes
 
 
@@ -47,16 +47,16 @@ def _why_not_faster(
     costs = measure_costs(model, prompt, drafts)
     cycle = (costs.wide + drafts * costs.module) / costs.full
     note = (
-        f"verified is not faster here: a cycle of {drafts} drafts costs {cycle:.2f} full calls over one token (the "
+        f"verified is not faster here: a cycle of {drafts} drafts costs {cycle:.2f} single-token full calls (a full "
         f"call over {1 + drafts} tokens {costs.wide / costs.full:.2f}, a module call {costs.module / costs.full:.2f}), "
-        f"and a full call brought {figures['tokens_per_full_call']:.2f} tokens"
+        f"and a full call produced {figures['tokens_per_full_call']:.2f} tokens on average"
     )
-    return note if draft_tokens else f"{note}; the draft length adapted to that"
+    return note if draft_tokens else f"{note}; the draft length adapted to these costs"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of single calls, medians of a few, behind one prompt."""
+    """Seconds per call after one prompt, medians of several calls."""
 
     full: float
     """Full call over one token."""
@@ -68,7 +68,7 @@ class Costs:
 
 @torch.inference_mode()
 def measure_costs(model: DecodableModel, prompt: Sequence[int], drafts: int) -> Costs:
-    """Times the three calls that a verified cycle with `drafts` drafts is made of."""
+    """Times the three calls that a verified cycle with `drafts` drafts consists of."""
     device = next(model.parameters()).device
     length = max(1, min(len(prompt), model.max_positions - 1 - drafts))
     cache = model.new_cache(1, length + 1 + drafts)
@@ -102,8 +102,8 @@ def measure_costs(model: DecodableModel, prompt: Sequence[int], drafts: int) -> 
 def _divergence(
     model: DecodableModel, index: int, prompt: Sequence[int], expected: tuple[int, ...], found: tuple[int, ...]
 ) -> str:
-    """Where two continuations part, and how close the full model's two best tokens are there."""
-    # the shorter one may be the whole beginning of the longer one
+    """Reports where two continuations diverge, and how close the full model's two highest logits are there."""
+    # the shorter one may be a prefix of the longer one
     same = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
     )
@@ -111,6 +111,6 @@ def _divergence(
     hidden_TBD = model.decode(tokens_1T, model.new_cache(1, tokens_1T.shape[1]))
     best = model.logits(hidden_TBD[-1:])[0, 0].topk(2).values.tolist()
     return (
-        f"verified parts from autoregressive on prompt {index + 1} at new token {same + 1}, where the two best logits "
-        f"are {best[0] - best[1]:.2e} apart"
+        f"verified diverges from autoregressive on prompt {index + 1} at new token {same + 1}, where the two highest "
+        f"logits differ by {best[0] - best[1]:.2e}"
     )

@@ -1,4 +1,4 @@
-"""The figure of a decoding comparison."""
+"""The plot of a decoding comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def plot_decoding(report: dict[str, Any], path: Path) -> None:
-    """Draws tokens per second by mode, with speedups, and acceptance by draft position, of a report of `run_bench`."""
+    """Plots tokens per second by mode, with speedups, and acceptance by draft position, from a report of `run_bench`."""
     subtitle = f"{report['model']}  ·  {report['dtype']}, {report['threads']} threads  ·  {report['machine']}"
     with two_panels(path, "Decoding speed and draft acceptance", subtitle) as (left, right):
         _speeds(left, report["modes"])
@@ -33,13 +33,13 @@ def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
         axes.annotate(
             f"{figures['speedup']:.2f}x", (speed, row), (7, 6), textcoords="offset points", va="center", weight="bold"
         )
-        detail = f"{speed:.0f} tok/s, {'identical' if figures['identical_to_autoregressive'] else 'another text'}"
+        detail = f"{speed:.0f} tok/s, {'identical' if figures['identical_to_autoregressive'] else 'different text'}"
         axes.annotate(detail, (speed, row), (7, -8), textcoords="offset points", va="center", color=MUTED, fontsize=8.5)
     axes.set_title("Tokens per second, prefill excluded")
 
 
 def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
-    """Bars: a draft's chance given that those before it were accepted. Line: the chance that all up to it are."""
+    """Bars: acceptance given that all earlier drafts were accepted. Line: probability that all up to it are accepted."""
     acceptance = modes.get("verified", {}).get("acceptance", [])
     axes.set_title("Acceptance by draft position (verified)")
     axes.set_ylim(0, 1.18)
@@ -47,18 +47,18 @@ def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
     axes.grid(axis="y", color=GRID)
     if not acceptance:
         axes.set_xticks([])
-        axes.text(0.5, 0.45, "no draft was judged", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.45, "no draft was verified", transform=axes.transAxes, ha="center", color=MUTED)
         return
     positions = range(1, len(acceptance) + 1)
     axes.bar(positions, acceptance, width=0.62, color=MODE_COLOURS["verified"], label="if all before it were accepted")
     kept, product = [], 1.0
-    for chance in acceptance:
-        product *= chance
+    for rate in acceptance:
+        product *= rate
         kept.append(product)
     axes.plot(positions, kept, color=INK, marker="o", markersize=4, label="it and all before it")
-    for position, chance in zip(positions, acceptance, strict=True):
+    for position, rate in zip(positions, acceptance, strict=True):
         axes.annotate(
-            f"{chance:.2f}", (position, chance), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK
+            f"{rate:.2f}", (position, rate), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK
         )
     axes.set_xlim(0.4, max(len(acceptance), 3) + 0.6)
     axes.set_xticks(positions)

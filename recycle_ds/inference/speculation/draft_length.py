@@ -1,10 +1,10 @@
-"""How many tokens to draft: from measured acceptance and measured cost, per cycle.
+"""Adaptive draft length: chosen per cycle from measured acceptance and measured cost.
 
-With a_i the probability that draft i is accepted given that all before it were, F(n) the seconds of a full call over
-1 + n tokens and m those of a module call, n drafts bring 1 + a_1 + a_1 a_2 + ... tokens in F(n) + n m seconds (as in
-Leviathan et al., arXiv 2211.17192, theorem 3.8, where all a_i and F(n) are equal). `choose` maximises the quotient over
-n = 0..max; 0 turns drafting off where it does not pay, and is left again for a probe, less and less often, as long as
-the probes fail. `update` and `choose` are pure: costs are passed in.
+Let a_i be the probability that draft i is accepted given that all drafts before it were, F(n) the seconds of a full call
+over 1 + n tokens, and m the seconds of a module call. Then n drafts yield 1 + a_1 + a_1 a_2 + ... expected tokens in
+F(n) + n m seconds (as in Leviathan et al., arXiv 2211.17192, theorem 3.8, where all a_i and F(n) are equal). `choose`
+maximises tokens per second over n = 0..max. n = 0 turns drafting off when it does not pay; short probes then retry
+drafting, at increasing intervals while they fail. `update` and `choose` are pure functions: costs are passed in.
 """
 
 from __future__ import annotations
@@ -14,62 +14,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 MAX_DRAFT = 8
-"""Longest draft tried."""
+"""Maximum draft length."""
 START = 4
-"""Length of the first drafts, and of probes."""
+"""Draft length of the first cycles and of probes."""
 
-# Newest measurements of a cost that are kept, and those of no drafting that are wanted before costs are compared.
-_WINDOW, _TRUSTED = 7, 3
-# Cycles after which a measurement says nothing any more: calls grow dearer as the context fills.
-_STALE = 256
-# What is forgotten of older acceptances with every new one: the estimate follows about the last fifty.
-_FORGET = 0.98
-# Acceptance believed in before the first draft, and the number of observations this belief is worth.
-_BELIEF, _BELIEF_WEIGHT = 0.75, 2.0
-# Where costs are not to be measured: a full call's growth with each further token, and a module call, in full calls.
+# Number of recent measurements kept per cost, and of measurements without drafts required before costs are compared.
+_WINDOW, _MIN_BASELINE = 7, 3
+# Cycles after which measurements are discarded: calls become more expensive as the context grows.
+_MAX_AGE = 256
+# Decay of older acceptance counts with every new observation: the estimate covers about the last fifty.
+_DECAY = 0.98
+# Prior acceptance rate, and its weight in observations.
+_PRIOR, _PRIOR_WEIGHT = 0.75, 2.0
+# Nominal costs, in full calls, if costs are not measured: each further token of a full call, and a module call.
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
-# A probe: cycles it lasts; what acceptances from before it still weigh; cycles without drafts before the first one and,
-# after failed ones, at most.
-_PROBE, _PROBE_MEMORY, _FIRST_PROBE, _LAST_PROBE = 3, 8.0, 32, 512
+# Probes: duration in cycles; maximum weight of earlier observations, in observations; cycles without drafts before the first
+# probe, and the maximum after failed probes.
+_PROBE, _PROBE_MEMORY, _FIRST_PATIENCE, _MAX_PATIENCE = 3, 8.0, 32, 512
 
 
 @dataclass(frozen=True)
 class DraftStatistics:
-    """What is known of drafting so far. Tuples are indexed by draft position, `full` by the call's number of drafts."""
+    """Statistics of drafting so far. Tuples are indexed by draft position, `full` by the number of drafts in the call."""
 
     tested: tuple[float, ...]
-    """Drafts that were judged (all before them accepted), older ones counting less."""
+    """Drafts that were verified (all before them accepted). Older ones decay."""
     accepted: tuple[float, ...]
-    """Those of them that were accepted."""
+    """Drafts that were accepted. Older ones decay."""
     full: tuple[tuple[float, ...], ...]
-    """Newest measurements of a full call, seconds."""
+    """Recent measurements of a full call, in seconds."""
     measured_at: tuple[int, ...]
-    """Cycle of the newest measurement in `full`."""
+    """Cycle of the latest measurement in `full`."""
     module: tuple[float, ...] = ()
-    """Newest measurements of a module call, seconds."""
+    """Recent measurements of a module call, in seconds."""
     cycle: int = 0
     """Cycles so far."""
     idle: int = 0
-    """Cycles without drafts since the last one with."""
-    patience: int = _FIRST_PROBE
-    """Idle cycles after which drafts are tried again."""
+    """Consecutive cycles without drafts."""
+    patience: int = _FIRST_PATIENCE
+    """Idle cycles before the next probe."""
     probe: int = _PROBE
-    """Cycles left of the probe under way."""
+    """Remaining cycles of the current probe."""
     measured: bool = True
-    """Whether costs come in; otherwise nominal ones are used, and choices depend on acceptance alone."""
+    """Whether costs are measured. Otherwise nominal costs are used, and choices depend on acceptance only."""
 
     @property
     def max_draft(self) -> int:
-        """Longest draft considered."""
+        """Maximum draft length considered."""
         return len(self.tested)
 
     def fresh(self, drafted: int) -> tuple[float, ...]:
-        """Measurements of a full call with that many drafts, none if they are too old."""
-        return self.full[drafted] if self.cycle - self.measured_at[drafted] <= _STALE else ()
+        """Measurements of a full call with `drafted` drafts; empty if they are too old."""
+        return self.full[drafted] if self.cycle - self.measured_at[drafted] <= _MAX_AGE else ()
 
 
 def initial(max_draft: int = MAX_DRAFT, measured: bool = True) -> DraftStatistics:
-    """Nothing known yet."""
+    """Statistics before the first cycle."""
     return DraftStatistics(
         tested=(0.0,) * max_draft,
         accepted=(0.0,) * max_draft,
@@ -88,9 +88,10 @@ def update(
     full_seconds: float | None = None,
     module_seconds: float | None = None,
 ) -> DraftStatistics:
-    """Adds a cycle: `drafted` tokens, of which the first `tested` were judged and the first `accepted` kept.
+    """Adds one cycle: `drafted` tokens, of which the first `tested` were verified and the first `accepted` accepted.
 
-    full_seconds: the full call over 1 + drafted tokens. module_seconds: one module call. None: not measured.
+    full_seconds: duration of the full call over 1 + drafted tokens. module_seconds: duration of one module call. None: not
+    measured.
     """
     stats = replace(stats, cycle=stats.cycle + 1)
     if drafted == 0:
@@ -108,13 +109,13 @@ def update(
 
 
 def choose(stats: DraftStatistics, limit: int) -> int:
-    """The number of tokens to draft next, at most `limit` (what may still be produced, less one)."""
+    """Number of tokens to draft next, at most `limit` (the remaining new tokens minus one)."""
     limit = min(limit, stats.max_draft)
     if limit <= 0:
         return 0
     if stats.probe > 0:
         return min(START, limit)
-    if stats.measured and len(stats.fresh(0)) < _TRUSTED:
+    if stats.measured and len(stats.fresh(0)) < _MIN_BASELINE:
         return 0
     speeds = _speeds(stats, limit)
     best = max(range(limit + 1), key=speeds.__getitem__)
@@ -122,19 +123,19 @@ def choose(stats: DraftStatistics, limit: int) -> int:
 
 
 def acceptance(stats: DraftStatistics) -> list[float]:
-    """Estimated a_i. A position never reached is believed to do as well as the one before it."""
+    """Estimated a_i. The prior of each position is the estimate of the position before it."""
     estimates: list[float] = []
-    belief = _BELIEF
+    estimate = _PRIOR
     for tested, accepted in zip(stats.tested, stats.accepted, strict=True):
-        belief = (accepted + _BELIEF_WEIGHT * belief) / (tested + _BELIEF_WEIGHT)
-        estimates.append(belief)
+        estimate = (accepted + _PRIOR_WEIGHT * estimate) / (tested + _PRIOR_WEIGHT)
+        estimates.append(estimate)
     return estimates
 
 
 def full_costs(stats: DraftStatistics) -> list[float]:
-    """Seconds of a full call by number of drafts: measured, lines between, the last slope (never down) beyond."""
+    """Seconds of a full call by number of drafts: measured, interpolated, or extrapolated with a slope of at least 0."""
     windows = [stats.fresh(n) for n in range(stats.max_draft + 1)]
-    known = [(n, _typical(seconds)) for n, seconds in enumerate(windows) if seconds]
+    known = [(n, _lower_quartile(seconds)) for n, seconds in enumerate(windows) if seconds]
     if not stats.measured or not known:
         return [1 + _NOMINAL_SLOPE * n for n in range(stats.max_draft + 1)]
     if len(known) == 1:
@@ -161,35 +162,35 @@ def _speeds(stats: DraftStatistics, limit: int) -> list[float]:
     if not stats.measured:
         module = _NOMINAL_MODULE
     else:
-        module = _typical(stats.module) if stats.module else 0.0
+        module = _lower_quartile(stats.module) if stats.module else 0.0
     speeds: list[float] = []
     tokens, reached = 1.0, 1.0
-    for n, chance in enumerate([1.0, *acceptance(stats)][: limit + 1]):
+    for n, probability in enumerate([1.0, *acceptance(stats)][: limit + 1]):
         if n:
-            reached *= chance
+            reached *= probability
             tokens += reached
         seconds = costs[n] + n * module
         speeds.append(tokens / seconds if seconds > 0 else math.inf)
     return speeds
 
 
-def _typical(seconds: Sequence[float]) -> float:
-    """The lower quartile: other programs make calls slower, never faster, and often several in a row."""
+def _lower_quartile(seconds: Sequence[float]) -> float:
+    """A robust estimate: other programs only make calls slower, and often several in a row."""
     return sorted(seconds)[(len(seconds) - 1) // 4]
 
 
 def _add_drafts(stats: DraftStatistics, tested: int, accepted: int) -> DraftStatistics:
-    """Adds judged drafts, and moves the probe on: one begins with the first drafts after `patience` idle cycles."""
+    """Adds verified drafts and advances the probe. A probe starts with the first drafts after `patience` idle cycles."""
     hits, trials = stats.accepted, stats.tested
     probe, patience = max(stats.probe - 1, 0), stats.patience
     if stats.idle >= stats.patience:
-        probe, patience = _PROBE - 1, min(2 * stats.patience, _LAST_PROBE)
-        # What was seen before the pause counts for little: the text has moved on.
+        probe, patience = _PROBE - 1, min(2 * stats.patience, _MAX_PATIENCE)
+        # Observations from before the pause are weighted down: the text has changed since.
         weights = [min(1.0, _PROBE_MEMORY / total) if total else 1.0 for total in trials]
         trials = tuple(weight * total for weight, total in zip(weights, trials, strict=True))
         hits = tuple(weight * total for weight, total in zip(weights, hits, strict=True))
     elif stats.probe == 0:
-        patience = _FIRST_PROBE
+        patience = _FIRST_PATIENCE
     return replace(
         stats,
         tested=_observe(trials, tested, tested),
@@ -201,7 +202,7 @@ def _add_drafts(stats: DraftStatistics, tested: int, accepted: int) -> DraftStat
 
 
 def _observe(sums: Sequence[float], tested: int, hits: int) -> tuple[float, ...]:
-    """Running sums with a new observation at positions 0..tested-1, of which the first `hits` count."""
+    """Decaying sums with a new observation at positions 0..tested-1: 1 at the first `hits` positions, else 0."""
     return tuple(
-        total if position >= tested else _FORGET * total + (position < hits) for position, total in enumerate(sums)
+        total if position >= tested else _DECAY * total + (position < hits) for position, total in enumerate(sums)
     )

@@ -1,7 +1,7 @@
-"""When a generation ends: end-of-sequence tokens, stop strings, the number of tokens asked for, the context.
+"""Stop conditions: end-of-sequence tokens, stop strings, the maximum number of new tokens, the context length.
 
-All are decided token by token, in order, on the kept tokens alone; so every decoding mode is cut at the same place,
-however many tokens a cycle brings.
+All are checked token by token, in order, on the kept tokens only. Every decoding mode therefore ends at the same token,
+regardless of how many tokens a cycle produces.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.parameters import check_stop_strings
 from recycle_ds.inference.protocol import TextSource
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 
 class TextFilter:
-    """Text of a growing token sequence, cut before the first stop string and safe to print as it comes.
+    """Streams the text of a growing token sequence, cut before the first stop string.
 
-    Text that may turn out to be the beginning of a stop string is held back until it cannot be. Each piece carries the
-    tag of the token that completed it, so that a caller can print tokens in different colours.
+    Text that may be the start of a stop string is held back until that is ruled out. Each piece carries the tag of the
+    token that completed it, so that a caller can print tokens in different colours.
     """
 
     def __init__(self, source: TextSource, stop: Sequence[str] = ()) -> None:
@@ -31,11 +31,11 @@ class TextFilter:
         """Whether a stop string has been completed."""
 
     def feed(self, token_id: int, tag: bool = False) -> list[tuple[str, bool]]:
-        """Adds a token, returns the (text, tag) pieces now certain to be part of the text; none after a stop."""
+        """Adds a token. Returns the (text, tag) pieces that no stop string can cut any more; empty after a stop."""
         return [] if self.stopped else self._take(self._source.feed(token_id), tag, final=False)
 
     def flush(self, tag: bool = False) -> list[tuple[str, bool]]:
-        """The rest, at the end of the sequence; none after a stop."""
+        """Returns the remaining pieces at the end of the sequence; empty after a stop."""
         return [] if self.stopped else self._take(self._source.flush(), tag, final=True)
 
     def _take(self, text: str, tag: bool, final: bool) -> list[tuple[str, bool]]:
@@ -51,7 +51,7 @@ class TextFilter:
         return self._release(len(held) if final else self._safe_length(held))
 
     def _safe_length(self, held: str) -> int:
-        """Length of the longest beginning of `held` that no stop string completed later can reach into."""
+        """Length of the longest prefix of `held` that no stop string completed later can overlap."""
         longest = max(map(len, self._stop)) - 1
         for start in range(max(0, len(held) - longest), len(held)):
             tail = held[start:]
@@ -60,7 +60,7 @@ class TextFilter:
         return len(held)
 
     def _release(self, length: int) -> list[tuple[str, bool]]:
-        """Takes the first `length` characters out of what is held."""
+        """Removes the first `length` characters from the held-back pieces and returns them."""
         released: list[tuple[str, bool]] = []
         while length > 0:
             piece, tag = self._held.pop(0)
@@ -74,9 +74,9 @@ class TextFilter:
 class StopCondition:
     """Decides, token by token, where a generation ends.
 
-    eos_ids: token ids that end it (they are kept). limit: most new tokens, `limit_reason` saying what set it: "length",
-    what was asked for, or "context", what fits behind the prompt. text: filter with the stop strings, None when there
-    are none.
+    eos_ids: token ids that end it (they are kept). limit: maximum number of new tokens. limit_reason: what set the limit,
+    "length" (the requested maximum) or "context" (the room after the prompt). text: filter with the stop strings, None
+    without stop strings.
     """
 
     def __init__(
@@ -88,36 +88,30 @@ class StopCondition:
         self.remaining = limit
         """Tokens that may still be kept."""
         self.reason: FinishReason | None = None
-        """Why the generation ended; None while it goes on."""
+        """Why the generation ended; None before its end."""
 
     def take(self, ids: Sequence[int]) -> int:
-        """How many of these tokens, the next of the sequence, are kept. Sets `reason` when one of them is the last."""
+        """Checks the next tokens of the sequence. Returns how many are kept; sets `reason` if one of them is the last."""
         for kept, token_id in enumerate(ids, start=1):
             self.remaining -= 1
-            self.reason = self._judge(token_id)
+            self.reason = self._reason_after(token_id)
             if self.reason is not None:
                 return kept
         return len(ids)
 
-    def _judge(self, token_id: int) -> FinishReason | None:
+    def _reason_after(self, token_id: int) -> FinishReason | None:
         if token_id in self._eos_ids:
-            return self._at_the_end("eos")
+            return self._final_reason("eos")
         if self._text is not None:
             self._text.feed(token_id)
             if self._text.stopped:
                 return "stop"
-        return self._at_the_end(self._limit_reason) if self.remaining == 0 else None
+        return self._final_reason(self._limit_reason) if self.remaining == 0 else None
 
-    def _at_the_end(self, reason: FinishReason) -> FinishReason:
-        """`reason`, unless the text still held back by the tokenizer completes a stop string."""
+    def _final_reason(self, reason: FinishReason) -> FinishReason:
+        """`reason`, or "stop" if text still held back by the tokenizer completes a stop string."""
         if self._text is not None:
             self._text.flush()
             if self._text.stopped:
                 return "stop"
         return reason
-
-
-def check_stop_strings(stop: Sequence[str]) -> None:
-    """Raises DecodingError for an empty stop string, which every text contains."""
-    if any(not one for one in stop):
-        raise DecodingError(f"stop={list(stop)!r}: a stop string must not be empty; leave it out")

@@ -1,8 +1,8 @@
-"""Accept or reject drafted tokens: pure functions of drafts, distributions and a generator.
+"""Verification of draft tokens: pure functions of drafts, distributions and a generator.
 
-Greedy: the longest prefix on which draft and full model agree. Sampled: speculative sampling (Leviathan et al., arXiv
-2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2), whose output has the full model's distribution
-whatever the drafts are. Shapes: N drafts, W = N + 1 positions scored by the full call, V vocabulary.
+Greedy: accepts the longest prefix on which draft and full model agree. Sampled: speculative sampling (Leviathan et al.,
+arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2), whose output has the full model's
+distribution for any drafts. Shapes: N drafts, W = N + 1 positions scored by the full call, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from recycle_ds.inference.speculation.sampling import sample
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Outcome of one full call: drafts[:accepted] are kept, then `token`, the full model's own."""
+class Verification:
+    """Result of one verifying full call: drafts[:accepted] are kept, followed by `token` from the full model."""
 
     accepted: int
     token: int
 
 
-def verify_greedy(drafts: Sequence[int], targets: Sequence[int]) -> Verdict:
-    """targets[i] is the full model's choice at the position of drafts[i]; there is one more, after the last draft."""
+def verify_greedy(drafts: Sequence[int], targets: Sequence[int]) -> Verification:
+    """targets[i]: the full model's choice at the position of drafts[i], plus one more after the last draft."""
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
         accepted += 1
-    return Verdict(accepted, targets[accepted])
+    return Verification(accepted, targets[accepted])
 
 
 def residual(target_V: Tensor, draft_V: Tensor) -> Tensor:
-    """norm(max(p - q, 0)), what a rejected draft is replaced from (Leviathan et al., section 2.3).
+    """norm(max(p - q, 0)): the distribution that replaces a rejected draft (Leviathan et al., section 2.3).
 
-    Where p and q are so close that rounding leaves nothing of the difference, p itself: the limit of the exact rule's
-    output.
+    If p and q are so close that their difference rounds to zero, returns p, the limit of the exact rule's output.
     """
     excess_V = (target_V - draft_V).clamp_min(0)
     total = excess_V.sum()
@@ -45,23 +44,23 @@ def residual(target_V: Tensor, draft_V: Tensor) -> Tensor:
 
 def verify_sampled(
     drafts: Sequence[int], draft_probs_NV: Tensor | None, target_probs_WV: Tensor, generator: torch.Generator | None
-) -> Verdict:
+) -> Verification:
     """Accepts draft i with probability min(1, p_i/q_i), until the first rejection.
 
-    drafts: ids, draft i drawn from draft_probs_NV[i] (None when there are none). target_probs_WV: the full model's
-    distribution at each draft's position and after the last. The kept tokens are distributed as if drawn from the
-    latter one by one.
+    drafts: ids, draft i sampled from draft_probs_NV[i] (None without drafts). target_probs_WV: the full model's
+    distribution at each draft's position and after the last. The kept tokens are distributed as if sampled one by one
+    from the full model.
     """
     count = len(drafts)
     if count == 0:
-        return Verdict(0, int(sample(target_probs_WV[0], generator)))
-    assert draft_probs_NV is not None, "drafts without the distributions they were drawn from cannot be judged"
+        return Verification(0, int(sample(target_probs_WV[0], generator)))
+    assert draft_probs_NV is not None, "drafts cannot be verified without the distributions they were sampled from"
     chosen_N1 = torch.tensor(drafts, device=target_probs_WV.device).unsqueeze(-1)
     p_N = target_probs_WV[:count].gather(-1, chosen_N1).squeeze(-1)
     q_N = draft_probs_NV[:count].gather(-1, chosen_N1).squeeze(-1)
     u_N = torch.rand(count, generator=generator, device=p_N.device, dtype=p_N.dtype)
-    # u < p/q without the division; u lies in [0, 1), so p >= q always accepts and p = 0 never does.
+    # u < p/q without the division; u is in [0, 1), so p >= q always accepts and p = 0 never does.
     accepted = int((u_N * q_N < p_N).long().cumprod(0).sum())
     if accepted == count:
-        return Verdict(count, int(sample(target_probs_WV[count], generator)))
-    return Verdict(accepted, int(sample(residual(target_probs_WV[accepted], draft_probs_NV[accepted]), generator)))
+        return Verification(count, int(sample(target_probs_WV[count], generator)))
+    return Verification(accepted, int(sample(residual(target_probs_WV[accepted], draft_probs_NV[accepted]), generator)))

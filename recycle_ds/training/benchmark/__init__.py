@@ -1,1 +1,1 @@
-"""Training speed next to Hugging Face's model of the same shape."""
+"""Training speed compared with Hugging Face's model of the same shape."""

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors by unique storage, so that memory claims don't rest on the process's size."""
+"""Counts the bytes of live tensors by unique storage, so that memory figures do not depend on the process's size."""
 
 from __future__ import annotations
 
@@ -22,45 +22,47 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        held = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        inputs = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf, held)
+                self._track(leaf, inputs)
         return result
 
-    def _see(self, tensor: torch.Tensor, held: set[int]) -> None:
+    def _track(self, tensor: torch.Tensor, inputs: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or key in held:
+        if key in self._live or key in inputs:
             return
         size = storage.nbytes()
         self._live[key] = size
         self.current += size
         self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._release, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int) -> None:
         if self._live.pop(key, None) is not None:
             self.current -= size
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a model in DeepSpeed's engine keeps on this rank from step to step."""
+class PersistentTensors:
+    """Tensors that a model in DeepSpeed's engine keeps on this rank between steps."""
 
     parameters: int
-    """Weights of the whole model, whether or not ZeRO-3 has partitioned them."""
+    """Number of weights of the full model, even if ZeRO-3 has partitioned them."""
     state: list[torch.Tensor]
     """Weights, fp32 masters and moments."""
     beside: list[torch.Tensor]
-    """What ZeRO-3 makes once: its partition of the gradients, and a reduction bucket."""
+    """Buffers that ZeRO-3 allocates once: its partition of the gradients, and a reduction bucket."""
 
 
-def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> Held:
-    """At any stage. optimizer: torch's. zero: DeepSpeed's around it.
+def persistent_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> PersistentTensors:
+    """The persistent tensors at any ZeRO stage. optimizer: torch's. zero: DeepSpeed's wrapper of it.
 
-    ZeRO-3 keeps its partition of a weight beside the parameter, whose own data is empty or, of a small weight, stays gathered;
-    its masters are in none of the optimizer's groups between steps.
+    ZeRO-3 stores its partition of a weight next to the parameter, whose own data is empty or, for a small weight, gathered.
+    Its master weights are in none of the optimizer's groups between steps.
     """
     parameters = list(model.parameters())
     masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -72,7 +74,7 @@ def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any)
     beside = []
     if hasattr(zero, "grad_partitions_flat_buffer"):
         beside = [zero.grad_partitions_flat_buffer, *(bucket.buffer for bucket in zero.ipg_buckets.values())]
-    return Held(
+    return PersistentTensors(
         parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
         state=[*parameters, *partitions, *masters, *moments],
         beside=[tensor for tensor in beside if isinstance(tensor, torch.Tensor)],
@@ -80,5 +82,5 @@ def held_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any)
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Of the tensors' storages, each counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -9,9 +9,9 @@ from rich.table import Table
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """One row a model, then the ratios."""
+    """Prints one row per model, then the ratios."""
     table = Table(
-        title=f"Training, {report['dtype']}, {report['micro_batch_size']} x {report['seq_length']} tokens a micro-batch, "
+        title=f"Training, {report['dtype']}, {report['micro_batch_size']} x {report['seq_length']} tokens per micro-batch, "
         f"{report['world_size']} rank(s) of {report['device']}, {report['threads']} thread(s)"
     )
     for name in ("model", "weights", "tokens/s", "GFLOP/s", "matmul", "state GiB", "peak GiB"):

@@ -1,1 +1,1 @@
-"""DeepSpeed's engine and what hides the ZeRO stage: gradients, master weights, passes, pipeline."""
+"""DeepSpeed's engine and code that works alike at every ZeRO stage: gradients, master weights, passes, pipeline."""

@@ -1,4 +1,4 @@
-"""A forward and backward pass before step 1 that leaves no trace, so that running out of memory shows at once."""
+"""A forward and backward pass before step 1 that changes no state, so that an out-of-memory error comes at once."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import torch
 from recycle_ds.data.loader import Batch
 from recycle_ds.training.batches import StepBatches
 from recycle_ds.training.engine.build import TrainingEngine
-from recycle_ds.training.errors import OwnError
+from recycle_ds.training.errors import LocalError
 
 
 def dry_run(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) -> None:
-    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises OwnError on the ranks whose memory does not suffice.
+    """Runs a micro-batch outside DeepSpeed's bookkeeping. Raises LocalError on ranks that run out of memory.
 
     autograd.grad walks the same graph as backward() but accumulates nothing, so no gradient, counter or reduction bucket
-    changes; generators are put back. A pipeline stage holds as many micro-batches at once as 1F1B does, fed with zeros in place
-    of what the stage before would send. Under ZeRO 2 and 3 the gradient of the first trainable weight alone is asked for:
-    the graph is
-    walked to its end, but holding all gradients would need memory that the real step does not.
+    changes; random generators are restored. A pipeline stage holds as many micro-batches at once as 1F1B keeps in flight, with
+    zeros as the input from the previous stage. Under ZeRO 2 and 3 only the gradient of the first trainable weight is requested:
+    autograd still walks the full graph, but holding all gradients would need memory that the real step does not.
     """
     try:
         _walk(engine, batches, scales)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OwnError(
+        raise LocalError(
             f"one micro-batch does not fit into memory ({' '.join(str(error).split())[:200]}): lower "
             "training.micro_batch_size or training.loss_chunk, or set training.activation_checkpointing=full"
         ) from None
@@ -33,9 +32,9 @@ def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) ->
     with torch.random.fork_rng(devices=devices):
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
         trainable = [p for p in engine.model.parameters() if p.requires_grad]
-        wanted = trainable if engine.zero_stage < 2 else trainable[:1]
+        requested = trainable if engine.zero_stage < 2 else trainable[:1]
         for output in outputs:
-            torch.autograd.grad(output, wanted, allow_unused=True)
+            torch.autograd.grad(output, requested, allow_unused=True)
 
 
 def _in_flight(engine: TrainingEngine, batches: StepBatches) -> list[Batch]:
@@ -44,7 +43,7 @@ def _in_flight(engine: TrainingEngine, batches: StepBatches) -> list[Batch]:
 
 
 def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torch.Tensor:
-    """The loss of a micro-batch, or the sum of what a stage hands on."""
+    """The loss of a micro-batch, or the sum of a stage's output."""
     mesh, model = engine.mesh, engine.model
     if mesh.pipeline.size == 1:
         return engine.engine.module(batch, scales)[0]

@@ -1,12 +1,12 @@
-"""Gradient norms, clipping and the decision to skip, alike for every ZeRO stage.
+"""Gradient norms, clipping and skipped steps, alike at every ZeRO stage.
 
-DeepSpeed clips by one global norm and reports none at stage 0 in fp32. Here its norm computation is replaced where it happens,
-inside its step: norms are taken per part, the clipping factors go into the optimizer's groups, and a step whose gradients are
-not finite holds the optimizer on all ranks alike.
+DeepSpeed clips by one global norm, and reports none at stage 0 in fp32. Its norm computation is therefore replaced inside its
+step: norms are computed per part (backbone, recycle module), the clipping factors are stored in the optimizer's groups, and a
+step with non-finite gradients suppresses the update on all ranks.
 
-Each rank adds up the squares of what only it counts: its ZeRO partition, its tensor shard (copies count on tensor rank 0), its
-pipeline stage (the tied embedding's copy counts on the first). One all-reduce over the world then serves all parts; pipeline
-stages hold different parts, so a collective per group, as in DeepSpeed, would not even have the same number on all ranks.
+Each rank sums the squares of the gradients that only it counts: its ZeRO partition, its tensor shard (replicated weights count
+on tensor rank 0), its pipeline stage (the tied embedding's copy counts on the first). One all-reduce over all ranks then covers
+all parts. A collective per group, as in DeepSpeed, would not match across ranks: pipeline stages hold different parts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recycle_ds.training.engine.passes import Passes
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Norms before clipping: of all gradients, and by part. `applied` is False where the step changed nothing."""
+    """Norms before clipping: of all gradients, and by part. `applied` is False if the step changed no weight."""
 
     norm: float
     by_part: dict[str, float]
@@ -36,7 +36,7 @@ class GradientReport:
 
 
 class GradientControl:
-    """Owns clipping and skipping of one engine. `clipping` 0 clips nothing; `separate` clips parts by their own norms."""
+    """Clips and skips the steps of one engine. clipping: largest norm, 0 for none. separate: clip each part by its own norm."""
 
     def __init__(
         self, engine: Any, model: RecycleGPT, optimizer: AdamW, passes: Passes, clipping: float, *, separate: bool
@@ -47,24 +47,24 @@ class GradientControl:
         self._device = next(model.parameters()).device
         self._accept: Callable[[float], bool] = math.isfinite
         self._report = GradientReport(0.0, {}, False)
-        # DeepSpeed's steps swap the optimizer's list of groups: keep the real ones
+        # DeepSpeed replaces the optimizer's list of groups during a step: keep the real ones
         self._groups = list(optimizer.param_groups)
         self._stage = engine.zero_optimization_stage()
         self._zero = engine.optimizer
         if self._stage in (1, 2):
             self._zero.scaled_global_norm = lambda *_: self._decide(self._norms_of_partitions())
-        if hasattr(self._zero, "get_grads_for_norm"):  # BF16_Optimizer: fp32 gradients of whole parameters
+        if hasattr(self._zero, "get_grads_for_norm"):  # BF16_Optimizer: unpartitioned fp32 gradients
             self._zero.get_grads_for_norm = lambda for_clipping=False: ([torch.zeros(1, device=self._device)], {})
         elif self._stage == 3:
             self._zero._get_norm_groups = lambda: [self._decide(self._norms_of_subgroups())]
 
     def step(self, accept: Callable[[float], bool]) -> GradientReport:
-        """Takes DeepSpeed's step once all gradients are there. The optimizer is held unless the norm is finite and accepted.
+        """Runs DeepSpeed's step on the reduced gradients. Updates only if their norm is finite and accepted. Collective.
 
-        accept: asked once, with the norm of all gradients; must answer alike on all ranks.
+        accept: called once with the norm of all gradients; must return the same on all ranks.
         """
         self._accept = accept
-        self._report = GradientReport(math.nan, {}, False)  # what stands if DeepSpeed leaves before it asks for norms
+        self._report = GradientReport(math.nan, {}, False)  # the result if DeepSpeed returns before it computes norms
         if self._stage == 0 or hasattr(self._zero, "get_grads_for_norm"):
             self._decide(self._norms_of_parameters())
         self._passes.take_step()
@@ -72,7 +72,7 @@ class GradientControl:
         return self._report
 
     def _decide(self, local: list[tuple[str, list[Tensor]]]) -> Tensor:
-        """Sets factors and the hold flag from this rank's (part, norms). Reading their sum synchronises the device."""
+        """Sets clipping factors and the hold flag from this rank's (part, norms). Collective; synchronises the device."""
         squares = torch.zeros(len(PARTS), dtype=torch.float64, device=self._device)
         for part, norms in local:
             if norms:
@@ -88,7 +88,7 @@ class GradientControl:
             group["clip"] = self._clipping / (norm + 1e-6) if clips else None
         self._optimizer.hold = not applied
         self._report = GradientReport(total, norms_of, applied)
-        # DeepSpeed would take its own way out of a step on an invalid norm: the hold flag is ours
+        # on a non-finite norm DeepSpeed would skip the step in a way of its own: the hold flag does it instead
         return torch.tensor(total if math.isfinite(total) else 0.0)
 
     def _norms_of_partitions(self) -> list[tuple[str, list[Tensor]]]:
@@ -101,8 +101,8 @@ class GradientControl:
                 norms = self._offloaded(members)
             else:
                 gradients = [g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-                # where the group's elements do not divide, the last partitions end in zeros, which not all paths mark
-                assert len(members) <= len(gradients) <= len(members) + 1, "padding lies at the end of a partition only"
+                # the last partitions are zero-padded if the group does not divide evenly; not all paths mark the padding
+                assert len(members) <= len(gradients) <= len(members) + 1, "padding must be at the end of a partition"
                 norms = self._norms(zip(members, gradients, strict=False))
             found.append((group["part"], norms))
         return found
@@ -120,7 +120,7 @@ class GradientControl:
         return found
 
     def _norms_of_parameters(self) -> list[tuple[str, list[Tensor]]]:
-        """Stage 0, and 1 with fp32 accumulation: every replica holds all gradients, so one of them counts."""
+        """Stage 0, and 1 with fp32 accumulation: every replica holds all gradients, so only replica 0 counts."""
         if self._mesh.replicas.rank:
             return []
         if hasattr(self._zero, "fp32_groups_gradients"):
@@ -134,10 +134,10 @@ class GradientControl:
         return list(torch._foreach_norm(kept)) if kept else []
 
     def _offloaded(self, members: Iterable[nn.Parameter]) -> list[Tensor]:
-        """Norms that DeepSpeed took when it moved gradients to the host; there is none of an unused parameter."""
-        taken = self._zero.norm_for_param_grads
+        """Norms that DeepSpeed computed when it moved gradients to the host; an unused parameter has none."""
+        norms = self._zero.norm_for_param_grads
         ids = [self._zero.get_param_id(p) for p in members if p in self._counted]
-        return [torch.as_tensor(taken[key]) for key in ids if key in taken]
+        return [torch.as_tensor(norms[key]) for key in ids if key in norms]
 
     def _low_precision_groups(self) -> list[list[nn.Parameter]]:
         if hasattr(self._zero, "fp16_groups"):  # bf16: the optimizer's groups hold fp32 copies
@@ -146,7 +146,7 @@ class GradientControl:
 
 
 def counted_parameters(model: RecycleGPT) -> set[nn.Parameter]:
-    """The parameters whose gradients count on this rank: shards everywhere, copies on one rank only."""
+    """The parameters whose gradients count on this rank: sharded ones on every rank, replicated ones on one rank only."""
     mesh = model.mesh
     return {
         parameter

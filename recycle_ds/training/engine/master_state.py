@@ -1,4 +1,4 @@
-"""fp32 master weights and Adam moments of one engine, whole parameters at a time, whatever the ZeRO stage.
+"""fp32 master weights and Adam moments of one engine, one unpartitioned parameter at a time, at every ZeRO stage.
 
 `read` and `refresh` are collective over the replicas, so all ranks must call them in the same order; `write` is not.
 """
@@ -18,39 +18,39 @@ Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def keeper(names: list[str], replicas: int) -> dict[str, int]:
-    """The replica that keeps and writes each parameter: they take turns, so that no rank holds all."""
+def owning_replica(names: list[str], replicas: int) -> dict[str, int]:
+    """The replica that saves each parameter, assigned round-robin so that no rank saves all of them."""
     return {name: number % replicas for number, name in enumerate(sorted(names))}
 
 
 @torch.no_grad()
 def write_partition(parameter: nn.Parameter, value: Tensor, replicas: int, rank: int) -> None:
-    """Writes a replica's slice of a whole local value into a parameter that ZeRO-3 keeps partitioned."""
-    held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    held.copy_(partition_of(value, replicas, rank))
+    """Writes a replica's slice of an unpartitioned local value into a parameter that ZeRO-3 keeps partitioned."""
+    partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    partition.copy_(partition_of(value, replicas, rank))
 
 
 def partition_of(value: Tensor, replicas: int, rank: int) -> Tensor:
-    """A replica's partition of the flattened value, zero beyond its end."""
-    mine = partition_range(value.numel(), replicas, rank)
-    part = value.flatten()[mine.start : mine.stop]
-    return torch.nn.functional.pad(part, (0, partition_size(value.numel(), replicas) - len(mine)))
+    """A replica's partition of the flattened value, zero-padded."""
+    own = partition_range(value.numel(), replicas, rank)
+    part = value.flatten()[own.start : own.stop]
+    return torch.nn.functional.pad(part, (0, partition_size(value.numel(), replicas) - len(own)))
 
 
 class MasterState:
-    """Reads and writes what an optimizer step changes. Parameters are this rank's tensor shard, unpartitioned."""
+    """Reads and writes master weights and moments. Values are this rank's tensor shard, not partitioned by ZeRO."""
 
     def __init__(
         self, engine: Any, model: nn.Module, optimizer: AdamW, frozen: dict[str, Tensor] | None = None
     ) -> None:
-        """frozen: fp32 copies of the frozen weights that this replica keeps, where the model computes in bf16."""
+        """frozen: fp32 copies of the frozen weights that this replica saves; None unless training in bf16."""
         self._engine, self._optimizer, self._frozen = engine, optimizer, frozen
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
 
     def kinds(self, name: str) -> tuple[Kind, ...]:
-        """What is kept of a parameter: a frozen one has a weight only."""
+        """The tensors that a parameter has: a frozen one has a weight only."""
         return KINDS if self.parameters[name].requires_grad else KINDS[:1]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -61,10 +61,10 @@ class MasterState:
     def allocate_moments(self) -> None:
         """Creates all moments before the first step.
 
-        Stages 1 and 2 would link them to parameters after the first group's step, when the other groups have none yet, and
-        never find those again. It also lets a lack of memory show at once.
+        At stages 1 and 2 DeepSpeed would otherwise link moments to parameters after the first group's step, when the other
+        groups have none yet, and would never link those. It also makes an out-of-memory error come at once.
         """
-        if self._stage == 3:  # the groups stand empty between steps
+        if self._stage == 3:  # the groups are empty between steps
             self._optimizer.allocate(self._zero.fp32_partitioned_groups_flat)
             return
         self._optimizer.allocate()
@@ -73,10 +73,10 @@ class MasterState:
 
     @torch.no_grad()
     def read(self, name: str, kind: Kind) -> Tensor:
-        """The whole local parameter's master weight or moment, fp32; undefined for a frozen one kept elsewhere."""
+        """The unpartitioned local master weight or moment, fp32; undefined for a frozen one that another replica saves."""
         parameter = self.parameters[name]
         if not parameter.requires_grad:
-            if self._frozen is not None:  # the rank that keeps it is the rank that writes it
+            if self._frozen is not None:  # the rank that has the fp32 copy is the one that saves it
                 return self._frozen.get(name, parameter.data)
             return self._read_frozen(parameter)
         if self._stage == 0:
@@ -86,12 +86,12 @@ class MasterState:
         value = (
             safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
         )
-        assert value is not None, f"DeepSpeed holds no {kind} of {name}"
+        assert value is not None, f"DeepSpeed has no {kind} of {name}"
         return value.view(self.shape(name))
 
     @torch.no_grad()
     def write(self, name: str, kind: Kind, value: Tensor) -> None:
-        """Replaces a whole local parameter's master weight or moment; call `refresh` after the last one."""
+        """Replaces an unpartitioned local master weight or moment; call `refresh` after the last one. Not collective."""
         parameter = self.parameters[name]
         if not parameter.requires_grad:
             if self._frozen is not None and name in self._frozen:
@@ -112,7 +112,7 @@ class MasterState:
 
     @property
     def adam_step(self) -> int:
-        """Updates that Adam's bias correction has counted; skipped steps are not among them."""
+        """Number of updates that Adam's bias correction has counted; skipped steps do not count."""
         steps = {int(state["step"].item()) for state in self._optimizer.state.values() if "step" in state}
         assert len(steps) <= 1, f"parameters disagree on Adam's step: {sorted(steps)}"
         return steps.pop() if steps else 0
@@ -124,7 +124,7 @@ class MasterState:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the weights that the model computes with follow the masters."""
+        """Copies the master weights to the weights that the model computes with. Collective over the replicas."""
         if self._stage == 0:
             if self._has_copies:
                 for low, high in zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True):
@@ -154,7 +154,7 @@ class MasterState:
         return master.data if kind == "weight" else self._optimizer.state[master][kind]
 
     def _write_partition(self, parameter: nn.Parameter, kind: Kind, value: Tensor) -> None:
-        """Stage 3: each rank keeps its slice; the last one is padded where the size does not divide."""
+        """Stage 3: each rank keeps its slice; the last one is padded if the size does not divide evenly."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         zero: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
@@ -174,7 +174,7 @@ class MasterState:
             return parameter.data.clone()
 
     def _write_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """No collective, as no other `write` is: a rank that cannot read its part must not leave the others in one."""
+        """Not collective, like every `write`: if one rank cannot read its part, the others must not hang in a collective."""
         if self._stage != 3:
             parameter.data.copy_(value)
             return

@@ -1,7 +1,7 @@
-"""AdamW over parameter groups that say which part of the model they belong to.
+"""AdamW over parameter groups that are labelled with the part of the model they belong to.
 
-DeepSpeed drives the optimizer through flat fp32 partitions, a group at a time. Clipping by part (module and backbone apart) and
-skipping a bad step therefore live in the groups: the factor and the flag travel with them into whatever order DeepSpeed uses.
+DeepSpeed steps the optimizer on flat fp32 partitions, one group at a time, in an order of its own. The clipping factor of each
+part (recycle module, backbone) is therefore stored in its groups, and the flag that skips a bad step in the optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a clipping factor per group and a skip flag.
 
     `group["clip"]` multiplies the group's gradients. While `hold` is set, step() allocates state and changes nothing: some
-    DeepSpeed optimizers call it during construction, where weight decay would already move the weights.
+    DeepSpeed optimizers call it during construction, where weight decay would already change the weights.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: TrainingConfig) -> None:
@@ -33,7 +33,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of the groups present. closure must be None: DeepSpeed has none."""
+        """Updates the current groups. closure must be None: DeepSpeed passes none."""
         assert closure is None
         if self.hold:
             self.allocate()
@@ -41,12 +41,12 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             factor = group.get("clip")
             present = [p.grad for p in group["params"] if p.grad is not None]
-            if factor is not None and present:  # DeepSpeed empties the groups whose turn it is not
+            if factor is not None and present:  # DeepSpeed empties the groups that it is not updating
                 torch._foreach_mul_(present, factor)
         super().step()
 
     def allocate(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Creates moments, zero and at step 0, where there are none: of the groups' parameters, or of those given."""
+        """Creates missing moments, zero and at step 0, for the given parameters; by default for those of all groups."""
         if parameters is None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for parameter in parameters:
@@ -60,7 +60,7 @@ class AdamW(torch.optim.AdamW):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups, part x decay; norms and biases have no decay.
 
-    The module's parameters never share a group (and so never a flat partition) with the backbone's.
+    The recycle module's parameters never share a group (and so never a flat partition) with the backbone's.
     """
     groups: list[dict[str, Any]] = []
     for part in PARTS:

@@ -1,4 +1,4 @@
-"""Forward and backward passes over a step's micro-batches: each rank runs the whole depth of the model, or one stage."""
+"""Forward and backward passes over a step's micro-batches: each rank runs all layers of the model, or one pipeline stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
 
 
 class Passes(Protocol):
-    """What the loop asks of an engine. Every method is collective over the ranks of one replica."""
+    """The passes of an engine, as the training loop calls them. Every method is collective over all ranks."""
 
     def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
         """Accumulates the gradients of all micro-batches and reduces them over the replicas.
 
-        scales: [K+1], the weight of one target's loss. Returns the sums of cross entropy [K+1] float64 over this rank's
+        scales: [K+1], weight of one target's loss by depth. Returns the sums of cross entropy [K+1] float64 over this rank's
         micro-batches; zero on ranks that compute no loss.
         """
 
@@ -26,11 +26,11 @@ class Passes(Protocol):
         """[4, K+1] float64: loss, count, agreed and judged (`EvaluationSums`), summed; zero on ranks that compute no loss."""
 
     def take_step(self) -> None:
-        """DeepSpeed's optimizer step."""
+        """Runs DeepSpeed's optimizer step."""
 
 
-class WholePasses:
-    """Each rank runs the whole depth of the model."""
+class FullDepthPasses:
+    """Passes without a pipeline: each rank runs all layers of the model."""
 
     def __init__(self, engine: Any, model: RecycleGPT) -> None:
         self._engine, self._losses = engine, 1 + model.depth
@@ -41,7 +41,7 @@ class WholePasses:
         for index, batch in enumerate(micro):
             self._engine.set_gradient_accumulation_boundary(index == len(micro) - 1)
             total, partial = self._engine(batch, scales)
-            # not the model's own output: a hook on that would divide by the accumulation steps at stage 0 all the same
+            # `* 1.0`: at stage 0 a hook on the model's own output would divide by the accumulation steps regardless
             self._engine.backward(total * 1.0, scale_wrt_gas=False)
             sums += partial
         return sums
@@ -57,5 +57,5 @@ class WholePasses:
 
 
 def stack_sums(sums: EvaluationSums) -> Tensor:
-    """[4, K+1] float64."""
+    """The sums as one tensor, [4, K+1] float64."""
     return torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()

@@ -1,7 +1,7 @@
 """A stage of the model under DeepSpeed's PipelineModule and its 1F1B schedule.
 
-The module's "layers" are the stages themselves, one each: which blocks a stage holds is the model's business
-(`recycle_ds.model.stages`). Every rank of a pipeline knows the whole batch, so only the residual stream travels between stages.
+The module's "layers" are the stages themselves, one per rank: `recycle_ds.model.stages` decides which blocks a stage holds.
+Every rank of a pipeline has the full batch, so only the residual stream is sent between stages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Stage(nn.Module):
         self._factor = 1
 
     def feed(self, micro: Sequence[Batch], scales: Tensor | None) -> None:
-        """Sets what the next forward passes read. Without scales they evaluate."""
+        """Sets the micro-batches of the next forward passes. scales: None for evaluation."""
         self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
         device = micro[0].tokens_BS.device
         losses = 1 + self.model.depth
@@ -43,7 +43,7 @@ class Stage(nn.Module):
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def forward(self, received: Tensor) -> Tensor:
-        """[S, B, D] from the stage before (the first stage's is a placeholder) to the next stage's, or to the loss."""
+        """Maps the previous stage's output [S, B, D] (on the first stage a placeholder) to this stage's, or to the loss."""
         batch = next(self._micro)
         output = self.model(batch, self._scales, None if self.model.mesh.first_stage else received)
         if isinstance(output, Tensor):
@@ -57,7 +57,7 @@ class Stage(nn.Module):
 
 
 class RecyclePipeline(PipelineModule):
-    """DeepSpeed's view of the pipeline; the last stage's copy of the embedding is tied to the first stage's weight."""
+    """DeepSpeed's module of the pipeline; the last stage's copy of the embedding is tied to the first stage's weight."""
 
     def __init__(self, model: RecycleGPT) -> None:
         mesh = model.mesh
@@ -65,7 +65,7 @@ class RecyclePipeline(PipelineModule):
         super().__init__([Stage(model)] * mesh.pipeline.size, topology=topology, partition_method="uniform")
         self._tied_group = _tied_group(mesh)
         ends = mesh.first_stage or mesh.last_stage
-        # a list, so that the weight is not registered once more, under another name
+        # a list, so that the weight is not registered a second time under another name
         self._tied: list[nn.Parameter] = []
         if ends and (model.config.tied_embeddings or model.recycle_layers):
             assert model.embedding is not None
@@ -79,7 +79,7 @@ class RecyclePipeline(PipelineModule):
         return stage
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """The embedding with its group; both ends must take part even where one of them has no gradient (detached)."""
+        """The embedding with its process group; both ends take part even if one of them has no gradient (detached)."""
         for weight in self._tied:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -87,7 +87,7 @@ class RecyclePipeline(PipelineModule):
 
 
 class _GradientSchedule(TrainSchedule):
-    """1F1B up to the reduced gradients: ranks agree on the step before it is taken."""
+    """1F1B without the optimizer step: ranks first agree on whether to apply it."""
 
     def steps(self) -> Iterator[list[Any]]:
         for commands in super().steps():
@@ -95,7 +95,7 @@ class _GradientSchedule(TrainSchedule):
 
 
 class PipelinePasses:
-    """Passes through DeepSpeed's PipelineEngine (see `Passes`). Relies on how 0.19.8 executes its schedules."""
+    """Passes through DeepSpeed's PipelineEngine (see `Passes`). Relies on how DeepSpeed 0.19.8 executes schedules."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -103,7 +103,7 @@ class PipelinePasses:
         assert isinstance(module, RecyclePipeline)
         self._stage = module.stage
         if hasattr(engine.optimizer, "fp32_groups_gradients"):
-            # where tied gradients are looked for; BF16_Optimizer sets it only once there has been one
+            # DeepSpeed reads tied gradients from _hp_grad, which BF16_Optimizer sets only after the first gradient
             for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
                 for parameter, gradient in zip(low, high, strict=True):
                     parameter._hp_grad = gradient
@@ -136,7 +136,7 @@ class PipelinePasses:
 
 
 def _tied_group(mesh: Mesh) -> Any:
-    """The group of this pipeline's first and last rank. Collective: every rank creates all groups, in the same order."""
+    """The process group of this pipeline's first and last rank. Collective: every rank creates all groups in the same order."""
     layout = Layout(mesh.tensor.size, mesh.pipeline.size, mesh.data.size)
     per_stage = layout.world_size // layout.pipeline
     own = None

@@ -1,4 +1,4 @@
-"""Validation inside a run: losses and top-1 acceptance by depth over a fixed set of samples."""
+"""Validation during a run: losses and top-1 acceptance by depth over a fixed set of samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int, device: 
     totals = torch.zeros(4, 1 + engine.model.depth, dtype=torch.float64, device=device)
     for number in range(batches):
         totals += engine.passes.evaluate(local_batches(loader.step(number * size), mesh, device))
-    # tensor and ulysses ranks of the last stage hold the same sums: one of them counts
+    # tensor and ulysses ranks of the last stage hold the same sums: only one of them may count
     if not (mesh.last_stage and mesh.tensor.rank == 0 and mesh.ulysses.rank == 0):
         totals.zero_()
     if mesh.world_size > 1:

@@ -1,4 +1,4 @@
-"""Bad steps: which they are, and what is done about them. Every rank decides by the same numbers, so all decide alike."""
+"""Detects bad steps and decides how to respond. Every rank decides from the same numbers, so all decide alike."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from statistics import median
 from recycle_ds.config import RunConfig
 
 APPLY, SKIP, RETRY, ROLLBACK, STOP = "apply", "skip", "retry", "rollback", "stop"
-_ENOUGH = 16
-# Below these shares of the median (of the loss), or in the logarithm (of the norm), nothing is a jump.
-_LEAST_LOSS, _LEAST_NORM = 0.005, 0.05
-# Makes the median absolute deviation of a normal distribution its standard deviation.
-_NORMAL = 1.4826
+# Applied steps needed before spikes are detected.
+_MIN_HISTORY = 16
+# Smallest deviations assumed: of the loss as a fraction of its median, and of the logarithm of the norm.
+_MIN_LOSS_DEVIATION, _MIN_NORM_DEVIATION = 0.005, 0.05
+# Standard deviation of a normal distribution, in units of its median absolute deviation.
+_STD_PER_MAD = 1.4826
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was wrong with a step. kind: "nonfinite", "loss_spike" or "norm_spike"; score: robust standard deviations."""
+    """Why a step is bad. kind: "nonfinite", "loss_spike" or "norm_spike". score: robust z-score of a spike."""
 
     kind: str
     score: float | None
@@ -29,18 +30,18 @@ class Fault:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """Description for log lines and error messages."""
         figures = f"loss {self.loss:.6g}, gradient norm {self.norm:.6g}"
         if self.score is None:
             return f"{figures}: not finite"
-        what = "loss" if self.kind == "loss_spike" else "gradient norm"
-        return f"{figures}: the {what} jumped ({self.score:.1f} robust standard deviations)"
+        quantity = "loss" if self.kind == "loss_spike" else "gradient norm"
+        return f"{figures}: {quantity} spike ({self.score:.1f} robust standard deviations above the median)"
 
 
 class BadSteps:
-    """Judges each step before its update, and afterwards says what to do about it.
+    """Judges each step before its update, and then decides how to respond.
 
-    recent: (loss, norm) of the last steps that were applied, from a checkpoint: a resumed run judges as the uninterrupted one.
+    recent: (loss, norm) of the last applied steps, from a checkpoint, so that a resumed run judges like an uninterrupted one.
     """
 
     def __init__(self, config: RunConfig, recent: Iterable[tuple[float, float]] = ()) -> None:
@@ -53,21 +54,21 @@ class BadSteps:
 
     @property
     def recent(self) -> tuple[tuple[float, float], ...]:
-        """What a checkpoint keeps; nothing where spikes are ignored."""
+        """(loss, norm) of the last applied steps, for a checkpoint; empty if spikes are ignored."""
         return tuple(self._recent) if self._faults.spike != "ignore" else ()
 
     def begin(self, loss: float) -> None:
-        """Begins to judge a step; it is bad until its norm has been accepted."""
+        """Starts to judge a step; it counts as bad until its norm has been accepted."""
         self._loss = loss
         self.fault = Fault("nonfinite", None, loss, math.nan)
 
     def accept(self, norm: float) -> bool:
-        """Whether the update may be made, by the norm of all gradients."""
-        self.fault = self._find(self._loss, norm)
+        """Whether the update may be applied, given the norm of all gradients."""
+        self.fault = self._detect(self._loss, norm)
         return self.fault is None
 
     def respond(self, *, rollbacks: int, can_roll_back: bool) -> str:
-        """What to do about the step that `accept` judged last; `rollbacks` is how many the run has had."""
+        """The action for the step that `accept` judged last. rollbacks: how many the run has had so far."""
         if self.fault is None:
             self.in_a_row, self._retried = 0, False
             return APPLY
@@ -82,37 +83,37 @@ class BadSteps:
         return STOP if policy == STOP or self.in_a_row > self._training.max_skipped_in_a_row else SKIP
 
     def applied(self, loss: float, norm: float) -> None:
-        """Takes note of a step that was applied."""
+        """Records a step that was applied."""
         if self._faults.spike != "ignore":
             self._recent.append((loss, norm))
 
     def restart(self, recent: Iterable[tuple[float, float]]) -> None:
-        """Goes back to what was known at a checkpoint."""
+        """Resets the history to that of a checkpoint."""
         self._recent = deque(recent, maxlen=self._faults.spike_window)
         self.in_a_row, self._retried = 0, False
 
-    def _find(self, loss: float, norm: float) -> Fault | None:
+    def _detect(self, loss: float, norm: float) -> Fault | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return Fault("nonfinite", None, loss, norm)
-        if self._faults.spike == "ignore" or len(self._recent) < _ENOUGH:
+        if self._faults.spike == "ignore" or len(self._recent) < _MIN_HISTORY:
             return None
         losses = [pair[0] for pair in self._recent]
-        score = robust_score(loss, losses, _LEAST_LOSS * abs(median(losses)))
+        score = robust_score(loss, losses, _MIN_LOSS_DEVIATION * abs(median(losses)))
         if score > self._faults.spike_score:
             return Fault("loss_spike", score, loss, norm)
-        # a norm's spread is relative: its logarithm is judged
-        score = robust_score(_log(norm), [_log(pair[1]) for pair in self._recent], _LEAST_NORM)
+        # norms vary by factors, so their logarithms are compared
+        score = robust_score(_log(norm), [_log(pair[1]) for pair in self._recent], _MIN_NORM_DEVIATION)
         return Fault("norm_spike", score, loss, norm) if score > self._faults.spike_score else None
 
 
-def robust_score(value: float, recent: list[float], least: float) -> float:
-    """(value - median) / (1.4826 x median absolute deviation): a z-score that earlier outliers do not blunt.
+def robust_score(value: float, recent: list[float], min_deviation: float) -> float:
+    """(value - median) / (1.4826 x median absolute deviation): a z-score that earlier outliers hardly change.
 
-    least: smallest deviation assumed, so that a quiet curve makes no jump of a tremble. (Iglewicz and Hoaglin, 1993.)
+    min_deviation: smallest deviation assumed, so that noise on a flat curve is not a spike. (Iglewicz and Hoaglin, 1993.)
     """
     middle = median(recent)
-    deviation = _NORMAL * median(abs(one - middle) for one in recent)
-    return (value - middle) / max(deviation, least, 1e-300)
+    deviation = _STD_PER_MAD * median(abs(one - middle) for one in recent)
+    return (value - middle) / max(deviation, min_deviation, 1e-300)
 
 
 def _log(norm: float) -> float:

@@ -1,4 +1,4 @@
-"""Between a run and the batch job that it is part of: what asks it to stop, and what the job's shell is told at the end."""
+"""Connects a run to its batch job: what requests a stop, and which outcome the job's shell gets at the end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recycle_ds.config import RecycleError, RunConfig
-from recycle_ds.parallel.job import FINISHED, LEFT, STOPPED, Job, Unheard
+from recycle_ds.parallel.job import FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, Job, ShellNotInformed
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, REASONS, STOP_FILE, StopRequest
 
 STOP = "stop"
-"""A file of this name in run_dir makes the run save and leave for good; the shell of a batch job has one of its own."""
+"""A file of this name in run_dir makes the run save and exit without a requeue; a batch job's shell uses another file."""
 
 
 def stop_request(config: RunConfig, mesh: Mesh, job: Job, taken_by: Callable[[], str | None]) -> StopRequest:
-    """The first rank looks at the stop files, at the clock and at the lock; the others hear of it."""
+    """The stop request of this rank. Only the first rank checks the stop files, the job's end time and the run lock."""
     if not mesh.is_first:
         return StopRequest()
     files = {job.stop_file: JOB_SIGNAL} if job.stop_file else {}
@@ -24,16 +24,16 @@ def stop_request(config: RunConfig, mesh: Mesh, job: Job, taken_by: Callable[[],
 
 
 def conclude(job: Job, ended: str) -> None:
-    """Tells the shell how a run ended that made no error; on the first rank, whose `job` is not empty.
+    """Reports the outcome of a run that ended without an error to the job's shell. Only the first rank's `job` is not empty.
 
-    Requeues the job where its shell has been killed. Raises Unheard when the shell must be told otherwise.
+    Requeues the job if its shell has been killed. Raises ShellNotInformed if only the exit code can report the outcome.
     """
-    outcome = LEFT if ended == STOP_FILE else STOPPED if ended in REASONS else FINISHED
-    heard = job.tell("outcome", outcome)
-    if outcome == STOPPED and not job.requeue_if_orphaned() and not heard:
-        raise Unheard(f"{ended}: saved; the job's shell cannot be told in {job.folder}")
+    outcome = STOPPED_BY_USER if ended == STOP_FILE else SAVED_FOR_RESTART if ended in REASONS else FINISHED
+    reported = job.write_note("outcome", outcome)
+    if outcome == SAVED_FOR_RESTART and not job.requeue_if_orphaned() and not reported:
+        raise ShellNotInformed(f"{ended}: saved; the outcome for the job's shell cannot be written to {job.folder}")
 
 
-def tell_alone(error: RecycleError, mesh: Mesh) -> None:
-    """What only this rank knows, printed here; the others know no more than that it has gone."""
+def print_local_error(error: RecycleError, mesh: Mesh) -> None:
+    """Prints an error that only this rank has met; the other ranks see no more than that it has exited."""
     print(f"error: rank {mesh.rank}: {error}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""Reasons to stop: signals on any rank, a stop file, the end of the job, a later start of it that has taken over. The ranks
-agree on them at a step boundary."""
+"""Reasons to stop: a signal on any rank, a stop file, the end of the job, a later start of the job that has taken over. The
+ranks agree on one at a step boundary."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 JOB_SIGNAL, TIME_LIMIT = "job signal", "time limit"
 STOP_FILE = "stop file"
-"""A person's wish: a job does not start again."""
+"""A user's request: the job is not requeued."""
 TAKEN_OVER = "taken over"
-"""Without saving, unlike for every other reason."""
+"""The only reason for which the run does not save."""
 REASONS = (*STOP_SIGNALS, JOB_SIGNAL, TIME_LIMIT, STOP_FILE, TAKEN_OVER)
-"""Why a run that is not finished may end. Ranks vote by place; the last one that has a vote wins."""
+"""Why an unfinished run may end, in rising priority: if ranks have several reasons, the last of them wins."""
 
 
 class StopRequest:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however often they come.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however many arrive.
 
-    files: what to look for at every step, and the reason that each one is; the last one that is there counts. One rank need
-    have them. end: unix time at which the job is ended from outside.
-    taken_by: who has taken over what this process works on, asked at every step; None for nobody.
+    files: stop files to look for at every step, each with its reason; the last one that exists wins. Only one rank needs them.
+    end: Unix time at which the job is ended from outside.
+    taken_by: called at every step; names the process that has taken over this one's work, or None.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self, margin: float) -> str | None:
-        """Why to stop now, if at all; `margin` is how many seconds before the job's end that is. A person's wish counts more
-        than what came before it."""
+        """The reason to stop now, or None. margin: seconds before the job's end at which to stop. A user's stop file
+        overrides an earlier reason."""
         found = [reason for file, reason in self._files.items() if os.path.exists(file)]
         self.taker = self._taken_by()
         if self.taker is not None:
@@ -56,8 +56,8 @@ class StopRequest:
                 self.reason = TIME_LIMIT
         return self.reason
 
-    def obeyed(self) -> None:
-        """Takes the stop files away, or the next start would stop as well."""
+    def remove_stop_files(self) -> None:
+        """Removes the stop files, or the next start would stop as well."""
         for file in self._files:
             try:
                 file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others: each times what it does by itself, before it waits for anybody."""
+"""Finds ranks that are slower than the others: each times its own work, without the time it waits for other ranks."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from recycle_ds.parallel.mesh import Mesh
 class WorkTimer:
     """Times a rank's reading of data and its forward passes.
 
-    A step as a whole takes all ranks the same time, for they wait for one another. A forward pass waits for nobody in data
-    parallelism at ZeRO 0 to 2; under tensor, sequence and Ulysses parallelism and ZeRO 3 it waits for its group, so that a slow
+    A full step takes the same time on all ranks, since they wait for one another. In data parallelism at ZeRO 0 to 2 a forward
+    pass waits for no other rank; under tensor, sequence and Ulysses parallelism and ZeRO 3 it waits for its group, so a slow
     rank shows as a slow group.
     """
 
     def __init__(self, model: RecycleGPT, mesh: Mesh, device: torch.device) -> None:
         self._mesh, self._device = mesh, device
         self._seconds, self._steps = 0.0, 0
-        self._begun: Any = None
+        self._start: Any = None
         self._events: list[tuple[Any, Any]] = []
         self._hosts: list[str] = []
-        model.register_forward_pre_hook(self._enter)
-        model.register_forward_hook(self._leave)
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward)
 
     def data(self, seconds: float) -> None:
-        """Adds the time that a step's data took; counts the step."""
+        """Adds the seconds that reading a step's data took, and counts the step."""
         self._seconds += seconds
         self._steps += 1
 
     def reset(self) -> None:
-        """Forgets what was timed so far."""
+        """Discards all times so far."""
         self._seconds, self._steps = 0.0, 0
         self._events.clear()
 
     def gather(self) -> list[float]:
-        """Seconds of its own work in a step, by rank, since the last call. Collective; synchronises the device."""
-        own = self._seconds + sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+        """Mean seconds of a rank's own work per step since the last call, by rank. Collective; synchronises the device."""
+        own = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         shared = torch.tensor([own / max(1, self._steps)], dtype=torch.float64, device=self._device)
         self.reset()
         if self._mesh.world_size == 1:
@@ -53,7 +53,7 @@ class WorkTimer:
         return torch.cat(parts).tolist()
 
     def host_of(self, rank: int) -> str:
-        """The host of a rank. Collective at the first call."""
+        """The host name of a rank. The first call is collective."""
         if not self._hosts:
             found: list[Any] = [None] * self._mesh.world_size
             if self._mesh.world_size > 1:
@@ -63,36 +63,36 @@ class WorkTimer:
             self._hosts = found
         return self._hosts[rank]
 
-    def _enter(self, *_: Any) -> None:
+    def _before_forward(self, *_: Any) -> None:
         if self._device.type == "cuda":
-            self._begun = torch.cuda.Event(enable_timing=True)
-            self._begun.record()
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
         else:
-            self._begun = time.perf_counter()
+            self._start = time.perf_counter()
 
-    def _leave(self, *_: Any) -> None:
-        if self._begun is None:
+    def _after_forward(self, *_: Any) -> None:
+        if self._start is None:
             return
         if self._device.type == "cuda":
-            ended = torch.cuda.Event(enable_timing=True)
-            ended.record()
-            self._events.append((self._begun, ended))
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._events.append((self._start, end))
         else:
-            self._seconds += time.perf_counter() - self._begun
-        self._begun = None
+            self._seconds += time.perf_counter() - self._start
+        self._start = None
 
 
 def slowest(seconds: list[float], stages: int = 1) -> tuple[int, float, float]:
-    """The rank that is furthest behind its peers, its seconds, and how many times the others' median that is (1 without peers).
+    """The rank that is slowest relative to its peers, its seconds, and their ratio to its peers' median (1 without peers).
 
-    Peers are the ranks of one pipeline stage: stages have unequal work by nature, and are adjacent blocks of ranks.
+    Peers are the ranks of one pipeline stage, a block of adjacent ranks; different stages have unequal work by design.
     """
     size = len(seconds) // stages
 
     def ratio(rank: int) -> float:
         first = rank - rank % size
-        others = [seconds[peer] for peer in range(first, first + size) if peer != rank]
-        return seconds[rank] / max(median(others), 1e-9) if others else 1.0
+        peers = [seconds[peer] for peer in range(first, first + size) if peer != rank]
+        return seconds[rank] / max(median(peers), 1e-9) if peers else 1.0
 
     rank = max(range(len(seconds)), key=lambda one: (ratio(one), seconds[one]))
     return rank, seconds[rank], ratio(rank)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines in a batch log."""
+"""The run on the console: a live progress bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole:
-    """Rank 0 prints; the others are silent."""
+    """Rank 0 prints; the other ranks print nothing."""
 
-    def __init__(self, *, first: bool, steps: int, begun: int) -> None:
+    def __init__(self, *, first: bool, steps: int, completed: int) -> None:
         self._first, self._steps = first, steps
         self._progress: Progress | None = None
         self._task: Any = None
@@ -24,11 +24,11 @@ class RunConsole:
                 TextColumn("{task.description}"),
             )
             self._progress = Progress(*columns, console=Console(file=sys.stdout))
-            self._task = self._progress.add_task("starting", total=steps, completed=begun)
+            self._task = self._progress.add_task("starting", total=steps, completed=completed)
             self._progress.start()
 
     def step(self, step: int) -> None:
-        """Moves the live bar."""
+        """Updates the progress bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -50,17 +50,17 @@ class RunConsole:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Takes the bar away, leaving its last state."""
+        """Stops the progress bar."""
         if self._progress is not None:
             self._progress.stop()
 
 
 def describe(record: dict[str, Any]) -> str:
-    """The figures of a logged step in one line."""
+    """A logged step in one line. `loss` is what is optimised: the weighted sum of the backbone's and the recycle losses."""
     recycle = " ".join(f"{loss:.3f}" for loss in record["recycle_loss"])
-    parts = [f"loss {record['backbone_loss']:.3f}"]
-    if recycle:
-        parts.append(f"recycle {recycle}")
+    parts = [f"loss {record['loss']:.3f}"]
+    if recycle:  # without a module both are the same
+        parts += [f"backbone {record['backbone_loss']:.3f}", f"recycle {recycle}"]
     parts += [
         f"grad {record['grad_norm']:.2f}",
         f"lr {record['learning_rate']:.2e}",
@@ -71,8 +71,8 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def describe_evaluation(record: dict[str, Any]) -> str:
-    """The figures of an evaluation in one line."""
-    text = f"validation at step {record['step']}: loss {record['eval_loss']:.3f}"
+    """An evaluation in one line. The loss is the backbone's."""
+    text = f"validation at step {record['step']}: backbone {record['eval_loss']:.3f}"
     if record["eval_recycle_loss"]:
         text += "  recycle " + " ".join(f"{loss:.3f}" for loss in record["eval_recycle_loss"])
         text += "  acceptance " + " ".join(f"{100 * share:.1f}%" for share in record["eval_acceptance"])

@@ -1,24 +1,23 @@
-"""run.json: the layout that was really built, and what each rank holds of the model."""
+"""run.json: the layout that was built, and how many parameters each rank holds."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from recycle_ds.config import RunConfig
-from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.config.atomic_files import write_json_atomically
 from recycle_ds.model.flops import parameters
 from recycle_ds.training.engine.build import TrainingEngine, local_parameters
 
 
-def describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device) -> None:
-    """Writes run_dir/run.json from the groups really built. Collective."""
+def write_layout_file(config: RunConfig, engine: TrainingEngine, device: torch.device) -> None:
+    """Writes run_dir/run.json from the process groups that were built, and prints one line. Collective."""
     mesh = engine.mesh
-    counts = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(mesh.world_size)]
-    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=place))
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(mesh.world_size)]
+    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=device))
     total = parameters(config.model, config.recycle)
     if not mesh.is_first:
         return
@@ -34,7 +33,7 @@ def describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device)
         "parameters": total,
         "parameters_per_rank": [int(count) for count in counts],
     }
-    write_atomically(Path(config.run_dir) / "run.json", json.dumps(record, indent=1) + "\n")
+    write_json_atomically(Path(config.run_dir) / "run.json", record)
     degrees = {
         f"tensor {mesh.tensor.size}{' (sequence-parallel)' if mesh.sequence else ''}": True,
         f"pipeline {mesh.pipeline.size}": mesh.pipeline.size > 1,
@@ -43,4 +42,4 @@ def describe_run(config: RunConfig, engine: TrainingEngine, place: torch.device)
     }
     shown = " x ".join(text for text, wanted in degrees.items() if wanted)
     layout = f"{shown}, ZeRO {engine.zero_stage}, {config.training.dtype}"
-    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {place.type}: {layout}", flush=True)
+    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {device.type}: {layout}", flush=True)

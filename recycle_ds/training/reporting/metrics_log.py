@@ -1,15 +1,16 @@
-"""metrics.jsonl and TensorBoard: what rank 0 leaves on disk while a run goes on."""
+"""metrics.jsonl and TensorBoard, written by rank 0 during a run."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from recycle_ds.config.atomic_files import write_atomically
+
 
 class MetricsLog:
-    """Appends lines to run_dir/metrics.jsonl, each flushed, and mirrors numbers to TensorBoard."""
+    """Appends lines to run_dir/metrics.jsonl, each flushed, and copies numbers to TensorBoard."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resumed_step: int) -> None:
         self._path = run_dir / "metrics.jsonl"
@@ -18,30 +19,30 @@ class MetricsLog:
         self._board: Any = _board(run_dir, resumed_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line: floats unrounded. Non-finite numbers are written as JSON's extension NaN, as Python reads it back."""
+        """Writes one line, floats unrounded. Non-finite numbers are written as NaN and Infinity, which Python reads back."""
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             if self._board is not None and "step" in record and "event" not in record:
                 self._mirror(record)
-        except OSError as error:  # a log is no reason to lose the run
-            print(f"warning: {self._path}: this line is lost: {error}", flush=True)
+        except OSError as error:  # a log must not end the run
+            print(f"warning: {self._path}: a line could not be written: {error}", flush=True)
 
     def rewind(self, step: int) -> None:
-        """Forgets everything after `step`: the run goes on from there."""
+        """Drops everything after `step`: the run continues from there."""
         try:
             self._file.flush()
             trim(self._path, step)
             self._file.close()
             self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:  # a log is no reason to lose the run
-            print(f"warning: {self._path}: lines after step {step} stay: {error}", flush=True)
+        except OSError as error:  # a log must not end the run
+            print(f"warning: {self._path}: lines after step {step} cannot be removed: {error}", flush=True)
         if self._board is not None:
             self._board.close()
             self._board = _board(self._path.parent, step)
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Flushes and closes."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -58,14 +59,14 @@ class MetricsLog:
 
 
 def _board(run_dir: Path, step: int) -> Any:
-    """TensorBoard's writer, which hides what an earlier one wrote after `step`."""
+    """A TensorBoard writer that hides what earlier ones wrote after `step`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 def trim(path: Path, step: int) -> None:
-    """Drops a partial last line and everything after `step`, so that a resumed run's log reads like one run's."""
+    """Drops a partial last line and everything after `step`, so that a resumed run's log reads like that of one run."""
     if not path.exists():
         return
     kept = []
@@ -76,9 +77,4 @@ def trim(path: Path, step: int) -> None:
             continue
         if line.endswith("\n") and isinstance(record, dict) and record.get("step", 0) <= step:
             kept.append(line)
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))

@@ -14,7 +14,7 @@ from recycle_ds.training.reporting.plot_style import BACKBONE, DEPTH_COLOURS, GR
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Steps that the smoothed curve looks back over, as a share of the run's logged steps.
+# Window of the running mean, as a share of the run's logged steps.
 _SMOOTHING = 0.03
 
 
@@ -49,7 +49,7 @@ def _read(path: Path) -> _Run:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines):  # the run was killed while it wrote, or is writing
+            if number == len(lines):  # the run was killed while it wrote, or is still writing
                 break
             raise TrainingError(f"{path}:{number}: not valid JSON; remove the line to plot the rest") from None
         if "eval_loss" in record:
@@ -79,7 +79,7 @@ def _losses(axes: Axes, run: _Run) -> None:
 
 
 def _acceptance(axes: Axes, run: _Run) -> None:
-    axes.set_title("Drafts the backbone agrees with (validation)")
+    axes.set_title("Drafts that the backbone agrees with (validation)")
     axes.set_xlabel("step")
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
@@ -99,7 +99,7 @@ def _acceptance(axes: Axes, run: _Run) -> None:
 
 
 def _curve(axes: Axes, records: list[dict[str, Any]], values: list[float], colour: str, label: str) -> None:
-    """The logged values, faint, under their running mean."""
+    """The logged values, faint, and their running mean."""
     steps = [record["step"] for record in records]
     window = max(1, round(_SMOOTHING * len(values)))
     if window > 1:

@@ -1,4 +1,4 @@
-"""torch profiler traces of chosen steps."""
+"""torch.profiler traces of selected steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recycle_ds.config import ProfileConfig
 
 
 class StepProfiler:
-    """Traces steps start..end of `config` to run_dir/profile/rank-00000.json; does nothing without one."""
+    """Traces steps start..end of `config` to run_dir/profile/rank-00000.json; does nothing if there is none."""
 
     def __init__(self, config: ProfileConfig | None, run_dir: Path, rank: int) -> None:
         self._config = config
@@ -18,7 +18,7 @@ class StepProfiler:
         self._profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Starts tracing ahead of the first step asked for, or of a later one that a resume begins with."""
+        """Starts tracing before the first selected step, or a later one at which the run resumed."""
         if self._config is not None and self._profiler is None and self._config.start <= step <= self._config.end:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -27,12 +27,12 @@ class StepProfiler:
             self._profiler.start()
 
     def after(self, step: int) -> None:
-        """Stops behind the last step asked for and writes the trace."""
+        """Stops after the last selected step and writes the trace."""
         if self._config is not None and step >= self._config.end:
             self.close()
 
     def close(self) -> None:
-        """Writes a trace that is under way."""
+        """Writes the trace, if one is being recorded."""
         if self._profiler is not None:
             self._profiler.stop()
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics, console, summary and the batch job's shell."""
+"""Reports of a run: to the metrics log, the console, the summary and the batch job's shell."""
 
 from __future__ import annotations
 
@@ -17,71 +17,71 @@ from recycle_ds.training.engine.gradients import GradientReport
 from recycle_ds.training.engine.validation import evaluate
 from recycle_ds.training.faults.stragglers import WorkTimer, slowest
 from recycle_ds.training.reporting.console import RunConsole, describe_evaluation
-from recycle_ds.training.reporting.run_logs import Records
+from recycle_ds.training.reporting.run_logs import RunLogs
 from recycle_ds.training.schedule import learning_rate
 
 _NOTICEABLE = 0.1
-"""Seconds of a rank's work in a step below which nobody is called slow."""
+"""Seconds of a rank's own work in a step below which no rank is reported as slow."""
 
 
 class Reporter:
-    """Every rank has one; the first one's is heard. `log` and `evaluate` are collective."""
+    """Every rank has one; only the first one's writes and prints. `log` and `evaluate` are collective."""
 
-    def __init__(self, config: RunConfig, engine: TrainingEngine, records: Records, device: torch.device) -> None:
-        self._config, self._engine, self._records, self._device = config, engine, records, device
+    def __init__(self, config: RunConfig, engine: TrainingEngine, logs: RunLogs, device: torch.device) -> None:
+        self._config, self._engine, self._logs, self._device = config, engine, logs, device
         self._seconds, self._steps, self._logged = 0.0, 0, False
         training = config.training
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
         self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
         self.work = WorkTimer(engine.model, engine.mesh, device)
-        self._console = RunConsole(first=False, steps=training.steps, begun=0)
+        self._console = RunConsole(first=False, steps=training.steps, completed=0)
 
     def start(self, step: int) -> None:
-        """A session goes on from `step`."""
-        self._console = RunConsole(first=self._engine.mesh.is_first, steps=self._config.training.steps, begun=step)
+        """Starts the console at `step`."""
+        self._console = RunConsole(first=self._engine.mesh.is_first, steps=self._config.training.steps, completed=step)
 
     def close(self) -> None:
-        """Takes the live line away."""
+        """Stops the progress bar."""
         self._console.close()
 
     def say(self, text: str) -> None:
-        """One line for the person in front of it."""
+        """Prints one line."""
         self._console.say(text)
 
     def event(self, event: str, text: str, step: int, **details: Any) -> None:
-        """Something out of the ordinary, which a person should hear of."""
-        if self._records.metrics is not None:
-            self._records.metrics.write({"event": event, "step": step, "time": time.time(), **details})
-        if self._records.sessions is not None:
-            self._records.sessions.event(event)
+        """Records an anomaly in the metrics and the summary, and prints a warning."""
+        if self._logs.metrics is not None:
+            self._logs.metrics.write({"event": event, "step": step, "time": time.time(), **details})
+        if self._logs.sessions is not None:
+            self._logs.sessions.event(event)
         self.say(f"warning: {text}")
 
     def stepped(self, step: int, seconds: float) -> None:
-        """A step was made, and is the run's position now."""
+        """Records that a step was run, and how long it took."""
         self._seconds += seconds
         self._steps += 1
         self._console.step(step)
-        if self._records.sessions is not None:
-            self._records.sessions.stepped(step, seconds)
+        if self._logs.sessions is not None:
+            self._logs.sessions.stepped(step, seconds)
 
     def saved(self, step: int, waited: float) -> None:
-        """A checkpoint was published; training stood still for it for `waited` seconds."""
-        self._records.job.tell("progress", str(step))
-        if self._records.sessions is not None:
-            self._records.sessions.saved(waited)
+        """Records that a checkpoint was published; training was blocked by it for `waited` seconds."""
+        self._logs.job.write_note("progress", str(step))
+        if self._logs.sessions is not None:
+            self._logs.sessions.saved(waited)
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`."""
-        if self._records.metrics is not None:
-            self._records.metrics.rewind(step)
+        """Drops what was logged after `step`: the run was rolled back to it."""
+        if self._logs.metrics is not None:
+            self._logs.metrics.rewind(step)
 
     def log(self, step: int, losses: list[float], total: float, gradients: GradientReport) -> None:
-        """A line of metrics.jsonl."""
+        """Writes a line of metrics.jsonl. `loss` is the weighted total that is optimised, `backbone_loss` the backbone's."""
         training = self._config.training
         tokens_a_step = training.global_batch_size * training.seq_length
-        begun = time.perf_counter()
+        start = time.perf_counter()
         synchronise(self._device)  # host synchronisation, on logging steps only: the queued work belongs to these steps
-        self._seconds += time.perf_counter() - begun
+        self._seconds += time.perf_counter() - start
         rate = tokens_a_step * self._steps / max(self._seconds, 1e-9)
         self._seconds, self._steps = 0.0, 0
         record: dict[str, Any] = {
@@ -101,13 +101,13 @@ class Reporter:
         if recycle.layers and recycle.gradient != "frozen_backbone":
             record["grad_norm_by_part"] = gradients.by_part
         self._look_for_stragglers(step, record)
-        if self._records.metrics is not None:
-            self._records.metrics.write(record)
+        if self._logs.metrics is not None:
+            self._logs.metrics.write(record)
             self._console.metrics(record)
 
     def evaluate(self, step: int, validation: BatchLoader) -> None:
-        """A line of metrics.jsonl with validation losses and acceptance."""
-        # about one pass over the files at most
+        """Writes a line of metrics.jsonl with validation losses and acceptance; `eval_loss` is the backbone's."""
+        # at most about one pass over the files
         available = sum(validation.dataset.samples_per_epoch) // validation.global_batch_size
         batches = min(self._config.training.eval_batches, max(1, available))
         result = evaluate(self._engine, validation, batches, self._device)
@@ -118,22 +118,22 @@ class Reporter:
             "eval_acceptance": result.acceptance,
         }
         self.work.reset()
-        if self._records.metrics is not None:
-            self._records.metrics.write(record)
+        if self._logs.metrics is not None:
+            self._logs.metrics.write(record)
             self.say(describe_evaluation(record))
 
     def _look_for_stragglers(self, step: int, record: dict[str, Any]) -> None:
-        """Adds the seconds of the ranks' own work to the record, and names a rank that takes far longer than the others."""
+        """Adds the ranks' own working time to the record, and reports a rank that is far slower than its peers."""
         seconds = self.work.gather()
         rank, most, ratio = slowest(seconds, self._engine.mesh.pipeline.size)
         record["rank_seconds"] = {"median": median(seconds), "slowest": most, "slowest_rank": rank}
-        warm, self._logged = self._logged, True  # first steps are slow on one rank or another
+        warm, self._logged = self._logged, True  # the first steps are slow on some rank or other
         if not warm or ratio <= self._config.faults.straggler_ratio or most < _NOTICEABLE:
             return
         host = self.work.host_of(rank)
         self.event(
             "straggler",
-            f"rank {rank} on {host} works {most:.2f} s a step, {ratio:.1f} times the median of its peers",
+            f"rank {rank} on {host} needs {most:.2f} s per step for its own work, {ratio:.1f} times the median of its peers",
             step,
             rank=rank,
             host=host,

@@ -1,4 +1,4 @@
-"""What the first rank writes down of a run: its configuration, the metrics' log, the summary, and lines for the job's shell."""
+"""What the first rank writes of a run: its configuration, the metrics log, the summary, and notes for the job's shell."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from recycle_ds.training.state import TrainingState
 
 
 @dataclass(frozen=True)
-class Records:
-    """Of the first rank; nothing on the others."""
+class RunLogs:
+    """The first rank's logs; the other ranks have none."""
 
     metrics: MetricsLog | None = None
     sessions: SessionLog | None = None
     job: Job = field(default_factory=Job)
 
-    def end(self, ended: str, step: int) -> None:
-        """Closes the log, and prints the summary of the run so far. ended: why."""
+    def end(self, ended: str, step: int, *, refused: bool = False) -> None:
+        """Closes the logs and prints the summary of the run so far. ended: why. refused: see `SessionLog.end`."""
         if self.metrics is not None:
             self.metrics.close()
         if self.sessions is not None:
-            print(self.sessions.end(ended, step), flush=True)
+            summary = self.sessions.end(ended, step, refused=refused)
+            if summary is not None:
+                print(summary, flush=True)
 
 
-def begin_records(
+def open_run_logs(
     config: RunConfig, job: Job, state: TrainingState, source: Path | None, taken_by: Callable[[], str | None]
-) -> Records:
-    """Writes the resolved configuration, cuts the metrics' log to the state, and opens the summary's new session.
+) -> RunLogs:
+    """Writes the resolved configuration, trims the metrics log to the state, and opens a new session of the summary.
 
-    source: the checkpoint that the run goes on from, if any. taken_by: see `SessionLog`.
+    source: the checkpoint that the run resumes from, if any. taken_by: see `SessionLog`.
     """
     training, run_dir = config.training, Path(config.run_dir)
     save_config(config, run_dir / "config.yaml")
@@ -44,4 +46,4 @@ def begin_records(
     metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
     if source is not None:
         metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
-    return Records(metrics, sessions, job)
+    return RunLogs(metrics, sessions, job)

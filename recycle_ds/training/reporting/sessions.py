@@ -1,6 +1,7 @@
-"""The story of a run over all its restarts: run_dir/summary.json, and the few lines that a job ends with.
+"""The record of a run over all its restarts: run_dir/summary.json, and the lines that a job prints at its end.
 
-A session is one start of the run. One that was killed leaves no end: the next start reconstructs it from the metrics it left.
+A session is one start of the run that ran steps. A killed session cannot write its end: the next start reconstructs it from the
+metrics it left.
 """
 
 from __future__ import annotations
@@ -13,42 +14,49 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.config.atomic_files import write_json_atomically
 from recycle_ds.parallel.job import Job
+from recycle_ds.training.faults.stop_requests import REASONS
 
 SUMMARY = "summary.json"
 KILLED, RUNNING = "killed", "running"
+# How a session may end or stand; any other text is an error message.
+_ENDINGS = ("finished", "stop_at", KILLED, RUNNING, *REASONS)
 
 
 @dataclass
 class Session:
-    """One start of a run. Times are unix seconds, steps those of the run."""
+    """One start of the run. Times are unix seconds, steps those of the run."""
 
     begun: float
+    """Start time."""
     first_step: int
-    """The step it went on from."""
+    """Step of the checkpoint that it resumed from, 0 for a new run."""
     last_step: int
     ended: str = RUNNING
-    """Why: "finished", "stop_at", a stop request, an error's text, or "killed"."""
+    """Why it ended: "finished", "stop_at", a stop request, an error message, or "killed"."""
     until: float = 0.0
+    """End time; of a killed session, the time of its last logged step."""
     job: str | None = None
     restarts: int = 0
-    """SLURM's count of the job's restarts."""
+    """SLURM's restart count of the job."""
     repeated: int = 0
-    """Steps that the session before had made beyond the checkpoint, and that this one made again."""
+    """Steps that the previous session had run beyond the checkpoint, and that this one ran again."""
     lost_seconds: float = 0.0
-    """From the last (logged) step that was kept to the first one of this session: work made twice, waiting, starting."""
+    """Work of the previous session that was not kept, and the time from this session's start to its first step."""
+    idle_seconds: float = 0.0
+    """From the end of the previous session to the start of this one, in the queue for example: nothing ran."""
     checkpoints: int = 0
     saving_seconds: float = 0.0
-    """That training stood still for checkpoints."""
+    """Time that training was blocked by checkpoints."""
     anomalies: dict[str, int] = field(default_factory=dict)
     """Events by name: skips, retries, rollbacks, spikes, failed saves, stragglers."""
 
 
 class SessionLog:
-    """Kept by the first rank. `begin` must come before the metrics are trimmed to the checkpoint.
+    """Kept by the first rank. Call `begin` before the metrics are trimmed to the checkpoint.
 
-    taken_by: who has taken the run folder over, None for nobody; what is said after that is not written.
+    taken_by: which other start has taken over the run folder, None for no other; nothing is written after that.
     """
 
     def __init__(
@@ -64,35 +72,37 @@ class SessionLog:
         self._metrics = run_dir / "metrics.jsonl"
         self._job, self._taken_by = job, taken_by
         self._sessions = _read(self._path)
-        self._lost_since: float | None = None
+        self._unstarted = False
         self._anomalies: Counter[str] = Counter()
 
     def begin(self, step: int) -> None:
-        """Opens a session that goes on from `step`; completes the one before where it was killed."""
-        seen = _seen(self._metrics)
+        """Opens a session that resumes at `step`; completes the previous one if it was killed."""
+        logged = _logged_steps(self._metrics)
         new = Session(time.time(), step, step, job=self._job.name, restarts=self._job.restarts)
         if self._sessions:
             before = self._sessions[-1]
             if before.ended == RUNNING:
-                last = max((one for one in seen if one >= before.first_step), default=before.first_step)
+                last = max((one for one in logged if one >= before.first_step), default=before.first_step)
                 before.ended, before.last_step = KILLED, last
-                before.until = seen.get(last, before.begun)
+                before.until = logged.get(last, before.begun)
             new.repeated = max(0, before.last_step - step)
-            kept = max((one for one in seen if one <= step), default=None)
-            self._lost_since = before.begun if kept is None else seen[kept]
+            new.idle_seconds = max(0.0, new.begun - before.until)
+            kept = max((one for one in logged if one <= step), default=None)
+            new.lost_seconds = max(0.0, before.until - (before.begun if kept is None else logged[kept]))
+        self._unstarted = True
         self._sessions.append(new)
         self._write()
 
     def stepped(self, step: int, seconds: float) -> None:
-        """Takes note of a step and how long it took; what came before the session's first one is lost time."""
+        """Records a step and how long it took. The time before a restart's first step counts as lost."""
         session = self._sessions[-1]
-        if self._lost_since is not None:
-            session.lost_seconds = max(0.0, time.time() - seconds - self._lost_since)
-            self._lost_since = None
+        if self._unstarted and len(self._sessions) > 1:
+            session.lost_seconds += max(0.0, time.time() - seconds - session.begun)
+        self._unstarted = False
         session.last_step = step
 
     def saved(self, seconds: float) -> None:
-        """Takes note of a checkpoint, and of the seconds that training stood still for it."""
+        """Records a checkpoint, and the seconds that training was blocked by it."""
         self._sessions[-1].checkpoints += 1
         self._sessions[-1].saving_seconds += seconds
         self._write()
@@ -103,9 +113,20 @@ class SessionLog:
         self._sessions[-1].anomalies = dict(self._anomalies)
         self._write()
 
-    def end(self, why: str, step: int) -> str:
-        """Closes the session and returns the summary in lines."""
+    def end(self, why: str, step: int, *, refused: bool = False) -> str | None:
+        """Closes the session and returns the summary as text.
+
+        refused: the start ended before its first step because of an error of the user's, or had no step to run: it was no
+        restart, the record stays as it was, and None is returned.
+        """
         session = self._sessions[-1]
+        if refused and self._unstarted and not self._anomalies:
+            self._sessions.pop()
+            if self._sessions:
+                self._write()
+            elif self._taken_by() is None:
+                self._path.unlink(missing_ok=True)
+            return None
         session.ended, session.until, session.last_step = why, time.time(), step
         self._write()
         return describe(self._tree(), str(self._path.parent))
@@ -117,14 +138,13 @@ class SessionLog:
         if self._taken_by() is not None:
             return
         try:
-            write_atomically(self._path, json.dumps(self._tree(), indent=1) + "\n")
+            write_json_atomically(self._path, self._tree())
         except OSError as error:  # a summary is no reason to lose the run
             print(f"warning: {self._path}: {error.strerror or error}", flush=True)
 
 
 def summarise(sessions: list[Session], tokens_per_step: int, target: int) -> dict[str, Any]:
-    """Totals over sessions, and the sessions: what summary.json holds."""
-    made = sum(max(0, session.last_step - session.first_step) for session in sessions)
+    """Totals over sessions, and the sessions: the content of summary.json."""
     last = sessions[-1]
     anomalies: Counter[str] = Counter()
     for session in sessions:
@@ -133,12 +153,13 @@ def summarise(sessions: list[Session], tokens_per_step: int, target: int) -> dic
         "state": last.ended,
         "step": last.last_step,
         "steps": target,
-        "steps_made": made,
+        "steps_run": sum(max(0, session.last_step - session.first_step) for session in sessions),
         "steps_repeated": sum(session.repeated for session in sessions),
         "tokens": last.last_step * tokens_per_step,
         "restarts": len(sessions) - 1,
         "killed": sum(session.ended == KILLED for session in sessions),
         "lost_seconds": sum(session.lost_seconds for session in sessions),
+        "idle_seconds": sum(session.idle_seconds for session in sessions),
         "checkpoints": sum(session.checkpoints for session in sessions),
         "saving_seconds": sum(session.saving_seconds for session in sessions),
         "anomalies": dict(sorted(anomalies.items())),
@@ -147,36 +168,42 @@ def summarise(sessions: list[Session], tokens_per_step: int, target: int) -> dic
 
 
 def describe(tree: dict[str, Any], name: str) -> str:
-    """A summary for a person."""
+    """A summary as text, for a terminal or a log."""
     anomalies = ", ".join(f"{event} {count}" for event, count in tree["anomalies"].items()) or "none"
+    restarts = f"  restarts {tree['restarts']}"
+    if tree["restarts"]:
+        restarts += f" ({tree['killed']} after a kill), {tree['lost_seconds']:.0f} s of repeated work and start-up, "
+        restarts += f"{tree['idle_seconds']:.0f} s idle in between"
+    state = tree["state"] if tree["state"] in _ENDINGS else "failed"
     return "\n".join((
-        f"summary of {name}: {tree['state']} at step {tree['step']} of {tree['steps']}",
-        f"  steps made {tree['steps_made']} ({tree['steps_repeated']} of them again), tokens {tree['tokens']:,}",
-        f"  restarts {tree['restarts']} ({tree['killed']} sessions killed), time lost to them {tree['lost_seconds']:.0f} s",
-        f"  checkpoints {tree['checkpoints']}, training stood still for them {tree['saving_seconds']:.1f} s",
+        f"summary of {name}: {state} at step {tree['step']} of {tree['steps']}",
+        f"  {tree['steps_run']} steps run, {tree['steps_repeated']} repeated, {tree['tokens']:,} tokens",
+        restarts,
+        f"  checkpoints {tree['checkpoints']}, training blocked by them for {tree['saving_seconds']:.1f} s",
         f"  anomalies: {anomalies}",
+        *([f"  error: {' '.join(tree['state'].split())}"] if state != tree["state"] else []),
     ))  # fmt: skip
 
 
 def _read(path: Path) -> list[Session]:
-    """The sessions so far; none where the file is absent or damaged, which is told."""
+    """The sessions so far; none if the file is absent, or damaged, which is reported."""
     try:
         return [Session(**one) for one in json.loads(path.read_text(encoding="utf-8"))["sessions"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"warning: {path} cannot be read ({error}): the summary begins anew", flush=True)
+        print(f"warning: {path} cannot be read ({error}): starting a new summary", flush=True)
         return []
 
 
-def _seen(metrics: Path) -> dict[int, float]:
+def _logged_steps(metrics: Path) -> dict[int, float]:
     """Unix time of every step in metrics.jsonl."""
     found = {}
     if metrics.exists():
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # cut by a kill
+            except json.JSONDecodeError:  # cut off by a kill
                 continue
             if isinstance(record, dict) and "loss" in record and "time" in record:
                 found[int(record["step"])] = float(record["time"])

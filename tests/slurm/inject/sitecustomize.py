@@ -1,16 +1,16 @@
-"""Gives the ranks of a job a fault, while the shipped commands run as they are. On PYTHONPATH of the job's processes only.
+"""Injects a fault into the ranks of a job that runs the shipped commands. Only on PYTHONPATH of the job's processes.
 
 INJECT is one of:
-    slow:SECONDS            every rank takes that much longer to read a step's data, until the job starts again
-    slow:SECONDS:RANK       one rank does
+    slow:SECONDS            every rank takes that much longer to read a step's data, until the job restarts
+    slow:SECONDS:RANK       the same for one rank, also after a restart
     slow_prompt:SECONDS     every prompt of a file takes that much longer
-    nan:STEP:RANK           that rank's states are not numbers in that step
+    nan:STEP:RANK           that rank's states are NaN in that step
     spike:STEP              the states of all ranks are fifty times too large in that step
-    hang:STEP:RANK          that rank never comes back from reading that step's data
+    hang:STEP:RANK          that rank hangs while reading that step's data
     enospc:STEP:RANK        that rank's disk is full when the checkpoint of that step is written
-    die:RANK                that rank lacks a library, at every start
-All but the slow ones and the last happen once: a mark in INJECT_ONCE keeps them from a restart, and from a second try at the
-same step.
+    die:RANK                that rank is missing a library, at every start
+All except the slow ones and the last happen once: a file in INJECT_ONCE prevents a repetition after a restart or a retry of the
+step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ KIND, *WORDS = os.environ.get("INJECT", "").split(":")
 
 
 def _first_time(name: str) -> bool:
-    mark = Path(os.environ["INJECT_ONCE"]) / f"{os.environ['SLURM_JOB_ID']}-{name}"
-    if mark.exists():
+    marker = Path(os.environ["INJECT_ONCE"]) / f"{os.environ['SLURM_JOB_ID']}-{name}"
+    if marker.exists():
         return False
-    mark.touch()
+    marker.touch()
     return True
 
 
@@ -78,8 +78,8 @@ def _files(module: Any) -> None:
 
     def full(tensors: Any, path: str, **options: Any) -> None:
         step, rank = WORDS
-        here = f"step-{int(step):08d}" in path and f"shard-{int(rank):05d}" in path
-        if KIND == "enospc" and here and _first_time("enospc"):
+        is_target = f"step-{int(step):08d}" in path and f"shard-{int(rank):05d}" in path
+        if KIND == "enospc" and is_target and _first_time("enospc"):
             raise OSError(errno.ENOSPC, "No space left on device", path)
         original(tensors, path, **options)
 
@@ -102,7 +102,7 @@ def _prompts(module: Any) -> None:
 
 PATCHES = {
     "recycle_ds.training.loop": _loop,
-    "recycle_ds.checkpoint.files.checksums": _files,
+    "recycle_ds.checkpoint.files.safetensors_writer": _files,
     "recycle_ds.inference.batch.prompt_file": _prompts,
 }
 

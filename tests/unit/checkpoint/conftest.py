@@ -1,4 +1,4 @@
-"""Folders that several modules of tests break."""
+"""Folders that several test modules damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.checkpoint.native_folder import small_run, weights_of, write_fol
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """run/native of three ranks under ZeRO 2, run/config.yaml beside it, and the parameters."""
+    """run/native of three ranks at ZeRO 2, run/config.yaml next to it, and the parameters."""
     config = small_run(tmp_path / "run")
     weights = weights_of(config)
     write_folder(tmp_path / "run" / "native", weights, align=4)

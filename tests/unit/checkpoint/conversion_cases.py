@@ -1,4 +1,4 @@
-"""A tiny Hugging Face folder with all that a tokenizer brings, and the tools run as by a user, in this process or another."""
+"""A tiny Hugging Face folder with all tokenizer files, and the tools as a user runs them, in this process or another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from recycle_ds.config.command import run_command
 from recycle_ds.data.tokenizer import Tokenizer
 from tests.runs import ROOT
 from tests.unit.checkpoint.families import save
@@ -23,7 +22,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def model_folder(folder: Path, name: str = "llama") -> Path:
-    """A model of 300 tokens with its tokenizer, a chat template among its files."""
+    """A model with a vocabulary of 300, its tokenizer and a chat template."""
     save(name, folder)
     Tokenizer.train(["a tale of two cities"], 257).save(folder)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
@@ -32,7 +31,7 @@ def model_folder(folder: Path, name: str = "llama") -> Path:
 
 
 def run_tool(name: str, *arguments: object) -> Done:
-    """Runs tools/NAME.py's command in this process, from its arguments to its exit code; any other exception is the test's."""
+    """Runs the command of tools/NAME.py in this process, from arguments to exit code; any other exception fails the test."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,7 +39,7 @@ def run_tool(name: str, *arguments: object) -> Done:
     out, err, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run_command(module.app, [str(argument) for argument in arguments])
+            module.main([str(argument) for argument in arguments])
         except SystemExit as ended:
             code = ended.code
     assert isinstance(code, int)
@@ -48,7 +47,7 @@ def run_tool(name: str, *arguments: object) -> Done:
 
 
 def start_tool(name: str, *arguments: object, folder: Path) -> Done:
-    """Runs tools/NAME.py in a process of its own, in a folder: seconds, of imports."""
+    """Runs tools/NAME.py in a separate process, in a folder. Takes seconds, for imports."""
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
         capture_output=True, text=True, timeout=300, check=False, cwd=folder,
@@ -58,7 +57,7 @@ def start_tool(name: str, *arguments: object, folder: Path) -> Done:
 
 @contextlib.contextmanager
 def full_disk(largest_file: int) -> Iterator[None]:
-    """Writing a file beyond this many bytes fails, here and in processes started here, as on a disk without room."""
+    """Writing a file beyond this many bytes fails, here and in processes started here, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
     try:
@@ -68,7 +67,7 @@ def full_disk(largest_file: int) -> Iterator[None]:
 
 
 def one_line_error(done: Done) -> str:
-    """The only line on stderr of a command that ended with a user's error."""
+    """The only line on stderr of a command that ended with a user error."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, seed: int = 0) -> Any:
-    """A model of a case, its norms and biases random too: ones and zeros would hide a mix-up."""
+    """Returns the model of a case. Norms and biases are random too: ones and zeros would hide swapped tensors."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     model_type, changes = CASES[name]
@@ -44,7 +44,7 @@ def make(name: str, seed: int = 0) -> Any:
 
 
 def save(name: str, folder: Path, **options: Any) -> Any:
-    """The same, saved; returns the model."""
+    """Saves the model of a case to `folder` and returns it."""
     model = make(name)
     model.save_pretrained(folder, **options)
     return model

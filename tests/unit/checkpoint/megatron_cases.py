@@ -1,4 +1,4 @@
-"""Tiny models that cover what conversion to Megatron can mix up."""
+"""Tiny models that cover the tensors and settings that a conversion to Megatron can confuse."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOKENS = torch.randint(107, (2, 24), generator=torch.Generator().manual_seed(4))
 
 
 def build(model: ModelConfig, recycle: RecycleConfig, seed: int = 5) -> RecycleGPT:
-    """A model whose norms and biases are random too: ones and zeros would hide a mix-up."""
+    """Builds a model whose norms and biases are random too: ones and zeros would hide swapped tensors."""
     built = build_model(model, recycle, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,13 +51,13 @@ def build(model: ModelConfig, recycle: RecycleConfig, seed: int = 5) -> RecycleG
 
 
 def source_of(name: str, folder: Path) -> ModelSource:
-    """A case as a source."""
+    """Returns a case as a source."""
     model, recycle = CASES[name]
     return ModelSource(build(model, recycle), model, recycle, folder)
 
 
 def arguments_of(model: ModelConfig, recycle: RecycleConfig, tensor: int = 1) -> Namespace:
-    """What Megatron-LM would save as `args` for a model."""
+    """Returns the `args` that Megatron-LM would save for a model."""
     assert model.vocab_size is not None
     padded = padded_vocabulary(model.vocab_size, model.vocab_multiple, tensor)
     return Namespace(**write_arguments(model, recycle, padded, 32, torch.float32, (tensor, 1)))
@@ -67,7 +67,7 @@ CHECKPOINT = "release"
 
 
 def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: int = 2) -> ModelSource:
-    """A case as Megatron's checkpoint under folder/release; returns what it was made of."""
+    """Writes a case as a Megatron checkpoint to folder/release; returns its source."""
     source = source_of(name, folder)
     folder.mkdir(exist_ok=True)
     write_megatron(source, folder, None, tensor, pipeline, lambda _: None)
@@ -75,7 +75,7 @@ def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: i
 
 
 def edit(folder: Path, change: Callable[[Any], None]) -> None:
-    """Changes the list of tensors of a checkpoint."""
+    """Changes the tensor list (`.metadata`) of a checkpoint."""
     path = folder / ".metadata"
     listing = pickle.loads(path.read_bytes())
     change(listing)
@@ -83,7 +83,7 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def use_arguments(folder: Path, model: ModelConfig = MODEL, recycle: RecycleConfig = MODULE, **changes: Any) -> Path:
-    """Leaves a checkpoint to be read by Megatron-LM's arguments; values of ... are left out."""
+    """Makes a checkpoint readable only through Megatron-LM's arguments; arguments with the value ... are omitted."""
     (folder / "recycle_ds.json").unlink(missing_ok=True)
     args = vars(arguments_of(model, recycle, 2)) | changes
     kept = {key: value for key, value in args.items() if value is not ...}
@@ -92,7 +92,7 @@ def use_arguments(folder: Path, model: ModelConfig = MODEL, recycle: RecycleConf
 
 
 def refusal(path: Path) -> str:
-    """The one line with which a folder is refused."""
+    """Returns the one-line error of opening a folder."""
     with pytest.raises(CheckpointError) as caught:
         open_source(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)

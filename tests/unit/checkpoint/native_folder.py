@@ -1,4 +1,4 @@
-"""DeepSpeed's native folders written by hand, in one process: keys, classes and partitions as engine.save_checkpoint's."""
+"""Writes DeepSpeed's native folders in one process, with the keys, classes and partitions of engine.save_checkpoint."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def write_folder(
 ) -> Path:
     """Writes `folder`/global_stepN and `latest` for ZeRO 1 to 3; returns the tag's folder.
 
-    Matrices and vectors are a group each; align: elements that ZeRO 1 and 2 pad parameters to. Moments are the weights times 2
-    and 3.
+    Matrices and vectors form one group each. align: multiple of elements that ZeRO 1 and 2 pad parameters to. The moments are
+    the weights times 2 and 3.
     """
     tag = folder / f"global_step{step}"
     tag.mkdir(parents=True)
@@ -45,15 +45,15 @@ def write_folder(
 
 
 def change(path: Path, keys: tuple[Any, ...], value: Any) -> None:
-    """Replaces what lies at `keys` in a file; `...` deletes it."""
+    """Replaces the value at `keys` in a file; `...` deletes it."""
     tree = torch.load(path, weights_only=False)
-    holder = tree
+    parent = tree
     for key in keys[:-1]:
-        holder = holder[key]
+        parent = parent[key]
     if value is ...:
-        del holder[keys[-1]]
+        del parent[keys[-1]]
     else:
-        holder[keys[-1]] = value
+        parent[keys[-1]] = value
     torch.save(tree, path)
 
 
@@ -78,7 +78,7 @@ def _model_states(
 
 
 def _grouped(groups: list[dict[str, Tensor]], ranks: int, rank: int, align: int) -> dict[str, Any]:
-    """ZeRO 1 and 2: the groups laid end to end and cut over the ranks; of the weights' last part the padding is not saved."""
+    """ZeRO 1 and 2: groups are concatenated and split over the ranks; the last weight partition is saved without padding."""
     from deepspeed.utils.tensor_fragment import fragment_address
 
     parts, moments, paddings = [], {}, []
@@ -91,8 +91,8 @@ def _grouped(groups: list[dict[str, Tensor]], ranks: int, rank: int, align: int)
         size = -(-flat.numel() // (2 * ranks)) * 2
         paddings.append(padding)
         parts.append(flat[rank * size : (rank + 1) * size].clone())
-        whole = torch.nn.functional.pad(flat, (0, size * ranks - flat.numel()))[rank * size : (rank + 1) * size]
-        moments[index] = {"step": torch.tensor(5.0), "exp_avg": whole * 2, "exp_avg_sq": whole * 3}
+        padded = torch.nn.functional.pad(flat, (0, size * ranks - flat.numel()))[rank * size : (rank + 1) * size]
+        moments[index] = {"step": torch.tensor(5.0), "exp_avg": padded * 2, "exp_avg_sq": padded * 3}
     return {
         "base_optimizer_state": {"state": moments, "param_groups": [{"params": [index]} for index in moments]},
         "single_partition_of_fp32_groups": parts,
@@ -103,7 +103,7 @@ def _grouped(groups: list[dict[str, Tensor]], ranks: int, rank: int, align: int)
 
 
 def _each(groups: list[dict[str, Tensor]], ranks: int, rank: int) -> dict[str, Any]:
-    """ZeRO 3: every parameter cut over the ranks, a sub-group for every two of them."""
+    """ZeRO 3: every parameter is split over the ranks; every two parameters form a sub-group."""
     flats = []
     for group in groups:
         cut = [torch.nn.functional.pad(v.flatten(), (0, -v.numel() % ranks)).chunk(ranks)[rank] for v in group.values()]
@@ -136,7 +136,7 @@ MODEL, FIRST, LAST = (
 
 
 def small_run(folder: Path) -> RunConfig:
-    """A configuration whose files do not exist: only the shapes matter."""
+    """A run configuration. The files that it names do not exist: only the shapes matter."""
     sizes = {
         "model__layers": 1,
         "model__hidden": 16,
@@ -153,7 +153,7 @@ def weights_of(config: RunConfig) -> dict[str, Tensor]:
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    """The error of converting a folder, which leaves nothing behind."""
+    """Returns the one-line error of converting a folder; checks that no output is left behind."""
     target = folder.parent / "out"
     with pytest.raises(CheckpointError) as caught:
         convert(str(folder), str(target), Conversion("portable", **options))

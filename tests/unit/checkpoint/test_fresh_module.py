@@ -1,4 +1,4 @@
-"""A recycle module that a conversion adds: the one that a run would begin with, beside an untouched backbone."""
+"""A recycle module added by a conversion: initialised as in a run, next to an unchanged backbone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.unit.checkpoint.memory import ModelSource
 DEFAULT_SEED = 1234
 
 
-def drawn(source: Source, seed: int) -> ModelSource:
-    """What a run of a source's shape begins with."""
+def initial_weights(source: Source, seed: int) -> ModelSource:
+    """The initial weights of a run with the shape of a source."""
     model = build_model(source.model, source.recycle, seed=seed)
     assert canonical_shapes(pieces(model, Mesh())).keys() == source.shapes.keys()
     return ModelSource(model, source.model, source.recycle, source.folder)
@@ -32,42 +32,42 @@ def drawn(source: Source, seed: int) -> ModelSource:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2"])
-def test_it_is_what_training_begins_with(tmp_path: Path, target: str, name: str) -> None:
-    """A module that no run can reproduce, one without a part, or a backbone that changed by adding it."""
-    save(name, tmp_path / "theirs")
-    theirs = open_source(tmp_path / "theirs")
+def test_it_equals_the_initial_module_of_a_run(tmp_path: Path, target: str, name: str) -> None:
+    """Prevents a module that no run can reproduce or that misses a part, and a backbone changed by adding it."""
+    save(name, tmp_path / "original")
+    original = open_source(tmp_path / "original")
     conversion = Conversion(target, recycle_layers=1, recycle_depth=3, seed=9)
-    result = convert(str(tmp_path / "theirs"), str(tmp_path / "out"), conversion)
+    result = convert(str(tmp_path / "original"), str(tmp_path / "out"), conversion)
     assert (result.recycle.layers, result.recycle.depth) == (1, 3)
-    initial = drawn(result, 9)
+    initial = initial_weights(result, 9)
     for key in result.shapes:
-        expected = initial.read(key) if key.startswith("recycle.") else theirs.read(key)
+        expected = initial.read(key) if key.startswith("recycle.") else original.read(key)
         assert torch.equal(result.read(key), expected), key
     load_weights(build_model(result.model, result.recycle, seed=None), result)
 
 
-def test_other_seeds_and_types(tmp_path: Path) -> None:
-    """A seed that is not used; a module of another type than its backbone, which Megatron and ZeRO-3 refuse."""
-    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+def test_other_seeds_and_dtypes(tmp_path: Path) -> None:
+    """Prevents ignoring the seed, and a module of another dtype than its backbone, which Megatron and ZeRO-3 refuse."""
+    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "original")
 
     def with_seed(number: int | None) -> Source:
         conversion = Conversion("portable", recycle_layers=2, seed=number)
-        return convert(str(tmp_path / "theirs"), str(tmp_path / f"seed-{number}"), conversion)
+        return convert(str(tmp_path / "original"), str(tmp_path / f"seed-{number}"), conversion)
 
     default, same, other = with_seed(None), with_seed(DEFAULT_SEED), with_seed(0)
     name = "recycle.blocks.1.mlp.down.weight"
     assert default.recycle == RecycleConfig(layers=2)
     assert default.dtype(name) == torch.bfloat16
-    assert torch.equal(default.read(name), drawn(default, DEFAULT_SEED).read(name).bfloat16())
+    assert torch.equal(default.read(name), initial_weights(default, DEFAULT_SEED).read(name).bfloat16())
     assert torch.equal(default.read(name), same.read(name)) and not torch.equal(default.read(name), other.read(name))
 
 
 def test_a_module_is_not_replaced(tmp_path: Path) -> None:
-    """A trained module overwritten by noise."""
-    save("llama", tmp_path / "theirs")
+    """Prevents overwriting a trained module with random weights."""
+    save("llama", tmp_path / "original")
     conversion = Conversion("portable", recycle_layers=1)
-    convert(str(tmp_path / "theirs"), str(tmp_path / "one"), conversion)
-    with pytest.raises(CheckpointError, match=r"one: has a recycle module of 1 layer\(s\) already") as caught:
+    convert(str(tmp_path / "original"), str(tmp_path / "one"), conversion)
+    with pytest.raises(CheckpointError, match=r"one: already has a recycle module of 1 layer\(s\)") as caught:
         convert(str(tmp_path / "one"), str(tmp_path / "two"), conversion)
     assert "\n" not in str(caught.value) and not (tmp_path / "two").exists()
 
@@ -80,28 +80,28 @@ def test_a_module_is_not_replaced(tmp_path: Path) -> None:
         (Conversion("hf", recycle_layers=1, seed=-1), "--seed -1: must be at least 0"),
         (Conversion("hf", recycle_depth=2), "--recycle-depth 2: only with --recycle-layers"),
         (Conversion("hf", seed=0), "--seed 0: only with --recycle-layers"),
-        (Conversion("megatron", recycle_layers=2), "recycle.layers=2: an MTP layer of Megatron's has one block"),
+        (Conversion("megatron", recycle_layers=2), "recycle.layers=2: an MTP layer of Megatron has one block"),
     ],
 )
-def test_what_cannot_be_added(tmp_path: Path, conversion: Conversion, message: str) -> None:
-    """An option that is taken and does nothing."""
-    save("llama", tmp_path / "theirs")
+def test_invalid_options(tmp_path: Path, conversion: Conversion, message: str) -> None:
+    """Prevents an option that is accepted and has no effect."""
+    save("llama", tmp_path / "original")
     with pytest.raises(CheckpointError, match=message):
-        convert(str(tmp_path / "theirs"), str(tmp_path / "out"), conversion)
+        convert(str(tmp_path / "original"), str(tmp_path / "out"), conversion)
 
 
 def test_a_module_in_several_files(tmp_path: Path) -> None:
-    """--shard-gib that bounds memory for the backbone alone; a file of the module that is lost, damaged or of a bad name."""
-    save("llama", tmp_path / "theirs")
-    whole = convert(str(tmp_path / "theirs"), str(tmp_path / "whole"), Conversion("hf", recycle_layers=2))
-    result = convert(str(tmp_path / "whole"), str(tmp_path / "out"), Conversion("hf", shard_gib=4e-5))
+    """Prevents --shard-gib from limiting the backbone's files only, and an undetected lost, damaged or misnamed module file."""
+    save("llama", tmp_path / "original")
+    unsplit = convert(str(tmp_path / "original"), str(tmp_path / "unsplit"), Conversion("hf", recycle_layers=2))
+    result = convert(str(tmp_path / "unsplit"), str(tmp_path / "out"), Conversion("hf", shard_gib=4e-5))
     files = sorted((tmp_path / "out").glob("recycle-*-of-*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 50_000
     assert not (tmp_path / "out" / "recycle.safetensors").exists()
     tree = json.loads((tmp_path / "out" / "recycle.json").read_text())
     assert sorted(tree["files"]) == [file.name for file in files]
-    for key in whole.shapes:
-        assert torch.equal(result.read(key), whole.read(key)), key
+    for key in unsplit.shapes:
+        assert torch.equal(result.read(key), unsplit.read(key)), key
     from transformers import AutoModelForCausalLM
 
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -110,15 +110,18 @@ def test_a_module_in_several_files(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, files: list[Path]) -> None:
-    """Every way in which a list of files can be wrong is told."""
+    """Checks that every error in the list of files is reported."""
     path, tree = folder / "recycle.json", json.loads((folder / "recycle.json").read_text())
     for change, message in (
         ({"files": {}}, "must give bytes and sha256"),
         ({"files": [files[0].name]}, "must give bytes and sha256"),
-        ({"files": {"../recycle.safetensors": tree["files"][files[0].name]}}, "is not the name of a module's file"),
+        (
+            {"files": {"../recycle.safetensors": tree["files"][files[0].name]}},
+            "must be recycle.safetensors or recycle-",
+        ),
         ({"files": {files[0].name: {"bytes": 1}}}, "must give bytes and sha256"),
         ({"files": {files[0].name: tree["files"][files[0].name]}}, "missing: recycle."),
-        ({"version": 3}, "known is 'recycle_ds module', 1 and 2"),
+        ({"version": 3}, "must be 'recycle_ds module' and 1 or 2"),
         ({"version": 1}, "recycle.safetensors: None"),
     ):
         path.write_text(json.dumps(tree | change))

@@ -1,4 +1,4 @@
-"""Two hundred broken checkpoints: each is refused in one line, or loads the very weights that were saved."""
+"""Hundreds of broken checkpoints: each is refused in one line, or loads exactly the weights that were saved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULE = RecycleConfig(layers=1, depth=2)
 
 
 def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of everything in a JSON tree."""
+    """Paths of all values in a JSON tree."""
     found = [path] if path else []
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
@@ -38,7 +38,7 @@ def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def change_json(folder: Path, draw: random.Random) -> None:
-    """Deletes, replaces or doubles some value of the manifest."""
+    """Deletes, replaces or duplicates a value of the manifest."""
     path = folder / "manifest.json"
     tree = json.loads(path.read_text())
     *parents, last = draw.choice(nodes(tree))
@@ -58,12 +58,12 @@ def change_json(folder: Path, draw: random.Random) -> None:
         holder[last] = draw.choice([holder, last])
     try:
         path.write_text(json.dumps(tree))
-    except ValueError:  # it holds itself now
+    except ValueError:  # the tree contains itself now
         path.write_text("{")
 
 
 def change_bytes(folder: Path, draw: random.Random) -> None:
-    """Flips a bit, cuts off the end, or appends something to some file."""
+    """Flips a bit of a file, truncates it, or appends to it."""
     path = draw.choice(sorted(folder.iterdir()))
     content = bytearray(path.read_bytes())
     how = draw.randrange(4)
@@ -71,14 +71,14 @@ def change_bytes(folder: Path, draw: random.Random) -> None:
         del content[draw.randrange(len(content)) :]
     elif how == 1:
         content += bytes(draw.randrange(1, 20))
-    else:  # mostly early: headers are short
-        at = draw.randrange(len(content)) if how == 2 else draw.randrange(min(64, len(content)))
-        content[at] ^= 1 << draw.randrange(8)
+    else:  # often near the start: headers are short
+        position = draw.randrange(len(content)) if how == 2 else draw.randrange(min(64, len(content)))
+        content[position] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
 
 
 def change_files(folder: Path, draw: random.Random) -> None:
-    """Removes a file, exchanges two, puts a folder or a link in a file's place, or adds one."""
+    """Removes a file, swaps two, replaces one by a folder or a link, or adds one."""
     files = sorted(folder.iterdir())
     one, other = draw.sample(files, 2)
     how = draw.randrange(5)
@@ -95,13 +95,13 @@ def change_files(folder: Path, draw: random.Random) -> None:
         one.unlink()
         one.symlink_to(other)
     else:
-        (folder / "notes.txt").write_text("mine")
+        (folder / "notes.txt").write_text("text")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint in several shards, and its weights."""
-    folder = tmp_path_factory.mktemp("fuzz") / "whole"
+    folder = tmp_path_factory.mktemp("fuzz") / "intact"
     folder.mkdir()
     model = build_model(CONFIG, MODULE, seed=3)
     write_portable(ModelSource(model, CONFIG, MODULE, folder), folder, None, 6000, lambda _: None)
@@ -109,9 +109,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     return folder, {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def test_broken_checkpoints(whole: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """A crash, a traceback for a user to read, or weights that are not those that were saved."""
-    source, expected = whole
+def test_broken_checkpoints(intact: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Prevents a crash, a traceback for the user, and weights other than those that were saved."""
+    source, expected = intact
     draw = random.Random(11)
     kinds: list[Callable[[Path, random.Random], None]] = [change_json, change_bytes, change_files]
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -135,16 +135,16 @@ def test_broken_checkpoints(whole: tuple[Path, dict[str, Tensor]], tmp_path: Pat
             assert torch.equal(value, wanted[name]), f"mutation {number}: {name} {outcome} with other weights"
         outcomes[mutate.__name__, outcome] += 1
         shutil.rmtree(folder)
-    # nearly all of them matter; a file that nobody reads may be added
+    # nearly all mutations do damage; an added file does none
     assert outcomes["change_json", "refused"] > 70 and outcomes["change_bytes", "refused"] > 70
     assert outcomes["change_files", "refused"] > 40 and outcomes["change_files", "loaded"] > 5
 
 
-def test_a_manifest_that_is_signed_is_read_with_the_same_suspicion(
-    whole: tuple[Path, dict[str, Tensor]], tmp_path: Path
+def test_a_manifest_with_a_valid_digest_is_checked_as_well(
+    intact: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """A digest that hides whatever lies behind it from the mutations above: a manifest written by somebody else's program."""
-    source, expected = whole
+    """Prevents trusting a manifest of another program for its digest, which refuses the mutations above before other checks."""
+    source, expected = intact
     draw = random.Random(17)
     outcomes: Counter[str] = Counter()
     original = json.loads((source / "manifest.json").read_text())
@@ -173,13 +173,13 @@ def test_a_manifest_that_is_signed_is_read_with_the_same_suspicion(
             assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters()), number
         outcomes[outcome] += 1
         shutil.rmtree(folder)
-    # numbers that mean something else, such as the step, may change unseen; the places of tensors may not
+    # numbers such as the step may change undetected; the locations of tensors may not
     assert outcomes["refused"] > MUTATIONS / 2, outcomes
 
 
-def test_checkpoints_of_the_first_release_are_read(whole: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """A run of an older release that cannot go on; a damaged manifest of today that passes for an older one."""
-    source, expected = whole
+def test_checkpoints_of_the_first_release_are_read(intact: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Prevents a run of an older release from failing to resume, and a damaged manifest from passing for an older one."""
+    source, expected = intact
     folder = tmp_path / "old"
     shutil.copytree(source, folder)
     tree = json.loads((folder / "manifest.json").read_text())
@@ -194,8 +194,8 @@ def test_checkpoints_of_the_first_release_are_read(whole: tuple[Path, dict[str, 
     assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
 
 
-def test_nothing_of_a_file_is_unpickled() -> None:
-    """A checkpoint that runs code when it is opened: the package calls no loader that could."""
+def test_no_file_is_unpickled() -> None:
+    """Prevents a checkpoint from running code when it is opened: the package calls no loader that can."""
     from tests.runs import ROOT
 
     for path in (ROOT / "recycle_ds").rglob("*.py"):

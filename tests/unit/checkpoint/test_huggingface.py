@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: the same logits, the same bits, and an error that lists what does not fit."""
+"""Reading and writing Hugging Face folders: equal logits, equal bits, and errors that list the mismatches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.checkpoint.memory import ModelSource
 
 
 def logits_of(source: Source, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, S, V] of our model with a source's weights."""
+    """Returns logits [B, S, V] of our model with a source's weights."""
     model = build_model(source.model, source.recycle, seed=None).eval()
     load_weights(model, source)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -43,13 +43,13 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_directions(name: str, tmp_path: Path, tokens: torch.Tensor) -> None:
-    """A transposed or permuted projection, a lost bias, a rotation of another base: text that reads like noise."""
-    model = save(name, tmp_path / "theirs")
+    """Prevents a transposed or permuted projection, a lost bias, or a wrong RoPE base: the model would generate noise."""
+    model = save(name, tmp_path / "original")
     with torch.no_grad():
         expected = model(tokens).logits
-    source = open_source(tmp_path / "theirs")
+    source = open_source(tmp_path / "original")
     torch.testing.assert_close(logits_of(source, tokens), expected, rtol=1e-4, atol=1e-4)
-    portable = convert(str(tmp_path / "theirs"), str(tmp_path / "portable"), Conversion("portable"))
+    portable = convert(str(tmp_path / "original"), str(tmp_path / "portable"), Conversion("portable"))
     assert portable.kind == "portable"
     torch.testing.assert_close(logits_of(portable, tokens), expected, rtol=1e-4, atol=1e-4)
     convert(str(tmp_path / "portable"), str(tmp_path / "back"), Conversion("hf"))
@@ -58,31 +58,31 @@ def test_both_directions(name: str, tmp_path: Path, tokens: torch.Tensor) -> Non
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    mine, theirs = again.state_dict(), model.state_dict()
-    assert mine.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert torch.equal(mine[key], value), key
+    actual, original = again.state_dict(), model.state_dict()
+    assert actual.keys() == original.keys()
+    for key, value in original.items():
+        assert torch.equal(actual[key], value), key
 
 
 def test_a_changed_weight_changes_the_logits(tmp_path: Path, tokens: torch.Tensor) -> None:
-    """The comparison above passing whatever the weights are."""
-    model = save("llama", tmp_path / "theirs")
-    path = tmp_path / "theirs" / "model.safetensors"
+    """Prevents the comparison above from passing for any weights."""
+    model = save("llama", tmp_path / "original")
+    path = tmp_path / "original" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].flip(0)
     save_file(tensors, path, metadata={"format": "pt"})
     with torch.no_grad():
         expected = model(tokens).logits
-    assert (logits_of(open_source(tmp_path / "theirs"), tokens) - expected).abs().max() > 0.1
+    assert (logits_of(open_source(tmp_path / "original"), tokens) - expected).abs().max() > 0.1
 
 
 def test_sharded_and_bf16_keep_their_bits(tmp_path: Path) -> None:
-    """Shards of which one is forgotten; a type that changes on the way without having been asked."""
-    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
-    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
-    result = convert(str(tmp_path / "theirs"), str(tmp_path / "portable"), Conversion("portable", shard_gib=5e-5))
+    """Prevents a lost shard, and a dtype that changes without being requested."""
+    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "original", max_shard_size="60KB")
+    assert len(list((tmp_path / "original").glob("model-*.safetensors"))) > 2
+    result = convert(str(tmp_path / "original"), str(tmp_path / "portable"), Conversion("portable", shard_gib=5e-5))
     assert len(list((tmp_path / "portable").glob("shard-*.safetensors"))) > 2
-    source = open_source(tmp_path / "theirs")
+    source = open_source(tmp_path / "original")
     for key in source.shapes:
         assert result.dtype(key) == source.dtype(key) == torch.bfloat16
         assert torch.equal(result.read(key), source.read(key)), key
@@ -97,7 +97,7 @@ def test_sharded_and_bf16_keep_their_bits(tmp_path: Path) -> None:
 
 
 def with_module(folder: Path, name: str = "llama", layers: int = 2) -> RecycleGPT:
-    """A portable checkpoint of a model with a module, and the model."""
+    """Writes a portable checkpoint of a model with a recycle module; returns the model."""
     save(name, folder / "base")
     base = open_source(folder / "base")
     config = RecycleConfig(layers=layers, depth=3)
@@ -110,16 +110,16 @@ def with_module(folder: Path, name: str = "llama", layers: int = 2) -> RecycleGP
     return model
 
 
-def test_the_module_travels_beside_the_model(tmp_path: Path, tokens: torch.Tensor) -> None:
-    """A module lost or mixed up on the way through Hugging Face's format, or one that keeps others from loading the base."""
+def test_the_module_is_kept_next_to_the_model(tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Prevents a module that is lost or corrupted in Hugging Face's format, or that breaks loading with transformers."""
     model = with_module(tmp_path)
     result = convert(str(tmp_path / "portable"), str(tmp_path / "hf"), Conversion("hf"))
     assert (tmp_path / "hf" / "recycle.safetensors").is_file() and (tmp_path / "hf" / "recycle.json").is_file()
     assert result.recycle == RecycleConfig(layers=2, depth=3)
     loaded = build_model(result.model, result.recycle, seed=None)
     load_weights(loaded, result)
-    for (name, mine), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+    for (name, actual), (_, original) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(actual, original), name
     from transformers import AutoModelForCausalLM
 
     base, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -140,31 +140,31 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
         ({"attention_bias": True}, ["attention_bias=True"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "default, linear and llama3"]),
-        ({"rope_parameters": {"rope_type": "linear"}}, ["'linear' without factor"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["'linear': missing factor"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"num_hidden_layers": 4}, ["missing: model.layers.3.", "and 5 more"]),
         ({"num_hidden_layers": 2}, ["not supported: model.layers.2."]),
-        ({"intermediate_size": 80}, ["other shape: model.layers.0.mlp.down_proj.weight [48, 96] instead of [48, 80]"]),
+        ({"intermediate_size": 80}, ["wrong shape: model.layers.0.mlp.down_proj.weight [48, 96] instead of [48, 80]"]),
         ({"num_attention_heads": 7}, ["heads (7)"]),
         ({"hidden_size": "wide"}, ["hidden='wide'"]),
     ],
 )
-def test_what_does_not_fit_is_listed(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
-    """A model that loads in part, or runs another computation than its weights were trained for."""
-    save("llama", tmp_path / "theirs")
-    edit_config(tmp_path / "theirs", **changes)
+def test_mismatches_are_listed(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    """Prevents a partly loaded model, or one that computes something else than its weights were trained for."""
+    save("llama", tmp_path / "original")
+    edit_config(tmp_path / "original", **changes)
     with pytest.raises(CheckpointError) as caught:
-        convert(str(tmp_path / "theirs"), str(tmp_path / "out"), Conversion("portable"))
+        convert(str(tmp_path / "original"), str(tmp_path / "out"), Conversion("portable"))
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"], "nothing is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original"], "no output is left behind"
 
 
-def test_files_that_are_not_there_or_not_safe(tmp_path: Path) -> None:
-    """A shard forgotten at copying, a pickle that runs code, an index that points outside the folder."""
-    make("llama").save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
-    folder = tmp_path / "theirs"
+def test_missing_and_unsafe_files(tmp_path: Path) -> None:
+    """Prevents an incomplete copy, a pickle that runs code, and an index that points outside the folder."""
+    make("llama").save_pretrained(tmp_path / "original", max_shard_size="60KB")
+    folder = tmp_path / "original"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shard = sorted(set(index["weight_map"].values()))[1]
     (folder / shard).rename(tmp_path / "away")
@@ -178,7 +178,7 @@ def test_files_that_are_not_there_or_not_safe(tmp_path: Path) -> None:
         open_source(folder)
     outside = dict.fromkeys(index["weight_map"], f"../{shard}")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": outside}))
-    with pytest.raises(CheckpointError, match="is not the name of a safetensors file beside it"):
+    with pytest.raises(CheckpointError, match="must be the name of a safetensors file in the same folder"):
         open_source(folder)
     for path in folder.glob("model*"):
         path.unlink()
@@ -188,7 +188,7 @@ def test_files_that_are_not_there_or_not_safe(tmp_path: Path) -> None:
 
 
 def test_a_damaged_module_is_found(tmp_path: Path) -> None:
-    """A module of another model, or one half copied, loaded beside the right base."""
+    """Prevents a module of another model, or a partly copied one, from being loaded with the base model."""
     with_module(tmp_path)
     convert(str(tmp_path / "portable"), str(tmp_path / "hf"), Conversion("hf"))
     path = tmp_path / "hf" / "recycle.safetensors"
@@ -202,11 +202,11 @@ def test_a_damaged_module_is_found(tmp_path: Path) -> None:
         open_source(tmp_path / "hf")
 
 
-def test_a_window_shorter_than_the_context_limits_it(tmp_path: Path) -> None:
-    """Positions beyond a sliding window, which our attention would see and the model's own does not."""
-    save("mistral", tmp_path / "theirs")
-    edit_config(tmp_path / "theirs", sliding_window=64)
-    source = open_source(tmp_path / "theirs")
+def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
+    """Prevents attention to positions beyond the sliding window, which the original model does not attend to."""
+    save("mistral", tmp_path / "original")
+    edit_config(tmp_path / "original", sliding_window=64)
+    source = open_source(tmp_path / "original")
     assert source.model.max_positions == 64 and "sliding_window=64" in source.notes[0]
 
 
@@ -220,19 +220,19 @@ def test_a_window_shorter_than_the_context_limits_it(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_requests(tmp_path: Path, conversion: Conversion, message: str) -> None:
-    """A wish that is not granted and not refused either."""
-    save("llama", tmp_path / "theirs")
+    """Prevents an invalid option from being ignored silently, and an existing folder from being overwritten."""
+    save("llama", tmp_path / "original")
     with pytest.raises(CheckpointError, match=message):
-        convert(str(tmp_path / "theirs"), str(tmp_path / "out"), conversion)
+        convert(str(tmp_path / "original"), str(tmp_path / "out"), conversion)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("dear")
+    (tmp_path / "out" / "existing.txt").write_text("precious")
     with pytest.raises(CheckpointError, match="already exists"):
-        convert(str(tmp_path / "theirs"), str(tmp_path / "out"), Conversion("portable"))
-    assert (tmp_path / "out" / "mine.txt").read_text() == "dear"
+        convert(str(tmp_path / "original"), str(tmp_path / "out"), Conversion("portable"))
+    assert (tmp_path / "out" / "existing.txt").read_text() == "precious"
 
 
-def test_moved_folders_are_found_by_content(tmp_path: Path) -> None:
-    """A folder recognised by its name."""
+def test_formats_are_recognised_by_content(tmp_path: Path) -> None:
+    """Prevents a format from being recognised by the folder's name."""
     save("llama", tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "step-00000001")
     assert open_source(tmp_path / "step-00000001").kind == "huggingface"

@@ -1,4 +1,4 @@
-"""What is said of a folder, and when two of them are one model."""
+"""Descriptions of folders, and comparisons of two folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.conversion.comparison import compare, print_comparison
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
-from recycle_ds.checkpoint.conversion.inspection import compare, describe, print_comparison
+from recycle_ds.checkpoint.conversion.inspection import describe
 from recycle_ds.checkpoint.portable.manifest import read_manifest, write_manifest
 from recycle_ds.checkpoint.recognition import open_source
 from tests.unit.checkpoint.conversion_cases import model_folder, one_line_error, run_tool
@@ -24,8 +25,8 @@ from tests.unit.checkpoint.native_folder import write_folder
 
 @pytest.fixture
 def portable(tmp_path: Path) -> Path:
-    save("llama_mha_wide_heads", tmp_path / "theirs")
-    convert(str(tmp_path / "theirs"), str(tmp_path / "portable"), Conversion("portable"))
+    save("llama_mha_wide_heads", tmp_path / "original")
+    convert(str(tmp_path / "original"), str(tmp_path / "portable"), Conversion("portable"))
     return tmp_path / "portable"
 
 
@@ -52,7 +53,7 @@ def changed(portable: Path, section: str, **changes: Any) -> Path:
 def test_the_same_weights_under_other_settings_are_another_model(
     portable: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 0 for two folders that compute different things."""
+    """Prevents exit code 0 for two folders whose models compute different results."""
     found = compare(portable, changed(portable, "model", **changes))
     assert not found["equal"] and found["settings"] and not found["other_values"]
     print_comparison(found, as_json=False)
@@ -67,10 +68,10 @@ def test_the_same_weights_under_other_settings_are_another_model(
         ("recycle", {"loss_weight": 0.9, "gradient": "detached", "warmup_steps": 3, "depth": 2}),
     ],
 )
-def test_how_it_was_trained_is_no_difference(
+def test_training_settings_are_no_difference(
     portable: Path, section: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A conversion that a script rejects for a setting which no forward pass reads."""
+    """Prevents a script from rejecting a conversion for a setting that no forward pass uses."""
     found = compare(portable, changed(portable, section, **changes))
     assert found["equal"] and not found["settings"] and len(found["training_settings"]) == len(changes)
     print_comparison(found, as_json=False)
@@ -78,18 +79,18 @@ def test_how_it_was_trained_is_no_difference(
 
 
 @pytest.mark.parametrize("name", ["llama", "linear_rope", "llama3_rope", "llama_tied"])
-def test_there_and_back_is_the_same_model(tmp_path: Path, name: str) -> None:
-    """Two spellings of one model (a head's width given or implied) counted as two."""
-    save(name, tmp_path / "theirs")
-    path = tmp_path / "theirs" / "config.json"
+def test_a_round_trip_gives_the_same_model(tmp_path: Path, name: str) -> None:
+    """Prevents two spellings of one model (head width given or implied) from counting as a difference."""
+    save(name, tmp_path / "original")
+    path = tmp_path / "original" / "config.json"
     tree = json.loads(path.read_text())
     del tree["head_dim"]
     path.write_text(json.dumps(tree))
-    previous = tmp_path / "theirs"
+    previous = tmp_path / "original"
     for target in ("portable", "hf") if name == "llama3_rope" else ("portable", "megatron", "hf"):
         convert(str(previous), str(tmp_path / target), Conversion(target))
         previous = tmp_path / target
-        found = compare(tmp_path / "theirs", previous)
+        found = compare(tmp_path / "original", previous)
         assert found["equal"], found
 
 
@@ -100,8 +101,8 @@ def edit(folder: Path, row: int, values: list[float]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_what_is_not_a_number_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two copies of a diverged model that differ "by at most nan", and a difference hidden by it."""
+def test_nan_and_infinity_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents two copies of a diverged model that differ "by at most nan", and a difference hidden by NaN."""
     left, right = tmp_path / "left", tmp_path / "right"
     save("llama", left)
     edit(left, 0, [math.nan, math.inf, 1.0])
@@ -119,50 +120,50 @@ def test_what_is_not_a_number_is_compared_too(tmp_path: Path, capsys: pytest.Cap
 
 
 def deepspeed_folder(folder: Path) -> Path:
-    """A Hugging Face model in DeepSpeed's files alone, three data ranks."""
+    """A Hugging Face model as a DeepSpeed checkpoint of three data ranks, without other files."""
     write_folder(folder, {name: value.detach() for name, value in make("llama").named_parameters()})
     return folder
 
 
 def test_deepspeed_with_its_configuration(tmp_path: Path) -> None:
-    """An error that advises --config FILE to someone whose command has no such option; a layout that is known and not told."""
-    theirs = model_folder(tmp_path / "theirs")
+    """Prevents an error that suggests --config FILE for a command without this option, and a known layout not being printed."""
+    original = model_folder(tmp_path / "original")
     folder = deepspeed_folder(tmp_path / "deepspeed")
     with pytest.raises(CheckpointError, match="with --config FILE"):
         describe(folder)
-    found = describe(folder, config=theirs / "config.json")
+    found = describe(folder, config=original / "config.json")
     assert found["kind"] == "deepspeed" and found["layout"] == {"world_size": 3, "tensor": 1, "pipeline": 1, "data": 3}
-    for left, right in ((folder, theirs), (theirs, folder), (folder, folder)):
-        assert compare(left, right, config=theirs / "config.json")["equal"], (left, right)
-    with pytest.raises(CheckpointError, match="only DeepSpeed's folders need one"):
-        compare(theirs, theirs, config=theirs / "config.json")
+    for left, right in ((folder, original), (original, folder), (folder, folder)):
+        assert compare(left, right, config=original / "config.json")["equal"], (left, right)
+    with pytest.raises(CheckpointError, match="only for DeepSpeed folders"):
+        compare(original, original, config=original / "config.json")
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """A script that takes a damaged or a different folder for a good one, or reads a traceback for JSON."""
-    theirs = model_folder(tmp_path / "theirs")
-    convert(str(theirs), str(tmp_path / "portable"), Conversion("portable"))
+    """Prevents a script from taking a damaged or different folder for a good one, or a traceback for JSON."""
+    original = model_folder(tmp_path / "original")
+    convert(str(original), str(tmp_path / "portable"), Conversion("portable"))
     shown = run_tool("inspect_checkpoint", tmp_path / "portable", "--json")
     assert shown.returncode == 0 and not shown.stderr
     found = json.loads(shown.stdout)
     assert found["kind"] == "portable" and found["checksums"] == "hold" and found["tokenizer"] is True
     assert found["model"]["hidden"] == SHAPE["hidden_size"] and found["dtypes"] == {
-        "float32": len(open_source(theirs).shapes)
+        "float32": len(open_source(original).shapes)
     }
     table = run_tool("inspect_checkpoint", tmp_path / "portable")
     assert table.returncode == 0 and f"{found['parameters']:,}" in table.stdout
-    same = run_tool("inspect_checkpoint", theirs, "--diff", tmp_path / "portable")
+    same = run_tool("inspect_checkpoint", original, "--diff", tmp_path / "portable")
     assert same.returncode == 0 and same.stdout.endswith(f"{found['tensors']} tensors are equal\n")
-    edit(theirs, 2, [7.0])
-    other = run_tool("inspect_checkpoint", theirs, "--diff", tmp_path / "portable", "--json")
+    edit(original, 2, [7.0])
+    other = run_tool("inspect_checkpoint", original, "--diff", tmp_path / "portable", "--json")
     assert other.returncode == 1 and not json.loads(other.stdout)["equal"] and not other.stderr
     shard = tmp_path / "portable" / "shard-00000-000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    for arguments in ((tmp_path / "portable",), (theirs, "--diff", tmp_path / "portable")):
+    for arguments in ((tmp_path / "portable",), (original, "--diff", tmp_path / "portable")):
         assert "does not match its checksum" in one_line_error(run_tool("inspect_checkpoint", *arguments))
     folder = deepspeed_folder(tmp_path / "deepspeed")
     assert "--config FILE" in one_line_error(run_tool("inspect_checkpoint", folder))
-    configured = run_tool("inspect_checkpoint", folder, "--config", theirs / "config.json", "--json")
+    configured = run_tool("inspect_checkpoint", folder, "--config", original / "config.json", "--json")
     assert json.loads(configured.stdout)["layout"]["data"] == 3

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and locks that nobody holds any more."""
+"""The lock on a run folder: one run at a time, and locks whose holder has ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.stdin.read()
 
 
 def holder(folder: Path, job: str = "") -> subprocess.Popen[str]:
-    """Another process that holds the folder's lock."""
+    """Starts another process that holds the folder's lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), job],
         stdin=subprocess.PIPE,
@@ -44,7 +44,7 @@ def holder(folder: Path, job: str = "") -> subprocess.Popen[str]:
 
 
 def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
-    """Two runs in one folder; or a folder that stays closed after a kill."""
+    """Prevents two runs in one folder, and a folder that stays locked after a kill."""
     process = holder(tmp_path, "8")
     try:
         with pytest.raises(CheckpointError, match=rf"in use by process {process.pid} on .* \(job 8\): wait for it"):
@@ -58,7 +58,7 @@ def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
 
 
 def test_an_earlier_start_of_the_same_job_gives_way(tmp_path: Path) -> None:
-    """A job that was requeued from a lost node, whose kernel keeps the lock, waiting for a person."""
+    """Prevents a job requeued from a lost node, whose kernel keeps the lock, from waiting until a user deletes it."""
     process = holder(tmp_path, "8")
     try:
         lock = RunLock(tmp_path, Job(name="8", restarts=1))
@@ -71,8 +71,8 @@ def test_an_earlier_start_of_the_same_job_gives_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_an_earlier_start_that_lives_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
-    """Two starts that both write, one of them on a node that SLURM has lost from sight; or one that stops for no other."""
+def test_an_earlier_start_that_is_alive_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+    """Prevents two starts that both write, one on a node that SLURM cannot reach, and a start that stops without a takeover."""
 
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -88,25 +88,25 @@ def test_an_earlier_start_that_lives_hears_of_it(tmp_path: Path, monkeypatch: py
     earlier.release()
     assert later.taken_by() is None and "released" not in json.loads((tmp_path / ".lock").read_text())
     later.release()
-    assert earlier.taken_by() is not None, "finished meanwhile"
-    RunLock(tmp_path, Job(name="9")).release()  # what was released is free, without the kernel's locks too
+    assert earlier.taken_by() is not None, "also after the later start has finished"
+    RunLock(tmp_path, Job(name="9")).release()  # a released folder is free, also without kernel locks
 
 
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
-        ({}, True),  # this very process
+        ({}, True),  # this process
         ({"pid": 999_999_999}, False),  # has ended
-        ({"begun": "1"}, False),  # the number is another process's by now
-        ({"host": "elsewhere", "pid": 999_999_999}, True),  # nobody here can know
-        ({"host": "elsewhere", "job": "4"}, False),  # the same job's earlier start
+        ({"begun": "1"}, False),  # the pid is another process's by now
+        ({"host": "elsewhere", "pid": 999_999_999}, True),  # cannot be checked from this host
+        ({"host": "elsewhere", "job": "4"}, False),  # an earlier start of the same job
         ({"host": "elsewhere", "job": "5"}, True),
     ],
 )
-def test_without_the_kernels_locks_the_file_decides(
+def test_without_kernel_locks_the_file_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], refused: bool
 ) -> None:
-    """A file system without locks on which either every run is refused, or two run at once."""
+    """Prevents refusing every run, or allowing two at once, on a file system without locks."""
     RunLock(tmp_path).release()
     lock = RunLock(tmp_path)
     record = json.loads((tmp_path / ".lock").read_text())
@@ -127,7 +127,7 @@ def test_without_the_kernels_locks_the_file_decides(
 
 
 def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
-    """A run that cannot begin because a lock was half written when the machine went down."""
+    """Prevents a run from failing to start because the lock file was half written when the machine went down."""
     (tmp_path / ".lock").write_text('{"host": "a", "pi')
     lock = RunLock(tmp_path)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()

@@ -1,4 +1,4 @@
-"""Megatron's format without Megatron: the same bits back at any layout, and an error that lists what does not fit."""
+"""Megatron's format without Megatron: equal bits after a round trip at any layout, and errors that list the mismatches."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from tests.unit.checkpoint.memory import ModelSource
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
-def test_there_and_back(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
-    """A weight that changes, moves or gets lost on the way, or a module's settings."""
+def test_round_trip(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+    """Prevents weights or module settings from being changed, swapped or lost in a round trip."""
     source = source_of(name, tmp_path)
     (tmp_path / "portable").mkdir()
     write_portable(source, tmp_path / "portable", None, 2**30, lambda _: None)
-    there = convert(
+    written = convert(
         str(tmp_path / "portable"),
         str(tmp_path / "megatron"),
         Conversion("megatron", tensor=layout[0], pipeline=layout[1]),
     )
-    assert (there.kind, there.step, there.model, there.recycle) == ("megatron", 7, source.model, source.recycle)
+    assert (written.kind, written.step, written.model, written.recycle) == ("megatron", 7, source.model, source.recycle)
     files = sorted(path.name for path in (tmp_path / "megatron" / CHECKPOINT).glob("*.distcp"))
     assert files == sorted(f"__{rank}_0.distcp" for rank in range(layout[0] * layout[1]))
     back = convert(str(tmp_path / "megatron"), str(tmp_path / "back"), Conversion("portable"))
@@ -61,7 +61,7 @@ def test_there_and_back(name: str, layout: tuple[int, int], tmp_path: Path) -> N
 
 
 def test_any_part_of_a_tensor(tmp_path: Path) -> None:
-    """Rows of a neighbouring head or chunk where a rank reads its share of a checkpoint that was cut otherwise."""
+    """Prevents a rank from reading rows of a neighbouring head or chunk when the checkpoint has another layout."""
     draw = random.Random(3)
     for name in ("untied_bias", "deep_linear_rope"):
         source = write(tmp_path / name, name)
@@ -76,8 +76,8 @@ def test_any_part_of_a_tensor(tmp_path: Path) -> None:
                     assert torch.equal(part, source.read(key, axis=axis, start=start, length=length)), (key, axis)
 
 
-def test_types_and_tokenizer_travel(tmp_path: Path) -> None:
-    """A type that changes without having been asked, or layers of several types under Megatron's one type for all."""
+def test_dtypes_and_tokenizer_are_kept(tmp_path: Path) -> None:
+    """Prevents a dtype that changes without being requested, and layers of several dtypes under Megatron's single one."""
     source = source_of("grouped_tied", tmp_path)
     Tokenizer.train(["some words of text"] * 9, 260).save(tmp_path / "tokenizer")
     source.tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
@@ -98,7 +98,7 @@ def test_types_and_tokenizer_travel(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
-    """A 70 B model that is held whole while it is written: every tensor is read in its turn and let go."""
+    """Prevents a 70 B model from being held in memory at once while it is written: tensors are read and released one by one."""
     source = source_of("grouped_tied", tmp_path)
     given: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -113,13 +113,13 @@ def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
     source.read = counted  # type: ignore[method-assign]
     (tmp_path / "out").mkdir()
     write_megatron(source, tmp_path / "out", None, 1, 1, lambda _: None)
-    assert max(alive) <= 4  # queries, keys and values of a layer, and what is left of the tensor before
+    assert max(alive) <= 4  # queries, keys and values of a layer, and one left over from the previous tensor
 
 
 @pytest.mark.parametrize(
     ("model", "recycle", "layout", "message"),
     [
-        ({}, {"layers": 2}, (1, 1), "recycle.layers=2: an MTP layer of Megatron's has one block"),
+        ({}, {"layers": 2}, (1, 1), "recycle.layers=2: an MTP layer of Megatron has one block"),
         ({"heads": 6, "kv_heads": 3, "head_dim": 8}, {}, (2, 1), r"model.kv_heads \(3\) must be divisible by --tp \(2\)"),
         ({"ffn": 46}, {"layers": 0}, (4, 1), r"model.kv_heads \(2\) .* \(4\); model.ffn \(46\) must be divisible by --tp"),
         ({}, {}, (1, 3), r"model.layers \(4\) must be divisible by --pp \(3\)"),
@@ -129,10 +129,10 @@ def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written(
+def test_models_that_cannot_be_written(
     model: dict[str, Any], recycle: dict[str, Any], layout: tuple[int, int], message: str, tmp_path: Path
 ) -> None:
-    """A checkpoint that loads in part, or runs another computation than the model's."""
+    """Prevents a checkpoint that loads only in part, or that computes something else than the model."""
     shape, module = MODEL.model_copy(update=model), MODULE.model_copy(update=recycle)
     source = ModelSource(build_model(shape, module), shape, module, tmp_path)
     (tmp_path / "portable").mkdir()
@@ -140,11 +140,11 @@ def test_what_cannot_be_written(
     conversion = Conversion("megatron", tensor=layout[0], pipeline=layout[1])
     with pytest.raises(CheckpointError, match=message):
         convert(str(tmp_path / "portable"), str(tmp_path / "out"), conversion)
-    assert [path.name for path in tmp_path.iterdir()] == ["portable"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["portable"], "no output is left behind"
 
 
-def test_notes_say_what_megatron_does_otherwise(tmp_path: Path) -> None:
-    """A module trained at three depths whose other depths seem to be in the checkpoint; options that nobody passes on."""
+def test_notes_name_the_differences_in_megatron(tmp_path: Path) -> None:
+    """Prevents the impression that all depths of a module are in the checkpoint, and options that the user does not know of."""
     write(tmp_path / "deep", "deep_linear_rope")
     (depth, options) = open_source(tmp_path / "deep").notes
     assert "recycle.depth=3: one MTP layer" in depth
@@ -156,7 +156,7 @@ def test_notes_say_what_megatron_does_otherwise(tmp_path: Path) -> None:
 
 
 def test_iterations_are_found(tmp_path: Path) -> None:
-    """An older checkpoint, or none, where the tracker names one."""
+    """Prevents another checkpoint than the tracker names from being read."""
     write(tmp_path / "run")
     (tmp_path / "run" / CHECKPOINT).rename(tmp_path / "run" / "iter_0000040")
     tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
@@ -168,11 +168,11 @@ def test_iterations_are_found(tmp_path: Path) -> None:
     assert "'../../etc' is neither an iteration nor 'release'" in refusal(tmp_path / "run")
     tracker.write_text("50")
     (tmp_path / "run" / "iter_0000050" / "mp_rank_00").mkdir(parents=True)
-    assert "only the torch_dist format is read" in refusal(tmp_path / "run")
+    assert "only the torch_dist format is supported" in refusal(tmp_path / "run")
 
 
 def test_arguments_of_a_real_run(tmp_path: Path) -> None:
-    """A checkpoint that is refused for a class of Megatron-LM's that has nothing to do with the model."""
+    """Prevents a checkpoint from being refused for a Megatron-LM class that does not matter for the model."""
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
 
@@ -186,17 +186,17 @@ def test_arguments_of_a_real_run(tmp_path: Path) -> None:
     assert isinstance(source, MegatronSource) and source.layout == {"tensor": 2, "pipeline": 1}
     use_arguments(folder, vocab_size=None)
     source = open_source(folder)
-    assert source.model.vocab_size == 128 and "128 tokens with Megatron's padding" in source.notes[0]
+    assert source.model.vocab_size == 128 and "128 tokens including Megatron's padding" in source.notes[0]
     assert source.read("embedding.weight").shape == (128, 32)
     assert not source.read("embedding.weight", start=107).any()
     torch.save({"iteration": 3}, folder / "common.pt")
-    assert "common.pt has no args" in refusal(folder) and "put a recycle_ds.json" in refusal(folder)
+    assert "common.pt has no args" in refusal(folder) and "add a recycle_ds.json" in refusal(folder)
     (folder / "common.pt").unlink()
     assert "no common.pt" in refusal(folder)
 
 
-def test_optimizer_states_are_left_alone(tmp_path: Path) -> None:
-    """A training checkpoint that cannot be read for what stands beside its weights."""
+def test_optimizer_states_are_ignored(tmp_path: Path) -> None:
+    """Prevents a training checkpoint from being refused for its optimizer state."""
     source = write(tmp_path / "run")
 
     def add(listing: Any) -> None:
@@ -214,7 +214,7 @@ def test_optimizer_states_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_newer_names_of_the_block_in_an_mtp_layer(tmp_path: Path) -> None:
-    """A checkpoint of a newer release, refused for a name."""
+    """Prevents a checkpoint of a newer release from being refused for a renamed block."""
     source = write(tmp_path / "run")
     folder = tmp_path / "run" / CHECKPOINT
     for name in list(pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata):

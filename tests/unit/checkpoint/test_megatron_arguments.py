@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments that are missing, of another kind, or ask for another computation than ours."""
+"""Megatron-LM's arguments that are missing, of a wrong type, or change the computation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ JUNK: list[Any] = [
 
 
 def read(**changes: Any) -> tuple[ModelConfig | None, RecycleConfig | None, str]:
-    """Model and module, or the one line that they are refused with; values of ... are left out."""
+    """Returns model and module, or the one-line error; arguments with the value ... are omitted."""
     args = {key: value for key, value in (ARGS | changes).items() if value is not ...}
     try:
         model, recycle, _ = read_arguments(args, "common.pt", None)
@@ -54,8 +54,8 @@ def read(**changes: Any) -> tuple[ModelConfig | None, RecycleConfig | None, str]
 
 
 @pytest.mark.parametrize("key", READ)
-def test_values_of_another_kind(key: str) -> None:
-    """A traceback for a user to read, or true taken for 1."""
+def test_values_of_a_wrong_type(key: str) -> None:
+    """Prevents a stack trace, and True read as 1."""
     assert read()[:2] == (MODEL.model_copy(update={"head_dim": 8}), MODULE)
     for value in JUNK:
         _, _, refusal = read(**{key: value})
@@ -65,12 +65,12 @@ def test_values_of_another_kind(key: str) -> None:
             assert f"{key}={value!r}: must be True or False" in refusal
 
 
-def test_what_is_missing_is_listed() -> None:
-    """A traceback for grouped queries whose number of groups nobody gave."""
+def test_missing_arguments_are_listed() -> None:
+    """Prevents a stack trace for grouped-query attention without the number of groups."""
     for absent in (None, ...):
         assert (
             read(num_query_groups=absent, num_layers=absent)[2]
-            == "common.pt: args without num_layers, num_query_groups"
+            == "common.pt: missing in args: num_layers, num_query_groups"
         )
         model, _, refusal = read(group_query_attention=absent, num_query_groups=absent)
         assert not refusal and model is not None and model.kv_heads == model.heads == 4
@@ -78,7 +78,7 @@ def test_what_is_missing_is_listed() -> None:
 
 @pytest.mark.parametrize("key", ["rotary_base", "norm_epsilon", "rope_scaling_factor", "make_vocab_size_divisible_by"])
 def test_zero_is_not_the_default(key: str) -> None:
-    """A zero that is read as if nothing had been said."""
+    """Prevents an explicit zero from being replaced by the default."""
     assert "=0: " in read(**{key: 0, "use_rope_scaling": True})[2]
 
 
@@ -106,23 +106,23 @@ def test_zero_is_not_the_default(key: str) -> None:
     ],
 )
 def test_settings_that_change_the_computation(key: str, value: Any) -> None:
-    """A setting that leaves no trace in names and shapes: the model is read, runs, and is another one."""
+    """Prevents a setting that does not show in names and shapes from being ignored: the model would compute something else."""
     assert f"{key}={value!r} is not supported, only " in read(**{key: value})[2]
 
 
-def test_the_list_knows_megatrons_configuration() -> None:
-    """A setting of a newer megatron-core that nobody has judged: every one is refused when set, read, or of no effect here."""
+def test_the_list_covers_megatrons_configuration() -> None:
+    """Prevents a new setting of megatron-core from being overlooked: each is refused if set, read, or without effect."""
     import dataclasses
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from recycle_ds.checkpoint.megatron import arguments
 
-    judged = {*arguments._FIXED, *arguments._REQUIRED, *READ}
+    handled = {*arguments._FIXED, *arguments._REQUIRED, *READ}
     words = (
         "scale", "clamp", "norm", "rotary", "rope", "window", "gate", "attention", "offset", "glu", "residual", "bias",
     )  # fmt: skip
-    # of training, of precision or of speed; by other settings' leave only; or set from the arguments above
+    # affect only training, precision or speed; need other settings to be on; or are derived from the arguments above
     harmless = {
         "activation_func_fp8_input_store", "account_for_embedding_in_pipeline_split", "apply_query_key_layer_scaling",
         "apply_rope_fusion", "attention_backend", "attention_dropout", "attention_softmax_in_fp32", "bias_activation_fusion",
@@ -132,10 +132,10 @@ def test_the_list_knows_megatrons_configuration() -> None:
         "use_kitchen_attention", "window_attn_skip_freq",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-    open_ones = {
+    unhandled = {
         name
-        for name in fields - judged - harmless
+        for name in fields - handled - harmless
         if any(word in name for word in words)
         and not name.startswith(("moe_", "fp8_", "fp4_", "dsa_", "mtp_", "cuda_"))
     }
-    assert not open_ones
+    assert not unhandled

@@ -1,4 +1,4 @@
-"""Megatron's format as it should not be: an error that lists what does not fit, and nothing of a file that is run."""
+"""Invalid Megatron checkpoints: an error that lists the mismatches, and no code from a file is run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.checkpoint.megatron_cases import (
 
 
 class Foreign:
-    """What a hostile pickle would call."""
+    """An object whose unpickling makes a folder, like the call in a hostile pickle."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -39,15 +39,15 @@ class Foreign:
 
 
 def test_no_foreign_class_is_called(tmp_path: Path) -> None:
-    """A checkpoint that runs code when it is opened, by its list, its common part or a tensor's own bytes."""
+    """Prevents a checkpoint from running code through `.metadata`, common.pt or the bytes of a tensor."""
     write(tmp_path / "run")
     folder, trap = tmp_path / "run" / CHECKPOINT, tmp_path / "trap"
-    whole = (folder / ".metadata").read_bytes()
+    original = (folder / ".metadata").read_bytes()
     edit(folder, lambda listing: setattr(listing, "planner_data", Foreign(str(trap))))
-    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
-    (folder / ".metadata").write_bytes(whole)
+    assert "posix.mkdir, which is not a class of this format" in refusal(folder)
+    (folder / ".metadata").write_bytes(original)
     use_arguments(folder, trap=Foreign(str(trap)))
-    assert "posix.mkdir, which is none of this format's classes" in refusal(folder)
+    assert "posix.mkdir, which is not a class of this format" in refusal(folder)
     use_arguments(folder)
     source = open_source(folder)
     for path in folder.glob("*.distcp"):
@@ -55,9 +55,9 @@ def test_no_foreign_class_is_called(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         source.read("final_norm.weight")
     assert not trap.exists()
-    # and a class that is let through stays what it was: these are stand-ins
-    evil = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x08__init__Ns\x86b."
-    (folder / ".metadata").write_bytes(evil)
+    # allowed classes are replaced by placeholders, so a file cannot modify the real ones
+    hostile = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x08__init__Ns\x86b."
+    (folder / ".metadata").write_bytes(hostile)
     refusal(folder)
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -86,27 +86,27 @@ def cut(listing: Any) -> None:
         ),
         (
             rename("mtp.layers.0.enorm.weight", "mtp.layers.1.enorm.weight"),
-            ["MTP layers 0 to 1", "weights of its own for every depth"],
+            ["MTP layers 0 to 1", "separate weights for every depth"],
         ),
-        (cut, ["embedding.word_embeddings.weight: its parts do not make up [128, 32]"]),
+        (cut, ["embedding.word_embeddings.weight: its chunks do not tile [128, 32]"]),
         (
             lambda listing: setattr(first_info(listing), "relative_path", "../secret.distcp"),
-            ["'../secret.distcp' is not the name of a .distcp file beside it"],
+            ["'../secret.distcp': must be the name of a .distcp file in the same folder"],
         ),
         (lambda listing: setattr(first_info(listing), "relative_path", "__9_0.distcp"), ["__9_0.distcp is missing"]),
-        (lambda listing: setattr(first_info(listing), "length", 10**12), ["lies beyond"]),
+        (lambda listing: setattr(first_info(listing), "length", 10**12), ["ends beyond"]),
         (lambda listing: setattr(first_info(listing), "transform_descriptors", ["zstd"]), ["is compressed"]),
         (
             lambda listing: setattr(
                 listing.state_dict_metadata["decoder.final_layernorm.weight"].properties, "dtype", torch.int8
             ),
-            ["other type: decoder.final_layernorm.weight torch.int8"],
+            ["unsupported dtype: decoder.final_layernorm.weight torch.int8"],
         ),
-        (lambda listing: setattr(listing, "storage_data", 7), ["not such metadata"]),
+        (lambda listing: setattr(listing, "storage_data", 7), ["invalid metadata"]),
     ],
 )
-def test_a_list_that_does_not_fit(change: Callable[[Any], None], parts: list[str], tmp_path: Path) -> None:
-    """A model that loads in part, or reads what lies outside its folder."""
+def test_an_invalid_tensor_list(change: Callable[[Any], None], parts: list[str], tmp_path: Path) -> None:
+    """Prevents a partly loaded model, and reads outside the folder."""
     write(tmp_path / "run")
     edit(tmp_path / "run" / CHECKPOINT, change)
     message = refusal(tmp_path / "run")
@@ -128,19 +128,19 @@ def test_a_list_that_does_not_fit(change: Callable[[Any], None], parts: list[str
         ({"rotary_interleaved": True}, ["rotary_interleaved=True"]),
         ({"window_size": (128, 0)}, ["window_size=(128, 0)"]),
         ({"spec": torch.ones(3)}, ["spec='<Tensor>' is not supported"]),
-        ({"mtp_num_layers": 2}, ["mtp_num_layers=2", "weights of its own for every depth"]),
+        ({"mtp_num_layers": 2}, ["mtp_num_layers=2", "separate weights for every depth"]),
         ({"mtp_num_layers": None}, ["not supported: mtp.layers.0."]),
-        ({"num_layers": ..., "swiglu": ...}, ["args without num_layers, swiglu"]),
-        ({"num_layers": 5}, ["other shape: ", "linear_fc1.layer_norm_weight [4, 32] instead of [5, 32]"]),
-        ({"ffn_hidden_size": 40}, ["other shape: ", "linear_fc1.weight [4, 96, 32] instead of [4, 80, 32]"]),
+        ({"num_layers": ..., "swiglu": ...}, ["missing in args: num_layers, swiglu"]),
+        ({"num_layers": 5}, ["wrong shape: ", "linear_fc1.layer_norm_weight [4, 32] instead of [5, 32]"]),
+        ({"ffn_hidden_size": 40}, ["wrong shape: ", "linear_fc1.weight [4, 96, 32] instead of [4, 80, 32]"]),
         ({"untie_embeddings_and_output_weights": True}, ["missing: output_layer.weight"]),
         ({"num_attention_heads": 7}, ["heads (7)"]),
         ({"hidden_size": "wide"}, ["hidden='wide'"]),
-        ({"vocab_size": 129}, ["other shape: embedding.word_embeddings.weight [128, 32] instead of [129, 32]"]),
+        ({"vocab_size": 129}, ["wrong shape: embedding.word_embeddings.weight [128, 32] instead of [129, 32]"]),
     ],
 )
-def test_arguments_that_do_not_fit(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
-    """A model that is read without what its arguments ask for: it runs, and is wrong."""
+def test_arguments_that_do_not_match(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    """Prevents settings in the arguments from being ignored: the model would run and compute wrong results."""
     write(tmp_path / "run")
     message = refusal(use_arguments(tmp_path / "run" / CHECKPOINT, **changes))
     for part in parts:
@@ -148,25 +148,25 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], parts: list[str], tm
 
 
 def test_other_formats_are_named(tmp_path: Path) -> None:
-    """A folder of an older format that is taken for a damaged one."""
+    """Prevents a folder in an older format from being reported as damaged."""
     write(tmp_path / "run")
     folder = tmp_path / "run" / CHECKPOINT
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    assert "format 'zarr'; only 'torch_dist' is read" in refusal(folder)
+    assert "format 'zarr' is not supported, only 'torch_dist'" in refusal(folder)
     (folder / "metadata.json").unlink()
     assert "not saved by megatron.core.dist_checkpointing" in refusal(folder)
 
 
 def test_broken_checkpoints(tmp_path: Path) -> None:
-    """A crash, a traceback for a user to read, or weights that are not those that were saved, where a file is damaged."""
-    source = write(tmp_path / "whole", tensor=1, pipeline=1)
-    shutil.copytree(tmp_path / "whole" / CHECKPOINT, tmp_path / "arguments")
+    """Prevents a damaged file from causing a crash, a stack trace or wrong weights."""
+    source = write(tmp_path / "intact", tensor=1, pipeline=1)
+    shutil.copytree(tmp_path / "intact" / CHECKPOINT, tmp_path / "arguments")
     models = [source.model, open_source(use_arguments(tmp_path / "arguments")).model]
     draw = random.Random(5)
     outcomes: Counter[str] = Counter()
     for number in range(120):
         folder = tmp_path / f"{number}"
-        shutil.copytree(tmp_path / "whole" / CHECKPOINT, folder)
+        shutil.copytree(tmp_path / "intact" / CHECKPOINT, folder)
         if number % 2:
             use_arguments(folder)
         path = folder / draw.choice([".metadata", ".metadata", "common.pt", "recycle_ds.json", "__0_0.distcp"])
@@ -183,10 +183,10 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
             assert "\n" not in str(error) and str(folder) in str(error), str(error)
         else:
             outcomes["loaded"] += 1
-            # a digit of recycle_ds.json may give another model of the same shapes: nothing says which was meant
+            # a digit of recycle_ds.json may give another model with the same shapes: this cannot be detected
             assert path.name == "recycle_ds.json" or opened.model == models[number % 2], (number, path.name)
             for name, value in values.items() if opened.model == models[number % 2] else ():
                 assert torch.equal(value, source.read(name)), f"mutation {number} of {path.name}: {name}"
         shutil.rmtree(folder)
     assert outcomes["refused"] > 60 and outcomes["loaded"] > 10, outcomes
-    assert open_source(tmp_path / "whole").shapes == source.shapes
+    assert open_source(tmp_path / "intact").shapes == source.shapes

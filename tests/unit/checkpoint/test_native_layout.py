@@ -1,4 +1,4 @@
-"""The layout that a DeepSpeed folder tells, under the names that our own manifests have for it."""
+"""The layout recorded in a DeepSpeed folder, with the key names of our manifests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.checkpoint.native_folder import change, write_folder
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_at_save(tmp_path: Path, stage: int) -> None:
-    """A folder whose inspection tells other ranks than saved it, or guesses those that no file tells."""
+    """Prevents an inspection that reports wrong rank counts, or guesses those that no file records."""
     config = tiny_run(tmp_path / "corpus", tmp_path / "run", model__vocab_size=30, model__layers=1)
     model = build_model(config.model, config.recycle, seed=3)
     weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -34,7 +34,7 @@ def test_ranks_at_save(tmp_path: Path, stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "held", "cuts"),
+    ("name", "shape", "local", "splits"),
     [
         ("blocks.0.attention.query.weight", (8, 6), [(5, 6), (3, 6)], [(0, 0, 5), (0, 5, 3)]),
         ("blocks.0.attention.output.weight", (6, 8), [(6, 5), (6, 3)], [(1, 0, 5), (1, 5, 3)]),
@@ -46,12 +46,12 @@ def test_ranks_at_save(tmp_path: Path, stage: int) -> None:
         ("blocks.0.attention.query.weight", (8, 6), [(8, 6)], None),
     ],
 )
-def test_cuts_by_tensor_ranks(
-    name: str, shape: tuple[int, ...], held: list[Any], cuts: list[tuple[int, int, int]] | None
+def test_splits_over_tensor_ranks(
+    name: str, shape: tuple[int, ...], local: list[Any], splits: list[tuple[int, int, int]] | None
 ) -> None:
-    """Parts that do not make up a tensor put together all the same, or a traceback for one of fewer axes."""
-    shards, expected = split(name, shape, held)
-    if cuts is None:
-        assert [(shard.rank, shard.piece.whole) for shard in shards] == [(0, True)] and expected == [shape] * len(held)
+    """Prevents parts that do not add up to a tensor from being joined, and a stack trace for a part with fewer axes."""
+    shards, expected = split(name, shape, local)
+    if splits is None:
+        assert [(shard.rank, shard.piece.whole) for shard in shards] == [(0, True)] and expected == [shape] * len(local)
     else:
-        assert [(one.piece.axis, one.piece.start, one.piece.length) for one in shards] == cuts and expected == held
+        assert [(one.piece.axis, one.piece.start, one.piece.length) for one in shards] == splits and expected == local

@@ -1,4 +1,4 @@
-"""Which commit an artefact says it was made by."""
+"""The commit recorded in the provenance of an artefact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def git(folder: Path, *command: str) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> tuple[Path, str]:
-    """A checkout with the package at its top, and another copy installed into its environment."""
+    """A checkout with the package at its top level, and another copy installed into its virtual environment."""
     folder = tmp_path / "project"
     for package in (folder / "recycle_ds", folder / ".venv" / "lib" / "site-packages" / "recycle_ds"):
         package.mkdir(parents=True)
@@ -32,10 +32,10 @@ def project(tmp_path: Path) -> tuple[Path, str]:
 
 
 def test_the_commit_of_a_checkout(project: tuple[Path, str], tmp_path: Path) -> None:
-    """A commit that passes for what was run although files were changed since; a new note that makes it seem changed."""
+    """Prevents recording a commit without -dirty although files were changed, and with -dirty for an untracked file."""
     folder, commit = project
     package = folder / "recycle_ds"
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("text")
     assert _revision(package) == commit
     (tmp_path / "link").symlink_to(folder)
     assert _revision(tmp_path / "link" / "recycle_ds") == commit
@@ -46,13 +46,13 @@ def test_the_commit_of_a_checkout(project: tuple[Path, str], tmp_path: Path) -> 
 
 
 def test_an_installed_package_is_no_part_of_the_project_around_it(project: tuple[Path, str]) -> None:
-    """The commit of whatever project the environment lies in, recorded as this package's."""
+    """Prevents recording the commit of the project that contains the virtual environment."""
     folder, _ = project
     assert _revision(folder / ".venv" / "lib" / "site-packages" / "recycle_ds") is None
 
 
 def test_outside_of_any_checkout(project: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash without git or a repository; the repository of a hook that the command was run from."""
+    """Prevents a crash without git or a repository, and recording the repository of a git hook that runs the command."""
     folder, commit = project
     (tmp_path / "plain" / "recycle_ds").mkdir(parents=True)
     monkeypatch.setenv("GIT_DIR", str(folder / ".git"))

@@ -1,4 +1,4 @@
-"""What waits in host memory while the disk is slow."""
+"""Buffering of shards in host memory while the disk is slow."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def piece(number: int) -> Piece:
 
 
 class SlowDisk:
-    """Writes nothing until it is let; remembers how many shards have been begun."""
+    """Writes a shard only when a permit is released; counts the shards whose write has started."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.free = 0, threading.Semaphore(0)
+        self.started, self.permits = 0, threading.Semaphore(0)
         original = shard_writer.save_shard
 
         def save(path: Path, tensors: Any) -> None:
-            self.begun += 1
-            assert self.free.acquire(timeout=20)
+            self.started += 1
+            assert self.permits.acquire(timeout=20)
             original(path, tensors)
 
         monkeypatch.setattr(shard_writer, "save_shard", save)
         monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4 * ROWS)
 
 
-def test_no_more_waits_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that runs out of memory because the disk is slower than training: `add` must wait."""
+def test_the_buffer_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a host from running out of memory because the disk is slower than training: `add` must block."""
     disk = SlowDisk(monkeypatch)
     writer = ShardWriter(tmp_path, 0, limit=2 * 4 * ROWS)
     added: list[int] = []
@@ -54,14 +54,14 @@ def test_no_more_waits_than_is_allowed(tmp_path: Path, monkeypatch: pytest.Monke
     filler = threading.Thread(target=fill)
     filler.start()
     filler.join(0.3)
-    assert filler.is_alive() and len(added) == 2, "two shards wait, the third has no room"
-    disk.free.release()
+    assert filler.is_alive() and len(added) == 2, "two shards are buffered, there is no room for the third"
+    disk.permits.release()
     while len(added) < 3:
         filler.join(0.01)
     filler.join(0.2)
     assert len(added) == 3
     for _ in range(9):
-        disk.free.release()
+        disk.permits.release()
     filler.join(20)
     assert writer.wait() is None and writer.ended
     for number in range(6):
@@ -70,11 +70,11 @@ def test_no_more_waits_than_is_allowed(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(json.loads((tmp_path / "part-00000.json").read_text())["files"]) == 7
 
 
-def test_a_limit_of_nothing_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """save_buffer_gib=0 with which training goes on while shards are in memory all the same."""
+def test_a_limit_of_zero_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents training from continuing while shards are still in memory with save_buffer_gib=0."""
     disk = SlowDisk(monkeypatch)
     for _ in range(9):
-        disk.free.release()
+        disk.permits.release()
     writer = ShardWriter(tmp_path, 0, limit=0)
     for number in range(3):
         writer.add(piece(number), "weight", torch.zeros(ROWS))
@@ -82,8 +82,8 @@ def test_a_limit_of_nothing_waits_for_the_disk(tmp_path: Path, monkeypatch: pyte
     assert writer.ended
 
 
-def test_a_disk_that_fails_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training loop that waits for ever for room that a dead writer would have made; a fault that is lost."""
+def test_a_disk_error_does_not_block_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents training from waiting forever for a writer that has failed, and losing the error."""
     monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4 * ROWS)
 
     def full(path: Path, tensors: Any) -> None:
@@ -94,6 +94,6 @@ def test_a_disk_that_fails_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pyt
     for number in range(5):
         writer.add(piece(number), "weight", torch.zeros(ROWS))
     writer.close({})
-    fault = writer.wait()
-    assert fault is not None and fault.startswith("No space left on device")
+    error = writer.wait()
+    assert error is not None and error.startswith("No space left on device")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Which differences between a source and a model are let pass."""
+"""Differences between a source and a model that are accepted."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ def source(layers: int) -> ModelSource:
 
 
 @pytest.mark.parametrize(("held", "wanted"), [(3, 1), (1, 3), (1, 0), (0, 1), (2, 2)])
-def test_a_module_comes_whole_or_not_at_all(held: int, wanted: int) -> None:
-    """Trained blocks of a module beside random ones, or the first of three blocks taken for the whole."""
+def test_a_module_is_complete_or_absent(held: int, wanted: int) -> None:
+    """Prevents a module of trained and random blocks, and the first of three blocks taken for the complete module."""
     shapes = whole_shapes(CONFIG, RecycleConfig(layers=wanted, depth=2))
     if held and wanted and held != wanted:
-        with pytest.raises(CheckpointError, match=r"recycle\.blocks\.\d.* recycle\.layers as it was saved with"):
+        with pytest.raises(
+            CheckpointError, match=r"recycle\.blocks\.\d.* recycle\.layers to the values it was saved with"
+        ):
             check_tensors(source(held), shapes, "recycle.")
         return
-    lacking = check_tensors(source(held), shapes, "recycle.")
-    assert lacking == sorted(name for name in shapes if name.startswith("recycle.") and not held)
+    absent = check_tensors(source(held), shapes, "recycle.")
+    assert absent == sorted(name for name in shapes if name.startswith("recycle.") and not held)
     if held != wanted:
         with pytest.raises(CheckpointError, match=r"recycle\."):
             check_tensors(source(held), shapes)
 
 
 def test_the_backbone_is_never_optional() -> None:
-    """A model with a random layer because its source had fewer."""
+    """Prevents a model with a random layer because its source had fewer layers."""
     shapes = whole_shapes(CONFIG.model_copy(update={"layers": 3}), RecycleConfig(layers=0))
     with pytest.raises(CheckpointError, match=r"missing: blocks\.2\."):
         check_tensors(source(1), shapes, "recycle.")

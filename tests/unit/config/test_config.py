@@ -1,4 +1,4 @@
-"""The configuration tree: what it accepts, and what it says when it refuses."""
+"""The configuration tree: accepted values, and the messages for rejected ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RUNS = Path(__file__).parents[3] / "ds_configs" / "runs"
 DEEPSPEED = Path(__file__).parents[3] / "ds_configs" / "deepspeed"
 
 
-def refusal(*overrides: str) -> str:
-    """The message of the demo configuration with `overrides`."""
+def error_of(*overrides: str) -> str:
+    """The error message of the demo configuration with `overrides`."""
     with pytest.raises(ConfigError) as caught:
         load_config(RUNS / "demo.yaml", overrides)
     return str(caught.value)
@@ -23,14 +23,14 @@ def refusal(*overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_runs_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shipped configuration that its own schema refuses, or whose DeepSpeed file is missing."""
+    """Prevents a shipped configuration that its own schema rejects, or whose DeepSpeed file is missing."""
     monkeypatch.chdir(RUNS.parents[1])
     config = load_config(path)
     assert load_deepspeed_json(config.deepspeed)
 
 
 def test_overrides_are_applied_in_order_and_typed() -> None:
-    """3e-4 read as text (YAML 1.1), or an earlier override winning over a later one."""
+    """Prevents 3e-4 from being read as text (YAML 1.1), and an earlier override from winning over a later one."""
     config = load_config(
         RUNS / "demo.yaml",
         ["training.learning_rate=3e-4", "training.steps=5", "training.steps=7", "data.train.0.weight=2"],
@@ -64,21 +64,21 @@ def test_overrides_are_applied_in_order_and_typed() -> None:
         ("training.steps.x=1", ["'steps' is a value, not a section"]),
     ],
 )
-def test_refusals_name_path_values_and_neighbour(override: str, expected: list[str]) -> None:
-    """A refusal that does not say which key, which value, or what was meant."""
-    message = refusal(override)
+def test_errors_name_path_values_and_neighbour(override: str, expected: list[str]) -> None:
+    """Prevents an error without the key, the value, or the nearest valid key."""
+    message = error_of(override)
     assert "\n" not in message
     for part in expected:
         assert part in message
 
 
-def test_the_inner_fault_alone_is_reported() -> None:
-    """A list blamed for being too short when one of its elements has a wrong key."""
-    assert "at least 1 item" not in refusal("data.train.0.wieght=3")
+def test_only_the_inner_error_is_reported() -> None:
+    """Prevents reporting a list as too short when one of its elements has a wrong key."""
+    assert "at least 1 item" not in error_of("data.train.0.wieght=3")
 
 
 def test_saved_config_loads_equal(tmp_path: Path) -> None:
-    """A resolved configuration saved with the run that can't be loaded again or differs."""
+    """Prevents a saved configuration that cannot be loaded again, or differs."""
     config = load_config(RUNS / "demo.yaml", ["recycle.depth=2"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -94,7 +94,7 @@ def test_saved_config_loads_equal(tmp_path: Path) -> None:
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, part: str) -> None:
-    """A broken file reported by a traceback, or a doubled key of which one value is silently dropped."""
+    """Prevents a traceback for a broken file, and a duplicate key of which one value is silently dropped."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=part):
@@ -114,8 +114,8 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
     ("changes", "parts"),
     [
         ({"zero_optimisation": {"stage": 3}}, ["unknown key 'zero_optimisation'", "'zero_optimization'"]),
-        ({"optimizer": {"type": "Adam"}}, ["'optimizer' is not set here", "training.learning_rate"]),
-        ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "makes it 8"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer' cannot be set here", "training.learning_rate"]),
+        ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "sets it to 8"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "training.dtype"]),
         ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
         ({"zero_optimization": 3}, ["zero_optimization=3: must be an object"]),
@@ -138,8 +138,8 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
         ({"activation_checkpointing": {}}, ["set training.activation_checkpointing"]),
     ],
 )
-def test_deepspeed_file_has_one_route(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:
-    """A DeepSpeed setting that is silently ignored, or that quietly overrules the run's configuration."""
+def test_wrong_deepspeed_settings_are_rejected(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:
+    """Prevents a DeepSpeed setting that is silently ignored, or that overrides the run's configuration."""
     config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path, **changes)}"])
     with pytest.raises(ConfigError) as caught:
         resolve_deepspeed(config, 2)
@@ -148,7 +148,7 @@ def test_deepspeed_file_has_one_route(tmp_path: Path, changes: dict[str, object]
 
 
 def test_auto_values_are_filled(tmp_path: Path) -> None:
-    """An "auto" left for DeepSpeed to misread, or an accumulation that does not add up to the global batch."""
+    """Prevents an "auto" left for DeepSpeed to misread, and an accumulation that does not give the global batch."""
     config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path)}", "training.micro_batch_size=2"])
     tree = resolve_deepspeed(config, 2)
     assert "auto" not in json.dumps(tree)
@@ -161,10 +161,10 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     (0, "bf16", 1, 99, False), (1, "bf16", 1, 8, False), (1, "bf16", 1, 9, True), (1, "bf16", 2, 1, True),
     (2, "bf16", 1, 1, True), (3, "bf16", 1, 1, True), (1, "fp32", 2, 99, False), (2, "fp32", 1, 99, False),
 ])  # fmt: skip
-def test_many_gradients_are_added_up_in_fp32(
+def test_many_gradients_are_accumulated_in_fp32(
     tmp_path: Path, stage: int, dtype: str, pipeline: int, micro_batches: int, expected: bool
 ) -> None:
-    """Small gradients lost in a bf16 sum of many, or four bytes a weight spent where there are few; a file not heard."""
+    """Prevents losing small gradients in a long bf16 sum, wasting memory on a short one, and ignoring the file's own choice."""
     assert accumulates_in_fp32(stage, dtype, pipeline, micro_batches) is expected
     changes = [
         f"training.dtype={dtype}", f"parallel.pipeline={pipeline}", "training.micro_batch_size=1",
@@ -182,7 +182,7 @@ def test_many_gradients_are_added_up_in_fp32(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_shipped_offload_files_offload(stage: int) -> None:
-    """A file whose name promises what it does not do, or a device that is none refused as if it were one."""
+    """Prevents an offload file that does not offload, and device "none" from counting as offload."""
     tree = load_deepspeed_json(str(DEEPSPEED / f"zero{stage}_offload.json"))
     assert zero_stage(tree) == stage and offloads(tree, "offload_optimizer")
     assert not offloads(
@@ -192,7 +192,7 @@ def test_shipped_offload_files_offload(stage: int) -> None:
 
 
 def test_merge_keys_of_yaml(tmp_path: Path) -> None:
-    """`<<: *defaults`, which people use to share settings, taken for a key of that name or for a doubled key."""
+    """Prevents `<<: *defaults`, which shares settings, from being read as a key of that name or as a duplicate key."""
     text = (RUNS / "demo.yaml").read_text().replace("training:\n", "training:\n  <<: {log_every: 7, steps: 9}\n")
     (tmp_path / "run.yaml").write_text(text)
     config = load_config(tmp_path / "run.yaml")

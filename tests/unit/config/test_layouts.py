@@ -1,4 +1,4 @@
-"""Layouts that cannot work are refused before anything is built, in one line with the numbers and what to use instead."""
+"""Impossible layouts are rejected before anything is built, in one line with the numbers and the fix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PIPELINE = str(ROOT / "ds_configs" / "deepspeed" / "pipeline.json")
     ],
 )
 def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> None:
-    """A degree that cuts a head in two, found out by a shape error deep inside, or not at all."""
+    """Prevents a degree that splits a head from failing late with a shape error, or not at all."""
     with pytest.raises(ConfigError) as caught:
         load_config(
             RUNS / "demo.yaml", ["model.heads=4", "model.kv_heads=2", "model.hidden=64", "model.layers=4", *overrides]
@@ -54,8 +54,8 @@ def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> Non
         (["training.compile=true"], ["training.compile=true", "parallel.pipeline=2"]),
     ],
 )
-def test_what_does_not_go_with_a_pipeline(overrides: list[str], parts: list[str]) -> None:
-    """A combination that DeepSpeed's pipeline engine accepts and computes wrongly, or that hangs in the first step."""
+def test_settings_that_do_not_work_with_a_pipeline(overrides: list[str], parts: list[str]) -> None:
+    """Prevents a combination that DeepSpeed's pipeline engine accepts but computes wrongly, or that hangs in the first step."""
     config = load_config(RUNS / "demo.yaml", ["parallel.pipeline=2", f"deepspeed={PIPELINE}", *overrides])
     with pytest.raises(ConfigError) as caught:
         resolve_deepspeed(config, 1)
@@ -64,8 +64,8 @@ def test_what_does_not_go_with_a_pipeline(overrides: list[str], parts: list[str]
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-def test_zero_0_in_bf16_is_refused_before_anything_is_read(axis: str) -> None:
-    """Wrong gradients, or a refusal that comes when the data have been prepared on every node."""
+def test_zero_0_in_bf16_is_rejected_before_anything_is_read(axis: str) -> None:
+    """Prevents wrong gradients, and an error that comes only after the data have been prepared."""
     sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=64"]
     overrides = [f"deepspeed={zero(0)}", f"parallel.{axis}=2", "training.dtype=bf16"]
     with pytest.raises(ConfigError, match=rf"ZeRO 0 with training.dtype=bf16 at .*parallel.{axis}=2.* wrong gradients"):
@@ -74,15 +74,15 @@ def test_zero_0_in_bf16_is_refused_before_anything_is_read(axis: str) -> None:
         resolve_deepspeed(load_config(RUNS / "demo.yaml", sizes + allowed), 1)
 
 
-def test_without_a_module_nothing_splits_the_hidden_width() -> None:
-    """A model refused for a size that its layout does not split."""
+def test_without_a_module_the_hidden_width_is_not_split() -> None:
+    """Prevents rejecting a model for a size that its layout does not split."""
     sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=63", "model.head_dim=16", "recycle.layers=0"]
     assert load_config(RUNS / "demo.yaml", ["parallel.tensor=2", *sizes]).model.hidden == 63
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RUNS.glob("*.yaml")))
 def test_shipped_runs_have_a_layout(name: str) -> None:
-    """A preset whose own layout is refused."""
+    """Prevents a preset whose own layout is rejected."""
     config = load_config(RUNS / name)
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.ulysses

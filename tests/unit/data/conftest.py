@@ -1,4 +1,4 @@
-"""Real text and tokenizers of the kinds that exist, for the tests of the data room."""
+"""Real text and common kinds of tokenizers, for the tests of the data package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WriteTokens = Callable[[Path, Sequence[Sequence[int]]], TokenFile]
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Paragraphs of the first addresses."""
+    """Paragraphs of the first addresses of the shipped corpus."""
     addresses = itertools.islice(read_documents("shipped"), 12)
     return [paragraph for address in addresses for paragraph in address.split("\n\n")]
 
@@ -33,7 +33,7 @@ def tokenizer(texts: list[str]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> Tokenizer:
-    """A tokenizer built as LLaMA's: spaces as ▁ with one in front, and bytes for characters it does not know."""
+    """A tokenizer like LLaMA's: spaces as ▁, one prepended, and byte fallback for unknown characters."""
     vocabulary = [
         "<unk>",
         "<s>",
@@ -74,7 +74,7 @@ def write_tokens(tokenizer: Tokenizer) -> WriteTokens:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[Sequence[str]], str]:
-    """Writes documents as a .jsonl file and gives its path."""
+    """Writes documents as a .jsonl file and returns its path."""
 
     def write(documents: Sequence[str]) -> str:
         path = tmp_path / "documents.jsonl"

@@ -1,4 +1,4 @@
-"""Micro-batches: the same samples whatever the layout, with targets at every depth."""
+"""Micro-batches: the same samples in every layout, with targets at every depth."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def load(dataset: PackedDataset, size: int, micro: int, first: int, depth: int =
 @pytest.mark.parametrize(("size", "micro"), [(1, 24), (1, 1), (2, 4), (3, 2), (4, 6), (8, 3), (24, 1)])
 @pytest.mark.parametrize("first", [0, 24, 24 * 12345])
 def test_a_global_batch_is_the_same_in_every_layout(dataset: PackedDataset, size: int, micro: int, first: int) -> None:
-    """Prevents training that depends on the number of ranks, or a resume on another number that skips data."""
+    """Prevents training that depends on the number of ranks, or skipped data when resuming with another number."""
     ranks = load(dataset, size, micro, first)
     assert {len(batches) for batches in ranks} == {24 // (size * micro)}
     in_order = [ranks[rank][m] for m in range(24 // (size * micro)) for rank in range(size)]
-    (whole,) = load(dataset, 1, 24, first)[0]
+    (single,) = load(dataset, 1, 24, first)[0]
     for name in ("tokens_BS", "positions_BS", "documents_BS"):
-        assert torch.equal(torch.cat([getattr(batch, name) for batch in in_order]), getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in in_order]), getattr(single, name))
     for name in ("inputs_KBS", "targets_KBS"):
-        assert torch.equal(torch.cat([getattr(batch, name) for batch in in_order], dim=1), getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in in_order], dim=1), getattr(single, name))
 
 
 def test_a_batch_is_made_of_its_samples(dataset: PackedDataset) -> None:
-    """Prevents tensors that belong to other samples, or inputs and targets that are not those of the definition."""
+    """Prevents tensors of other samples, and inputs and targets that differ from the definition."""
     (batch,) = load(dataset, 1, 24, 48, depth=3)[0]
     for row in range(24):
         sample = dataset.sample(48 + row)
@@ -67,7 +67,7 @@ def test_a_batch_is_made_of_its_samples(dataset: PackedDataset) -> None:
 
 
 def test_shapes_and_types(dataset: PackedDataset) -> None:
-    """Prevents views that a later step must copy, and integer types that an embedding refuses."""
+    """Prevents non-contiguous views that a later step must copy, and integer types that an embedding rejects."""
     batch = load(dataset, 2, 4, 0)[1][0].to("cpu")
     for tensor in vars(batch).values():
         assert tensor.dtype == torch.int64
@@ -78,8 +78,8 @@ def test_shapes_and_types(dataset: PackedDataset) -> None:
     assert plain.targets_KBS.shape == (1, 24, SEQ_LENGTH)
 
 
-def test_a_step_leaves_no_trace(dataset: PackedDataset) -> None:
-    """Prevents a dry run, or a step that is done again, from moving the position in the data."""
+def test_the_loader_is_stateless(dataset: PackedDataset) -> None:
+    """Prevents a dry run or a repeated step from advancing the position in the data."""
     loader = BatchLoader(dataset, global_batch_size=8, micro_batch_size=4, depth=1, data_rank=0, data_size=1)
     before = loader.step(16)
     loader.step(800)
@@ -88,16 +88,16 @@ def test_a_step_leaves_no_trace(dataset: PackedDataset) -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "micro", "size", "product"), [(10, 4, 1, 4), (8, 2, 3, 6), (4, 4, 2, 8), (0, 1, 1, 1)]
+    ("batch", "micro", "size", "product"), [(10, 4, 1, 4), (8, 2, 3, 6), (4, 4, 2, 8), (0, 1, 1, 1)]
 )
-def test_batches_that_do_not_divide(dataset: PackedDataset, whole: int, micro: int, size: int, product: int) -> None:
-    """Prevents ranks that work through unequal numbers of micro-batches and wait for each other for ever."""
-    message = rf"\({whole}\) must be a multiple of .* \({micro}\) x data-parallel ranks \({size}\) = {product}"
+def test_batches_that_do_not_divide(dataset: PackedDataset, batch: int, micro: int, size: int, product: int) -> None:
+    """Prevents a deadlock of ranks with unequal numbers of micro-batches."""
+    message = rf"\({batch}\) must be a multiple of .* \({micro}\) x data-parallel ranks \({size}\) = {product}"
     with pytest.raises(DataError, match=message):
-        BatchLoader(dataset, global_batch_size=whole, micro_batch_size=micro, depth=1, data_rank=0, data_size=size)
+        BatchLoader(dataset, global_batch_size=batch, micro_batch_size=micro, depth=1, data_rank=0, data_size=size)
 
 
 def test_a_rank_that_does_not_exist(dataset: PackedDataset) -> None:
-    """Prevents a rank outside the group from silently training on another global batch's samples."""
+    """Prevents a rank outside the group from silently training on samples of another global batch."""
     with pytest.raises(ValueError, match="data_rank"):
         BatchLoader(dataset, global_batch_size=8, micro_batch_size=1, depth=1, data_rank=2, data_size=2)

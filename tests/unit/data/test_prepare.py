@@ -1,4 +1,4 @@
-"""From documents to token files: parallel, reproducible, and without debris."""
+"""From documents to token files: parallel, reproducible, and without leftover files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A tool, as it is called from a shell."""
+    """Runs a tool as from a shell."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -63,8 +63,8 @@ def test_the_files_do_not_depend_on_the_workers(tokenizer: Tokenizer, tmp_path: 
         )
 
 
-def test_documents_come_back_as_they_were(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> None:
-    """Prevents lost, doubled or reordered documents: decoding the files gives the corpus back."""
+def test_documents_are_restored_from_the_token_files(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> None:
+    """Prevents lost, duplicated or reordered documents: decoding the files restores the corpus."""
     documents = [f"document {n}: café\n\n{'word ' * (n % 7)}" for n in range(50)]
     report = prepare(jsonl([*documents, "", " \n"]), tmp_path / "out", tokenizer, validation_fraction=0.3, workers=1)
     assert report.blank == 2
@@ -86,7 +86,7 @@ def test_both_sides_have_a_document(fraction: float, seed: int) -> None:
 
 
 def test_the_split_follows_fraction_and_seed() -> None:
-    """Prevents a held-out share that is not the one asked for, and one that never changes with the seed."""
+    """Prevents a held-out fraction other than the requested one, and a split that ignores the seed."""
     chosen = [[is_validation(n, 0.1, seed) for n in range(5000)] for seed in (0, 1)]
     assert all(400 < sum(side) < 600 for side in chosen)
     assert chosen[0] != chosen[1]
@@ -94,7 +94,7 @@ def test_the_split_follows_fraction_and_seed() -> None:
 
 
 def test_no_validation(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> None:
-    """Prevents a single document from being refused when nothing was to be held out."""
+    """Prevents refusing a single document if no validation split was requested."""
     report = prepare(jsonl(["all there is"]), tmp_path / "out", tokenizer, validation_fraction=0, workers=1)
     assert report.validation is None
     assert sorted(contents(tmp_path / "out")) == ["train.bin", "train.idx", "train.json"]
@@ -113,14 +113,14 @@ def test_no_validation(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> No
 def test_corpora_that_cannot_be_prepared(
     tokenizer: Tokenizer, tmp_path: Path, jsonl: Write, documents: list[str], options: dict[str, object], message: str
 ) -> None:
-    """Prevents half-made output of a corpus that is refused."""
+    """Prevents incomplete output of a corpus that is refused."""
     with pytest.raises(DataError, match=message):
         prepare(jsonl(documents), tmp_path / "out", tokenizer, **{"workers": 1, **options})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == {}
 
 
-def test_an_error_late_in_the_source_leaves_what_was_there(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> None:
-    """Prevents a good token file from being replaced by the part before a broken line."""
+def test_an_error_late_in_the_source_keeps_existing_files(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> None:
+    """Prevents overwriting a valid token file with the documents before an invalid line."""
     source = jsonl(["a document of a few words"] * 200)
     prepare(source, tmp_path / "out", tokenizer, workers=1)
     before = contents(tmp_path / "out")
@@ -132,7 +132,7 @@ def test_an_error_late_in_the_source_leaves_what_was_there(tokenizer: Tokenizer,
 
 
 def test_an_error_in_a_worker_reaches_the_user(tmp_path: Path, jsonl: Write) -> None:
-    """Prevents a pool that hangs, or dies without a word, when a text cannot be encoded."""
+    """Prevents a pool that hangs, or exits without an error, if a text cannot be encoded."""
     built = tokenizers.Tokenizer(models.WordLevel(vocab={"known": 0, "</s>": 1}, unk_token="[UNK]"))
     built.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DataError, match=r"cannot encode a text: .*UNK"):
@@ -141,19 +141,19 @@ def test_an_error_in_a_worker_reaches_the_user(tmp_path: Path, jsonl: Write) -> 
 
 
 def test_a_worker_that_is_killed(tokenizer: Tokenizer) -> None:
-    """Prevents waiting for ever for a worker that the kernel killed for its memory."""
+    """Prevents a hang after the kernel has killed a worker that ran out of memory."""
     texts = ("the people of the states " * 8000 for _ in range(1000))
     with contextlib.closing(encode_in_order(texts, tokenizer, 2)) as encoded:
         next(encoded)
         for child in multiprocessing.active_children():
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(DataError, match="ended abruptly, perhaps for want of memory; try fewer workers than 2"):
+        with pytest.raises(DataError, match="died unexpectedly, possibly out of memory; try fewer workers than 2"):
             list(encoded)
 
 
-def test_workers_end_with_the_one_who_asked(tokenizer: Tokenizer) -> None:
-    """Prevents processes that stay behind when the results are no longer wanted."""
+def test_closing_the_generator_terminates_the_workers(tokenizer: Tokenizer) -> None:
+    """Prevents orphaned processes when the results are no longer needed."""
     texts = ("the people of the states " * 8000 for _ in range(1000))
     with contextlib.closing(encode_in_order(texts, tokenizer, 2)) as encoded:
         next(encoded)
@@ -163,7 +163,7 @@ def test_workers_end_with_the_one_who_asked(tokenizer: Tokenizer) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, jsonl: Write, texts: list[str]) -> DataConfig:
-    """Data that are not there yet, and how to make them."""
+    """A configuration whose data do not exist yet, with the settings to prepare them."""
     out = tmp_path / "data"
     return DataConfig(
         train=(TokenSource(path=str(out / "train")),),
@@ -173,8 +173,8 @@ def config(tmp_path: Path, jsonl: Write, texts: list[str]) -> DataConfig:
     )
 
 
-def test_missing_data_are_made_once(config: DataConfig, tmp_path: Path) -> None:
-    """Prevents a first run that stops for want of data, and a second one that makes them again."""
+def test_missing_data_are_prepared_once(config: DataConfig, tmp_path: Path) -> None:
+    """Prevents a first run that fails without data, and a second run that prepares them again."""
     report = prepare_if_missing(config, workers=1)
     assert report is not None
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -196,8 +196,8 @@ def test_missing_data_are_made_once(config: DataConfig, tmp_path: Path) -> None:
         ({"tokenizer_vocab": 401}, "has 400 tokens, data.prepare.tokenizer_vocab is 401"),
     ],
 )
-def test_data_that_were_made_otherwise(config: DataConfig, change: dict[str, object], message: str) -> None:
-    """Prevents a changed data.prepare from being ignored because files of an older one lie there."""
+def test_data_that_were_made_with_other_settings(config: DataConfig, change: dict[str, object], message: str) -> None:
+    """Prevents a changed data.prepare from being ignored because files of an older one exist."""
     prepare_if_missing(config, workers=1)
     assert config.prepare is not None
     changed = config.model_copy(update={"prepare": config.prepare.model_copy(update=change)})
@@ -205,8 +205,10 @@ def test_data_that_were_made_otherwise(config: DataConfig, change: dict[str, obj
         prepare_if_missing(changed, workers=1)
 
 
-def test_missing_data_that_nothing_makes(config: DataConfig, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Prevents a bare "file not found": the file and the command that makes it are named."""
+def test_missing_data_without_settings_to_prepare_them(
+    config: DataConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Prevents a mere "file not found" without the file and the command that creates it."""
     plain = config.model_copy(update={"prepare": None})
     with pytest.raises(
         DataError, match=r"no such file: .*tokenizer.json; make it with `python tools/train_tokenizer.py"
@@ -223,7 +225,7 @@ def test_missing_data_that_nothing_makes(config: DataConfig, tmp_path: Path, tok
 
 
 def test_the_tools_from_end_to_end(tmp_path: Path, jsonl: Write, texts: list[str]) -> None:
-    """Prevents tools whose options do not reach the package, and errors that end in a traceback."""
+    """Prevents tools whose options do not reach the package, and errors that print a traceback."""
     source, out = jsonl(texts), tmp_path / "out"
     trained = run_tool("train_tokenizer.py", source, "--output", str(out), "--vocab-size", "300")
     assert trained.returncode == 0, trained.stderr
@@ -234,19 +236,22 @@ def test_the_tools_from_end_to_end(tmp_path: Path, jsonl: Write, texts: list[str
     assert f"{read_sidecar(out / 'train').tokens:,}" in prepared.stdout
     assert read_sidecar(out / "validation").recipe["validation_fraction"] == 0.25
     for name, arguments in (
-        ("prepare_data.py", ("missing.txt", *options)),
-        ("train_tokenizer.py", (source, "--output", str(out), "--vocab-size", "100000")),
+        ("prepare_data.py", ("missing.txt", *options, "--overwrite")),
+        ("train_tokenizer.py", (source, "--output", str(out), "--vocab-size", "100000", "--overwrite")),
     ):
+        before = contents(out)
+        kept = run_tool(name, *arguments[:-1])
+        assert kept.returncode == 2 and "already exists: name another --output, or replace" in kept.stderr
         failed = run_tool(name, *arguments)
-        assert failed.returncode == 2
+        assert failed.returncode == 2 and "already exists" not in failed.stderr and contents(out) == before
         assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_leaves_nothing(
+def test_an_interrupt_leaves_no_files(
     tmp_path: Path, tokenizer: Tokenizer, jsonl: Write, number: signal.Signals, code: int
 ) -> None:
-    """Prevents half-written files, orphaned workers and a wall of tracebacks after Ctrl-C or a cancelled job."""
+    """Prevents half-written files, orphaned workers and tracebacks after Ctrl-C or a cancelled job."""
     tokenizer.save(tmp_path / "tokenizer")
     source = jsonl(["we the people of the united states " * 2000] * 800)
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), source, "--output", str(tmp_path / "out")]
@@ -260,7 +265,7 @@ def test_an_interrupt_leaves_nothing(
     ) as process:
         while process.poll() is None and not list(tmp_path.glob("out/.tmp-*")):
             time.sleep(0.02)
-        assert process.poll() is None, "it must still be at work when the signal comes"
+        assert process.poll() is None, "it must still be running when the signal is sent"
         os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, "Traceback" in errors) == (code, False), errors

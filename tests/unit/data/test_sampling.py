@@ -23,23 +23,23 @@ KEYS = (3, 1 << 63, 99, 12345678901234567, 7, 0)
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, write_tokens: WriteTokens) -> TokenFile:
-    """403 tokens in 23 documents of 3 to 40 tokens; each token says where in the stream it is, documents end in 0."""
+    """403 tokens in 23 documents of 3 to 40 tokens. Each token is its 1-based stream position; documents end in 0."""
     lengths = [2 + (7 * n) % 38 for n in range(23)]
-    documents, place = [], 0
+    documents, end = [], 0
     for length in lengths:
-        documents.append(list(range(place + 1, place + 1 + length)))
-        place += length + 1
+        documents.append(list(range(end + 1, end + 1 + length)))
+        end += length + 1
     return write_tokens(tmp_path_factory.mktemp("tokens") / "a", documents)
 
 
 @given(size=st.integers(1, 700), keys=st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6))
 def test_the_order_is_a_permutation(size: int, keys: list[int]) -> None:
-    """Prevents an epoch that repeats some samples and never shows others."""
+    """Prevents an epoch that repeats some samples and omits others."""
     assert sorted(permute(index, size, keys) for index in range(size)) == list(range(size))
 
 
 def test_the_order_of_a_corpus_too_large_to_list() -> None:
-    """Prevents indices that leave the corpus, or slow searches, at sizes where 32-bit arithmetic would fail."""
+    """Prevents indices outside the corpus, or slow searches, at sizes where 32-bit arithmetic would overflow."""
     size = 10**13 + 7
     images = [permute(index, size, KEYS) for index in range(2000)]
     assert len(set(images)) == 2000
@@ -49,7 +49,7 @@ def test_the_order_of_a_corpus_too_large_to_list() -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Prevents an order in which neighbours stay neighbours or elements stay where they were."""
+    """Prevents an order in which neighbours stay neighbours or elements keep their positions."""
     size = 5000
     images = np.array([permute(index, size, KEYS) for index in range(size)])
     assert abs(np.corrcoef(np.arange(size), images)[0, 1]) < 0.05
@@ -58,11 +58,11 @@ def test_the_order_looks_random() -> None:
 
 
 @pytest.mark.parametrize("length", [4, 16, 100])
-def test_an_epoch_shows_consecutive_samples_once(file: TokenFile, length: int) -> None:
-    """Prevents overlaps and holes: the samples of an epoch tile one stretch of the stream, shifted anew each epoch."""
+def test_an_epoch_contains_consecutive_samples_once(file: TokenFile, length: int) -> None:
+    """Prevents overlaps and gaps: the samples of an epoch tile one range of the stream, with another shift per epoch."""
     dataset = PackedDataset([(file, 1.0)], length, seed=5)
     (count,) = dataset.samples_per_epoch
-    assert count * length + length >= file.tokens - length, "an epoch leaves out less than two samples"
+    assert count * length + length >= file.tokens - length, "an epoch omits less than two samples"
     shifts = set()
     for epoch in range(8):
         starts = sorted(dataset.locate(epoch * count + i)[1] for i in range(count))
@@ -74,7 +74,7 @@ def test_an_epoch_shows_consecutive_samples_once(file: TokenFile, length: int) -
 
 
 def test_a_sample_is_the_stream_with_its_documents(file: TokenFile) -> None:
-    """Prevents samples whose document numbers or positions do not fit their tokens."""
+    """Prevents samples whose document numbers or positions do not match their tokens."""
     dataset = PackedDataset([(file, 1.0)], 32, seed=1)
     crossings = 0
     for number in range(40):
@@ -84,17 +84,17 @@ def test_a_sample_is_the_stream_with_its_documents(file: TokenFile) -> None:
         stream = file.read(start, 33)[0]
         assert sample.tokens.tolist() == stream.tolist()
         document = position = 0
-        for place in range(33):
-            if place and stream[place - 1] == 0:  # the token before ended a document
+        for offset in range(33):
+            if offset and stream[offset - 1] == 0:  # the token before ended a document
                 document, position = document + 1, 0
-            assert (sample.documents[place], sample.positions[place]) == (document, position)
+            assert (sample.documents[offset], sample.positions[offset]) == (document, position)
             position += 1
         crossings += document
     assert crossings > 40
 
 
-def test_the_seed_decides(file: TokenFile) -> None:
-    """Prevents an order that hides behind a global generator: equal seeds agree, others differ."""
+def test_the_seed_determines_the_order(file: TokenFile) -> None:
+    """Prevents an order that depends on a global generator: equal seeds agree, others differ."""
     first, again, other = (PackedDataset([(file, 1.0)], 8, seed) for seed in (1, 1, 2))
     numbers = [*range(100), 10**9]
     assert [first.locate(n) for n in numbers] == [again.locate(n) for n in reversed(numbers)][::-1]
@@ -102,7 +102,7 @@ def test_the_seed_decides(file: TokenFile) -> None:
 
 
 def test_sources_are_drawn_by_weight(file: TokenFile) -> None:
-    """Prevents a blend that starves a source, at the beginning or in the long run."""
+    """Prevents a blend that underrepresents a source, at the start or in the long run."""
     dataset = PackedDataset([(file, 6.0), (file, 3.0), (file, 1.0)], 8, seed=0)
     for count in (10, 100, 1000, 70_000):
         drawn = Counter(dataset.locate(number)[0] for number in range(count))
@@ -111,7 +111,7 @@ def test_sources_are_drawn_by_weight(file: TokenFile) -> None:
 
 
 def test_each_source_of_a_blend_goes_through_its_own_epochs(file: TokenFile) -> None:
-    """Prevents a blend in which a source repeats samples before it has shown all, also where its pattern repeats."""
+    """Prevents a blend in which a source repeats samples before the end of its epoch, also when the pattern repeats."""
     dataset = PackedDataset([(file, 2.0), (file, 1.0)], 100, seed=3)
     count = dataset.samples_per_epoch[1]
     for first in (0, 65_536 - 30):
@@ -122,8 +122,8 @@ def test_each_source_of_a_blend_goes_through_its_own_epochs(file: TokenFile) -> 
             assert len(set(seen[epoch * count : (epoch + 1) * count])) == count
 
 
-def test_two_sources_of_one_file_are_shuffled_apart(file: TokenFile) -> None:
-    """Prevents sources from moving in step because they share a key."""
+def test_two_sources_of_one_file_are_shuffled_independently(file: TokenFile) -> None:
+    """Prevents sources from having the same order because they share a key."""
     dataset = PackedDataset([(file, 1.0), (file, 1.0)], 8, seed=0)
     starts: tuple[list[int], list[int]] = ([], [])
     for number in range(60):
@@ -133,14 +133,14 @@ def test_two_sources_of_one_file_are_shuffled_apart(file: TokenFile) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 1e-9])
-def test_weights_that_draw_nothing(file: TokenFile, weight: float) -> None:
-    """Prevents a source that is configured and yet never read."""
+def test_weights_that_select_no_sample(file: TokenFile, weight: float) -> None:
+    """Prevents a configured source that is never read."""
     with pytest.raises(DataError, match=r"the weight of .* is"):
         PackedDataset([(file, 1.0), (file, weight)], 8, seed=0)
 
 
 def test_too_few_tokens(file: TokenFile) -> None:
-    """Prevents a loader that spins or crashes on a corpus shorter than one sample."""
+    """Prevents a loader that hangs or crashes on a corpus shorter than one sample."""
     message = f"has {file.tokens} tokens, one sample of seq_length {file.tokens} needs {file.tokens + 1}"
     with pytest.raises(DataError, match=message):
         PackedDataset([(file, 1.0)], file.tokens, seed=0)
@@ -148,12 +148,12 @@ def test_too_few_tokens(file: TokenFile) -> None:
     assert dataset.sample(17).tokens.tolist() == file.read(0, file.tokens)[0].tolist()
     with pytest.raises(DataError, match="needs at least one token file"):
         PackedDataset([], 8, seed=0)
-    with pytest.raises(ValueError, match="begin at 0"):
+    with pytest.raises(ValueError, match="start at 0"):
         dataset.sample(-1)
 
 
 def test_opening_the_sources_of_a_configuration(file: TokenFile, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Prevents weights or checks of the tokenizer from being lost between configuration and dataset."""
+    """Prevents weights or tokenizer checks of the configuration from being ignored."""
     sources = [TokenSource(path=file.prefix, weight=3), TokenSource(path=file.prefix)]
     dataset = open_dataset(sources, tokenizer, seq_length=8, seed=0)
     assert Counter(dataset.locate(number)[0] for number in range(400)) == {0: 300, 1: 100}

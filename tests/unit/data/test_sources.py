@@ -1,4 +1,4 @@
-"""Documents from files, folders and datasets, and what is said when they cannot be read."""
+"""Documents from files, folders and datasets, and the errors if they cannot be read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".
 LINES = b'{"text": "one"}\n\n{"text": "two\\nlines", "id": 7}\n'
 
 
-def fault(source: Path | str, **options: str) -> str:
-    """The message of the error that reading the whole source ends in."""
+def error_of(source: Path | str, **options: str) -> str:
+    """The message of the error raised by reading the complete source."""
     with pytest.raises(DataError) as caught:
         list(read_documents(str(source), **options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_the_shipped_corpus_is_whole_and_clean() -> None:
-    """Prevents a corpus that was cut, re-encoded or left with debris of the page it came from."""
+def test_the_shipped_corpus_is_complete_and_clean() -> None:
+    """Prevents a corpus that was truncated, re-encoded, or contains remains of the original web page."""
     documents = list(read_documents("shipped"))
     assert len(documents) == 140
     assert 7_900_000 < sum(len(text.encode()) for text in documents) < 8_000_000
@@ -38,13 +38,13 @@ def test_the_shipped_corpus_is_whole_and_clean() -> None:
     for text in documents:
         assert text == text.strip()
         assert text == unicodedata.normalize("NFC", text)
-        for debris in ("\r", "\t", "  ", "\n\n\n", "\n ", " \n", "\ufffd", "\u00a0", "<p", "&amp;"):
-            assert debris not in text
+        for remains in ("\r", "\t", "  ", "\n\n\n", "\n ", " \n", "\ufffd", "\u00a0", "<p", "&amp;"):
+            assert remains not in text
 
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_text_and_jsonl_files(tmp_path: Path, suffix: str) -> None:
-    """Prevents a compressed file from being read as something else than the plain one."""
+    """Prevents a compressed file from being read differently from the plain one."""
     pack = PACK[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(LINES))
     (tmp_path / f"b.txt{suffix}").write_bytes(pack("\ufeffwhole\n\nfile".encode()))
@@ -53,7 +53,7 @@ def test_text_and_jsonl_files(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
-    """Prevents an order that depends on the file system, and with it another split and other samples elsewhere."""
+    """Prevents an order that depends on the file system, and with it the split and the samples."""
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "deep.md").write_text("last")
     (tmp_path / "b.txt").write_text("middle")
@@ -71,58 +71,58 @@ def test_parquet(tmp_path: Path) -> None:
     rows = [f"row {number}" for number in range(1000)]
     pyarrow.parquet.write_table(pyarrow.table({"id": range(1000), "body": rows}), tmp_path / "a.parquet")
     assert list(read_documents(str(tmp_path / "a.parquet"), "body")) == rows
-    assert "no column 'text'; its columns are: id, body" in fault(tmp_path / "a.parquet")
-    assert "row 1: column 'id' is of type int, not text" in fault(tmp_path / "a.parquet", text_column="id")
+    assert "no column 'text'; its columns are: id, body" in error_of(tmp_path / "a.parquet")
+    assert "row 1: column 'id' is of type int, not text" in error_of(tmp_path / "a.parquet", text_column="id")
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
-    assert "cannot read" in fault(tmp_path / "broken.parquet")
+    assert "cannot read" in error_of(tmp_path / "broken.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz"])
 def test_empty_files(tmp_path: Path, name: str) -> None:
-    """Prevents an empty upload from becoming an empty corpus."""
+    """Prevents an empty file from being read as an empty corpus."""
     (tmp_path / name).touch()
-    assert f"{name} is empty" in fault(tmp_path / name)
+    assert f"{name} is empty" in error_of(tmp_path / name)
 
 
 def test_sources_without_documents(tmp_path: Path) -> None:
-    """Prevents a token file of no tokens from a source that exists but says nothing."""
-    assert "holds no file that can be read" in fault(tmp_path)
+    """Prevents a token file without tokens, made from a source without text."""
+    assert "contains no readable file" in error_of(tmp_path)
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    assert "holds no documents" in fault(tmp_path / "blank.jsonl")
+    assert "contains no documents" in error_of(tmp_path / "blank.jsonl")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"text": "cut', "a.jsonl:2 is not JSON"),
-        (b'["text"]', "a.jsonl:2 holds a JSON list, not an object"),
+        (b'["text"]', "a.jsonl:2 is a JSON list, not an object"),
         (b'{"body": "x", "id": 1}', "a.jsonl:2 has no column 'text'; its columns are: body, id"),
         (b'{"text": null}', "a.jsonl:2: column 'text' is empty (null), not text"),
         (b'{"text": 3}', "a.jsonl:2: column 'text' is of type int, not text"),
-        (b'{"text": "x\\ud800"}', "a.jsonl:2: column 'text' holds half a surrogate pair at character 1"),
+        (b'{"text": "x\\ud800"}', "a.jsonl:2: column 'text' contains an unpaired surrogate at character 1"),
         (b'{"text": "caf\xe9"}', "a.jsonl is not UTF-8: byte 0xe9 at offset 29"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    """Prevents a search through millions of lines for the one that stopped the job."""
+def test_an_invalid_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    """Prevents an error without the number of the line, in a file of millions of lines."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b"\n")
-    assert message in fault(tmp_path / "a.jsonl")
+    assert message in error_of(tmp_path / "a.jsonl")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     """Prevents Latin-1 from being read as replacement characters."""
     (tmp_path / "a.txt").write_bytes("naïve café".encode("latin-1"))
-    assert "not UTF-8: byte 0xef at offset 2; convert" in fault(tmp_path / "a.txt")
+    assert "not UTF-8: byte 0xef at offset 2; convert" in error_of(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
-    """Prevents half a download from being read as a short corpus."""
+    """Prevents an incomplete download from being read as a shorter corpus."""
     packed = PACK[suffix](LINES * 500)
     for name, content in (("cut", packed[: len(packed) // 2]), ("other", b"plain text")):
         path = tmp_path / f"{name}.jsonl{suffix}"
         path.write_bytes(content)
-        assert f"cannot read {path}" in fault(path)
+        assert f"cannot read {path}" in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -131,22 +131,22 @@ def test_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
         ("no/such/folder/file", "no such file: no/such/folder/file"),
         ("./missing", "no such file"),
         ("missing.jsonl.gz", "no such file"),
-        ("nobody/nothing:english", "cannot load 'nobody/nothing:english', split 'train', which is no local file"),
+        ("nobody/nothing:english", "cannot load 'nobody/nothing:english', split 'train', which is not a local file"),
     ],
 )
 def test_sources_that_do_not_exist(source: str, message: str) -> None:
-    """Prevents a mistyped path from being looked for on the hub, and a mistyped name from ending in a traceback."""
-    assert message in fault(source)
+    """Prevents a mistyped path from being searched on the hub, and a mistyped name from causing a traceback."""
+    assert message in error_of(source)
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     """Prevents a binary file from being tokenised as text."""
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    assert "is of no kind that can be read; give .txt, .md, .jsonl, .parquet" in fault(tmp_path / "a.pdf")
+    assert "has an unsupported file type; give .txt, .md, .jsonl, .parquet" in error_of(tmp_path / "a.pdf")
 
 
 def test_datasets_streaming_or_not() -> None:
-    """Prevents a stream, which may not know its columns, from being read otherwise than the whole dataset."""
+    """Prevents a stream, whose columns may be unknown, from being read differently from the complete dataset."""
     dataset = datasets.Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
     unaware = datasets.IterableDataset.from_generator(lambda: iter([{"text": "one"}, {"text": "two"}]))
     for form in (dataset, dataset.to_iterable_dataset(), unaware):
@@ -161,8 +161,8 @@ def test_datasets_streaming_or_not() -> None:
 
 
 def test_a_deeply_nested_line(tmp_path: Path) -> None:
-    """Prevents a recursion error from a line that nests too deep for the parser."""
+    """Prevents a recursion error from a line nested too deeply for the parser."""
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": "x"})[:-1] + ', "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
     )
-    assert "a.jsonl:1 is not JSON" in fault(tmp_path / "a.jsonl")
+    assert "a.jsonl:1 is not JSON" in error_of(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""Offsets between what each depth reads and what it predicts."""
+"""Offsets between inputs and targets at every depth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_six_tokens_by_hand() -> None:
 
 
 def test_nothing_is_predicted_across_a_boundary() -> None:
-    """Prevents training the end of one document to announce the beginning of an unrelated one, at any depth."""
+    """Prevents training the end of one document to predict the start of an unrelated one, at any depth."""
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
     made = make_targets(torch.tensor([[A, B, C, D, E, F]]), documents, depth=2)
     assert made.targets[0, 0].tolist() == [B, C, IGNORE, E, F]
@@ -33,20 +33,20 @@ def test_nothing_is_predicted_across_a_boundary() -> None:
 
 
 def test_nothing_is_predicted_through_a_document() -> None:
-    """Prevents comparing only the two ends: a number that comes back later is not the same document."""
+    """Prevents comparing only the two ends: a document number that recurs later is not the same document."""
     made = make_targets(torch.tensor([[A, B, C, D]]), torch.tensor([[0, 1, 0, 0]]), depth=1)
     assert made.targets[0, 0].tolist() == [IGNORE, IGNORE, D]
     assert made.targets[1, 0].tolist() == [IGNORE, IGNORE, IGNORE]
 
 
 def test_documents_of_one_token() -> None:
-    """Prevents a target when every token is a document of its own."""
+    """Prevents a target when every token is its own document."""
     made = make_targets(torch.tensor([[A, B, C]]), torch.tensor([[0, 1, 2]]), depth=1)
     assert (made.targets == IGNORE).all()
 
 
 def test_depth_beyond_the_sequence() -> None:
-    """Prevents a crash, or an invented target, where the depth exceeds the positions."""
+    """Prevents a crash, or an invalid target, if the depth exceeds the positions."""
     made = make_targets(torch.tensor([[A, B, C]]), torch.zeros(1, 3, dtype=torch.int64), depth=4)
     assert made.inputs.shape == made.targets.shape == (5, 1, 2)
     assert (made.targets[2:] == IGNORE).all()
@@ -74,7 +74,7 @@ def test_every_entry_follows_the_definition(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("tokens", "documents", "depth"), [((2, 5), (2, 4), 1), ((2, 1), (2, 1), 1), ((5,), (5,), 1), ((2, 5), (2, 5), -1)]
 )
-def test_shapes_that_make_no_sense(tokens: tuple[int, ...], documents: tuple[int, ...], depth: int) -> None:
+def test_invalid_shapes(tokens: tuple[int, ...], documents: tuple[int, ...], depth: int) -> None:
     """Prevents silent broadcasting of documents that belong to other tokens."""
     with pytest.raises(ValueError, match=r"need at least|must both be"):
         make_targets(torch.zeros(tokens, dtype=torch.int64), torch.zeros(documents, dtype=torch.int64), depth)

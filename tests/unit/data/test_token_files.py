@@ -1,4 +1,4 @@
-"""Token files: what is written is what is read, and nothing that is damaged is read at all."""
+"""Token files: what is written is read back, and damaged files are rejected."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_any_window_of_any_file(
 
 
 def test_megatron_reads_it(write_tokens: WriteTokens, tmp_path: Path) -> None:
-    """Prevents a private dialect: Megatron's own reader must see the same documents."""
+    """Prevents an incompatible format: Megatron's own reader must read the same documents."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     dataset = IndexedDataset(str(tmp_path / "a"))
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[5, 6, 7, 0], [8, 0], [9, 10, 0]]
@@ -77,14 +77,14 @@ def test_documents_of_several_sequences(write_tokens: WriteTokens, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65_536, np.uint16), (65_537, np.int32)])
-def test_the_smallest_type_that_holds_the_vocabulary(vocab_size: int, dtype: type) -> None:
-    """Prevents ids that wrap around, and files of twice the size they need."""
+def test_the_smallest_dtype_for_the_vocabulary(vocab_size: int, dtype: type) -> None:
+    """Prevents ids that overflow, and files of twice the necessary size."""
     assert token_dtype(vocab_size) is dtype
     assert np.iinfo(dtype).max >= vocab_size - 1
 
 
-def test_the_sidecar_says_what_is_inside(write_tokens: WriteTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Prevents a file whose tokenizer, size or origin nobody knows any more."""
+def test_the_sidecar_describes_the_content(write_tokens: WriteTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Prevents a file whose tokenizer, size or source is unknown."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     sidecar = read_sidecar(tmp_path / "a")
     assert (sidecar.tokens, sidecar.documents, sidecar.vocab_size, sidecar.eos_id) == (9, 3, 600, tokenizer.eos_id)
@@ -120,28 +120,28 @@ def edit(file: Path, **changes: object) -> None:
         (lambda a: poke(Path(f"{a}.idx"), 0, b"NOTINDEX"), "a.idx is not a Megatron index"),
         (lambda a: os.truncate(f"{a}.idx", 5), "a.idx is not a Megatron index"),
         (lambda a: os.truncate(f"{a}.idx", 20), "a.idx is truncated: 20 bytes, its header alone has 34"),
-        (lambda a: cut(Path(f"{a}.idx"), 8), "a.idx is truncated: .* its header announces"),
+        (lambda a: cut(Path(f"{a}.idx"), 8), "a.idx is truncated: .* its header specifies"),
         (lambda a: poke(Path(f"{a}.idx"), 9, struct.pack("<Q", 7)), "index version 7"),
         (lambda a: poke(Path(f"{a}.idx"), 17, b"\x63"), "dtype code 99"),
         (lambda a: cut(Path(f"{a}.bin"), 2), "a.bin has 16 bytes, its index describes 18"),
-        (lambda a: os.truncate(f"{a}.bin", 0), "a.bin holds no tokens"),
+        (lambda a: os.truncate(f"{a}.bin", 0), "a.bin contains no tokens"),
         (lambda a: Path(f"{a}.json").write_text("{"), "cannot read .*a.json"),
         (lambda a: Path(f"{a}.json").write_text("[]"), "a.json has format_version None"),
         (lambda a: edit(Path(f"{a}.json"), format_version=99), "a.json has format_version 99, this code reads 1"),
-        (lambda a: edit(Path(f"{a}.json"), tokens="many"), "tokens must be a int, not 'many'"),
+        (lambda a: edit(Path(f"{a}.json"), tokens="many"), "tokens must be of type int, not 'many'"),
         (
             lambda a: edit(Path(f"{a}.json"), tokens=8),
-            "records 8 tokens in 3 documents, the pair beside it holds 9 in 3",
+            "records 8 tokens in 3 documents, the pair beside it has 9 in 3",
         ),
         (lambda a: edit(Path(f"{a}.json"), tokenizer_fingerprint="0" * 64), "made with another tokenizer"),
         (lambda a: edit(Path(f"{a}.json"), vocab_size=601), "has a vocabulary of 601"),
         (lambda a: edit(Path(f"{a}.json"), eos_id=1), "ends documents with token 1"),
     ],
 )
-def test_damage_is_told_at_once(
+def test_damage_is_reported_when_opening(
     write_tokens: WriteTokens, tokenizer: Tokenizer, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    """Prevents training on rubbish, or a crash at a random step, from a file that is damaged or another's."""
+    """Prevents training on invalid data, or a crash at a random step, from a damaged or mismatched file."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     damage(tmp_path / "a")
     with pytest.raises(DataError, match=message) as caught:
@@ -149,7 +149,7 @@ def test_damage_is_told_at_once(
     assert "\n" not in str(caught.value)
 
 
-def test_any_tokenizer_will_do_if_none_is_given(write_tokens: WriteTokens, tmp_path: Path) -> None:
+def test_no_tokenizer_accepts_any_file(write_tokens: WriteTokens, tmp_path: Path) -> None:
     """Prevents inspection of a file from needing the tokenizer that made it."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     edit(tmp_path / "a.json", tokenizer_fingerprint="0" * 64)
@@ -157,20 +157,22 @@ def test_any_tokenizer_will_do_if_none_is_given(write_tokens: WriteTokens, tmp_p
 
 
 def test_tokens_outside_the_vocabulary(write_tokens: WriteTokens, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Prevents an index error inside the embedding, far from its cause, when bytes of the right number are wrong."""
+    """Prevents an index error inside the embedding, far from its cause, if a file of the right size has wrong bytes."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     poke(tmp_path / "a.bin", 2, struct.pack("<H", 60_000))
     file = open_token_file(tmp_path / "a", tokenizer)
     assert file.read(2, 3)[0].tolist() == STREAM[2:5]
-    with pytest.raises(DataError, match=r"a.bin is damaged: it holds tokens from 5 to 60000, its vocabulary has 600"):
+    with pytest.raises(
+        DataError, match=r"a.bin is damaged: it contains tokens from 5 to 60000, its vocabulary has 600"
+    ):
         file.read(0, 3)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_keeps_existing_files(
     write_tokens: WriteTokens, tokenizer: Tokenizer, tmp_path: Path, error: type[BaseException]
 ) -> None:
-    """Prevents half-written files, and the loss of a good file to a rewrite that failed."""
+    """Prevents half-written files, and the loss of a valid file to a rewrite that failed."""
     write_tokens(tmp_path / "a", DOCUMENTS)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(error), TokenFileWriter(tmp_path / "a", tokenizer, "ids") as writer:
@@ -180,8 +182,8 @@ def test_a_failed_write_leaves_what_was_there(
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.idx", "a.json"])
-def test_publishing_that_fails_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
-    """Prevents half of a pair, and an error other than the disk's, when one of its files cannot be put in place."""
+def test_a_failed_publication_leaves_no_files(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    """Prevents half of a pair, and a misleading error, if one of its files cannot be renamed into place."""
     with pytest.raises(IsADirectoryError), TokenFileWriter(tmp_path / "a", tokenizer, "ids") as writer:
         writer.add([1, 2, 3])
         (tmp_path / name).mkdir()

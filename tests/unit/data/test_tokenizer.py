@@ -1,4 +1,4 @@
-"""Tokenizers: loading, training, identity, and text that streams."""
+"""Tokenizers: loading, training, fingerprints and incremental decoding."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ TEXT = "The Congress — “café”, naïve 漢字, 👩‍🚀 and 🇺🇸.\n
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """All pieces, the last one flushed."""
+    """All pieces, including the flushed one."""
     text = TextStream(tokenizer)
     return [*(text.feed(token_id) for token_id in ids), text.flush()]
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    """Prevents a byte-level vocabulary that lacks a byte, or a decoder that does not fit the encoder."""
+def test_any_text_is_restored(tokenizer: Tokenizer, text: str) -> None:
+    """Prevents a byte-level vocabulary without some byte, or a decoder that does not match the encoder."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(data=st.data())
 def test_streamed_pieces_join_to_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Prevents characters that are lost, doubled or torn while printing, for any ids, UTF-8 or not."""
+    """Prevents characters that are lost, duplicated or split while streaming, for any ids, UTF-8 or not."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_no_piece_tears_a_character(tokenizer: Tokenizer) -> None:
+def test_no_piece_splits_a_character(tokenizer: Tokenizer) -> None:
     """Prevents replacement characters on the terminal while the bytes of a character are still arriving."""
     ids = tokenizer.encode(TEXT)
     assert len(ids) > len(TEXT) / 2
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
-    assert sum(map(bool, pieces)) > 10, "text must come in pieces, not at the end"
+    assert sum(map(bool, pieces)) > 10, "text must be returned in pieces, not at the end"
 
 
 @pytest.mark.parametrize("text", ["the cat", "  two  spaces ", "漢字 and 👩‍🚀 too", "é", "t t t", " ", "a\nb"])
 def test_streaming_with_leading_spaces(sentencepiece: Tokenizer, text: str) -> None:
-    """Prevents lost spaces between words where the decoder strips the one in front of what it is given."""
+    """Prevents lost spaces between words if the decoder strips the leading one of its input."""
     ids = sentencepiece.encode(text)
     pieces = stream(sentencepiece, ids)
     assert "".join(pieces) == sentencepiece.decode(ids) == text
@@ -58,13 +58,13 @@ def test_streaming_with_leading_spaces(sentencepiece: Tokenizer, text: str) -> N
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
 def test_streaming_with_byte_fallback(sentencepiece: Tokenizer, text: str) -> None:
-    """Prevents a character from staying back, or coming out as replacement characters, when bytes stand for it."""
+    """Prevents a character encoded as bytes from being held back, or returned as replacement characters."""
     ids = sentencepiece.encode(text)
     assert "".join(stream(sentencepiece, ids)) == sentencepiece.decode(ids)
 
 
 def test_streaming_with_the_metaspace_decoder() -> None:
-    """Prevents lost spaces with the other decoder that drops a leading one."""
+    """Prevents lost spaces with the other decoder that drops a leading space."""
     vocabulary = {"▁": 0, "a": 1, "▁a": 2, "</s>": 3}
     built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")]))
     built.pre_tokenizer, built.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -74,9 +74,9 @@ def test_streaming_with_the_metaspace_decoder() -> None:
         assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_garbage_does_not_hold_text_back_for_ever(tokenizer: Tokenizer) -> None:
-    """Prevents a model that emits broken bytes from showing nothing until its end, in quadratic time."""
-    byte = tokenizer.encode("é")[-1]  # a continuation byte, never a character by itself
+def test_invalid_bytes_do_not_hold_text_back(tokenizer: Tokenizer) -> None:
+    """Prevents a model that emits invalid bytes from showing no text until its end, in quadratic time."""
+    byte = tokenizer.encode("é")[-1]  # a continuation byte, never a complete character
     assert len(tokenizer.encode("é")) == 2
     text = TextStream(tokenizer)
     shown = "".join(text.feed(byte) for _ in range(50))
@@ -85,7 +85,7 @@ def test_garbage_does_not_hold_text_back_for_ever(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
-    """Prevents the end-of-text mark from being printed, unless asked for."""
+    """Prevents the end-of-text token from being printed, unless requested."""
     ids = [*tokenizer.encode("peace"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "peace"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "peace<|endoftext|>"
@@ -94,22 +94,24 @@ def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
 
 
 def test_training_is_reproducible(texts: list[str], tokenizer: Tokenizer) -> None:
-    """Prevents two preparations of one corpus from giving token files that do not fit each other's tokenizer."""
+    """Prevents two preparations of one corpus from producing token files of different tokenizers."""
     again = Tokenizer.train(iter(texts), 600)
     assert again.fingerprint == tokenizer.fingerprint
     assert again.vocab_size == 600
     assert Tokenizer.train(texts, 601).fingerprint != tokenizer.fingerprint
 
 
-@pytest.mark.parametrize(("vocab_size", "message"), [(256, "at least 257"), (5000, "tokens, not 5000; ask for fewer")])
-def test_vocabulary_sizes_that_cannot_be(vocab_size: int, message: str) -> None:
-    """Prevents a tokenizer without some bytes, or one smaller than the model's embedding was promised."""
+@pytest.mark.parametrize(
+    ("vocab_size", "message"), [(256, "at least 257"), (5000, "tokens, not 5000; reduce the vocabulary size")]
+)
+def test_invalid_vocabulary_sizes(vocab_size: int, message: str) -> None:
+    """Prevents a tokenizer without some bytes, or one smaller than the model's embedding expects."""
     with pytest.raises(DataError, match=message):
         Tokenizer.train(["a short text, a short text"], vocab_size)
 
 
-def test_an_error_of_the_source_survives_training() -> None:
-    """Prevents the trainer from hiding which line of the corpus is broken."""
+def test_an_error_of_the_source_is_raised_by_training() -> None:
+    """Prevents the trainer from hiding which line of the corpus is invalid."""
 
     def broken() -> Iterator[str]:
         yield "fine"
@@ -120,7 +122,7 @@ def test_an_error_of_the_source_survives_training() -> None:
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Prevents a saved tokenizer that encodes otherwise, lost its end token, or refuses its own token files."""
+    """Prevents a saved tokenizer that encodes differently, has lost its end token, or rejects its own token files."""
     tokenizer.save(tmp_path / "saved")
     for path in (tmp_path / "saved", tmp_path / "saved" / "tokenizer.json"):
         loaded = Tokenizer.load(path)
@@ -132,7 +134,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> N
 
 
 def test_fingerprint_ignores_layout_and_padding(tokenizer: Tokenizer) -> None:
-    """Prevents a file that was only re-indented, or given a padding rule, from being taken for another tokenizer."""
+    """Prevents a file that was only re-indented, or given a padding rule, from being treated as another tokenizer."""
     content = json.loads(tokenizer.to_json())
     content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     other = Tokenizer(json.dumps(content, separators=(",", ":"), sort_keys=True))
@@ -141,7 +143,7 @@ def test_fingerprint_ignores_layout_and_padding(tokenizer: Tokenizer) -> None:
 
 
 def test_the_configuration_names_the_end_token(sentencepiece: Tokenizer, tmp_path: Path) -> None:
-    """Prevents documents from ending in a well-known token when the tokenizer says it ends in another."""
+    """Prevents documents from ending in a well-known token if the configuration names another one."""
     assert (sentencepiece.eos_id, sentencepiece.bos_id) == (2, 1)
     named = Tokenizer(sentencepiece.to_json(), {"eos_token": {"content": "<unk>"}, "bos_token": None})
     assert (named.eos_id, named.bos_id) == (0, None)
@@ -161,7 +163,7 @@ def test_added_tokens_count(tokenizer: Tokenizer) -> None:
 
 
 def test_a_tokenizer_without_an_end_token() -> None:
-    """Prevents documents that run into each other unmarked."""
+    """Prevents documents without a boundary between them."""
     built = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     with pytest.raises(DataError, match="no end-of-document token"):
         Tokenizer(built.to_str())
@@ -171,15 +173,17 @@ def test_a_tokenizer_without_an_end_token() -> None:
     ("content", "config", "message"),
     [
         (None, None, "no such tokenizer"),
-        (b"{", None, "is not a tokenizer.json"),
-        (b"{}", None, "is not a tokenizer.json"),
+        (b"{", None, "is not a valid tokenizer.json"),
+        (b"{}", None, "is not a valid tokenizer.json"),
         (b"\xff\xfe", None, "cannot read the tokenizer"),
-        (b"{}", b"[]", "must hold a JSON object"),
+        (b"{}", b"[]", "must contain a JSON object"),
         (b"{}", b"{", "cannot read the tokenizer"),
     ],
 )
-def test_files_that_are_no_tokenizer(tmp_path: Path, content: bytes | None, config: bytes | None, message: str) -> None:
-    """Prevents a library's traceback in place of a line that names the file."""
+def test_files_that_are_not_a_tokenizer(
+    tmp_path: Path, content: bytes | None, config: bytes | None, message: str
+) -> None:
+    """Prevents a library's traceback in place of a one-line error that names the file."""
     if content is not None:
         (tmp_path / "tokenizer.json").write_bytes(content)
     if config is not None:

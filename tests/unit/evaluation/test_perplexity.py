@@ -1,4 +1,4 @@
-"""Perplexity over whole documents: every token counted once, whatever is left over at the end."""
+"""Perplexity over complete documents: every token is counted once, including those of a shorter last sequence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model() -> RecycleGPT:
 
 
 @pytest.mark.parametrize("length", range(1, 12))
-def test_leftovers_of_any_length(model: RecycleGPT, length: int) -> None:
+def test_a_last_sequence_of_any_length(model: RecycleGPT, length: int) -> None:
     """A last sequence shorter than the module's depth that crashes, or whose tokens are not counted."""
     result = evaluate_documents(model, [list(range(1, length + 1))], 0, seq_length=8, batch_size=2)
     assert result.tokens == length

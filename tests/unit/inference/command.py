@@ -1,4 +1,4 @@
-"""Running the command in the process of a test."""
+"""Types and constants for tests that run the command in their own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model, and the command that continues texts with it."""
+"""Fixtures: a trained model, and the generate command."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def generate(model: Path, capfd: pytest.CaptureFixture[str]) -> Generate:
     """Runs the command in this process."""
 
     def call(*arguments: str, folder: str | None = None) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(["--model", folder or str(model), *arguments])
-        return Outcome(int(ended.value.code or 0), *capfd.readouterr())
+        return Outcome(int(exit_info.value.code or 0), *capfd.readouterr())
 
     return call

@@ -1,4 +1,4 @@
-"""Tiny real models and a detokeniser for the tests of decoding."""
+"""Tiny models and a detokeniser for the decoding tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_model(
 ) -> RecycleGPT:
     """Random weights, large enough that the most likely token changes from position to position.
 
-    In a small vocabulary the module agrees with the backbone by chance: drafts are accepted and rejected both.
+    In a small vocabulary the module agrees with the backbone by chance: some drafts are accepted, some rejected.
     """
     config = ModelConfig(
         layers=layers,
@@ -42,7 +42,7 @@ def random_model(
 
 
 def overfitted_model(tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110) -> RecycleGPT:
-    """A model trained on one repeating text until it knows it by heart."""
+    """A model overfitted on one repeating text."""
     torch.manual_seed(0)
     config = ModelConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab_size=vocab_size, max_positions=128)
     model = build_model(config, RecycleConfig(layers=1, depth=depth, loss_weight=1.0), seed=1)

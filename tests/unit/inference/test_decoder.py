@@ -13,7 +13,7 @@ from tests.unit.inference.models import Letters, random_model
 
 
 class Ticks:
-    """A clock that moves one second at every reading."""
+    """A clock that advances by one second at every reading."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -25,8 +25,8 @@ class Ticks:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("draft_tokens", [None, 0, 1, 5, 100])
-def test_no_mode_produces_more_than_it_may(mode: str, draft_tokens: int | None) -> None:
-    """Prevents tokens beyond the number asked for or the context, and cache positions beyond what was reserved."""
+def test_no_mode_exceeds_its_limits(mode: str, draft_tokens: int | None) -> None:
+    """Prevents tokens beyond the requested number or the context, and cache positions beyond the capacity."""
     model = random_model(6, 3, max_positions=20)
     for prompt_tokens in (1, 7, 18, 19):
         for max_new_tokens in (1, 2, 3, 12, 30):
@@ -37,8 +37,8 @@ def test_no_mode_produces_more_than_it_may(mode: str, draft_tokens: int | None) 
             assert generation.finish_reason == ("length" if max_new_tokens <= 20 - prompt_tokens else "context")
 
 
-def test_autoregressive_leaves_the_module_alone() -> None:
-    """Prevents a reference whose speed pays for a module it does not use."""
+def test_autoregressive_does_not_run_the_module() -> None:
+    """Prevents a reference whose speed includes a module that it does not use."""
     generation = Decoder(random_model(6, 3)).generate([1, 2], "autoregressive", max_new_tokens=20)
     assert (generation.module_calls, generation.full_calls, generation.tokens_per_full_call) == (0, 20, 1.0)
     assert not any(generation.recycled)
@@ -46,7 +46,7 @@ def test_autoregressive_leaves_the_module_alone() -> None:
 
 
 def test_a_model_without_a_module_decodes_autoregressively() -> None:
-    """Prevents a plain language model from being unusable, or crashing in a mode that it does not have."""
+    """Prevents a plain language model from being unusable, or crashing in a mode that it does not support."""
     decoder = Decoder(random_model(6, 3, recycle_layers=0))
     assert len(decoder.generate([1, 2], "autoregressive", max_new_tokens=5).token_ids) == 5
     for mode in ("alternate", "verified"):
@@ -56,7 +56,7 @@ def test_a_model_without_a_module_decodes_autoregressively() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_end_of_sequence_is_the_last_token(mode: str) -> None:
-    """Prevents text behind an end of sequence, drafted ones included."""
+    """Prevents text after an end of sequence, including a drafted one."""
     model = random_model(6, 3)
     for eos in range(6):
         unlimited = Decoder(model).generate([1, 2], mode, max_new_tokens=30, draft_tokens=3)
@@ -71,8 +71,8 @@ def test_an_end_of_sequence_is_the_last_token(mode: str) -> None:
 def test_streamed_tokens_and_text_are_the_final_ones(mode: str) -> None:
     """Prevents a stream that shows tokens twice, late or not at all, or parts of a stop string."""
     decoder = Decoder(random_model(6, 3), None, Letters)
-    whole = decoder.generate([1, 2], mode, max_new_tokens=30, draft_tokens=3)
-    text = "".join(map(Letters().feed, whole.token_ids))
+    uncut = decoder.generate([1, 2], mode, max_new_tokens=30, draft_tokens=3)
+    text = "".join(map(Letters().feed, uncut.token_ids))
     stop = text[9:12]
     printer = TokenPrinter(Letters(), [stop], frozenset(), mode, None)
     tokens: list[int] = []
@@ -99,7 +99,7 @@ def test_counts_add_up() -> None:
     for position in range(1, len(generation.tested)):
         assert generation.tested[position] <= generation.accepted[position - 1]
     assert generation.acceptance[0] == generation.accepted[0] / generation.tested[0]
-    # one pass over the prompt, and one call per draft: the first of a cycle reads the kept positions too
+    # one pass over the prompt, and one call per draft: the first call of a cycle also reads the kept positions
     assert generation.module_calls == 1 + sum(generation.drafted)
     assert generation.tokens_per_full_call == 40 / generation.full_calls
 
@@ -120,8 +120,8 @@ def test_alternate_recycles_one_token_by_default() -> None:
     assert (generation.full_calls, generation.tokens_per_full_call) == (10, 2.0)
 
 
-def test_an_interrupted_generation_keeps_what_it_had() -> None:
-    """Prevents Ctrl-C from throwing away text and figures."""
+def test_an_interrupted_generation_keeps_its_tokens() -> None:
+    """Prevents Ctrl-C from discarding text and figures."""
     seen: list[int] = []
 
     def on_tokens(ids: list[int], recycled: list[bool]) -> None:
@@ -137,8 +137,8 @@ def test_an_interrupted_generation_keeps_what_it_had() -> None:
     assert isinstance(caught.value, KeyboardInterrupt)
 
 
-def test_decoding_leaves_no_gradients() -> None:
-    """Prevents a graph that grows with every token until memory is gone."""
+def test_decoding_computes_no_gradients() -> None:
+    """Prevents an autograd graph that grows with every token until memory is exhausted."""
     model = random_model(5, 1)
     Decoder(model).generate([1, 2], "verified", max_new_tokens=10)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -162,7 +162,7 @@ def test_decoding_leaves_no_gradients() -> None:
     ],
 )
 def test_requests_that_cannot_be_decoded_are_refused(changes: dict[str, Any], words: str) -> None:
-    """Prevents a stack trace from inside the model, or silent nonsense, in place of one clear line."""
+    """Prevents a stack trace from inside the model, or wrong output, in place of a one-line error."""
     request: dict[str, Any] = {"prompt_ids": [1, 2], "mode": "verified", "max_new_tokens": 5, **changes}
     with pytest.raises(DecodingError) as caught:
         Decoder(random_model(5, 1)).generate(**request)
@@ -171,7 +171,7 @@ def test_requests_that_cannot_be_decoded_are_refused(changes: dict[str, Any], wo
 
 
 def test_the_line_of_figures_names_them_all() -> None:
-    """Prevents a closing line without the speed, the tokens per full call or the acceptance."""
+    """Prevents a final line without the speed, the tokens per full call or the acceptance."""
     generation = Generation((1, 2, 3), (False, True, False), "eos", 5, 2, 3, (1,), (1,), (1,), 0.5, 0.25)
     line = figures_line(generation, "verified", coloured=True)
     for words in ("verified: 3 tokens (eos)", "8.0 tokens/s", "1.50 tokens per full call", "acceptance 1.00", "green"):
@@ -179,7 +179,7 @@ def test_the_line_of_figures_names_them_all() -> None:
     assert "\n" not in line
 
 
-def test_one_decoder_serves_many_prompts() -> None:
+def test_one_decoder_decodes_many_prompts() -> None:
     """Prevents state of one generation from leaking into the next."""
     model, decoder = random_model(5, 2), Decoder(random_model(5, 2))
     prompts = [[1, 2, 3], [4], [0, 0, 1, 2, 3, 4]]

@@ -1,4 +1,4 @@
-"""The recycle chain against a computation from scratch, and acceptance on a text known by heart."""
+"""Drafts against a computation from scratch, and acceptance of an overfitted model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from recycle_ds.inference import Decoder, SamplingParams
+from recycle_ds.inference import Decoder, TokenSampling
 from recycle_ds.inference.speculation.drafting import Drafts
 from recycle_ds.inference.speculation.sampling import penalise
 from recycle_ds.inference.speculation.stopping import StopCondition
@@ -18,7 +18,7 @@ from tests.unit.inference.models import overfitted_model, random_model
 
 
 def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalty: float = 1.0) -> list[int]:
-    """Greedy drafts by the definition: all true entries (h_p, x_{p+1}) at once, then the chain, in new caches."""
+    """Greedy drafts by the definition: all backbone entries (h_p, x_{p+1}) at once, then draft by draft, in new caches."""
     cache = model.new_cache(1, len(tokens) + count)
     known_1T = torch.tensor([tokens])
     hidden_TBD = model.decode(known_1T[:, :-1], cache)
@@ -32,7 +32,7 @@ def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalt
         state = model.recycle_decode(state, torch.tensor([drafts[-1:]]), cache)
 
 
-def _stream(model: RecycleGPT, prompt: list[int], limit: int, params: SamplingParams, eos: frozenset[int]) -> Stream:
+def _stream(model: RecycleGPT, prompt: list[int], limit: int, params: TokenSampling, eos: frozenset[int]) -> Stream:
     return Stream(model, prompt, params, StopCondition(eos, limit, "length"), eos, None, time.perf_counter)
 
 
@@ -42,36 +42,36 @@ def _stream(model: RecycleGPT, prompt: list[int], limit: int, params: SamplingPa
 def test_drafts_are_those_of_a_computation_from_scratch(recycle_layers: int, penalty: float) -> None:
     """Prevents stale entries of rejected drafts, shifted positions and wrong states, which verification would hide."""
     model = random_model(8, 5, recycle_layers=recycle_layers)
-    stream = _stream(model, [1, 2, 3, 4], 36, SamplingParams(repetition_penalty=penalty), frozenset())
+    stream = _stream(model, [1, 2, 3, 4], 36, TokenSampling(repetition_penalty=penalty), frozenset())
     stream.prefill(with_module=True)
     known = [1, 2, 3, 4, *stream.result("length").token_ids]
     lengths = [3, 1, 4, 2, 1, 5, 3, 2]
     for count in lengths:
-        drafts = stream.chain.draft(stream.length, count)
-        assert stream.ids(drafts.count) == drafts_from_scratch(model, known, count, penalty)
-        stream.judge(drafts)
+        drafts = stream.drafter.draft(stream.length, count)
+        assert stream.draft_ids(drafts.count) == drafts_from_scratch(model, known, count, penalty)
+        stream.verify(drafts)
         known = [1, 2, 3, 4, *stream.result("length").token_ids]
     assert 0 < sum(stream.tally.accepted) < sum(lengths), "the test needs accepted and rejected drafts"
 
 
 @torch.inference_mode()
-def test_positions_passed_without_drafts_are_read_later() -> None:
-    """Prevents a module whose sequence has holes after drafting was turned off for a while."""
+def test_positions_skipped_without_drafts_are_read_later() -> None:
+    """Prevents gaps in the module's KV cache after cycles without drafts."""
     model = random_model(8, 6)
-    stream = _stream(model, [1, 2], 30, SamplingParams(), frozenset())
+    stream = _stream(model, [1, 2], 30, TokenSampling(), frozenset())
     stream.prefill(with_module=True)
-    calls = stream.chain.calls
+    calls = stream.drafter.calls
     for _ in range(6):
-        stream.judge(Drafts(0, None))
-    assert stream.chain.calls == calls
-    drafts = stream.chain.draft(stream.length, 3)
-    assert stream.chain.calls == calls + 3  # all that was missed in one call
-    assert stream.ids(drafts.count) == drafts_from_scratch(model, [1, 2, *stream.result("length").token_ids], 3)
+        stream.verify(Drafts(0, None))
+    assert stream.drafter.calls == calls
+    drafts = stream.drafter.draft(stream.length, 3)
+    assert stream.drafter.calls == calls + 3  # all skipped positions in one call
+    assert stream.draft_ids(drafts.count) == drafts_from_scratch(model, [1, 2, *stream.result("length").token_ids], 3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @torch.inference_mode()
-def test_alternate_keeps_what_the_module_says(count: int) -> None:
+def test_alternate_keeps_the_tokens_of_the_module(count: int) -> None:
     """Prevents the paper's mode from reading states, tokens or positions other than those of the text it keeps."""
     model = random_model(8, 7)
     expected = [1, 2, 3]
@@ -86,44 +86,44 @@ def test_alternate_keeps_what_the_module_says(count: int) -> None:
 
 
 @torch.inference_mode()
-def test_a_chain_ends_at_a_drafted_end_of_sequence() -> None:
+def test_drafting_stops_at_a_drafted_end_of_sequence() -> None:
     """Prevents module calls for tokens that can never be kept."""
     model = random_model(4, 9)
-    unlimited = _stream(model, [1, 2, 3], 20, SamplingParams(), frozenset())
+    unlimited = _stream(model, [1, 2, 3], 20, TokenSampling(), frozenset())
     unlimited.prefill(with_module=True)
-    unlimited.chain.draft(unlimited.length, 8)
-    ids = unlimited.ids(8)
+    unlimited.drafter.draft(unlimited.length, 8)
+    ids = unlimited.draft_ids(8)
     eos = ids[0]
-    limited = _stream(model, [1, 2, 3], 20, SamplingParams(), frozenset({eos}))
+    limited = _stream(model, [1, 2, 3], 20, TokenSampling(), frozenset({eos}))
     limited.prefill(with_module=True)
-    assert limited.chain.draft(limited.length, 8).count == 1
+    assert limited.drafter.draft(limited.length, 8).count == 1
 
 
 @torch.inference_mode()
-def test_sampled_drafts_come_with_the_distributions_they_were_drawn_from() -> None:
-    """Prevents judging a draft by another distribution than its own, which would skew the output."""
+def test_sampled_drafts_come_with_their_distributions() -> None:
+    """Prevents verifying a draft with another distribution than its own, which would bias the output."""
     model = random_model(6, 2)
-    params = SamplingParams(temperature=0.8, top_k=3, repetition_penalty=1.2, seed=1)
+    params = TokenSampling(temperature=0.8, top_k=3, repetition_penalty=1.2, seed=1)
     stream = _stream(model, [1, 2, 3], 20, params, frozenset())
     stream.prefill(with_module=True)
-    drafts = stream.chain.draft(stream.length, 4)
+    drafts = stream.drafter.draft(stream.length, 4)
     assert drafts.probs_NV is not None and drafts.probs_NV.shape == (4, 6)
     torch.testing.assert_close(drafts.probs_NV.sum(-1), torch.ones(4))
     assert ((drafts.probs_NV > 0).sum(-1) <= 3).all()
-    assert all(drafts.probs_NV[i, token] > 0 for i, token in enumerate(stream.ids(4)))
+    assert all(drafts.probs_NV[i, token] > 0 for i, token in enumerate(stream.draft_ids(4)))
 
 
 @pytest.fixture(scope="module")
-def by_heart() -> tuple[RecycleGPT, list[int]]:
-    """A model overfitted on a text in which no token tells the next one by itself, and the text."""
+def overfitted() -> tuple[RecycleGPT, list[int]]:
+    """A model overfitted on a text in which no token determines the next one alone, and the text."""
     text = [1, 2, 3, 1, 4, 2, 5, 3, 2, 1, 5, 4, 6, 2, 4, 3]
     assert len(set(pairwise(text))) > len(set(text))
     return overfitted_model(text, vocab_size=8), text
 
 
-def test_a_text_known_by_heart_is_drafted_almost_without_fail(by_heart: tuple[RecycleGPT, list[int]]) -> None:
-    """Prevents wrong states or positions in the chain, which verification would repair and so hide, at every depth."""
-    model, text = by_heart
+def test_an_overfitted_model_accepts_almost_all_drafts(overfitted: tuple[RecycleGPT, list[int]]) -> None:
+    """Prevents wrong states or positions in drafting, at any depth, which verification would correct and hide."""
+    model, text = overfitted
     decoder = Decoder(model)
     trials, hits = [0, 0, 0], [0, 0, 0]
     for start in range(0, len(text), 3):
@@ -138,17 +138,17 @@ def test_a_text_known_by_heart_is_drafted_almost_without_fail(by_heart: tuple[Re
     assert hits[2] / trials[2] >= 0.9
 
 
-def test_unverified_tokens_of_a_text_known_by_heart_are_right(by_heart: tuple[RecycleGPT, list[int]]) -> None:
+def test_unverified_tokens_of_an_overfitted_model_are_correct(overfitted: tuple[RecycleGPT, list[int]]) -> None:
     """Prevents `alternate` from feeding the backbone tokens or positions other than those it kept."""
-    model, text = by_heart
+    model, text = overfitted
     for drafts in (1, 2):
         generation = Decoder(model).generate(text, "alternate", max_new_tokens=29, draft_tokens=drafts)
         assert generation.token_ids == tuple((text * 3)[16:45])
 
 
-def test_the_adaptive_length_uses_what_the_module_knows(by_heart: tuple[RecycleGPT, list[int]]) -> None:
-    """Prevents an adaptation that never drafts although every draft is right and, by the clock given, cheap."""
-    model, text = by_heart
+def test_the_adaptive_length_uses_accurate_drafts(overfitted: tuple[RecycleGPT, list[int]]) -> None:
+    """Prevents an adaptation that never drafts although every draft is correct and, by the given clock, cheap."""
+    model, text = overfitted
     ticks = iter(range(1_000_000))
     decoder = Decoder(model, clock=lambda: float(next(ticks)))  # every interval looks like one second
     tokens = [decoder.generate(text, "verified", max_new_tokens=28).tokens_per_full_call for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The commands `generate` and `bench_decoding` on a checkpoint that a real (short) run has left."""
+"""The commands `generate` and `bench_decoding` on a checkpoint of a real, short run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.inference.command import PROMPT, Generate
 
 
 def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None:
-    """Prevents logs, figures or colours in text that a person pipes into a file."""
+    """Prevents logs, figures or colours in text that a user pipes into a file."""
     plain = generate("--prompt", PROMPT, "--max-new-tokens", "20")
     as_json = generate("--prompt", PROMPT, "--max-new-tokens", "20", "--json")
     record = json.loads(as_json.out)
@@ -37,7 +37,7 @@ def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None
 
 
 def test_modes_agree_on_the_command_line(generate: Generate) -> None:
-    """Prevents options that do not reach the decoder, and a lossless mode that is not."""
+    """Prevents options that do not reach the decoder, and a lossless mode that changes tokens."""
     records: dict[str, dict[str, Any]] = {}
     for mode in ("autoregressive", "alternate", "verified"):
         arguments = ("--mode", mode, "--draft-tokens", "2", "--max-new-tokens", "24", "--json", "--threads", "1")
@@ -48,8 +48,8 @@ def test_modes_agree_on_the_command_line(generate: Generate) -> None:
     assert max(map(len, (records["verified"]["drafted"], records["alternate"]["drafted"]))) == 2
 
 
-def test_sampling_is_repeated_by_its_seed(generate: Generate) -> None:
-    """Prevents sampling options that are parsed and forgotten."""
+def test_a_seed_makes_sampling_reproducible(generate: Generate) -> None:
+    """Prevents sampling options that are parsed and ignored."""
     sampling = ("--temperature", "1.2", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01")
     arguments = ("--prompt", PROMPT, *sampling, "--repetition-penalty", "1.1", "--max-new-tokens", "20")
     first, again, other = (generate(*arguments, "--seed", seed).out for seed in ("1", "1", "2"))
@@ -57,7 +57,7 @@ def test_sampling_is_repeated_by_its_seed(generate: Generate) -> None:
 
 
 def test_stop_strings_cut_the_text(generate: Generate) -> None:
-    """Prevents a stop string in the output, or one that is looked for in single tokens only."""
+    """Prevents a stop string in the output, or one that is searched for only in single tokens."""
     text = generate("--prompt", PROMPT, "--max-new-tokens", "30").out
     stop = text[7:10]
     outcome = generate("--prompt", PROMPT, "--max-new-tokens", "30", "--stop", "never there", "--stop", stop)
@@ -65,10 +65,10 @@ def test_stop_strings_cut_the_text(generate: Generate) -> None:
     assert "(stop)" in outcome.err
 
 
-def test_the_prompt_comes_from_a_file_or_stdin_as_it_is(
+def test_the_prompt_from_a_file_or_stdin_is_unchanged(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prevents a prompt whose spaces and line ends are changed on the way."""
+    """Prevents a prompt whose spaces and line ends are changed."""
     raw = "  abcd\r\nefgh \n"
     (tmp_path / "prompt.txt").write_bytes(raw.encode())
     expected = generate("--prompt", raw, "--max-new-tokens", "8", "--json")
@@ -90,7 +90,7 @@ def test_half_precision_runs(generate: Generate) -> None:
 def test_recycled_tokens_are_coloured_on_a_terminal_only(
     generate: Generate, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prevents recycled tokens that cannot be told from others, or text that differs from what a pipe gets."""
+    """Prevents recycled tokens that cannot be distinguished, or text that differs from the output to a pipe."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     arguments = ("--prompt", PROMPT, "--mode", "alternate", "--max-new-tokens", "12")
@@ -104,15 +104,15 @@ def test_recycled_tokens_are_coloured_on_a_terminal_only(
 
 
 def _on_a_terminal(action: Callable[[], object]) -> str:
-    """What the action writes to stdout while that is a terminal."""
+    """The output of the action to stdout while that is a terminal."""
     master, slave = pty.openpty()
-    kept = os.dup(1)
+    saved_fd = os.dup(1)
     os.dup2(slave, 1)
     try:
         action()
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved_fd, 1)
+        os.close(saved_fd)
         os.close(slave)
     try:
         return os.read(master, 65536).decode()
@@ -140,7 +140,7 @@ def _on_a_terminal(action: Callable[[], object]) -> str:
         (["--prompt", "a", "--tempersture", "1"], "--tempersture"),
     ],
 )
-def test_mistakes_are_told_on_one_line(generate: Generate, arguments: list[str], words: str) -> None:
+def test_errors_are_reported_on_one_line(generate: Generate, arguments: list[str], words: str) -> None:
     """Prevents a stack trace, or an exit code of success, for a typing error."""
     outcome = generate(*arguments)
     lines = outcome.err.splitlines()
@@ -148,7 +148,7 @@ def test_mistakes_are_told_on_one_line(generate: Generate, arguments: list[str],
     assert lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_a_folder_without_a_model_is_told(generate: Generate, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_reported(generate: Generate, tmp_path: Path) -> None:
     """Prevents a stack trace for the most common mistake."""
     for folder in (str(tmp_path), str(tmp_path / "nowhere")):
         outcome = generate("--prompt", "a", folder=folder)
@@ -156,7 +156,7 @@ def test_a_folder_without_a_model_is_told(generate: Generate, tmp_path: Path) ->
 
 
 def test_several_ranks_are_refused_once(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents every rank from decoding, and printing, the same text."""
+    """Prevents every rank from decoding and printing the same text."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, expected in (
         (
@@ -180,7 +180,7 @@ def test_a_launcher_of_one_rank_changes_nothing(generate: Generate, monkeypatch:
         assert generate("--prompt", PROMPT, "--max-new-tokens", "6", *option).out == expected
 
 
-def test_interrupting_leaves_text_and_figures(model: Path) -> None:
+def test_an_interrupt_prints_text_and_figures(model: Path) -> None:
     """Prevents Ctrl-C from ending in a stack trace, or without the figures of what was produced."""
     command = [sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--prompt", PROMPT]
     options = ["--max-new-tokens", "4000", "--mode", "autoregressive"]
@@ -201,16 +201,16 @@ def test_interrupting_leaves_text_and_figures(model: Path) -> None:
 def test_the_bench_tool_writes_table_figures_and_plot(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prevents a tool that measures and then fails to say or save what it found."""
+    """Prevents a tool that measures and then fails to print or save the results."""
     prompts, report, plot = tmp_path / "prompts.jsonl", tmp_path / "decoding.json", tmp_path / "decoding.png"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "ghij")), encoding="utf-8")
     arguments = ["--model", str(model), "--prompts", str(prompts), "--max-new-tokens", "10", "--repeats", "1"]
     outputs = ["--json", str(report), "--plot", str(plot), "--threads", "1"]
     tool = str(ROOT / "tools" / "bench_decoding.py")
     monkeypatch.setattr(sys, "argv", [tool, *arguments, *outputs])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(tool, run_name="__main__")
-    assert not ended.value.code
+    assert not exit_info.value.code
     out = capfd.readouterr().out
     modes = json.loads(report.read_text(encoding="utf-8"))["modes"]
     assert all(mode in out for mode in modes) and len(modes) == 3
@@ -218,8 +218,8 @@ def test_the_bench_tool_writes_table_figures_and_plot(
     assert plot.stat().st_size > 10_000
 
 
-def test_the_text_is_what_the_tokenizer_says(generate: Generate, model: Path) -> None:
-    """Prevents text that loses or doubles characters between streamed pieces."""
+def test_the_text_is_that_of_the_tokenizer(generate: Generate, model: Path) -> None:
+    """Prevents text that loses or duplicates characters between streamed pieces."""
     record = json.loads(generate("--prompt", PROMPT, "--max-new-tokens", "40", "--json").out)
     tokenizer = Tokenizer.load(next((model / "checkpoints").glob("step-*")) / "tokenizer.json")
     assert record["text"] == tokenizer.decode(record["token_ids"])

@@ -1,4 +1,4 @@
-"""The command with a file of prompts, as a job of several ranks calls it."""
+"""The generate command with a file of prompts, as a job of several ranks runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.inference.command import PROMPT, Generate
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder of a batch job whose second rank of two this process is."""
+    """Folder of a batch job. This process is the second of its two ranks."""
     folder = tmp_path / "job"
     folder.mkdir()
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "RECYCLE_JOB_DIR": str(folder)}.items():
@@ -21,15 +21,15 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_mistyped_option_is_told_to_the_job(generate: Generate, job: Path) -> None:
-    """A job that is started again for ever, because the rank that left first had not said why, or none had."""
+def test_a_mistyped_option_is_reported_to_the_job(generate: Generate, job: Path) -> None:
+    """Prevents endless restarts of a job because the rank that exited first, or all ranks, did not report the error."""
     outcome = generate("--modle", "x")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", ""), "the first rank prints it"
     assert "--modle" in (job / "error").read_text() and (job / "outcome").read_text() == "failed\n"
 
 
-def test_a_rank_tells_what_is_wrong_with_its_own_prompt(generate: Generate, job: Path, tmp_path: Path) -> None:
-    """A job that fails without a word, or without saying which of thousands of prompts is too long."""
+def test_a_rank_reports_an_error_of_its_own_prompt(generate: Generate, job: Path, tmp_path: Path) -> None:
+    """Prevents a job from failing without a message, or without naming the one prompt of thousands that is too long."""
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     texts = [PROMPT, PROMPT, "abcd " * 4000, "abcd " * 4000]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -41,10 +41,10 @@ def test_a_rank_tells_what_is_wrong_with_its_own_prompt(generate: Generate, job:
     assert (job / "error").read_text().startswith(expected) and (job / "outcome").read_text() == "failed\n"
 
 
-def test_prompts_go_on_with_the_checkpoint_that_they_were_begun_with(
+def test_a_restart_continues_with_the_checkpoint_of_the_first_start(
     generate: Generate, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An output of two models, because a live run had saved anew before the second start."""
+    """Prevents an output of two models, because a running training saved a checkpoint before the second start."""
     run, prompts, output = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     shutil.copytree(model, run)
     (first,) = (run / "checkpoints").glob("step-*")
@@ -57,7 +57,7 @@ def test_prompts_go_on_with_the_checkpoint_that_they_were_begun_with(
         assert generate(*asked, folder=str(run)).code == 0
         shutil.copytree(first, first.with_name("step-00000009"), dirs_exist_ok=True)
         if rank == "0":
-            (first.with_name("step-00000009") / "manifest.json").write_text("{}")  # is not even looked at
+            (first.with_name("step-00000009") / "manifest.json").write_text("{}")  # must not be read
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == [PROMPT, "ghij"]
     monkeypatch.setenv("RANK", "0")
     outcome = generate(*asked, folder=str(run))

@@ -1,4 +1,4 @@
-"""`verified` against `autoregressive`: the same tokens at temperature 0, the same distribution above."""
+"""`verified` against `autoregressive`: the same tokens at temperature 0, the same distribution above 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from recycle_ds.inference import Decoder, SamplingParams
+from recycle_ds.inference import Decoder, TokenSampling
 from recycle_ds.inference.speculation.sampling import probabilities
 from recycle_ds.model import RecycleGPT
 from tests.unit.inference.models import LETTERS, Letters, random_model
@@ -43,10 +43,10 @@ def test_verified_is_autoregressive_token_for_token(
     penalty: float,
     stop: list[str],
 ) -> None:
-    """Prevents any difference: at limits, stop tokens, stop strings, under penalties, for every draft length."""
+    """Prevents any difference at limits, stop tokens, stop strings, with penalties and with every draft length."""
     model = random_model(vocab_size, seed, layers=layers, recycle_layers=recycle_layers, max_positions=max_positions)
     decoder = Decoder(model, eos, Letters)
-    params = SamplingParams(repetition_penalty=penalty)
+    params = TokenSampling(repetition_penalty=penalty)
     seen: list[int] = []
     expected = decoder.generate(prompt, "autoregressive", params, max_new_tokens=max_new_tokens, stop=stop)
     found = decoder.generate(
@@ -64,20 +64,20 @@ def test_verified_is_autoregressive_token_for_token(
 
 
 def test_a_penalty_sees_the_drafts_before_each_position() -> None:
-    """Prevents judging a draft as if the drafts accepted before it, in the same call, were not part of the text."""
+    """Prevents verifying a draft without the drafts accepted before it, in the same call, in its history."""
     accepted = 0
     for seed, std, penalty in product(range(3), (0.1, 0.3), (1.3, 2.5)):
-        decoder, params = Decoder(random_model(6, seed, std=std)), SamplingParams(repetition_penalty=penalty)
-        for token in range(6):  # a short prompt: the first cycles still meet tokens that are new
+        decoder, params = Decoder(random_model(6, seed, std=std)), TokenSampling(repetition_penalty=penalty)
+        for token in range(6):  # a short prompt: in the first cycles, most tokens are not in the history yet
             expected = decoder.generate([token], "autoregressive", params, max_new_tokens=9)
             found = decoder.generate([token], "verified", params, max_new_tokens=9, draft_tokens=4)
             assert found.token_ids == expected.token_ids
             accepted += sum(found.accepted[1:])
-    assert accepted > 0, "the test needs a draft accepted behind another"
+    assert accepted > 0, "the test needs a draft accepted after another"
 
 
-def test_the_property_test_sees_accepted_and_rejected_drafts() -> None:
-    """Prevents the property from holding because the random models' drafts are all rejected, or all accepted."""
+def test_the_property_test_covers_accepted_and_rejected_drafts() -> None:
+    """Prevents the property test from passing because all drafts of the random models are rejected, or all accepted."""
     tested, accepted, recycled, full = 0, 0, 0, 0
     for seed in range(3):
         generation = Decoder(random_model(5, seed)).generate([1, 2], max_new_tokens=40, draft_tokens=3)
@@ -90,8 +90,8 @@ def test_the_property_test_sees_accepted_and_rejected_drafts() -> None:
     assert recycled + full == 3 * 40
 
 
-def _joint(model: RecycleGPT, prompt: list[int], params: SamplingParams, count: int) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation of `count` tokens, by enumeration with the whole model from scratch."""
+def _joint(model: RecycleGPT, prompt: list[int], params: TokenSampling, count: int) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of `count` tokens, by enumeration with the full model, without a cache."""
     joint = {(): 1.0}
     for _ in range(count):
         longer = {}
@@ -107,15 +107,15 @@ def _joint(model: RecycleGPT, prompt: list[int], params: SamplingParams, count: 
 @pytest.mark.parametrize(("mode", "trials"), [("autoregressive", 500), ("verified", 900)])
 @torch.inference_mode()
 def test_sampled_text_has_the_models_joint_distribution(mode: str, trials: int) -> None:
-    """Prevents speculative sampling that is skewed by its drafts, across positions, filters and penalties."""
+    """Prevents speculative sampling that is biased by its drafts, across positions, filters and penalties."""
     model = random_model(3, 0, layers=1, std=0.2)
-    prompt, params = [1], SamplingParams(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2)
+    prompt, params = [1], TokenSampling(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2)
     joint = _joint(model, prompt, params, count=4)
     decoder = Decoder(model)
     counts: Counter[tuple[int, ...]] = Counter()
     accepted = tested = 0
     for seed in range(trials):
-        sampling = SamplingParams(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2, seed=seed)
+        sampling = TokenSampling(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2, seed=seed)
         generation = decoder.generate(prompt, mode, sampling, max_new_tokens=4, draft_tokens=2)
         counts[generation.token_ids] += 1
         accepted, tested = accepted + sum(generation.accepted), tested + sum(generation.tested)
@@ -136,21 +136,21 @@ def test_sampled_text_has_the_models_joint_distribution(mode: str, trials: int) 
 def test_a_seed_repeats_a_sample(mode: str, draft_tokens: int | None) -> None:
     """Prevents samples that depend on timing, on an earlier generation, or on another stream's random numbers."""
     model = random_model(11, 1)
-    params = SamplingParams(temperature=1.0, seed=7)
+    params = TokenSampling(temperature=1.0, seed=7)
     decoder = Decoder(model)
     first = decoder.generate([1, 2, 3], mode, params, max_new_tokens=30, draft_tokens=draft_tokens)
-    decoder.generate([4], "verified", SamplingParams(1.0), max_new_tokens=9)
+    decoder.generate([4], "verified", TokenSampling(1.0), max_new_tokens=9)
     torch.rand(3)
     again = decoder.generate([1, 2, 3], mode, params, max_new_tokens=30, draft_tokens=draft_tokens)
-    other = decoder.generate([1, 2, 3], mode, SamplingParams(1.0, seed=8), max_new_tokens=30, draft_tokens=draft_tokens)
+    other = decoder.generate([1, 2, 3], mode, TokenSampling(1.0, seed=8), max_new_tokens=30, draft_tokens=draft_tokens)
     assert first.token_ids == again.token_ids
     assert first.token_ids != other.token_ids
 
 
 def test_drafts_do_not_touch_the_global_random_numbers() -> None:
-    """Prevents decoding (a validation sample, say) from changing the run that it is part of."""
+    """Prevents decoding (for example of a validation sample) from changing the training run that it is part of."""
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    Decoder(random_model(5, 1)).generate([1], "verified", SamplingParams(1.0), max_new_tokens=9, draft_tokens=2)
+    Decoder(random_model(5, 1)).generate([1], "verified", TokenSampling(1.0), max_new_tokens=9, draft_tokens=2)
     assert torch.equal(torch.rand(3), expected)

@@ -1,4 +1,4 @@
-"""Where generations end, and what of their text is shown."""
+"""Where generations end, and which part of their text is shown."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from recycle_ds.inference.speculation.stopping import StopCondition, TextFilter
 
 
 class Pieces:
-    """A detokeniser over a list of pieces; what `tail` holds comes with the flush, like an unfinished character."""
+    """A detokeniser over a list of pieces. `flush` returns `tail`, like an incomplete character."""
 
     def __init__(self, pieces: list[str], tail: str = "") -> None:
         self._pieces = pieces
         self._tail = tail
 
     def feed(self, token_id: int) -> str:
-        """The piece of that number."""
+        """The piece with this index."""
         return self._pieces[token_id]
 
     def flush(self) -> str:
@@ -28,25 +28,25 @@ class Pieces:
 
 
 def _stream(pieces: list[str], stop: list[str], tail: str = "") -> tuple[list[str], bool]:
-    """What is shown, token by token and at the end, and whether a stop string ended it."""
+    """The text shown after each token and at the end, and whether a stop string ended it."""
     text = TextFilter(Pieces(pieces, tail), stop)
     shown = ["".join(piece for piece, _ in text.feed(token)) for token in range(len(pieces))]
     shown.append("".join(piece for piece, _ in text.flush()))
     return shown, text.stopped
 
 
-def test_a_stop_string_may_be_spread_over_tokens() -> None:
-    """Prevents stop strings that are found only when a single token holds them."""
+def test_a_stop_string_may_span_several_tokens() -> None:
+    """Prevents stop strings that are found only inside a single token."""
     assert _stream(["one", " E", "N", "D two"], ["END"]) == (["one", " ", "", "", ""], True)
 
 
-def test_a_beginning_that_does_not_complete_is_shown_after_all() -> None:
-    """Prevents text that is held back for ever, or dropped at the end."""
+def test_an_incomplete_stop_string_is_shown_as_text() -> None:
+    """Prevents text that is held back permanently, or dropped at the end."""
     assert _stream(["a E", "N", "x", " EN"], ["END"]) == (["a ", "", "ENx", " ", "EN"], False)
 
 
-def test_a_shorter_stop_string_ends_inside_a_longer_ones_beginning() -> None:
-    """Prevents text before a stop from being lost because another stop string held it back."""
+def test_a_short_stop_string_inside_the_prefix_of_a_longer_one() -> None:
+    """Prevents losing text before a stop string that was held back for another stop string."""
     assert _stream(["ab", "c", "d"], ["bcde", "c"]) == (["a", "b", "", ""], True)
 
 
@@ -56,7 +56,7 @@ def test_the_cut_is_before_the_first_of_several_stop_strings() -> None:
 
 
 def test_the_end_of_the_text_can_complete_a_stop_string() -> None:
-    """Prevents a stop string in the characters that a tokenizer gives out at the end only."""
+    """Prevents missing a stop string in characters that the tokenizer returns only at the end."""
     assert _stream(["a", "b!"], ["!?"], tail="?") == (["a", "b", ""], True)
 
 
@@ -88,19 +88,19 @@ def test_streamed_text_is_the_final_text(pieces: list[str], stop: list[str]) -> 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=2), max_size=8))
 def test_nothing_is_held_back_without_need(pieces: list[str]) -> None:
-    """Prevents a stream that lags behind: held back is only what a stop string could still begin with."""
+    """Prevents a stream that lags behind: only a possible start of a stop string may be held back."""
     text = TextFilter(Pieces(pieces), ["aab"])
-    shown = whole = ""
+    shown = full = ""
     for token, piece in enumerate(pieces):
-        whole += piece
+        full += piece
         shown += "".join(part for part, _ in text.feed(token))
         if text.stopped:
             break
-        assert whole[len(shown) :] == next(end for end in ("aa", "a", "") if whole.endswith(end))
+        assert full[len(shown) :] == next(end for end in ("aa", "a", "") if full.endswith(end))
 
 
 def test_with_a_real_tokenizer_and_characters_of_several_tokens() -> None:
-    """Prevents stop strings outside ASCII from being missed, or printed in halves."""
+    """Prevents stop strings outside ASCII from being missed, or printed in part."""
     tokenizer = Tokenizer.train(["plain text"], 257)  # bytes only: every character beyond ASCII is several tokens
     ids = tokenizer.encode("naïve → “stop” here")
     text = TextFilter(TextStream(tokenizer), ["→ “st"])
@@ -122,12 +122,12 @@ def test_an_empty_stop_string_is_refused() -> None:
     [
         ([[0, 1], [2, 3, 4]], [2, 3], "length"),
         ([[0, 9, 1]], [2], "eos"),
-        ([[0, 1, 2, 3, 9]], [5], "eos"),  # the last token allowed is also an end
+        ([[0, 1, 2, 3, 9]], [5], "eos"),  # the last allowed token is also an end of sequence
         ([[0], [1], [2], [3], [5, 0]], [1, 1, 1, 1, 1], "stop"),
     ],
 )
-def test_conditions_are_judged_token_by_token(cycles: list[list[int]], kept: list[int], reason: str) -> None:
-    """Prevents an end that depends on how many tokens a cycle brought."""
+def test_conditions_are_checked_token_by_token(cycles: list[list[int]], kept: list[int], reason: str) -> None:
+    """Prevents an end that depends on how many tokens a cycle produced."""
     text = TextFilter(Pieces(["a", "b", "c", "d", "e", "END", "", "", "", ""]), ["END"])
     condition = StopCondition(frozenset({9}), 5, "length", text)
     found = []
@@ -138,7 +138,7 @@ def test_conditions_are_judged_token_by_token(cycles: list[list[int]], kept: lis
 
 
 def test_text_flushed_at_the_last_token_can_still_be_a_stop() -> None:
-    """Prevents a finish reason that contradicts the text, which was cut."""
+    """Prevents a finish reason other than `stop` for text that was cut at a stop string."""
     condition = StopCondition(frozenset(), 2, "length", TextFilter(Pieces(["a", "!"], tail="?"), ["!?"]))
     assert condition.take([0, 1]) == 2
     assert condition.reason == "stop"

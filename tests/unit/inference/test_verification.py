@@ -1,4 +1,4 @@
-"""Accept and reject: greedy by hand, sampled by a chi-squared test that a wrong rule fails."""
+"""Verification of drafts: greedy on examples, sampled with a chi-squared test that detects wrong rules."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from recycle_ds.inference.speculation.sampling import sample
-from recycle_ds.inference.speculation.verification import Verdict, residual, verify_greedy, verify_sampled
+from recycle_ds.inference.speculation.verification import Verification, residual, verify_greedy, verify_sampled
 
-# Two positions over three tokens. Drafts are drawn from Q; kept tokens must be distributed as P. The second position's
+# Two positions over three tokens. Drafts are sampled from Q; kept tokens must be distributed as P. The second position's
 # distributions do not depend on the first token, so the joint distribution of two tokens is a product.
 P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
 Q = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.5, 0.0]])
 TRIALS = 4_000
 
-Verify = Callable[[list[int], Tensor, Tensor, torch.Generator], Verdict]
+Verify = Callable[[list[int], Tensor, Tensor, torch.Generator], Verification]
 
 
 @pytest.mark.parametrize(
-    ("drafts", "targets", "verdict"),
+    ("drafts", "targets", "verification"),
     [
-        ([], [7], Verdict(0, 7)),
-        ([3], [3, 8], Verdict(1, 8)),
-        ([3], [4, 8], Verdict(0, 4)),
-        ([1, 2, 3], [1, 2, 3, 4], Verdict(3, 4)),
-        ([1, 2, 3], [1, 9, 3, 4], Verdict(1, 9)),
-        ([1, 2, 3], [0, 2, 3, 4], Verdict(0, 0)),
+        ([], [7], Verification(0, 7)),
+        ([3], [3, 8], Verification(1, 8)),
+        ([3], [4, 8], Verification(0, 4)),
+        ([1, 2, 3], [1, 2, 3, 4], Verification(3, 4)),
+        ([1, 2, 3], [1, 9, 3, 4], Verification(1, 9)),
+        ([1, 2, 3], [0, 2, 3, 4], Verification(0, 0)),
     ],
 )
-def test_greedy_keeps_the_longest_agreeing_prefix(drafts: list[int], targets: list[int], verdict: Verdict) -> None:
-    """Prevents a draft kept behind a rejected one, and a bonus token taken from the wrong position."""
-    assert verify_greedy(drafts, targets) == verdict
+def test_greedy_keeps_the_longest_agreeing_prefix(
+    drafts: list[int], targets: list[int], verification: Verification
+) -> None:
+    """Prevents a draft kept after a rejected one, and a bonus token taken from the wrong position."""
+    assert verify_greedy(drafts, targets) == verification
 
 
 def _p_value(verify: Verify, seed: int = 0) -> float:
-    """Chi-squared of the first two kept tokens against P; where one was kept only, the next is drawn from P."""
+    """Chi-squared p-value of the first two kept tokens against P. If only one was kept, the second is sampled from P."""
     generator = torch.Generator().manual_seed(seed)
     counts: Counter[tuple[int, int]] = Counter()
     for _ in range(TRIALS):
         drafts = [int(sample(row, generator)) for row in Q]
-        verdict = verify(drafts, Q, P, generator)
-        kept = [*drafts[: verdict.accepted], verdict.token]
+        verification = verify(drafts, Q, P, generator)
+        kept = [*drafts[: verification.accepted], verification.token]
         if len(kept) == 1:
             kept.append(int(sample(P[1], generator)))
         counts[kept[0], kept[1]] += 1
@@ -61,33 +63,39 @@ def test_sampled_tokens_have_the_full_models_distribution() -> None:
 
 
 def test_the_bonus_token_has_the_full_models_distribution() -> None:
-    """Prevents a token after fully accepted drafts that is drawn from the wrong position."""
+    """Prevents a token after fully accepted drafts that is sampled from the wrong position."""
     generator = torch.Generator().manual_seed(1)
     counts: Counter[int] = Counter()
     while counts.total() < 600:
         drafts = [int(sample(row, generator)) for row in Q]
-        verdict = verify_sampled(drafts, Q, P, generator)
-        if verdict.accepted == 2:
-            counts[verdict.token] += 1
+        verification = verify_sampled(drafts, Q, P, generator)
+        if verification.accepted == 2:
+            counts[verification.token] += 1
     assert chisquare([counts[i] for i in range(3)], (600 * P[2].double() / P[2].double().sum()).tolist()).pvalue > 1e-4
 
 
-def _always_accepting(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
-    return Verdict(len(drafts), int(sample(target_WV[len(drafts)], generator)))
+def _always_accepting(
+    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
+) -> Verification:
+    return Verification(len(drafts), int(sample(target_WV[len(drafts)], generator)))
 
 
-def _without_residual(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
-    verdict = verify_sampled(drafts, draft_NV, target_WV, generator)
-    return Verdict(verdict.accepted, int(sample(target_WV[verdict.accepted], generator)))
+def _without_residual(
+    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
+) -> Verification:
+    verification = verify_sampled(drafts, draft_NV, target_WV, generator)
+    return Verification(verification.accepted, int(sample(target_WV[verification.accepted], generator)))
 
 
-def _with_rows_mixed_up(drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator) -> Verdict:
+def _with_rows_mixed_up(
+    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
+) -> Verification:
     return verify_sampled(drafts, draft_NV.roll(1, 0), target_WV, generator)
 
 
 @pytest.mark.parametrize("wrong", [_always_accepting, _without_residual, _with_rows_mixed_up])
 def test_a_wrong_rule_fails_the_test(wrong: Verify) -> None:
-    """Prevents a chi-squared test too weak to see a wrong rule."""
+    """Prevents a chi-squared test too weak to detect a wrong rule."""
     assert _p_value(wrong) < 1e-4
 
 
@@ -99,7 +107,7 @@ def test_without_drafts_the_token_is_drawn_from_the_full_model() -> None:
 
 
 def test_equal_distributions_always_accept() -> None:
-    """Prevents rejections by rounding where draft and full model agree."""
+    """Prevents rejections by rounding if draft and full model agree."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(300):
         drafts = [int(sample(row, generator)) for row in P[:2]]
@@ -107,16 +115,16 @@ def test_equal_distributions_always_accept() -> None:
 
 
 def test_impossible_drafts_are_never_accepted() -> None:
-    """Prevents a token that the full model excludes (top-k, min-p) from slipping in through a draft."""
+    """Prevents a token that the full model excludes (top-k, min-p) from being accepted as a draft."""
     target_WV = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     draft_NV = torch.tensor([[1.0, 0.0, 0.0]])
     generator = torch.Generator().manual_seed(4)
     for _ in range(300):
-        assert verify_sampled([0], draft_NV, target_WV, generator) == Verdict(0, 1)
+        assert verify_sampled([0], draft_NV, target_WV, generator) == Verification(0, 1)
 
 
 def test_a_residual_lost_to_rounding_is_the_full_models_distribution() -> None:
-    """Prevents 0/0, and a crash in the draw, where p and q differ by less than rounding shows."""
+    """Prevents 0/0, and a crash of the sampling, if p and q differ by less than the rounding error."""
     p_V = torch.tensor([0.25, 0.75])
     assert torch.equal(residual(p_V, p_V), p_V)
     assert torch.equal(residual(p_V, torch.tensor([0.5, 0.8])), p_V)  # sums above 1 by (exaggerated) rounding

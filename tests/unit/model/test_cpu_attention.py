@@ -1,4 +1,4 @@
-"""Causal attention from products: equal to the reference in fp64, and no less exact in bf16 than rounding allows."""
+"""Causal attention from matrix products: equal to the reference in fp64, and within rounding error in bf16."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def run(function: object, tensors: list[Tensor], grad: Tensor, mask: Tensor | No
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference(shape: tuple[int, int, int, int, int], documents: bool) -> None:
-    """Query heads that read another group's keys, a block of rows that sees the future, a gradient of one block lost."""
+    """Query heads that read another group's keys, a block of rows that sees the future, or a lost gradient of a block."""
     tensors, grad = inputs(shape)
     mask = mask_of(shape, documents)
-    for mine, theirs in zip(
+    for actual, expected in zip(
         run(cpu_attention.causal, tensors, grad, mask, torch.float64),
         run(reference, tensors, grad, mask, torch.float64),
         strict=True,
     ):
-        # what blocks add up is fp32
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        # sums over blocks are fp32
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bf16_is_as_exact_as_bf16_is(shape: tuple[int, int, int, int, int]) -> None:
-    """Rounding that adds up over keys or over blocks: errors beyond a few units of bf16's last place."""
+def test_bf16_error_is_within_rounding(shape: tuple[int, int, int, int, int]) -> None:
+    """Rounding errors that accumulate over keys or blocks, beyond a few units in bf16's last place."""
     tensors, grad = inputs(shape)
     rounded = [tensor.bfloat16().float() for tensor in tensors]
     exact = run(reference, rounded, grad.bfloat16().float(), None, torch.float64)
-    mine = run(cpu_attention.causal, rounded, grad, None, torch.bfloat16)
-    for one, truth in zip(mine, exact, strict=True):
-        assert (one.double() - truth).norm() < 4 * 2**-8 * truth.norm()
+    actual = run(cpu_attention.causal, rounded, grad, None, torch.bfloat16)
+    for value, expected in zip(actual, exact, strict=True):
+        assert (value.double() - expected).norm() < 4 * 2**-8 * expected.norm()
 
 
-def test_the_output_is_laid_out_for_what_follows() -> None:
-    """A copy of the whole output in every layer, made only to put the sequence first."""
+def test_the_output_has_the_sequence_first_in_memory() -> None:
+    """A copy of the output in every layer, only to put the sequence first."""
     tensors, _ = inputs(SHAPES[1])
     mixed = cpu_attention.causal(*(tensor.bfloat16() for tensor in tensors))
     assert mixed.permute(2, 0, 1, 3).is_contiguous()

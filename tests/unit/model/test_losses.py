@@ -1,4 +1,4 @@
-"""The chunked output head against the plain one."""
+"""The chunked output head against a plain implementation."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def test_equals_plain_cross_entropy(chunk: int, train_head: list[bool]) -> None:
     shard = HeadShard(0, 35, Axis())
     total, sums = head_losses(hiddens, weight, targets, scales, shard, chunk=chunk, train_head=train_head)
     (total * 3).backward()
-    got = [tensor.grad.clone() for tensor in (*hiddens, weight) if tensor.grad is not None]
+    gradients = [tensor.grad.clone() for tensor in (*hiddens, weight) if tensor.grad is not None]
     for tensor in (*hiddens, weight):
         tensor.grad = None
     reference = plain(hiddens, weight, targets, scales, train_head, 35)
     (reference * 3).backward()
     assert torch.allclose(total, reference, rtol=1e-6)
     assert torch.allclose(torch.dot(sums, scales), reference, rtol=1e-6)
-    for mine, tensor in zip(got, (*hiddens, weight), strict=True):
-        assert torch.allclose(mine, tensor.grad, atol=1e-5, rtol=1e-5)
+    for gradient, tensor in zip(gradients, (*hiddens, weight), strict=True):
+        assert torch.allclose(gradient, tensor.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_without_targets_is_zero() -> None:
-    """A row or batch that is masked entirely turning the loss or a gradient into NaN."""
+    """A NaN loss or gradient from a row or a batch without targets."""
     hiddens, weight, targets = problem(6, 8, 40, torch.float32)
     targets[:] = -100
     total, _ = head_losses(
@@ -69,8 +69,8 @@ def test_a_batch_without_targets_is_zero() -> None:
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in (*hiddens, weight))
 
 
-def test_predictions_never_name_padding() -> None:
-    """Padding rows, which decay towards zero but may still win a row of negative logits, predicted in evaluation."""
+def test_padding_is_never_predicted() -> None:
+    """Padding rows of the vocabulary that are predicted in evaluation, for example if all other logits are negative."""
     hiddens, weight, targets = problem(23, 8, 40, torch.float32)
     with torch.no_grad():
         weight[35:] *= 100
@@ -81,7 +81,7 @@ def test_predictions_never_name_padding() -> None:
 
 
 def test_bf16_stays_within_its_rounding() -> None:
-    """Head gradients of many chunks summed up in bf16, which loses the small ones."""
+    """Head gradients of many chunks summed in bf16, which loses small ones."""
     hiddens, weight, targets = problem(512, 16, 64, torch.bfloat16, masked=False)
     scales = torch.tensor([1.0, 0.5])
     total, _ = head_losses(hiddens, weight, targets, scales, HeadShard(0, 64, Axis()), chunk=8, train_head=[True, True])
@@ -93,8 +93,8 @@ def test_bf16_stays_within_its_rounding() -> None:
     assert error < 0.01
 
 
-def test_peak_memory_is_a_quarter_of_the_plain_way() -> None:
-    """Logits of all rows held after all: 8 x 512 rows, vocabulary 49,152, two losses, forward and backward."""
+def test_peak_memory_is_at_most_a_quarter() -> None:
+    """Logits of all rows in memory at once: 8 x 512 rows, vocabulary 49,152, two losses, forward and backward."""
     rows, width, vocab = 8 * 512, 32, 49_152
     hiddens, weight, targets = problem(rows, width, vocab, torch.float32, masked=False)
     scales = torch.ones(2)
@@ -104,14 +104,14 @@ def test_peak_memory_is_a_quarter_of_the_plain_way() -> None:
             hiddens, weight, targets, scales, HeadShard(0, vocab, Axis()), chunk=512, train_head=[True, True]
         )
         total.backward()
-    mine = [tensor.grad for tensor in (*hiddens, weight)]
+    gradients = [tensor.grad for tensor in (*hiddens, weight)]
     for tensor in (*hiddens, weight):
         tensor.grad = None
-    with PeakMemory() as whole:
+    with PeakMemory() as full:
         reference = plain(hiddens, weight, targets, scales, [True, True], vocab)
         reference.backward()
-    for got, tensor in zip(mine, (*hiddens, weight), strict=True):
-        assert torch.allclose(got, tensor.grad, atol=1e-4)
-    ratio = (whole.peak - excluded / 2) / (chunked.peak - excluded / 2)
-    print(f"peak of the loss: plain {whole.peak / 2**20:.0f} MiB, chunked {chunked.peak / 2**20:.0f} MiB, {ratio:.1f}x")
+    for gradient, tensor in zip(gradients, (*hiddens, weight), strict=True):
+        assert torch.allclose(gradient, tensor.grad, atol=1e-4)
+    ratio = (full.peak - excluded / 2) / (chunked.peak - excluded / 2)
+    print(f"peak of the loss: plain {full.peak / 2**20:.0f} MiB, chunked {chunked.peak / 2**20:.0f} MiB, {ratio:.1f}x")
     assert ratio >= 4

@@ -1,4 +1,4 @@
-"""FlexAttention's blocks against the mask they stand for, and what it costs to make them."""
+"""FlexAttention's blocks against the dense mask that they represent, and the memory needed to build them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ds.training.benchmark.live_memory import PeakMemory
 
 
 def packed(length: int, *boundaries: list[int]) -> Tensor:
-    """Document numbers [B, S]; a row's documents begin at 0 and at its boundaries."""
+    """Document indices [B, S]; a row's documents start at 0 and at its boundaries."""
     documents = torch.zeros(len(boundaries), length, dtype=torch.int64)
     for row, starts in zip(documents, boundaries, strict=True):
         for start in starts:
@@ -26,12 +26,12 @@ def listed(count: Tensor | None, indices: Tensor | None) -> Tensor:
     """Bool [B, 1, rows, columns] of the blocks that a pair of FlexAttention's tensors lists."""
     assert count is not None and indices is not None
     columns = indices.shape[-1]
-    places = torch.where(torch.arange(columns) < count[..., None], indices, columns).long()
-    return torch.zeros(*indices.shape[:3], columns + 1, dtype=torch.bool).scatter(3, places, True)[..., :columns]
+    positions = torch.where(torch.arange(columns) < count[..., None], indices, columns).long()
+    return torch.zeros(*indices.shape[:3], columns + 1, dtype=torch.bool).scatter(3, positions, True)[..., :columns]
 
 
 def materialised(mask: BlockMask) -> Tensor:
-    """What a kernel computes: full blocks whole, partial ones by mask_mod, no others. Bool [B, 1, S, chain x S]."""
+    """The mask that a kernel applies: all of a full block, mask_mod in a partial one, no others. Bool [B, 1, S, steps x S]."""
     queries, keys = mask.seq_lengths
     rows, columns = mask.BLOCK_SIZE
     partial, full = (
@@ -48,7 +48,7 @@ def materialised(mask: BlockMask) -> Tensor:
 
 
 def reduced(dense: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Blocks of a dense mask that are visible in part and in full, found by looking at each element."""
+    """Partially and fully visible blocks of a dense mask, found by checking each element."""
     rows, columns = (-(-side // size) for side in dense.shape[2:])
     filled = torch.zeros(dense.shape[0], rows * size, columns * size, dtype=torch.bool)
     filled[:, : dense.shape[2], : dense.shape[3]] = dense[:, 0]
@@ -59,24 +59,24 @@ def reduced(dense: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.integers(1, 40), st.integers(1, 4), st.integers(2, 9))
-def test_blocks_are_those_of_the_dense_mask(data: st.DataObject, length: int, chain: int, size: int) -> None:
-    """A visible block left out, or listed as full though part of it is hidden; a hidden or full block visited for nothing."""
+def test_blocks_are_those_of_the_dense_mask(data: st.DataObject, length: int, steps: int, size: int) -> None:
+    """A visible block that is missing or wrongly listed as full, or a hidden block that is listed."""
     starts = st.lists(st.integers(0, length), max_size=5)
     documents = packed(length, data.draw(starts), data.draw(starts))
-    partial, full = visible_blocks(documents, chain, size)
-    expected_partial, expected_full = reduced(AttentionMask(documents, chain).dense, size)
+    partial, full = visible_blocks(documents, steps, size)
+    expected_partial, expected_full = reduced(AttentionMask(documents, steps).dense, size)
     assert torch.equal(partial, expected_partial)
     assert torch.equal(full, expected_full)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 20), st.integers(1, 3), st.integers(2, 5))
-def test_scattered_documents_lose_nothing(data: st.DataObject, length: int, chain: int, size: int) -> None:
-    """Wrong attention where a document's number comes back later in the row: the dense mask only compares numbers."""
+def test_recurring_document_indices_lose_no_block(data: st.DataObject, length: int, steps: int, size: int) -> None:
+    """Wrong attention if a document index recurs later in the row: the dense mask only compares indices."""
     row = st.lists(st.integers(0, 2), min_size=length, max_size=length)
     documents = torch.tensor([data.draw(row), data.draw(row)])
-    partial, full = visible_blocks(documents, chain, size)
-    expected_partial, expected_full = reduced(AttentionMask(documents, chain).dense, size)
+    partial, full = visible_blocks(documents, steps, size)
+    expected_partial, expected_full = reduced(AttentionMask(documents, steps).dense, size)
     assert torch.equal(full, expected_full)
     assert not (expected_partial & ~partial).any()
     assert not (partial & full).any()
@@ -91,41 +91,41 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("chain", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("documents", LAYOUTS, ids=lambda documents: str(documents.shape[1]))
-def test_block_mask_stands_for_the_dense_mask(documents: Tensor, chain: int) -> None:
-    """Counts, order or transposition that a kernel reads differently from PyTorch's own way of making them."""
-    mask = AttentionMask(documents, chain)
+def test_block_mask_equals_the_dense_mask(documents: Tensor, steps: int) -> None:
+    """Counts, an order or a transposition that differ from those of PyTorch's create_block_mask."""
+    mask = AttentionMask(documents, steps)
     batch, length = documents.shape
-    mine = mask.block_mask
-    assert torch.equal(materialised(mine), mask.dense)
-    reference = create_block_mask(mine.mask_mod, batch, None, length, chain * length, device="cpu")
-    assert (mine.shape, mine.BLOCK_SIZE) == (reference.shape, reference.BLOCK_SIZE)
+    actual = mask.block_mask
+    assert torch.equal(materialised(actual), mask.dense)
+    reference = create_block_mask(actual.mask_mod, batch, None, length, steps * length, device="cpu")
+    assert (actual.shape, actual.BLOCK_SIZE) == (reference.shape, reference.BLOCK_SIZE)
     for name in BlockMask._TENSOR_ATTRS:
-        got, expected = getattr(mine, name), getattr(reference, name)
+        got, expected = getattr(actual, name), getattr(reference, name)
         assert (got is None) == (expected is None), name
         assert got is None or (got.dtype == expected.dtype and torch.equal(got, expected)), name
 
 
 def test_most_blocks_of_a_long_document_are_full() -> None:
-    """mask_mod evaluated in every block, where only those on the diagonals and at boundaries need it."""
+    """mask_mod evaluated in every block, although only blocks on diagonals and at document boundaries need it."""
     mask = AttentionMask(packed(16 * BLOCK, []), 3).block_mask
     assert mask.full_kv_num_blocks[0, 0].tolist() == list(range(16))
     assert mask.kv_num_blocks[0, 0].tolist() == [3] * 16
 
 
-@pytest.mark.parametrize("chain", [1, 3])
-def test_block_mask_costs_little_memory(chain: int) -> None:
-    """A mask of S x chain S elements on the way, 48 GiB at S = 131,072: lengths that Ulysses exists for."""
+@pytest.mark.parametrize("steps", [1, 3])
+def test_block_mask_costs_little_memory(steps: int) -> None:
+    """An intermediate mask of S x steps S elements: 48 GiB at S = 131,072, a length that Ulysses is meant for."""
     peaks = {}
     for length in (16_384, 32_768, 131_072):
-        # Meta tensors count bytes without taking them, and refuse to be read: this also shows that no host waits.
+        # Meta tensors count bytes without allocating them and cannot be read, so this also shows that nothing synchronises.
         documents = torch.zeros(1, length, dtype=torch.int64, device="meta" if length > 32_768 else "cpu")
         with PeakMemory() as tracker:
-            shape = AttentionMask(documents, chain).block_mask.shape
-        assert shape == (1, 1, length, chain * length)
+            shape = AttentionMask(documents, steps).block_mask.shape
+        assert shape == (1, 1, length, steps * length)
         peaks[length] = tracker.peak
-    print(f"peak of a mask of {chain} steps: " + ", ".join(f"{s:,}: {p / 2**20:.2f} MiB" for s, p in peaks.items()))
+    print(f"peak of a mask of {steps} steps: " + ", ".join(f"{s:,}: {p / 2**20:.2f} MiB" for s, p in peaks.items()))
     for length, peak in peaks.items():
-        assert peak < 40 * chain * (length // BLOCK) ** 2, length
+        assert peak < 40 * steps * (length // BLOCK) ** 2, length
     assert peaks[16_384] < 2 * 2**20

@@ -1,4 +1,4 @@
-"""The model against slow, obvious references: Hugging Face's LLaMA, a chain unrolled by hand, other back ends."""
+"""The model against slow, obvious references: Hugging Face's LLaMA, a recycle module unrolled by hand, other back ends."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_logits_equal_hugging_face(change: dict[str, object]) -> None:
     reference.load_state_dict(state, strict=config.tied_embeddings is False)
     batch = batch_of(2, 20, 0)
     with torch.no_grad():
-        mine = model.logits(model.states(batch)[0]).transpose(0, 1)
-        theirs = reference(batch.tokens_BS).logits
-    assert torch.allclose(mine, theirs, atol=2e-5)
+        actual = model.logits(model.states(batch)[0]).transpose(0, 1)
+        expected = reference(batch.tokens_BS).logits
+    assert torch.allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_rope_scaling_equals_hugging_face(kind: str) -> None:
-    """Stretched frequencies that differ from those the checkpoint was trained with."""
+    """Scaled frequencies that differ from those with which a checkpoint was trained."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -90,17 +90,17 @@ def test_rope_scaling_equals_hugging_face(kind: str) -> None:
         hidden_size=64, num_attention_heads=2, max_position_embeddings=2048, rope_parameters=scaling
     )
     if kind == "linear":
-        theirs = 1.0 / (500_000.0 ** (torch.arange(0, 32, 2) / 32)) / 8.0
+        expected = 1.0 / (500_000.0 ** (torch.arange(0, 32, 2) / 32)) / 8.0
     else:
-        theirs, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    mine = frequencies(
+        expected, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    actual = frequencies(
         32, RopeConfig(theta=500_000.0, scaling=RopeScaling(kind=kind, factor=8.0, original_positions=256))
     )
-    assert torch.allclose(mine.float(), theirs.float(), rtol=1e-5)
+    assert torch.allclose(actual.float(), expected.float(), rtol=1e-5)
 
 
 def test_decoding_equals_training_at_every_depth() -> None:
-    """A chain that sees in training what it does not in decoding: other positions, keys of another step or the future."""
+    """An unrolled step that sees different inputs in training and decoding: positions, keys of another step, or the future."""
     model = build_model(model_config(), RecycleConfig(layers=2, depth=3), seed=3).eval()
     batch = batch_of(1, 30, 3)
     tokens = batch.inputs_KBS[0]
@@ -116,7 +116,7 @@ def test_decoding_equals_training_at_every_depth() -> None:
                 state = model.recycle_decode(state[-1:], tokens[:, start + depth : start + depth + 1], cache)
 
 
-def test_rolled_back_cache_forgets() -> None:
+def test_truncated_entries_are_not_visible() -> None:
     """Rejected drafts that stay visible after truncate()."""
     model = build_model(model_config(), RecycleConfig(layers=1), seed=3).eval()
     tokens = batch_of(1, 20, 1).inputs_KBS[0]
@@ -128,14 +128,14 @@ def test_rolled_back_cache_forgets() -> None:
         model.decode(tokens[:, 3:9], cache)
         cache.backbone.truncate(10)
         assert torch.equal(model.decode(tokens[:, 10:13], cache), clean)
-        with pytest.raises(ValueError, match="cache of 20 entries cannot take 8 more after 13"):
+        with pytest.raises(ValueError, match="cannot add 8 entries to a cache that has 13 of 20"):
             model.decode(tokens[:, :8], cache)
         with pytest.raises(ValueError, match="cannot truncate"):
             cache.backbone.truncate(14)
 
 
 def test_documents_do_not_see_each_other() -> None:
-    """A packed document whose states depend on its neighbour, in the backbone or in a chain."""
+    """A packed document whose states depend on its neighbour, in the backbone or in an unrolled step."""
     model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3).eval()
     packed = batch_of(1, 24, 3, boundary=10)
     second = Batch(
@@ -143,24 +143,24 @@ def test_documents_do_not_see_each_other() -> None:
         packed.inputs_KBS[:, :, 10:], packed.targets_KBS[:, :, 10:],
     )  # fmt: skip
     with torch.no_grad():
-        for depth, (whole, alone) in enumerate(zip(model.states(packed), model.states(second), strict=True)):
+        for depth, (together, alone) in enumerate(zip(model.states(packed), model.states(second), strict=True)):
             usable = slice(0, 14 - depth)
-            assert torch.allclose(whole[10:][usable], alone[usable], atol=1e-5)
+            assert torch.allclose(together[10:][usable], alone[usable], atol=1e-5)
 
 
-@pytest.mark.parametrize("chain", [1, 3])
-def test_flex_attention_equals_dense(chain: int) -> None:
-    """Two back ends that read the same description of a mask differently."""
+@pytest.mark.parametrize("steps", [1, 3])
+def test_flex_attention_equals_dense(steps: int) -> None:
+    """Two back ends that interpret the same mask differently."""
     generator = torch.Generator().manual_seed(2)
     documents = torch.tensor([[0] * 32, [0] * 10 + [1] * 22])
     query = torch.randn(2, 4, 32, 16, generator=generator)
-    keys, values = (torch.randn(2, 2, 32 * chain, 16, generator=generator) for _ in range(2))
-    mask = AttentionMask(documents, chain)
+    keys, values = (torch.randn(2, 2, 32 * steps, 16, generator=generator) for _ in range(2))
+    mask = AttentionMask(documents, steps)
     assert torch.allclose(flex(query, keys, values, mask, compiled=False), dense(query, keys, values, mask), atol=1e-5)
 
 
 def test_checkpointed_blocks_change_nothing() -> None:
-    """Recomputation that appends to a chain twice or skips a gradient."""
+    """Recomputation that appends a step's keys twice or skips a gradient."""
     results = []
     for recompute in (False, True):
         model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3, checkpoint_blocks=recompute)
@@ -173,7 +173,7 @@ def test_checkpointed_blocks_change_nothing() -> None:
     )
 
 
-def test_gradient_modes_reach_what_they_should() -> None:
+def test_gradient_modes_reach_the_right_weights() -> None:
     """A recycle loss that reaches the backbone when detached, or that stops at the module when joint."""
     scales = torch.tensor([0.0, 1.0, 1.0])
     touched = {}
@@ -210,7 +210,7 @@ def test_acceptance_counts_agreement_with_the_backbone() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_tile_the_canonical_tensors(tied: bool) -> None:
-    """A row of a canonical tensor that no piece, or two, speak of; parameters counted wrongly."""
+    """A row of a canonical tensor that no piece or two pieces cover, or a wrong parameter count."""
     config = model_config(tied_embeddings=tied, qkv_bias=True, vocab_multiple=64)
     recycle = RecycleConfig(layers=2)
     model = build_model(config, recycle, seed=None)
@@ -226,7 +226,7 @@ def test_pieces_tile_the_canonical_tensors(tied: bool) -> None:
 
 
 def test_initial_weights_depend_on_the_name_alone() -> None:
-    """Weights that change when a layer is added before them, or that two tensors share."""
+    """Weights that change when layers are added, or that two tensors share."""
     small = build_model(model_config(layers=1), RecycleConfig(layers=0), seed=3)
     large = build_model(model_config(layers=1), RecycleConfig(layers=2), seed=3)
     others = dict(large.named_parameters())
@@ -236,8 +236,8 @@ def test_initial_weights_depend_on_the_name_alone() -> None:
     assert not torch.equal(others["blocks.0.mlp.down.weight"], others["recycle.blocks.0.mlp.down.weight"])
 
 
-def test_rotation_is_its_own_gradient() -> None:
-    """A hand-written backward pass that turns the wrong way."""
+def test_rotation_has_the_right_gradient() -> None:
+    """A hand-written backward pass that rotates in the wrong direction."""
     from recycle_ds.model.rope import Rotary, rotate
 
     rotary = Rotary(6, 16, RopeConfig(theta=100.0))

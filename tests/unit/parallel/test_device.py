@@ -1,4 +1,4 @@
-"""What this machine is told of memory."""
+"""The configuration of the memory allocator."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from tests.runs import ROOT
 
-FAULTS = """
+SCRIPT = """
 import resource, sys, torch
 from recycle_ds.parallel.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-# a small object above a block keeps it from growing at first: a block freed is then a few bytes too short for the next
+# warm up: at first a small object above a freed block can leave it a few bytes too short for the next tensor
 for _ in range(32):
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,13 +25,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="configures glibc's allocator")
 def test_freed_memory_is_used_again() -> None:
-    """Every step paying for the same pages anew: a block of 64 MiB is made and freed eight times over."""
+    """The same pages faulted in again at every step: a block of 64 MiB is allocated and freed eight times."""
 
-    def faults(how: str) -> int:
+    def faults(mode: str) -> int:
         done = subprocess.run(
-            [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+            [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
         )
         return int(done.stdout)
 

@@ -14,17 +14,17 @@ from recycle_ds.parallel.partitions import flat_partitions, partition_range, par
 
 @given(st.integers(1, 5000), st.integers(1, 1024))
 def test_partitions_tile_a_parameter(elements: int, replicas: int) -> None:
-    """An element that no replica updates, or that two do: with fewer elements than replicas too."""
+    """An element that no replica or two replicas update, also with fewer elements than replicas."""
     ranges = [partition_range(elements, replicas, rank) for rank in range(replicas)]
     assert [element for part in ranges for element in part] == list(range(elements))
     size = partition_size(elements, replicas)
     assert all(len(part) <= size for part in ranges)
-    assert elements <= size * replicas < elements + replicas, "no more padding than one element a replica"
+    assert elements <= size * replicas < elements + replicas, "at most one element of padding per replica"
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(1, 40))
 def test_flat_partitions_tile_a_group(sizes: list[int], replicas: int) -> None:
-    """The same for parameters laid end to end, with groups that leave some replicas nothing but padding."""
+    """The same for concatenated parameters, also if some replicas hold only padding."""
     held = flat_partitions(sizes, replicas)
     assert len(held) == replicas
     found = [(index, element) for part in held for index, elements in part for element in elements]
@@ -35,7 +35,7 @@ def test_flat_partitions_tile_a_group(sizes: list[int], replicas: int) -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", [[1], [7, 5, 1], [100, 3, 64, 64], [16, 16]])
 def test_flat_partitions_are_deepspeeds(sizes: list[int], replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule of ours for the flattening that is not DeepSpeed's: other padding, or other cuts."""
+    """A rule for the flattening that differs from DeepSpeed's in padding or cuts."""
     from deepspeed.runtime.utils import align_dense_tensors
     from deepspeed.runtime.zero import stage_1_and_2 as deepspeed_zero
 
@@ -44,9 +44,9 @@ def test_flat_partitions_are_deepspeeds(sizes: list[int], replicas: int, monkeyp
     unit = 2 * replicas  # its nccl_start_alignment_factor times the replicas
     flat = torch.cat(align_dense_tensors(numbered, unit))
     zero = SimpleNamespace(real_dp_process_group=[None])
-    theirs = deepspeed_zero.DeepSpeedZeroOptimizer.get_data_parallel_partitions(zero, flat, 0)
-    mine = [[numbered[index][list(elements)] for index, elements in part] for part in flat_partitions(sizes, replicas)]
-    assert len(theirs) == len(mine)
-    for part, pieces in zip(theirs, mine, strict=True):
-        whole = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
-        assert part[part > 0].equal(whole)
+    expected = deepspeed_zero.DeepSpeedZeroOptimizer.get_data_parallel_partitions(zero, flat, 0)
+    ours = [[numbered[index][list(elements)] for index, elements in part] for part in flat_partitions(sizes, replicas)]
+    assert len(expected) == len(ours)
+    for part, pieces in zip(expected, ours, strict=True):
+        joined = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+        assert part[part > 0].equal(joined)

@@ -1,4 +1,4 @@
-"""Who this process is, read from each launcher's variables."""
+"""Rank, world size and GPU of a process, from each launcher's variables."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SRUN = {
             Launch("mpi", 3, 4, 1),
         ),
         (SRUN, Launch("srun", 5, 7, 1, 3)),
-        # srun's own support of MPI says rank and size as well
+        # srun's MPI support also sets rank and size
         (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, Launch("srun", 5, 7, 1, 3)),
-        # mpirun's processes below the proxy that it starts with srun
+        # processes of mpirun, below the proxy that it starts with srun
         (
             SRUN | {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
             Launch("mpi", 0, 2, 0, 2),
         ),
-        # one launcher a node, started by srun
+        # one launcher per node, started by srun
         (
             SRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
             Launch("torchrun", 1, 2, 1),
@@ -49,7 +49,7 @@ SRUN = {
     ],
 )
 def test_each_launcher_is_recognised(environment: dict[str, str], expected: Launch) -> None:
-    """Ranks that each train alone because their launcher's variables were not seen."""
+    """Ranks that each train alone because their launcher's variables were not recognised."""
     assert detect_launch(environment) == expected
 
 
@@ -61,7 +61,7 @@ def test_inconsistent_variables_are_refused(environment: dict[str, str]) -> None
 
 
 def test_tasks_that_would_each_train_alone() -> None:
-    """Tasks of one srun, or ranks without a local rank, that take themselves for a single process or for one device."""
+    """Tasks of one srun that each run as a single process, or ranks without a local rank that share a device."""
     with pytest.raises(LaunchError, match="SLURM_LOCALID"):
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     with pytest.raises(LaunchError, match="LOCAL_RANK"):
@@ -80,19 +80,19 @@ def test_tasks_that_would_each_train_alone() -> None:
         ("srun", 8, 5, 1, 0),
         ("mpi", 4, 3, 1, 0),
         ("srun", 8, 5, 8, 5),
-        # a launcher that does not say how many there are
+        # a launcher that does not set the number of local ranks
         ("mpi", 0, 3, 8, 3),
     ],
 )
 def test_each_rank_has_a_gpu_of_its_own(
     launcher: str, on_host: int, local_rank: int, visible: int, expected: int
 ) -> None:
-    """A rank on the GPU of another, or a task that asks for a device beyond the only one that SLURM shows it."""
+    """A rank on another rank's GPU, or a task that requests a device other than the only one that SLURM shows it."""
     assert device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible) == expected
 
 
 def test_gpus_that_slurm_bound_to_a_task() -> None:
-    """--gpus-per-task=2: a task that takes one of its own two for another task's, or refuses to begin."""
+    """--gpus-per-task=2: a task that takes one of its two GPUs for another task's, or refuses to start."""
     bound = detect_launch(SRUN | {"SLURM_GPUS_PER_TASK": "2"})
     assert bound.local_rank == 1 and device_index(bound, 2) == 0
 
@@ -107,7 +107,7 @@ def test_gpus_that_slurm_bound_to_a_task() -> None:
         ("mpi", 0, 5, 4, "6 ranks on this host and 4 visible GPUs"),
     ],
 )
-def test_a_gpu_is_not_shared_in_silence(launcher: str, on_host: int, local_rank: int, visible: int, words: str) -> None:
-    """Two ranks on one GPU, which run out of memory or take twice the time, and nobody is told why."""
-    with pytest.raises(LaunchError, match=f"{words}.*ask for a GPU for each task"):
+def test_a_shared_gpu_is_an_error(launcher: str, on_host: int, local_rank: int, visible: int, words: str) -> None:
+    """Two ranks on one GPU that run out of memory, or take twice the time, without an error message."""
+    with pytest.raises(LaunchError, match=f"{words}.*request one GPU per task"):
         device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible)

@@ -1,4 +1,4 @@
-"""The planner's answers: what fits, what does not and why, in which order."""
+"""The planner's results: which layouts fit, which do not and why, and their order."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def candidate(**change: Any) -> Candidate:
 
 
 def test_report_has_the_agreed_fields() -> None:
-    """A key that scripts read and that is gone, or a layout that is said to fit and is too large."""
+    """A missing key that scripts read, or a layout that is listed as fitting but is too large."""
     report = json.loads(json.dumps(command.report(plans())))
     assert report["parameters"] == parameters(preset("7b").model, preset("7b").recycle)
     assert report["layouts"] and report["rejected"]
@@ -58,7 +58,7 @@ def test_report_has_the_agreed_fields() -> None:
 
 
 def test_fastest_first() -> None:
-    """A ranking that puts a slow layout on top."""
+    """A ranking that puts a slow layout first."""
     rates = [plan.tokens_per_second for plan in plans().fitting]
     assert rates == sorted(rates, reverse=True)
 
@@ -77,7 +77,7 @@ def test_impossible_layouts_are_not_offered() -> None:
 
 
 def test_one_replica_may_offload() -> None:
-    """The only layouts in which a model fits one GPU rejected, since ZeRO 2 and 3 have nothing to partition there."""
+    """The only layouts in which a model fits one GPU rejected because ZeRO 2 and 3 have nothing to partition there."""
     alone = make_plans(preset("recyclegpt_1.3b"), Cluster(1, 1, find_gpu("h100")))
     offered = {(plan.candidate.zero_stage, plan.candidate.offload) for plan in alone.fitting}
     assert {(2, True), (3, True)} <= offered
@@ -87,14 +87,14 @@ def test_one_replica_may_offload() -> None:
 
 
 def with_file(folder: Path, zero: dict[str, Any], **more: Any) -> RunConfig:
-    """7 B with a DeepSpeed file of its own."""
+    """The 7b preset with its own DeepSpeed file."""
     path = folder / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1} | zero} | more))
     return preset("7b").model_copy(update={"deepspeed": str(path)})
 
 
-def test_the_runs_deepspeed_file_counts(tmp_path: Path) -> None:
-    """Buckets that the run makes smaller, or larger, planned at DeepSpeed's defaults."""
+def test_the_runs_deepspeed_file_is_used(tmp_path: Path) -> None:
+    """Buckets planned at DeepSpeed's default sizes although the run sets other sizes."""
     plain = preset("7b")
 
     def buffers(stage: int, **zero: Any) -> float:
@@ -105,7 +105,7 @@ def test_the_runs_deepspeed_file_counts(tmp_path: Path) -> None:
         assert usual - buffers(stage, reduce_bucket_size=1e8) == pytest.approx(2 * 4e8)
     assert buffers(2, overlap_comm=True) - buffers(2) == pytest.approx(2 * 5e8)
     assert buffers(3, overlap_comm=True) == buffers(3)
-    assert buffers(2, allgather_bucket_size=1e6) == buffers(2), "weights are gathered where they lie"
+    assert buffers(2, allgather_bucket_size=1e6) == buffers(2), "weights are gathered in place"
     assert buffers(3) - buffers(3, stage3_max_live_parameters=1e8) == pytest.approx(2 * 9e8)
     near = {"stage3_max_reuse_distance": 0}
     assert buffers(3, stage3_prefetch_bucket_size=3e8, **near) - buffers(3, **near) == pytest.approx(2 * 2.5e8)
@@ -117,11 +117,11 @@ def test_the_runs_deepspeed_file_counts(tmp_path: Path) -> None:
 
 
 def test_sums_in_fp32_are_those_of_training(tmp_path: Path) -> None:
-    """Four bytes a weight that the run takes and the plan does not, or that it plans and the run does not take."""
+    """Four bytes per weight that the run needs but the plan omits, or that the plan counts but the run does not need."""
     plain, bf16 = preset("7b"), with_file(tmp_path, {}, data_types={"grad_accum_dtype": "bf16"})
     weights = local_weights(plain.model, plain.recycle, 1, 32, (True, True)).total
     per_rank = plain.training.global_batch_size // 8
-    for micro, sums in ((1, True), (per_rank // 8, False)):  # 8 micro-batches are few
+    for micro, sums in ((1, True), (per_rank // 8, False)):  # 8 micro-batches are accumulated in bf16
         one = candidate(micro_batch_size=micro)
         assert stage_memory(plain, one, 0).gradients == pytest.approx((6 if sums else 2) * weights)
         sent = communication(plain, one, 32, local_weights(plain.model, plain.recycle, 1, 32, (True, True)), last=True)
@@ -134,13 +134,13 @@ def test_sums_in_fp32_are_those_of_training(tmp_path: Path) -> None:
 
 
 def test_no_offload_offers_none() -> None:
-    """--no-offload that is not heard."""
+    """--no-offload that is ignored."""
     assert any(plan.candidate.offload for plan in plans().fitting)
     assert not any(plan.candidate.offload for plan in plans(offload=False).fitting)
 
 
 def test_offloaded_state_leaves_the_device() -> None:
-    """Host memory counted as the GPU's, or the state lost from both."""
+    """Offloaded state that is counted as GPU memory or not counted at all."""
     config = preset("7b")
     for stage in (1, 2, 3):
         on, off = (stage_memory(config, candidate(zero_stage=stage, offload=flag), 0) for flag in (False, True))
@@ -177,8 +177,8 @@ def test_weights_of_all_ranks_make_the_model(name: str, tensor: int, pipeline: i
     assert total - padding - copy == parameters(model, recycle)
 
 
-def test_what_reduces_memory_reduces_it() -> None:
-    """A formula with a sign or a degree the wrong way round."""
+def test_settings_that_save_memory_do_so_in_the_plan() -> None:
+    """A formula with a wrong sign or an inverted degree."""
     config = preset("7b")
     plain = stage_memory(config, candidate(), 0)
     assert stage_memory(config, candidate(recompute="full"), 0).activations < plain.activations / 4
@@ -189,18 +189,18 @@ def test_what_reduces_memory_reduces_it() -> None:
     activations = [stage_memory(config, one, 0).activations for one in (candidate(), split, sequence)]
     assert activations[0] > activations[1] > activations[2]
     first, last = (stage_memory(config, candidate(layout=Layout(pipeline=4, data=2)), stage) for stage in (0, 3))
-    assert first.activations > last.activations, "the first stage has four micro-batches in flight, the last one"
+    assert first.activations > last.activations, "four micro-batches are in flight on the first stage, one on the last"
     assert worst_stage(config, candidate(layout=Layout(pipeline=4, data=2)))[1].total >= max(first.total, last.total)
 
 
 def test_fused_kernels_keep_less() -> None:
-    """The reference's fp32 copies and masks planned for on a GPU, or the other way round."""
+    """The CPU kernels' fp32 copies and masks counted on a GPU, or the reverse."""
     config = preset("7b")
     assert activations_of(config, candidate(), CUDA).block() < activations_of(config, candidate(), CPU).block()
 
 
 def test_traffic_by_kind() -> None:
-    """Traffic of an axis that has one rank only, or none of one that has several."""
+    """Traffic counted for an axis with one rank, or not counted for an axis with several."""
     config = preset("7b")
     weights = local_weights(config.model, config.recycle, 1, 32, (True, True))
     alone = communication(config, candidate(layout=Layout()), 32, weights, last=True)
@@ -211,7 +211,7 @@ def test_traffic_by_kind() -> None:
     assert tensor.gradients == tensor.pipeline == 0 < tensor.tensor
     stages = communication(config, candidate(layout=Layout(pipeline=8)), 4, weights, last=False)
     assert stages.tensor == stages.gradients == 0 < stages.pipeline
-    # forward and backward of queries, keys, values and output: 7/8 of what an eighth of the sequence has
+    # forward and backward of queries, keys, values and output: 7/8 of the elements of an eighth of the sequence
     exchanged = communication(config, candidate(layout=Layout(ulysses=8)), 32, weights, last=True)
     micro_batches = config.training.global_batch_size
     width = 2 * (config.model.heads + config.model.kv_heads) * config.model.dim_per_head
@@ -222,7 +222,7 @@ def test_traffic_by_kind() -> None:
 
 
 def test_ulysses_is_offered_for_long_sequences() -> None:
-    """A sequence that no rank holds, and the one layout that splits it not among the plans; or there unasked."""
+    """A missing plan for a sequence that fits no single rank, or a Ulysses plan that was not requested."""
     cluster = Cluster(2, 8, find_gpu("h100"))
     long = preset("7b").model_copy(
         update={
@@ -244,8 +244,8 @@ def test_ulysses_is_offered_for_long_sequences() -> None:
     assert any("is not divisible by ulysses 3" in rejection.reason for rejection in odd.rejected)
 
 
-def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0 and an empty table for a model that no layout can hold."""
+def test_no_fitting_layout_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 and an empty table for a model that fits no layout."""
     cluster = Cluster(1, 1, find_gpu("l40s"))
     code = command.run(preset("70b"), cluster, offload=False, as_json=True, top=5, verify=False)
     printed = capsys.readouterr()
@@ -255,7 +255,7 @@ def test_nothing_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_is_in_gib() -> None:
-    """Gigabytes called GiB."""
+    """Gigabytes labelled as GiB."""
     memory = stage_memory(preset("7b"), candidate(), 0)
     plan = next(plan for plan in plans().fitting)
     assert plan.report()["memory_gib"]["weights"] == plan.memory.weights / GIB  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Every part of big layouts, built on the meta device: together they are the model."""
+"""Every part of large layouts, built on the meta device: together they tile the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.runs import ROOT
 
 @lru_cache
 def preset(name: str) -> RunConfig:
-    if name == "odd":  # no module, so nothing splits the hidden width
+    if name == "odd":  # no recycle module, so the hidden width is not split
         sizes = ["model.heads=4", "model.kv_heads=2", "model.hidden=63", "model.head_dim=16", "recycle.layers=0"]
         return command.read_run(str(ROOT / "ds_configs/runs/demo.yaml"), ["model.vocab_size=1000", *sizes])
     return command.read_run(str(ROOT / "ds_configs" / "runs" / f"{name}.yaml"), [])
@@ -46,7 +46,7 @@ def preset(name: str) -> RunConfig:
     ("odd", Layout(tensor=2, pipeline=2, data=2)),
 ])  # fmt: skip
 def test_parts_tile_the_model(name: str, layout: Layout) -> None:
-    """Rows of a weight that no rank of 8, 64 or 1,024 holds, or that two stages train apart."""
+    """Rows of a weight that no rank of 8, 64 or 1,024 holds, or that two stages train independently."""
     assert layout.world_size in (8, 64, 1024)
     assert verify_layout(preset(name), layout, sequence=True) == layout.tensor * layout.pipeline
 
@@ -74,21 +74,21 @@ def tiles() -> tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]]:
 
 
 @pytest.mark.parametrize(("fault", "message"), [
-    ("lost", "blocks.3.mlp.down.weight: ends at"),
-    ("doubled", "blocks.3.mlp.down.weight: rows .* are doubled"),
-    ("absent", "blocks.3.mlp.down.weight: no part holds it"),
+    ("lost", "blocks.3.mlp.down.weight: the parts cover"),
+    ("duplicated", "blocks.3.mlp.down.weight: rows .* are duplicated"),
+    ("absent", "blocks.3.mlp.down.weight: no part has it"),
     ("foreign", "blocks.99.mlp.down.weight: not a tensor of the model"),
 ])  # fmt: skip
 def test_a_wrong_part_is_found(
     tiles: tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]], fault: str, message: str
 ) -> None:
-    """A check that passes whatever the parts are."""
+    """A check that passes with any parts."""
     expected, found = tiles
     check_tiling(expected, found)
     name = "blocks.3.mlp.down.weight"
     if fault == "lost":
         found[name].pop()
-    elif fault == "doubled":
+    elif fault == "duplicated":
         found[name].append(found[name][0])
     elif fault == "absent":
         del found[name]
@@ -101,28 +101,28 @@ def test_a_wrong_part_is_found(
 @pytest.mark.parametrize(("ranges", "message"), [
     ([range(0, 4), range(4, 8)], "2 ZeRO partitions cover 8 of 9 elements"),
     ([range(0, 5), range(6, 9)], "elements 5 to 6 are missing before ZeRO partition 1"),
-    ([range(0, 5), range(4, 9)], "elements 5 to 4 are doubled before ZeRO partition 1"),
+    ([range(0, 5), range(4, 9)], "elements 5 to 4 are duplicated before ZeRO partition 1"),
 ])  # fmt: skip
 def test_a_wrong_partition_is_found(ranges: list[range], message: str) -> None:
-    """The same for what ZeRO cuts over replicas."""
+    """The same for ZeRO's partitions over replicas."""
     check_cover("norm.weight", 9, [range(0, 5), range(5, 9)])
     with pytest.raises(PlanningError, match=rf"norm.weight: {message}"):
         check_cover("norm.weight", 9, ranges)
 
 
 def test_a_wrong_flat_partition_is_found() -> None:
-    """The same for what ZeRO-1 and 2 cut out of a flattened group: an element that no replica updates, or that two do."""
+    """The same for ZeRO-1 and 2's partitions of a flattened group: an element that no replica or two replicas update."""
     names, sizes = ["a", "b", "c"], [5, 9, 3]
     held = flat_partitions(sizes, 3)
     check_flat(names, sizes, held)
     with pytest.raises(PlanningError, match="b: 2 ZeRO partitions cover 7 of 9 elements"):
         check_flat(names, sizes, held[:-1])
-    with pytest.raises(PlanningError, match=r"b: elements \d+ to \d+ are doubled"):
+    with pytest.raises(PlanningError, match=r"b: elements \d+ to \d+ are duplicated"):
         check_flat(names, sizes, [held[0], held[1], *held[1:]])
 
 
 def test_a_copy_of_other_rows_is_found() -> None:
-    """Ends of a pipeline that embed with different rows of one matrix."""
+    """A last stage whose copy of the embedding has other rows than the first stage's."""
     config, layout = preset("recyclegpt_1.3b"), Layout(tensor=2, pipeline=2)
     with world_of_one():
         first, other, last = (
@@ -131,6 +131,6 @@ def test_a_copy_of_other_rows_is_found() -> None:
         )
         check_copy(last, pieces(first, first.mesh)["embedding.weight"])
         with pytest.raises(
-            PlanningError, match=r"embedding\.weight: the last stage's copy at tensor rank 0 is rows 0 to"
+            PlanningError, match=r"embedding\.weight: the last stage's copy at tensor rank 0 has rows 0 to"
         ):
             check_copy(last, pieces(other, other.mesh)["embedding.weight"])

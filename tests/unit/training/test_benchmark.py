@@ -1,4 +1,4 @@
-"""The training benchmark: it measures what it says, at a size that takes seconds."""
+"""The training benchmark at a size that takes seconds: figures, memory and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from recycle_ds.config import RecycleConfig, load_config
 from recycle_ds.model.flops import parameters, training_flops_per_token
-from recycle_ds.training.benchmark.comparison import BACKBONE, HUGGING_FACE, RECYCLE, llama_config, ratios
+from recycle_ds.training.benchmark.comparison import ratios
+from recycle_ds.training.benchmark.subjects import BACKBONE, HUGGING_FACE, RECYCLE, llama_config
 from tests.runs import ROOT
 
 SMALL = [
@@ -29,7 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_report(tmp_path: Path) -> None:
-    """Figures that do not follow from the measured times, or subjects that differ in more than their code."""
+    """Prevents figures that do not follow from the measured times, and subjects of different size."""
     path = tmp_path / "out" / "bench.json"
     done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, "--steps", "3", "--json", str(path))
     assert done.returncode == 0, done.stderr
@@ -59,8 +60,8 @@ def test_report(tmp_path: Path) -> None:
     assert "Hugging Face's tokens/s" in done.stdout
 
 
-def test_zero_3_has_weights_too(tmp_path: Path) -> None:
-    """No weights and half the state, since ZeRO-3 leaves parameters of over 1e5 elements empty."""
+def test_zero_3_weights_are_counted(tmp_path: Path) -> None:
+    """Prevents counting no weights and half the state, since ZeRO-3 leaves parameters of over 1e5 elements empty."""
     path = tmp_path / "bench.json"
     wide = ["model.hidden=256", "model.ffn=512", "deepspeed=ds_configs/deepspeed/zero3.json"]
     done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, *wide, "--steps", "1", "--json", str(path))
@@ -69,13 +70,13 @@ def test_zero_3_has_weights_too(tmp_path: Path) -> None:
     for name, one in json.loads(path.read_text())["subjects"].items():
         recycle = config.recycle if name == RECYCLE else RecycleConfig(layers=0)
         assert one["parameters"] == parameters(config.model, recycle)
-        # a partition, its master and moments, all on the one rank, and small weights once more
+        # a partition, its master and moments, all on one rank; small weights count twice
         assert 15.9 < one["state_gib"] * 2**30 / one["parameters"] < 18
         assert one["peak_gib"] > one["state_gib"]
 
 
-def test_ratios_pair_the_rounds() -> None:
-    """A slow spell of the machine, which hits all subjects of a round, counted against one of them."""
+def test_ratios_are_computed_within_rounds() -> None:
+    """Prevents a temporary slowdown, which affects all subjects of a round, from changing the ratios."""
     config = load_config(ROOT / "ds_configs" / "runs" / "bench_20m.yaml")
     found = ratios(config, {BACKBONE: [1.0, 10.0, 1.0], RECYCLE: [2.0, 20.0, 2.0], HUGGING_FACE: [3.0, 30.0, 3.0]})
     assert found["speed_over_huggingface"] == 3.0 and found["module_time"] == 2.0
@@ -83,7 +84,7 @@ def test_ratios_pair_the_rounds() -> None:
 
 
 def test_hugging_faces_model_has_the_runs_shape() -> None:
-    """A comparison with a model of another size."""
+    """Prevents a comparison with a model of another size."""
     from transformers import LlamaForCausalLM
 
     config = load_config(ROOT / "ds_configs" / "runs" / "bench_135m.yaml")
@@ -109,7 +110,7 @@ def test_hugging_faces_model_has_the_runs_shape() -> None:
     ],
 )
 def test_wrong_input_is_one_line(override: str, expected: str) -> None:
-    """A traceback for a setting that the comparison cannot have."""
+    """Prevents a traceback for a setting that the comparison does not support."""
     done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, override)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr

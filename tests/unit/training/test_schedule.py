@@ -16,7 +16,7 @@ def config(**changes: object) -> TrainingConfig:
 
 
 def test_cosine_with_warmup() -> None:
-    """A warm-up that begins at zero, misses its peak, or a decay that ends elsewhere than at the floor."""
+    """Prevents a warm-up that starts at zero or misses its peak, and a decay that does not end at the floor."""
     rates = [learning_rate(step, config(warmup_steps=10)) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
     assert rates[54] == pytest.approx(0.55)
@@ -25,20 +25,20 @@ def test_cosine_with_warmup() -> None:
 
 
 def test_wsd_holds_then_decays() -> None:
-    """A stable phase that is not, or a decay of another length than asked for."""
+    """Prevents a stable phase that varies, and a decay of the wrong length."""
     rates = [learning_rate(step, config(schedule="wsd", warmup_steps=5, decay_steps=20)) for step in range(1, 101)]
     assert set(rates[4:80]) == {1.0}
     assert rates[89] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
 
 
 def test_warmup_longer_than_the_run() -> None:
-    """A run of a few steps that divides by zero or never leaves a vanishing rate."""
+    """Prevents a short run from dividing by zero, or from staying at a vanishing rate."""
     assert learning_rate(5, config(steps=5, warmup_steps=50)) == 1.0
     assert learning_rate(1, config(steps=1)) > 0
 
 
 def test_recycle_weight_starts_late_and_rises() -> None:
-    """A module's loss that counts before start_step, or jumps to its full weight."""
+    """Prevents a recycle loss that counts before start_step, or jumps to its full weight."""
     recycle = RecycleConfig(loss_weight=0.4, start_step=10, warmup_steps=4)
     assert [recycle_weight(step, recycle) for step in (1, 10, 11, 12, 14, 99)] == pytest.approx(
         [0, 0, 0.1, 0.2, 0.4, 0.4]
@@ -46,7 +46,7 @@ def test_recycle_weight_starts_late_and_rises() -> None:
 
 
 def test_depths_share_the_weight() -> None:
-    """A total that grows with the depth: the weights of the depths must sum to lambda, falling by depth_decay."""
+    """Prevents a total that grows with the depth: the weights of the depths sum to lambda and fall by depth_decay."""
     weights = loss_weights(50, RecycleConfig(depth=3, loss_weight=0.5, depth_decay=0.5))
     assert weights[0] == 1.0 and sum(weights[1:]) == pytest.approx(0.5)
     assert weights[1] / weights[2] == pytest.approx(2.0) == weights[2] / weights[3]

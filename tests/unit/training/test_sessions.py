@@ -11,13 +11,14 @@ import pytest
 from recycle_ds.parallel.job import Job
 from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.faults.stragglers import slowest
-from recycle_ds.training.reporting.reporter import sessions
+from recycle_ds.training.reporting import sessions
 from recycle_ds.training.reporting.runs_table import read_summary, summarise_runs
 from recycle_ds.training.reporting.sessions import SessionLog
 
 
 def write_metrics(run_dir: Path, steps: dict[int, float]) -> None:
-    lines = [json.dumps({"step": step, "loss": 3.0 / step, "time": at}) + "\n" for step, at in steps.items()]
+    records = ({"step": n, "loss": 3.0 / n, "backbone_loss": 2.0 / n, "time": at} for n, at in steps.items())
+    lines = [json.dumps(record) + "\n" for record in records]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
 
 
@@ -48,8 +49,12 @@ def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.M
     text = second.end("finished", 20)
     tree = json.loads((tmp_path / "summary.json").read_text())
     assert [one["ended"] for one in tree["sessions"]] == ["killed", "finished"]
-    assert (tree["restarts"], tree["killed"], tree["steps_repeated"], tree["steps_made"]) == (1, 1, 3, 8 + 15)
-    assert tree["lost_seconds"] == pytest.approx(1100 - 1 - 1005), "since step 5, the last one that was kept"
+    assert (tree["restarts"], tree["killed"], tree["steps_repeated"], tree["steps_run"]) == (1, 1, 3, 8 + 15)
+    lost = (1008 - 1005) + (1100 - 1 - 1090)
+    assert tree["lost_seconds"] == pytest.approx(lost), (
+        "steps 6 to 8 of the first session, and the second one's start-up"
+    )
+    assert tree["idle_seconds"] == pytest.approx(1090 - 1008), "nothing ran between the two"
     assert (tree["checkpoints"], tree["saving_seconds"], tree["anomalies"]) == (1, 0.5, {"straggler": 1})
     assert tree["tokens"] == 2000 and "finished at step 20 of 20" in text and "straggler 1" in text
 
@@ -64,11 +69,57 @@ def test_a_new_run_has_lost_nothing(tmp_path: Path) -> None:
     assert (tree["restarts"], tree["lost_seconds"], tree["state"]) == (0, 0.0, "SIGTERM")
 
 
+def test_hours_in_the_queue_are_not_lost_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night in the queue reported as a night of lost work."""
+    at(monkeypatch, 1000.0)
+    first = log_of(tmp_path)
+    first.begin(0)
+    first.stepped(1, 1.0)
+    write_metrics(tmp_path, {1: 1001.0})
+    at(monkeypatch, 1002.0)
+    first.end("time limit", 1)
+    at(monkeypatch, 50_000.0)
+    second = log_of(tmp_path)
+    second.begin(1)
+    at(monkeypatch, 50_010.0)
+    second.stepped(2, 2.0)
+    text = second.end("finished", 2)
+    tree = json.loads((tmp_path / "summary.json").read_text())
+    assert tree["lost_seconds"] == pytest.approx((1002 - 1001) + (50_010 - 2 - 50_000))
+    assert tree["idle_seconds"] == pytest.approx(50_000 - 1002)
+    assert text is not None and "restarts 1 (0 after a kill), 9 s of repeated work and start-up, 48998 s idle" in text
+
+
+def test_a_refused_start_is_no_restart(tmp_path: Path) -> None:
+    """A start that a wrong setting ended, or that had nothing to do, counted as a restart and summed up as the run's end."""
+    log = log_of(tmp_path)
+    log.begin(0)
+    assert log.end("model.layers was 2 and is 3", 0, refused=True) is None
+    assert not (tmp_path / "summary.json").exists()
+    log = log_of(tmp_path)
+    log.begin(0)
+    log.stepped(1, 0.1)
+    log.end("finished", 1, refused=True)
+    before = (tmp_path / "summary.json").read_text()
+    assert json.loads(before)["state"] == "finished", "it ran a step: refused or not, that is a session"
+    again = log_of(tmp_path)
+    again.begin(1)
+    assert again.end("finished", 1, refused=True) is None
+    assert (tmp_path / "summary.json").read_text() == before
+    bad = log_of(tmp_path)
+    bad.begin(1)
+    bad.event("nonfinite")
+    text = bad.end("step 2: loss nan: not finite; no weight was changed", 1, refused=True)
+    assert text is not None, "a bad step was met: that is no refusal"
+    head, *_, error = text.splitlines()
+    assert head == f"summary of {tmp_path}: failed at step 1 of 20" and error.startswith("  error: step 2: loss nan")
+
+
 def test_a_damaged_summary_is_no_reason_to_lose_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that cannot begin because its summary was cut off."""
     (tmp_path / "summary.json").write_text('{"sess')
     log_of(tmp_path).begin(0)
-    assert "the summary begins anew" in capsys.readouterr().out
+    assert "starting a new summary" in capsys.readouterr().out
 
 
 def test_bad_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +140,7 @@ def test_bad_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         f"not finished: {absent}: training.stps=3: unknown key",
     ]
     assert summarise_runs([str(good)], as_json=False)
-    assert read_summary(good)["loss"] == 1.0
+    assert (read_summary(good)["loss"], read_summary(good)["backbone_loss"]) == (1.0, 2.0 / 3)
     with pytest.raises(TrainingError, match="no such folder"):
         read_summary(tmp_path / "nowhere")
 

@@ -1,4 +1,4 @@
-"""A hang is noticed, every rank's stacks are written, and the one that holds up the others is named."""
+"""A hang is detected, every rank's stack traces are written, and the rank that blocks the others is named."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ def run(tmp_path: Path, hang: str, then: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_a_hang_ends_the_process_and_shows_where(tmp_path: Path) -> None:
-    """A rank that holds its node until the time limit, and leaves nothing to find out why."""
+def test_a_hang_ends_the_process_and_is_located(tmp_path: Path) -> None:
+    """Prevents a stuck rank from occupying its node until the time limit without leaving a stack trace."""
     done = run(tmp_path, "time.sleep(600)", "stand_still()")
     assert done.returncode == HANG_EXIT and "done" not in done.stdout
     text = (tmp_path / "hangs" / "step-00000003" / "rank-00000.txt").read_text()
-    assert "in step 3, compute, by itself" in text.partition("\n")[0] and "in stand_still" in text
+    assert "in step 3, compute, not in a collective" in text.partition("\n")[0] and "in stand_still" in text
     assert "ending the job" in done.stderr
 
 
-def test_progress_is_left_alone(tmp_path: Path) -> None:
-    """A run ended because it is slow, or after its last step."""
+def test_a_slow_run_is_not_a_hang(tmp_path: Path) -> None:
+    """Prevents ending a run because it is slow, or after its last step."""
     done = run(tmp_path, "pass", "stand_still()")
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert not (tmp_path / "hangs").exists()
 
 
-def test_the_culprit_is_the_one_behind() -> None:
-    """The rank that waits named instead of the one it waits for."""
-    ahead = ((5, 3, True), "rank 0 on a: no progress for 9 s in step 5, compute, waiting for others")
-    stuck = ((5, 1, False), "rank 1 on b: no progress for 9 s in step 5, data, by itself")
-    assert describe_hang({0: ahead, 1: stuck, 2: ahead}, 3) == f"hang: behind the others: {stuck[1]}"
-    same = ((5, 3, False), "rank 2 on c: no progress for 9 s in step 5, compute, by itself")
-    assert describe_hang({0: ahead, 1: ahead, 2: same}, 3) == f"hang: behind the others: {same[1]}"
-    assert "all ranks stand at the same place (no progress for 9 s in step 5" in describe_hang({0: ahead, 1: ahead}, 2)
-    assert "ranks 1, 3 did not even write" in describe_hang({0: ahead, 2: ahead}, 4)
+def test_the_culprit_is_the_rank_behind() -> None:
+    """Prevents naming the rank that waits instead of the one it waits for."""
+    ahead = ((5, 3, True), "rank 0 on a: no progress for 9 s in step 5, compute, waiting in a collective")
+    stuck = ((5, 1, False), "rank 1 on b: no progress for 9 s in step 5, data, not in a collective")
+    assert describe_hang({0: ahead, 1: stuck, 2: ahead}, 3) == f"hang: ranks behind the others: {stuck[1]}"
+    same = ((5, 3, False), "rank 2 on c: no progress for 9 s in step 5, compute, not in a collective")
+    assert describe_hang({0: ahead, 1: ahead, 2: same}, 3) == f"hang: ranks behind the others: {same[1]}"
+    assert "all ranks are at the same point (no progress for 9 s in step 5" in describe_hang({0: ahead, 1: ahead}, 2)
+    assert "ranks 1, 3 wrote no stack traces" in describe_hang({0: ahead, 2: ahead}, 4)

@@ -1,0 +1,51 @@
+"""Settings that a run with `init_from` takes from the folder it starts from: a retrofit need not repeat the model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recycle_ds.checkpoint.portable.folders import check_folder
+
+
+def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults for a tree of settings, see `load_config`. Empty without `init_from`.
+
+    They are the model's shape, its tokenizer, and the module's layers and depth if the folder has a module. A run that was
+    started before takes them from its own config.yaml: the folder may be gone by then. Raises CheckpointError for a folder that
+    does not exist or cannot be read.
+    """
+    folder = tree.get("init_from")
+    if not isinstance(folder, str):
+        return {}
+    earlier = _earlier_start(tree)
+    if earlier is not None:
+        return earlier
+    check_folder(folder)
+    from recycle_ds.checkpoint.recognition import open_source  # torch, which takes seconds to import
+
+    source = open_source(folder, verify=False)
+    found: dict[str, Any] = {"model": source.model.model_dump(mode="json")}
+    if source.recycle.layers:
+        found["recycle"] = {"layers": source.recycle.layers, "depth": source.recycle.depth}
+    if source.tokenizer is not None:
+        found["data"] = {"tokenizer": str(source.tokenizer)}
+    return found
+
+
+def _earlier_start(tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same settings as an earlier start of the run resolved them, if it had the same init_from."""
+    run_dir = tree.get("run_dir")
+    if not isinstance(run_dir, str):
+        return None
+    try:
+        saved = yaml.safe_load((Path(run_dir) / "config.yaml").read_text(encoding="utf-8"))
+        if saved["init_from"] != tree["init_from"]:
+            return None
+        recycle = {key: saved["recycle"][key] for key in ("layers", "depth")}
+        return {"model": saved["model"], "recycle": recycle, "data": {"tokenizer": saved["data"]["tokenizer"]}}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no earlier start, or another kind of file
+        return None

@@ -1,0 +1,60 @@
+"""The command `recycle-ds tokenizer` (tools/train_tokenizer.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recycle_ds.config.command import INTERRUPTED, run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train_tokenizer(
+    source: Annotated[
+        str,
+        typer.Argument(help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for tokenizer.json and tokenizer_config.json, created if missing.")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary, at least 257.")],
+    text_column: Annotated[
+        str, typer.Option(help="Column that holds the text, in jsonl, parquet and datasets.")
+    ] = "text",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a dataset while it downloads.")] = False,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that exists.")] = False,
+) -> None:
+    """Train a tokenizer of VOCAB_SIZE tokens on SOURCE; the same text always gives the same tokenizer."""
+    from rich.table import Table
+
+    from recycle_ds.config.console import output_console
+    from recycle_ds.data.errors import DataError
+    from recycle_ds.data.interruptible import exit_on_sigterm
+    from recycle_ds.data.sources import read_documents
+    from recycle_ds.data.tokenizer import Tokenizer
+
+    exit_on_sigterm()
+    file = output / "tokenizer.json"
+    if file.exists() and not overwrite:
+        raise DataError(f"{file} already exists: name another --output, or replace it with --overwrite")
+    try:
+        texts = read_documents(source, text_column, streaming=streaming, split=split)
+        tokenizer = Tokenizer.train(texts, vocab_size)
+        tokenizer.save(output)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    table = Table("file", "tokens", "end of text", "fingerprint")
+    table.add_row(str(file), f"{tokenizer.vocab_size:,}", str(tokenizer.eos_id), tokenizer.fingerprint[:12])
+    output_console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command with `argv`, by default the process's own arguments."""
+    run_command(app, argv)

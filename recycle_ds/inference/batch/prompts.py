@@ -1,0 +1,50 @@
+"""Reading a .jsonl file of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recycle_ds.inference.errors import DecodingError
+
+
+def read_prompt_file(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, each with a text under "prompt"; blank lines are skipped. Raises DecodingError
+    naming file and line."""
+    return list(read_lines(path).values())
+
+
+def read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """The objects, by line number."""
+    try:
+        # not splitlines: it also cuts at separators that may occur inside a JSON string
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DecodingError(f"prompts {str(path)!r} cannot be read: {error}") from None
+    records = {number: _read_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()}
+    if not records:
+        raise DecodingError(f'{path}: no prompts; write one JSON object with a "prompt" per line')
+    return records
+
+
+def _read_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if isinstance(prompt, str) and prompt:
+            # fails here rather than when the output is written
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+            return record
+    except json.JSONDecodeError as error:
+        raise DecodingError(f"{where}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise DecodingError(f"{where}: nested too deeply: give the prompt in a flat object") from None
+    except UnicodeEncodeError as error:
+        raise DecodingError(
+            f"{where}: contains an unpaired surrogate ({error.object[error.start]!r}), which is not a character: write "
+            "the complete pair, or the character itself in UTF-8"
+        ) from None
+    except ValueError as error:  # for example a number with thousands of digits
+        raise DecodingError(f"{where}: cannot be read: {error}") from None
+    raise DecodingError(f'{where}: expected an object with a text under "prompt": {{"prompt": "Once upon"}}')

@@ -1,0 +1,141 @@
+"""The models that are compared: the backbone alone, with its recycle module, and Hugging Face's of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from recycle_ds.config import RecycleConfig, RunConfig, resolve_deepspeed
+from recycle_ds.data.loader import Batch
+from recycle_ds.data.targets import make_targets
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.batches import assemble
+from recycle_ds.training.benchmark.live_memory import PersistentTensors, persistent_tensors
+from recycle_ds.training.engine.build import build_engine
+from recycle_ds.training.engine.optimizer import AdamW, parameter_groups
+from recycle_ds.training.errors import TrainingError
+
+BACKBONE, RECYCLE, HUGGING_FACE = "backbone", "recycle", "huggingface"
+
+
+class Subject(Protocol):
+    """A model in its training engine."""
+
+    config: RunConfig
+    """What it trains, for the FLOP count."""
+
+    def step(self) -> None:
+        """One optimizer step."""
+
+    def held(self) -> PersistentTensors:
+        """The tensors that it keeps between steps."""
+
+
+class OurSubject:
+    """RecycleGPT in its training engine."""
+
+    def __init__(self, config: RunConfig, tree: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
+        self.config = config
+        self._engine = build_engine(config, tree, mesh, device)
+        depth = self._engine.model.depth
+        self._batches = assemble(random_batches(config, mesh, depth), 1 + depth, mesh, device)
+        weights = [1.0] + [config.recycle.loss_weight / max(1, depth)] * depth
+        self._scales = self._batches.scales(weights, mesh.replicas.size)
+
+    def step(self) -> None:
+        """See `Subject`."""
+        self._engine.passes.train(self._batches.micro, self._scales)
+        self._engine.gradients.step(lambda _: True)
+
+    def held(self) -> PersistentTensors:
+        """See `Subject`."""
+        return persistent_tensors(self._engine.model, self._engine.optimizer, self._engine.engine.optimizer)
+
+
+class HuggingFaceSubject:
+    """transformers' LlamaForCausalLM of the same shape, under the same DeepSpeed settings and optimizer."""
+
+    def __init__(self, config: RunConfig, tree: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
+        import deepspeed
+        from transformers import LlamaForCausalLM
+
+        self.config = config
+        model = LlamaForCausalLM(llama_config(config))
+        self._model = model.to(device)
+        self._optimizer = AdamW(parameter_groups(self._model, config.training.weight_decay), config.training)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model, optimizer=self._optimizer, config=tree, dist_init_required=False
+        )
+        self._optimizer.hold = False
+        self._tokens = [batch.tokens_BS.to(device) for batch in random_batches(config, mesh, 0)]
+
+    def step(self) -> None:
+        """See `Subject`."""
+        for tokens in self._tokens:
+            loss = self._engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+            self._engine.backward(loss)
+            self._engine.step()
+
+    def held(self) -> PersistentTensors:
+        """See `Subject`."""
+        return persistent_tensors(self._model, self._optimizer, self._engine.optimizer)
+
+
+def llama_config(config: RunConfig) -> Any:
+    """The LlamaConfig of the run's backbone."""
+    from transformers import LlamaConfig
+
+    model = config.model
+    return LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden,
+        intermediate_size=model.ffn,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.dim_per_head,
+        max_position_embeddings=model.max_positions,
+        rms_norm_eps=model.norm_epsilon,
+        tie_word_embeddings=model.tied_embeddings,
+        attention_bias=model.qkv_bias,
+        attn_implementation="sdpa",
+    )
+
+
+def random_batches(config: RunConfig, mesh: Mesh, depth: int) -> list[Batch]:
+    """This rank's micro-batches of one step, of random tokens; every sequence is one document."""
+    training = config.training
+    assert config.model.vocab_size is not None
+    generator = torch.Generator().manual_seed(training.seed + mesh.data.rank)
+    batches = []
+    for _ in range(training.global_batch_size // (training.micro_batch_size * mesh.data.size)):
+        shape = (training.micro_batch_size, training.seq_length + 1)
+        tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
+        targets = make_targets(tokens, torch.zeros_like(tokens), depth)
+        positions = torch.arange(training.seq_length).expand(training.micro_batch_size, -1)
+        documents = torch.zeros(training.micro_batch_size, training.seq_length, dtype=torch.int64)
+        batches.append(Batch(targets.inputs[0], positions, documents, targets.inputs, targets.targets))
+    return batches
+
+
+def build_subjects(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[str, Subject]:
+    """The backbone alone, with its recycle module, and Hugging Face's. Raises TrainingError for settings they cannot share."""
+    parallel = config.parallel
+    if parallel.tensor * parallel.pipeline * parallel.ulysses > 1:
+        raise TrainingError(
+            f"parallel.tensor={parallel.tensor}, pipeline={parallel.pipeline}, ulysses={parallel.ulysses}: the comparison "
+            "with Hugging Face runs data-parallel; set all three to 1"
+        )
+    if not config.recycle.layers:
+        raise TrainingError("recycle.layers=0: there is no module to measure; set it to 1 or more")
+    plain = config.model_copy(update={"recycle": RecycleConfig(layers=0)})
+    makers: dict[str, tuple[Callable[..., Subject], RunConfig]] = {
+        BACKBONE: (OurSubject, plain),
+        RECYCLE: (OurSubject, config),
+        HUGGING_FACE: (HuggingFaceSubject, plain),
+    }
+    return {
+        name: maker(own, resolve_deepspeed(own, mesh.data.size), mesh, device) for name, (maker, own) in makers.items()
+    }

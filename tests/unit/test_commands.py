@@ -1,0 +1,143 @@
+"""The commands as users start them: what is imported, typing errors, any working directory, tables in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.cli import COMMANDS
+from recycle_ds.config.shipped import RUNS, find_config, names
+from tests.runs import ROOT
+
+# Prints, last on stderr, which of the heavy packages were imported on the way.
+_RUN = """
+import json, sys
+from importlib import import_module
+try:
+    import_module({module!r}).main({arguments!r})
+finally:
+    heavy = ("torch", "deepspeed", "megatron", "transformers")
+    print(json.dumps([name for name in heavy if name in sys.modules]), file=sys.stderr)
+"""
+
+
+def python(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder or ROOT, env=environment, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    """Prevents `import recycle_ds` that takes seconds because it brings torch along."""
+    done = python(
+        "import recycle_ds, sys; print([n for n in ('torch', 'pydantic', 'typer', 'numpy') if n in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    done = python("import recycle_ds; print(recycle_ds.Engine, recycle_ds.SamplingParams(temperature=0))")
+    assert done.returncode == 0 and "Engine" in done.stdout, done.stderr
+    assert "Warning" not in done.stderr, "megatron-core's warnings reach the user"
+    assert "no attribute 'Engin'" in python("import recycle_ds; recycle_ds.Engin").stderr
+
+
+WRONG = {
+    "mode": ("generate", ["--model", "x", "--prompt", "a", "--mode", "verfied"], "did you mean verified?"),
+    "type": ("generate", ["--model", "x", "--prompt", "a", "--dtype", "fp8"], "must be one of fp32, bf16"),
+    "top-p": (
+        "generate",
+        ["--model", "x", "--prompt", "a", "--top-p", "2"],
+        "top_p=2.0: must be above 0 and at most 1",
+    ),
+    "folder": (
+        "generate",
+        ["--model", "no/where", "--prompt", "a"],
+        "no/where: no such folder; if it is the name",
+    ),
+    "file": ("generate", ["--model", "README.md", "--prompt", "a"], "README.md: is a file; name the folder it lies in"),
+    "prompts": ("generate", ["--model", "nowhere", "--prompts", "a", "--output", "b"], "nowhere: no such folder"),
+    "evaluate": ("evaluate", ["--model", "nowhere", "--data", "a"], "nowhere: no such folder"),
+    "config": ("pretrain", ["--config", "demoo"], "--config demoo: no such file; shipped ones are"),
+    "key": ("pretrain", ["--config", "demo", "training.stps=3"], "did you mean training.steps?"),
+    "deepspeed": (
+        "pretrain",
+        ["--config", "demo", "deepspeed=zero9"],
+        "deepspeed='zero9': no such file; shipped ones are",
+    ),
+    "init_from": (
+        "pretrain",
+        ["--config", "demo", "init_from=a/b"],
+        "a/b: no such folder; if it is the name",
+    ),
+    "convert": ("convert", ["nowhere", "there", "--to", "hf"], "nowhere: no such folder"),
+    "target": ("convert", ["ds_configs", "ds_configs", "--to", "hf"], "ds_configs: already exists"),
+    "inspect": ("inspect", ["ds_configs", "--diff", "nowhere"], "nowhere: no such folder"),
+    "gpu": ("plan", ["--config", "7b", "--gpu", "h1000"], "--gpu h1000: not known"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_typing_error_is_answered_without_torch(case: str) -> None:
+    """Prevents an answer that takes seconds, of imports, where one look at the arguments is enough."""
+    command, arguments, message = WRONG[case]
+    done = python(_RUN.format(module=COMMANDS[command][0], arguments=arguments))
+    *error, imported = done.stderr.splitlines()
+    assert done.returncode == 2 and len(error) == 1, done.stderr
+    assert error[0].startswith("error: ") and message in error[0]
+    assert json.loads(imported) == []
+
+
+def test_shipped_configurations_are_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a console script that works in the repository's root only, and a file of the user's that a shipped one hides."""
+    shipped = ROOT / "ds_configs" / "runs"
+    assert names(RUNS) == sorted(path.stem for path in shipped.glob("*.yaml")) and len(names(RUNS)) >= 7
+    monkeypatch.chdir(tmp_path)
+    assert names(RUNS) == sorted(path.stem for path in shipped.glob("*.yaml"))
+    for name in ("demo", "ds_configs/runs/demo.yaml"):
+        assert find_config(name, RUNS).samefile(shipped / "demo.yaml")
+    assert find_config("unknown", RUNS) == Path("unknown") and not find_config("runs/demo", RUNS).is_file()
+    Path("demo").write_text("mine")
+    assert find_config("demo", RUNS).read_text() == "mine"
+    done = python("from recycle_ds.cli import main; main(['pretrain', '--config', '7b', 'model.layrs=3'])", tmp_path)
+    assert done.stderr.splitlines() == ["error: model.layrs=3: unknown key, did you mean model.layers?"]
+
+
+def test_every_subcommand_has_its_own_help() -> None:
+    """Prevents a command that is listed and does not exist."""
+    for command, (module, line) in COMMANDS.items():
+        done = python(_RUN.format(module="recycle_ds.cli", arguments=[command, "--help"]))
+        assert done.returncode == 0 and f"recycle-ds {command}" in done.stdout, (module, done.stderr)
+        assert "[default: " not in line and done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_it_needs() -> None:
+    """Prevents columns cut to "…" in logs and files, because a pipe is taken for a narrow terminal."""
+    code = """
+from rich.table import Table
+from recycle_ds.config.console import output_console
+table = Table(*(f"a heading of some length, number {n}" for n in range(12)))
+table.add_row(*("x" * 40 for _ in range(12)))
+output_console().print(table)
+"""
+    for columns in ("20", "80"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": columns}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert "…" not in done.stdout and len(done.stdout.splitlines()) == 5
+        assert done.stdout.count("x" * 40) == 12
+
+
+def test_tables_are_printed_through_one_console() -> None:
+    """Prevents a new table that is cut in a log because it has a console of its own."""
+    own = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for folder in ("recycle_ds", "tools")
+        for file in (ROOT / folder).rglob("*.py")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if "Console(" in line and "output_console(" not in line and "stderr" not in line and "class " not in line
+    ]
+    assert own == ["recycle_ds/training/reporting/console.py:31"] or own == [], own
