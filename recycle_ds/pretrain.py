@@ -41,7 +41,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def pretrain(
-    config: Annotated[str, typer.Option(help="Run configuration: a YAML file, or the name of one in ds_configs/runs/.")],
+    config: Annotated[
+        str, typer.Option(help="Run configuration: a YAML file, or the name of one in ds_configs/runs/.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
     ] = None,

@@ -58,6 +58,11 @@ case $CONTAINER in
     *) fail "CONTAINER=$CONTAINER: must be apptainer, pyxis or empty" ;;
 esac
 
+case $LAUNCHER in
+    srun | torchrun | deepspeed | mpirun) ;;
+    *) fail "LAUNCHER=$LAUNCHER: must be srun, torchrun, deepspeed or mpirun" ;;
+esac
+
 # launch MODULE [ARGUMENT ...]: all ranks of the job. The GPUs that SLURM gave to a step stay as they are.
 launch() {
     local ranks=(--ntasks="$((SLURM_JOB_NUM_NODES * TASKS))" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
@@ -67,7 +72,6 @@ launch() {
         torchrun | deepspeed) exec "${SRUN[@]}" "${nodes[@]}" ${WRAP[@]+"${WRAP[@]}"} bash slurm/node.sh "$LAUNCHER" "$@" ;;
         # shellcheck disable=SC2086 # a command with its options
         mpirun) exec $MPIRUN -n "$((SLURM_JOB_NUM_NODES * TASKS))" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
-        *) fail "LAUNCHER=$LAUNCHER: must be srun, torchrun, deepspeed or mpirun" ;;
     esac
 }
 

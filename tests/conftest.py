@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.distributed import stop_server  # noqa: E402
+
 torch.set_num_threads(1)
 
 TEST_ALL = os.environ.get("RECYCLE_TEST_ALL", "0") not in ("", "0")
@@ -55,8 +59,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, interrupt)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves tests marked `full` to RECYCLE_TEST_ALL=1, unless they are asked for by name or by marker."""
+    """Leaves tests marked `full` to RECYCLE_TEST_ALL=1, unless they are asked for by name or by marker.
+
+    With workers (pytest -n 2 --dist loadgroup), the tests of the cluster share one worker, because they share the cluster, and
+    those that start several ranks share the other, so that no two of them compete for the cores; unit tests go to whichever
+    worker is free.
+    """
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder != "unit":
+            item.add_marker(pytest.mark.xdist_group("cluster" if folder == "slurm" else "ranks"))
     asked = config.option.markexpr or any("::" in argument for argument in config.args)
     if TEST_ALL or asked:
         return
@@ -65,16 +79,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends every process the tests left running, and fails the run for it."""
-    stragglers = _stragglers()
-    for pid in stragglers:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    session.config.stash[_STRAGGLERS] = stragglers
-    if stragglers and session.exitstatus == pytest.ExitCode.OK:
+    """Ends every process that the tests left running, and fails the run for it."""
+    config = session.config
+    stop_server()
+    if not _distributes(config):  # else each worker looks after the processes of its own tests
+        config.stash[_STRAGGLERS] = stragglers = _stragglers()
+        for pid in stragglers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["stragglers"] = {str(pid): command for pid, command in stragglers.items()}
+    if config.stash.get(_STRAGGLERS, {}) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what a worker of pytest-xdist reports of processes left behind."""
+    left = getattr(node, "workeroutput", {}).get("stragglers", {})
+    node.config.stash.setdefault(_STRAGGLERS, {}).update({int(pid): command for pid, command in left.items()})
+
+
+def _distributes(config: pytest.Config) -> bool:
+    """Whether this process runs no tests itself, but hands them to workers (pytest -n)."""
+    return not hasattr(config, "workerinput") and bool(getattr(config.option, "numprocesses", None))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

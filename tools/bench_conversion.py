@@ -22,18 +22,18 @@ def bench_conversion(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from rich.console import Console
     from rich.table import Table
 
     from recycle_ds.checkpoint.conversion.memory import measure
     from recycle_ds.config.atomic_files import write_json_atomically
+    from recycle_ds.config.console import output_console
 
     found = measure(model, shard_gib)
     title = f"{model}: {found['model_mib']:.0f} MiB; a process that converts nothing takes {found['idle_mib']:.0f} MiB"
     table = Table("from", "to", "MiB beyond that", "share of the model", title=title)
     for row in found["conversions"]:  # type: ignore[attr-defined]
         table.add_row(row["source"], row["target"], f"{row['peak_mib']:.0f}", f"{row['share']:.0%}")
-    Console().print(table)
+    output_console().print(table)
     if json_path is not None:
         write_json_atomically(json_path, found)
 

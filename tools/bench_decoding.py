@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recycle_ds.config.command import user_errors
+from recycle_ds.config.command import run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,22 +35,29 @@ def bench_decoding(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures here (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Decode every prompt in every mode, interleaved, and print one table."""
-    with user_errors():
-        from recycle_ds.parallel.rendezvous import quiet_libraries
+    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.parameters import check_mode, check_runtime
 
-        quiet_libraries()  # before the imports that warn
-        from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
+    chosen = tuple(modes.replace(" ", "").split(","))
+    for mode in chosen:
+        check_mode(mode)
+    check_runtime(dtype, threads)
+    check_folder(model)  # what needs no torch, which takes seconds to import, is checked first
+    from recycle_ds.parallel.rendezvous import quiet_libraries
 
-        settings = BenchSettings(tuple(modes.replace(" ", "").split(",")), max_new_tokens, draft_tokens, repeats)
-        result = bench_model(model, prompts, settings, dtype=dtype, threads=threads)
-        print_result(result)
-        if json_path is not None:
-            write_report(result.report, json_path)
-        if plot is not None:
-            from recycle_ds.inference.bench.plots import plot_decoding
+    quiet_libraries()  # before the imports that warn
+    from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
 
-            plot_decoding(result.report, plot)
+    settings = BenchSettings(chosen, max_new_tokens, draft_tokens, repeats)
+    result = bench_model(model, prompts, settings, dtype=dtype, threads=threads)
+    print_result(result)
+    if json_path is not None:
+        write_report(result.report, json_path)
+    if plot is not None:
+        from recycle_ds.inference.bench.plots import plot_decoding
+
+        plot_decoding(result.report, plot)
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app, None)

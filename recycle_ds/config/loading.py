@@ -75,9 +75,7 @@ def load_config(
     return parse_config(_read_yaml(text, str(path)), overrides, defaults)
 
 
-def parse_config(
-    tree: Mapping[str, Any], overrides: Iterable[str] = (), defaults: Defaults | None = None
-) -> RunConfig:
+def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), defaults: Defaults | None = None) -> RunConfig:
     """Validates a mapping with overrides and defaults applied, see `load_config`. Raises ConfigError."""
     merged = _copy(tree)
     for override in overrides:
@@ -128,7 +126,9 @@ def _lay_under(tree: Any, defaults: Any) -> Any:
     """`tree` with the keys of `defaults` that it does not have, section by section."""
     if not (isinstance(tree, Mapping) and isinstance(defaults, Mapping)):
         return tree
-    filled = {key: _lay_under(tree[key], value) if tree.get(key) is not None else value for key, value in defaults.items()}
+    filled = {
+        key: _lay_under(tree[key], value) if tree.get(key) is not None else value for key, value in defaults.items()
+    }
     return {**tree, **filled}
 
 

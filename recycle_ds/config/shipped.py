@@ -19,7 +19,7 @@ def find_config(name: str | os.PathLike[str], kind: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.name == str(path) and not path.suffix:
+    if path.name == str(path) and path.suffix != _SUFFIXES[kind]:
         wanted = Path(kind) / f"{path}{_SUFFIXES[kind]}"
     elif path.parts[:1] == (FOLDER,):
         wanted = path.relative_to(FOLDER)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recycle_ds.config.console import output_console
 from recycle_ds.data.encoding import encode_in_order, usable_cores
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.sources import read_documents
@@ -246,7 +247,6 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if self._shown:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._progress: Progress = Progress(
@@ -254,7 +254,7 @@ class _Bar:
                 BarColumn(),
                 TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=output_console(stderr=True),
             )
             self._progress.start()
             self._task: TaskID = self._progress.add_task(self._source, total=None, documents=0, tokens=0)

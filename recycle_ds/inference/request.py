@@ -59,10 +59,10 @@ class Request:
         return interrupted
 
     def record_of_one(self, loaded: LoadedModel, prompt: str, seed_offset: int) -> dict[str, object]:
-        """Decodes a prompt without printing. `seed_offset` is added to the seed, so that every prompt has its own random
-        numbers, independent of the order of the prompts."""
+        """Decodes a prompt without printing. `seed_offset` is added to the seed (modulo 2^63), so that every prompt has its own
+        random numbers, independent of the order of the prompts."""
         tokenizer, seed = loaded.tokenizer, self.params.seed
-        params = self.params if seed is None else replace(self.params, seed=seed + seed_offset)
+        params = self.params if seed is None else replace(self.params, seed=(seed + seed_offset) % 2**63)
         printer = TokenPrinter(TextStream(tokenizer), self.params.stop, frozenset({tokenizer.eos_id}), self.mode, None)
         generation = decoder_of(loaded).generate(
             tokenizer.encode(prompt),

@@ -44,7 +44,7 @@ def on_all_ranks(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T
     except (RecycleError, OSError) as error:
         text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
         transient = _is_transient(error)
-    votes = torch.tensor([mesh.rank + 1 if text else 0], dtype=torch.int64, device=device)
+    votes = torch.tensor([mesh.rank + 1 if text is not None else 0], dtype=torch.int64, device=device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     failed = int(votes.item()) - 1  # the highest rank with an error, or -1

@@ -161,7 +161,7 @@ def start(launch: Launch) -> bool:
             raise
         used_host, used_port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         raise LaunchError(
-            f"port {used_port} of {used_host} is in use by another process: choose another one "
+            f"port {used_port} of {used_host} is in use by another process (EADDRINUSE): choose another one "
             "(deepspeed --master_port N, torchrun --master-port N)"
         ) from None
     return True

@@ -1,4 +1,4 @@
-"""Plans as tables for people."""
+"""Plans as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ds.planning.plan import Plan, Plans
 
 
 def print_plans(plans: Plans, cluster: Cluster, console: Console, top: int) -> None:
-    """The best layouts, the breakdown of the first, and the reasons why others were rejected."""
+    """Prints the best layouts, the breakdown of the first, and why others were rejected."""
     gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     fit = f"{len(plans.fitting):,} layouts fit, {len(plans.rejected):,} do not"
     console.print(f"{plans.parameters / 1e9:.2f} B parameters on {gpus}: {fit}")
@@ -25,7 +25,7 @@ def print_plans(plans: Plans, cluster: Cluster, console: Console, top: int) -> N
 
 
 def _shown(plans: list[Plan]) -> list[Plan]:
-    """Without those that offload although they fit as they are: slower, and next to their twins in every list."""
+    """Without layouts that offload although they fit without: those are slower and differ in nothing else."""
     resident = {replace(plan.candidate, offload=True) for plan in plans if not plan.candidate.offload}
     return [plan for plan in plans if plan.candidate not in resident]
 
@@ -58,8 +58,8 @@ def _best(plans: list[Plan]) -> Table:
 
 def _breakdown(plan: Plan) -> Table:
     """Memory, time and traffic of one layout, side by side."""
-    table = Table(title=f"The first of them, on its fullest rank (stage {plan.stage})")
-    for name in ("memory", "GiB", "a step's time", "s", "sent per rank and step", "GB"):
+    table = Table(title=f"The fastest layout, on the rank with most memory in use (stage {plan.stage})")
+    for name in ("memory", "GiB", "step time", "s", "sent per rank and step", "GB"):
         table.add_column(name, justify="right" if name in ("GiB", "s", "GB") else "left")
     memory = [(name, f"{value / GIB:.2f}") for name, value in asdict(plan.memory).items() if name != "host"]
     if plan.memory.host:
@@ -74,7 +74,7 @@ def _breakdown(plan: Plan) -> Table:
 
 
 def _rejections(plans: Plans) -> Table:
-    """Reasons with how many layouts they rule out; those that lack memory are told together, the nearest miss first."""
+    """Reasons, and how many layouts each rules out; those for lack of memory are one row with the nearest miss."""
     kinds = Counter(one.reason for one in plans.rejected if not one.reason.startswith("needs "))
     short = sorted(
         (one.reason for one in plans.rejected if one.reason.startswith("needs ")),
@@ -84,7 +84,7 @@ def _rejections(plans: Plans) -> Table:
     table.add_column("layouts", justify="right")
     table.add_column("reason")
     if short:
-        table.add_row(f"{len(short):,}", f"too little memory; the nearest {short[0]}")
+        table.add_row(f"{len(short):,}", f"too little memory; the nearest miss {short[0]}")
     for reason, count in kinds.most_common(12):
         table.add_row(f"{count:,}", reason)
     return table

@@ -59,7 +59,7 @@ def _saving() -> bool:
     """Whether this thread is saving a checkpoint: reads of the folder at the start of a run do not count."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(("checkpoint/writing.py", "checkpoint/shard_writer.py")):
+        if frame.f_code.co_filename.endswith(("checkpoint/run/saving.py", "checkpoint/run/shard_writer.py")):
             return True
         frame = frame.f_back
     return False

@@ -9,6 +9,7 @@ import typer
 from recycle_ds.checkpoint.files.new_folder import check_target
 from recycle_ds.checkpoint.portable.folders import check_folder
 from recycle_ds.config.command import run_command
+from recycle_ds.config.console import output_console
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -72,13 +73,12 @@ def convert_checkpoint(
 
 def run(source: str, target: str, conversion: Conversion) -> None:
     """Converts, and prints one line about the result. Progress goes to stderr if that is a terminal. Raises CheckpointError."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from recycle_ds.checkpoint.conversion.convert import convert
     from recycle_ds.model.flops import parameters
 
-    console = Console(stderr=True)
+    console = output_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         tasks: dict[str, TaskID] = {}

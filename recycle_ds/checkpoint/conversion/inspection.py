@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.config.console import output_console
 
 PARTS = ("embedding", "blocks", "final_norm", "head", "recycle")
 
@@ -80,4 +80,4 @@ def print_description(found: dict[str, Any], *, as_json: bool) -> None:
             table.add_row(
                 section, ", ".join(f"{key}={value}" for key, value in found[section].items() if value is not None)
             )
-    Console().print(table)
+    output_console().print(table)

@@ -231,7 +231,8 @@ class PromptFile:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # damaged by a crash of the machine
                     continue
-                found[record["index"]] = record
+                if isinstance(record, dict) and isinstance(record.get("index"), int):
+                    found[record["index"]] = record
         return found
 
     def _merge(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from recycle_ds.config.atomic_files import write_json_atomically
+from recycle_ds.config.console import output_console
 from recycle_ds.inference.batch.prompts import read_prompt_file
 from recycle_ds.inference.bench.diagnosis import notes_on_verified
 from recycle_ds.inference.decoder import Decoder
@@ -164,7 +163,7 @@ def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str
     texts = read_prompts(prompts)
     loaded = load(path, dtype, threads)
     columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
+    console = output_console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("decoding", total=None)
         return run_bench(
@@ -179,8 +178,7 @@ def bench_model(path: str, prompts: Path, settings: BenchSettings, *, dtype: str
 
 def print_result(result: BenchResult) -> None:
     """Prints the table, followed by the notes, to stdout."""
-    # A file or pipe has no width limit, and a table squeezed into 80 columns is hard to read.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output_console()
     console.print(results_table(result.report))
     for note in result.notes:
         console.print(note, soft_wrap=True, highlight=False)

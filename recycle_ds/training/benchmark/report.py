@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from recycle_ds.config.console import output_console
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -27,7 +28,7 @@ def print_report(report: dict[str, Any]) -> None:
             f"{one['peak_gib']:.2f}",
         )
     ratios = report["ratios"]
-    console = Console()
+    console = output_console()
     console.print(table)
     console.print(
         f"backbone: {ratios['speed_over_huggingface']:.2f}x Hugging Face's tokens/s. Module: {ratios['module_time']:.3f}x the "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from recycle_ds.config.console import output_console
 
 
 class RunConsole:
@@ -23,7 +24,7 @@ class RunConsole:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._progress = Progress(*columns, console=Console(file=sys.stdout))
+            self._progress = Progress(*columns, console=output_console())
             self._task = self._progress.add_task("starting", total=steps, completed=completed)
             self._progress.start()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +23,38 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
+def of_init_from(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with init_from takes from that folder, of SmolLM2-135M."""
+    if "init_from" not in tree:
+        return {}
+    shape = {
+        "layers": 30,
+        "hidden": 576,
+        "heads": 9,
+        "kv_heads": 3,
+        "ffn": 1536,
+        "vocab_size": 49152,
+        "max_positions": 8192,
+    }
+    return {"model": shape, "data": {"tokenizer": "models/smollm2/tokenizer.json"}}
+
+
+def test_defaults_hold_where_the_file_is_silent() -> None:
+    """Prevents a default that replaces what a file or an override says, and a section that is replaced as a whole."""
+    name = str(RUNS / "retrofit_smollm2.yaml")
+    plain = load_config(name, (), of_init_from)
+    assert (plain.model.layers, plain.model.max_positions) == (30, 8192) and plain.data.train[0].path.endswith("train")
+    changed = load_config(name, ["model.max_positions=2048", "data.tokenizer=mine.json"], of_init_from)
+    assert (changed.model.layers, changed.model.max_positions, changed.data.tokenizer) == (30, 2048, "mine.json")
+    with pytest.raises(ConfigError, match="model: required, not given"):
+        load_config(name)
+
+
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_runs_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a shipped configuration that its own schema rejects, or whose DeepSpeed file is missing."""
     monkeypatch.chdir(RUNS.parents[1])
-    config = load_config(path)
+    config = load_config(path, (), of_init_from)
     assert load_deepspeed_json(config.deepspeed)
 
 
@@ -53,11 +82,11 @@ def test_overrides_are_applied_in_order_and_typed() -> None:
         ("training.decay_steps=5", ["training.decay_steps", "wsd"]),
         ("data.validation=[]", ["training.eval_every (100)", "data.validation"]),
         ("training.learning_rate=.nan", ["training.learning_rate=nan"]),
-        ("model.hidden=130", ["hidden (130)", "heads (3)"]),
-        ("model.kv_heads=2", ["heads (3)", "kv_heads (2)"]),
+        ("model.hidden=130", ["hidden (130)", "heads (4)"]),
+        ("model.kv_heads=3", ["heads (4)", "kv_heads (3)"]),
         ("training.global_batch_size=10", ["global_batch_size (10)", "micro_batch_size (4)"]),
         ("training.seq_length=4096", ["seq_length (4096)", "max_positions (512)"]),
-        ("parallel.tensor=2", ["heads (3)", "tensor (2)"]),
+        ("parallel.tensor=3", ["heads (4)", "tensor (3)"]),
         ("recycle.gradient=both", ["recycle.gradient='both'", "'detached'"]),
         ("training", ["expected section.key=value"]),
         ("data.train.5.weight=1", ["'5' is not an element of a list of 1"]),

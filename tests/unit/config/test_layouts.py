@@ -8,6 +8,7 @@ import pytest
 
 from recycle_ds.config import ConfigError, load_config, resolve_deepspeed
 from tests.runs import ROOT, zero
+from tests.unit.config.test_config import of_init_from
 
 RUNS = ROOT / "ds_configs" / "runs"
 PIPELINE = str(ROOT / "ds_configs" / "deepspeed" / "pipeline.json")
@@ -83,7 +84,7 @@ def test_without_a_module_the_hidden_width_is_not_split() -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in RUNS.glob("*.yaml")))
 def test_shipped_runs_have_a_layout(name: str) -> None:
     """Prevents a preset whose own layout is rejected."""
-    config = load_config(RUNS / name)
+    config = load_config(RUNS / name, (), of_init_from)
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.ulysses
     assert Path(ROOT / config.deepspeed).exists()

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from recycle_ds.inference import Decoder, TokenSampling
+from recycle_ds.inference import Decoder
+from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation.drafting import Drafts
 from recycle_ds.inference.speculation.sampling import penalise
 from recycle_ds.inference.speculation.stopping import StopCondition

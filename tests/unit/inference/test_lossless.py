@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from recycle_ds.inference import Decoder, TokenSampling
+from recycle_ds.inference import Decoder
+from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation.sampling import probabilities
 from recycle_ds.model import RecycleGPT
 from tests.unit.inference.models import LETTERS, Letters, random_model
