@@ -27,9 +27,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +40,7 @@ T = TypeVar("T")
 
 _ROOT = Path(__file__).parents[1]
 # Ranks of tests use the CPU, also on a machine with GPUs.
+_starting = threading.Lock()
 _CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 _PORT_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
@@ -69,6 +72,21 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
     raise AssertionError("unreachable")
 
 
+def run_in_sets(
+    function: Callable[..., list[T]], world_size: int, items: Sequence[Any], size: int = 4, at_once: int = 2
+) -> list[list[T]]:
+    """`run_ranks(function, world_size, items)` with the items split into sets of `size`, `at_once` of them at a time.
+
+    function: returns one result per item. Returns them by rank, in the order of the items. Every run opens process groups,
+    whose threads last as long as their process, so that many runs in one process slow one another down; and ranks that wait
+    for one another leave cores idle, which a second set of them uses.
+    """
+    sets = [items[start : start + size] for start in range(0, len(items), size)]
+    with ThreadPoolExecutor(at_once) as pool:
+        found = list(pool.map(lambda some: run_ranks(function, world_size, some, timeout=120 + 30 * len(some)), sets))
+    return [[result for by_rank in found for result in by_rank[rank]] for rank in range(world_size)]
+
+
 def free_port() -> int:
     """A TCP port of this host that is free at the moment, below the kernel's ephemeral ports: one of these could be taken by
     another test's connection first."""
@@ -87,22 +105,24 @@ def stop_server() -> None:
 def _server() -> multiprocessing.context.ForkServerContext:
     """The context whose processes are forked from a server that has imported tests/preload.py."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
-    before = dict(os.environ)
-    _forget_foreign_variables()
-    # variables that packages read on import
-    os.environ.update(_CPU, PYTHONPATH=os.pathsep.join([str(_ROOT), before.get("PYTHONPATH", "")]))
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with _starting:  # tests may start ranks from several threads
+        context.set_forkserver_preload(["tests.preload"])
+        before = dict(os.environ)
+        _forget_foreign_variables()
+        # what packages look at when they are imported
+        os.environ.update(_CPU, PYTHONPATH=os.pathsep.join([str(_ROOT), before.get("PYTHONPATH", "")]))
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
     return context
 
 
 def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...], timeout: float) -> list[T]:
     context = _server()
-    surroundings = (dict(os.environ), os.getcwd(), list(sys.path))
+    with _starting:
+        surroundings = (dict(os.environ), os.getcwd(), list(sys.path))
     call = pickle.dumps((function, args))
     port, deadline = free_port(), time.time() + timeout
     with tempfile.TemporaryDirectory(prefix="recycle-ds-ranks-") as name:

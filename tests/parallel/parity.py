@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets
 from tests.parallel.ranks import run_all
 from tests.runs import figures, tiny_run, zero
 
@@ -17,17 +17,10 @@ Curve = list[list[float]]
 PIPELINE = zero(1).replace("zero1", "pipeline")
 
 
-# Every run creates process groups, whose threads live as long as the process: many runs slow each other down.
-RUNS_TOGETHER = 14
-
-
 def run_cases(corpus: Path, root: Path, world_size: int, cases: dict[str, Change]) -> None:
-    """Runs all cases, many in one set of processes; each writes its metrics to root/name."""
+    """Runs all cases, several in one set of processes; each leaves its metrics in root/name."""
     runs = [tiny_run(corpus, root / name, **change) for name, change in cases.items()]
-    for first in range(0, len(runs), RUNS_TOGETHER):
-        batch = runs[first : first + RUNS_TOGETHER]
-        endings = run_ranks(run_all, world_size, batch, timeout=60 + 30 * len(batch))
-        assert endings == [["finished"] * len(batch)] * world_size
+    assert run_in_sets(run_all, world_size, runs) == [["finished"] * len(runs)] * world_size
 
 
 def curves_of(root: Path, names: Any) -> dict[str, Curve]:

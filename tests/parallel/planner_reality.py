@@ -53,7 +53,9 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
 
+    gc.unfreeze()
     earlier = live()  # kept alive, so that no later storage reuses the address of one of these
+    gc.freeze()  # what exists by now is not looked at again: each look takes a second among a million objects of packages
     device = torch.device("cpu")
     tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
     mesh = build_mesh(config.parallel)

@@ -194,7 +194,7 @@ def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> 
     """Like `run_all` for one configuration with one reduction omitted: the negative controls of the parity suite."""
     from recycle_ds.model import norm
     from recycle_ds.training import batches
-    from recycle_ds.training.engine.build import pipeline
+    from recycle_ds.training.engine import pipeline
 
     def alone(weight: Any, group: Any) -> Any:
         return weight

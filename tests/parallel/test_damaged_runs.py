@@ -18,13 +18,13 @@ from recycle_ds.checkpoint.portable.manifest import digest_of
 from recycle_ds.config import RunConfig
 from recycle_ds.data.prepare import prepare
 from recycle_ds.data.tokenizer import Tokenizer
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.ranks import run_all, run_quietly
 from tests.runs import figures, make_corpus, tiny_run, zero
 from tests.unit.checkpoint.test_fuzz import change_bytes, change_files, change_json
 
 MUTATIONS = 90 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 30
-TOGETHER = 30
+TOGETHER = 15
 
 
 def config(root: Path, name: str, **changes: Any) -> RunConfig:
@@ -53,10 +53,7 @@ def broken(root: Path, name: str, mutate: Callable[[Path, random.Random], None],
 
 def run_many(runs: list[RunConfig]) -> list[tuple[str, str]]:
     """Runs them, in batches of TOGETHER per process to limit memory. Returns how each ended, and what it printed."""
-    endings: list[tuple[str, str]] = []
-    for start in range(0, len(runs), TOGETHER):
-        endings += run_ranks(run_quietly, 1, runs[start : start + TOGETHER], timeout=300)[0]
-    return endings
+    return run_in_sets(run_quietly, 1, runs, size=TOGETHER)[0]
 
 
 def test_a_broken_checkpoint_never_changes_a_run(root: Path) -> None:

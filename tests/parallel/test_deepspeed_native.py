@@ -10,7 +10,7 @@ import torch
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.recognition import open_source
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.native_saves import TheirRun, run_and_save, train_theirs
 from tests.parallel.parity import PIPELINE
 from tests.runs import make_corpus, tiny_run, zero
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs = [
             tiny_run(corpus, root / name, **(odd | change)) for name, (n, change) in CASES.items() if n == world_size
         ]
-        endings = run_ranks(run_and_save, world_size, runs, timeout=60 + 30 * len(runs))
+        endings = run_in_sets(run_and_save, world_size, runs)
         assert endings == [["finished"] * len(runs)] * world_size
     return root
 

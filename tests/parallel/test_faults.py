@@ -11,7 +11,7 @@ import pytest
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import RunConfig
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.parity import PIPELINE
 from tests.parallel.ranks import Fault, run_all, run_and_read_timeouts, run_faulty, run_taken_over
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """clean/LAYOUT and retry/LAYOUT, rollback/LAYOUT, and single runs by name."""
     found = Runs(tmp_path_factory.mktemp("faults"))
     clean = [found.config(f"clean/{name}", **change) for name, change in LAYOUTS.items()]
-    assert run_ranks(run_all, 2, clean, timeout=300) == [["finished"] * len(LAYOUTS)] * 2
+    assert run_in_sets(run_all, 2, clean) == [["finished"] * len(LAYOUTS)] * 2
     retries = [
         Fault(found.config(f"retry/{name}", training__nonfinite="retry", **change), 5, number % 2, times=1)
         for number, (name, change) in enumerate(LAYOUTS.items())
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     early = Fault(found.config("early", **ROLLBACK), 2, 0, times=1)
     asked = Fault(found.config("asked"), 5, 0, times=1, stop_file=True)
     faults = [*retries, *rollbacks, twice, endless, early, asked]
-    endings = run_ranks(run_faulty, 2, faults, timeout=400)
+    endings = run_in_sets(run_faulty, 2, faults)
     assert endings[0] == endings[1]
     found.endings = dict(zip([fault.config.run_dir for fault in faults], endings[0], strict=True))  # type: ignore[attr-defined]
     return found

@@ -48,7 +48,7 @@ def test_every_resume_is_exact(root: Path) -> None:
         report = root / f"moment-{number}"
         culprit, event, delay = draw.randrange(2), draw.randrange(1, 36), draw.choice([0.0, 0.0, 0.002])
         # the killed rank's exit code, or the other rank's error about the broken connection, whichever comes first
-        with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exit code -9|[Cc]onnection"):
+        with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exited with code -9|[Cc]onnection"):
             run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
         moments.append(report.read_text())
         published = completed(Path(run.run_dir))

@@ -9,7 +9,7 @@ from typing import Any
 
 from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import RunConfig
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets
 from tests.parallel.ranks import run_poisoned
 from tests.runs import make_corpus, read_metrics, steps_of, tensors, tiny_run, zero
 
@@ -36,7 +36,7 @@ def test_non_finite_steps(tmp_path: Path) -> None:
         training__dtype="bf16",
     )  # fmt: skip
     cases.append((sums, 3, 0))
-    endings = run_ranks(run_poisoned, 2, cases, timeout=300)
+    endings = run_in_sets(run_poisoned, 2, cases)
     assert endings[0] == endings[1]
     assert endings[0][6:] == ["finished"] * 5
     for name in ("0", "1", "2", "3", "1s"):

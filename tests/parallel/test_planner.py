@@ -14,7 +14,7 @@ from recycle_ds.parallel.layout import layout_of
 from recycle_ds.planning import memory
 from recycle_ds.planning.activations import CPU
 from recycle_ds.planning.candidates import Candidate
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets
 from tests.parallel.planner_reality import hold
 from tests.runs import make_corpus, tiny_run, zero
 
@@ -97,7 +97,7 @@ def compare(root: Path) -> dict[str, list[tuple[float, float, float, float]]]:
     found = {}
     for world_size in (2, 4):
         names = [name for name, (size, _, _) in LAYOUTS.items() if size == world_size]
-        held = run_ranks(hold, world_size, [runs[name] for name in names], timeout=400)
+        held = run_in_sets(hold, world_size, [runs[name] for name in names])
         for index, name in enumerate(names):
             rows = zip(predicted(runs[name], world_size), (rank[index] for rank in held), strict=True)
             found[name] = [(planned[0], real[0], planned[1], real[1]) for planned, real in rows]

@@ -13,8 +13,8 @@ import pytest
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.config import RunConfig
-from tests.distributed import run_ranks
-from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
+from tests.distributed import run_in_sets
+from tests.parallel.parity import PIPELINE
 from tests.parallel.ranks import run_all
 from tests.runs import figures, make_corpus, read_metrics, tiny_run, zero
 
@@ -76,10 +76,8 @@ def run_together(configs: dict[str, tuple[int, RunConfig]]) -> dict[str, str]:
     endings: dict[str, str] = {}
     for world_size in sorted({ranks for ranks, _ in configs.values()}):
         names = [name for name, (ranks, _) in configs.items() if ranks == world_size]
-        for start in range(0, len(names), RUNS_TOGETHER):
-            some = names[start : start + RUNS_TOGETHER]
-            found = run_ranks(run_all, world_size, [configs[name][1] for name in some], timeout=60 + 30 * len(some))
-            endings |= dict(zip(some, found[0], strict=True))
+        found = run_in_sets(run_all, world_size, [configs[name][1] for name in names])
+        endings |= dict(zip(names, found[0], strict=True))
     return endings
 
 

@@ -15,8 +15,8 @@ from recycle_ds.checkpoint import CheckpointError, load_model
 from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.checkpoint.run.lock import RunLock
 from recycle_ds.config import RunConfig
-from tests.distributed import run_ranks
-from tests.parallel.parity import PIPELINE, RUNS_TOGETHER
+from tests.distributed import run_in_sets, run_ranks
+from tests.parallel.parity import PIPELINE
 from tests.parallel.ranks import run_all, run_on_full_disk, run_with_small_shards
 from tests.runs import figures, make_corpus, read_metrics, steps_of, tensors, tiny_run, zero
 
@@ -66,9 +66,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             found.config(f"{name}/parts", **change, **first),
             found.config(f"{name}/parts", **change, training__dry_run=False),
         ]
-    endings: list[str] = []
-    for start in range(0, len(configs), RUNS_TOGETHER):
-        endings += run_ranks(run_all, 2, configs[start : start + RUNS_TOGETHER], timeout=300)[0]
+    # a set is one layout: its second part resumes from its first
+    endings = run_in_sets(run_all, 2, configs, size=3)[0]
     expected = ["finished", "stop_at", "finished"] * (len(LAYOUTS) - 1) + ["finished"] * 3
     assert endings == expected
     return found

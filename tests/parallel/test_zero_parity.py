@@ -13,7 +13,7 @@ from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.config import parse_config
 from recycle_ds.model.initialisation import initial_tensor
-from tests.distributed import run_ranks
+from tests.distributed import run_in_sets
 from tests.parallel.parity import assert_equal, assert_rounded
 from tests.parallel.ranks import run_all
 from tests.runs import figures, make_corpus, tiny_run, zero
@@ -99,7 +99,7 @@ def curves(root: Path) -> Iterator[dict[str, list[list[float]]]]:
     found = {}
     for world_size, cases in ((1, REFERENCES), (2, CASES), (3, UNEVEN)):
         runs = [tiny_run(corpus, root / f"{world_size}" / name, **change) for name, change in cases]
-        endings = run_ranks(run_all, world_size, runs, timeout=500)
+        endings = run_in_sets(run_all, world_size, runs)
         assert endings == [["finished"] * len(runs)] * world_size
         found.update({f"{world_size}/{name}": figures(root / f"{world_size}" / name) for name, _ in cases})
     yield found
