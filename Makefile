@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Two workers, and which tests share one is up to tests/conftest.py; the slowest tests are listed at the end.
+PYTEST := -n 2 --durations 25
 PYTEST_ARGS ?=
 
 # The environment of every command below. DeepSpeed builds none of its ops, neither at installation nor later; if a run needs
@@ -32,10 +34,10 @@ demo-clean: ## delete the demo's data and run, so that the next `make demo` star
 	rm -rf runs/demo data/demo
 
 test: $(STAMP) ## the test suite, as CI runs it
-	@exec $(PY) -m pytest $(PYTEST_ARGS)
+	@exec $(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## the test suite with every long case
-	@RECYCLE_TEST_ALL=1 exec $(PY) -m pytest $(PYTEST_ARGS)
+	@RECYCLE_TEST_ALL=1 exec $(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff, formatting, mypy and the order of imports
 	$(PY) -m ruff check .

@@ -59,18 +59,27 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, interrupt)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves tests marked `full` to RECYCLE_TEST_ALL=1, unless they are asked for by name or by marker.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Says which tests share a worker (pytest -n 2).
 
-    With workers (pytest -n 2 --dist loadgroup), the tests of the cluster share one worker, because they share the cluster, and
-    those that start several ranks share the other, so that no two of them compete for the cores; unit tests go to whichever
-    worker is free.
+    The tests of the cluster share one, because they share the cluster, and those that start several ranks share the other, so
+    that no two of them compete for the cores; files of unit tests go to whichever worker is free.
     """
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder != "unit":
-            item.add_marker(pytest.mark.xdist_group("cluster" if folder == "slurm" else "ranks"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.split("/")[1]
+            return {"unit": file, "slurm": "cluster"}.get(folder, "ranks")
+
+    config.option.loadscopereorder = False  # the long ones come first, as collected
+    return ByFolder(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves tests marked `full` to RECYCLE_TEST_ALL=1, unless they are asked for by name or by marker."""
     asked = config.option.markexpr or any("::" in argument for argument in config.args)
     if TEST_ALL or asked:
         return

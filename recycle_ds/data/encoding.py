@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -92,6 +93,9 @@ class _WorkerPool:
         self._busy: dict[Connection, int] = {}  # number of the current chunk
         self._idle: list[Connection] = []
         copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name)
+        # multiprocessing starts this helper with the first worker and unblocks the stop signals afterwards: the workers would
+        # not inherit the mask, and each would answer Ctrl-C with its own traceback
+        resource_tracker.ensure_running()
         with _stop_signals_blocked():
             for _ in range(workers):
                 parent_end, worker_end = context.Pipe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import time
+from functools import lru_cache
 
 import torch
 
@@ -36,6 +37,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+@lru_cache
 def peak_flops(dtype: str, device: torch.device) -> float:
     """Peak FLOP/s of one rank, the reference for model FLOPs utilisation (MFU).
 

@@ -19,7 +19,7 @@ from tests.runs import make_corpus, read_metrics, tiny_run, zero
 # An odd number of layers: pipeline stages are uneven. Four query and two key/value heads: one of the latter per rank.
 BASE: Change = {
     "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
-    "training__learning_rate": 2e-3,
+    "training__learning_rate": 2e-3, "training__dry_run": False,
 }  # fmt: skip
 SHAPES: dict[str, Change] = {
     "tied1": {"recycle__depth": 1},

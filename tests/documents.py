@@ -1,0 +1,95 @@
+"""The commands that the documents show, and what makes each of them small enough for a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.runs import ROOT
+
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_configs" / "README.md")
+PROGRAMS = ("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git")
+CLUSTER = ("srun", "sbatch")
+
+# Commands that these tests do not run, by how they begin, and what runs them.
+ELSEWHERE = {
+    "git clone": "needs a network; the tests are run from a clone",
+    "make demo": "tests/end_to_end/test_demo.py",
+    "make test": "is this",
+    "python tools/fetch_smollm2.py": "tests/end_to_end/test_smollm2.py; here a small model lies in its place",
+    "python tools/bench_conversion.py": "tests/end_to_end/test_smollm2.py",
+    "python -m tests.parallel.test_planner": "prints the figures that tests/parallel/test_planner.py compares",
+}
+_PRETRAIN = (
+    "training.steps=2 training.warmup_steps=1 training.micro_batch_size=1 training.global_batch_size=4 training.seq_length=32 "
+    "training.eval_every=2 training.eval_batches=1 training.log_every=1 training.dry_run=false training.tensorboard=false"
+)
+# What is added to a command, by a part of it: fewer steps, tokens and documents of the same kind.
+SMALL = {
+    "pretrain": _PRETRAIN,
+    "generate": "--max-new-tokens 6 --threads 1",
+    "evaluate": "--limit 2 --seq-length 32",
+    "bench_decoding": "--max-new-tokens 6 --repeats 1 --threads 1",
+    "bench_training": "--steps 1 training.seq_length=16 model.layers=1 model.hidden=64 model.heads=2 model.kv_heads=2 "
+    "model.ffn=64 model.vocab_size=512",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a document."""
+
+    where: str
+    """File and line."""
+    text: str
+    """As it stands, continued lines joined, without the comment behind it."""
+
+    @property
+    def program(self) -> str:
+        return self.text.split()[0]
+
+    @property
+    def elsewhere(self) -> str | None:
+        """What runs it instead of the tests of documents, None for nothing."""
+        return next((reason for prefix, reason in ELSEWHERE.items() if self.text.startswith(prefix)), None)
+
+    @property
+    def small(self) -> list[str]:
+        """The words of the command at the smallest size."""
+        words = shlex.split(self.text)
+        name = next((part for part in SMALL if any(re.search(rf"\b{part}\b", word) for word in words[:8])), None)
+        return words + (SMALL[name].split() if name else [])
+
+
+def commands(file: Path) -> list[Command]:
+    """The commands of a document: every line of a fenced block without an info string. Blocks of output are marked `text`.
+
+    Raises AssertionError for a line that is no command that these tests know.
+    """
+    found: list[Command] = []
+    block: str | None = None
+    pending = ""
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.startswith("```"):
+            block = line[3:] if block is None else None
+        elif block == "" and line.strip() and not line.lstrip().startswith("#"):
+            pending += line.removesuffix("\\")
+            if line.endswith("\\"):
+                continue
+            where = f"{file.relative_to(ROOT)}:{number}"
+            for part in pending.split("&&"):
+                text = _without_comment(part)
+                if not text.startswith("cd "):
+                    assert text.split()[0] in PROGRAMS, (
+                        f"{where}: {text!r} is no command; mark a block of output as text"
+                    )
+                    found.append(Command(where, text))
+            pending = ""
+    return found
+
+
+def _without_comment(line: str) -> str:
+    """Up to a `#` that begins a comment, not one inside quotes."""
+    return re.sub(r"""^((?:[^"'#]|"[^"]*"|'[^']*'|(?<! )\#)*?)\s*(?:\s\#.*)?$""", r"\1", line.strip()).strip()

@@ -1,0 +1,150 @@
+"""Every command that README.md and docs/ show, run as it stands, at the smallest size, in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.data.sources import read_documents
+from tests.distributed import free_port, run_ranks
+from tests.documents import CLUSTER, ELSEWHERE, FILES, PROGRAMS, SMALL, Command, commands
+from tests.runs import ROOT, figures
+
+ALL = [command for file in FILES for command in commands(file)]
+RUN = [command for command in ALL if command.elsewhere is None and command.program not in CLUSTER]
+_SHELL = set("|<>*;`$")
+
+
+def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[int, str, str]:
+    """Runs `python ...` or `recycle-ds ...` in this process. Returns its exit code, stdout and stderr."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.chdir(folder)
+    code: object = 0
+    files = [open(os.path.join(folder, name), "w+b") for name in (".tmp-stdout", ".tmp-stderr")]  # noqa: SIM115
+    for number, file in enumerate(files, start=1):
+        os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), write_through=True) for n in (1, 2))
+    try:
+        if words[0] == "recycle-ds":
+            from recycle_ds.cli import main
+
+            main(words[1:])
+        elif words[1] == "-m":
+            sys.argv = words[2:]
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words[1:]
+            runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code or 0
+    sys.stdout.flush()
+    texts = []
+    for file in files:
+        file.seek(0)
+        texts.append(file.read().decode())
+    return int(code) if isinstance(code, int) else 1, texts[0], texts[1]
+
+
+def in_shell(command: Command, words: list[str], folder: Path) -> tuple[int, str, str]:
+    """Runs a launcher, or what needs a shell, as a user does."""
+    if words[0] in ("deepspeed", "torchrun"):  # other tests may use the default port
+        words = [
+            words[0],
+            "--master_port" if words[0] == "deepspeed" else "--master-port",
+            str(free_port()),
+            *words[1:],
+        ]
+    if words[0] == "deepspeed":
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", *words[1:]]
+    line = " ".join(word if set(word) & _SHELL and set(word) <= _SHELL else f"'{word}'" for word in words)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(command: Command, folder: Path) -> tuple[int, str, str]:
+    words = command.small
+    if words[0] in ("python", "recycle-ds") and not any(set(word) <= _SHELL for word in words):
+        return run_ranks(forked, 1, words, str(folder), timeout=240)[0]
+    return in_shell(command, words, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the documents assume it: the repository's files, texts, prompts, a trained demo, a model of others."""
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("ds_configs", "tools", "slurm", "recycle_ds", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    texts = list(itertools.islice(read_documents("shipped"), 8))
+    for name in ("my_texts", "my_code"):
+        (folder / name).mkdir()
+        for number, text in enumerate(texts[: 8 if name == "my_texts" else 4]):
+            (folder / name / f"{number}.txt").write_text(text, encoding="utf-8")
+    (folder / "my_text.jsonl").write_text('{"text": "The Congress of the United States."}\n' * 3)
+    (folder / "prompts.jsonl").write_text('{"prompt": "The Congress"}\n{"prompt": "The Union"}\n')
+    for name in ("runs", "models"):
+        (folder / name).mkdir()
+    small = SMALL["pretrain"].split()
+    demo = ["python", "-m", "recycle_ds.pretrain", "--config", "demo", *small]
+    plain = [*demo, "run_dir=runs/plain", "recycle.layers=0", "model.layers=2", "model.max_positions=64"]
+    convert = ["recycle-ds", "convert", "runs/plain", "models/smollm2", "--to", "hf"]
+    sweep = [*demo, "run_dir=runs/my_sweep/base"]
+    for words in (demo, plain, convert, sweep):
+        code, out, err = run_ranks(forked, 1, words, str(folder), timeout=240)[0]
+        assert code == 0, out + err
+    return folder
+
+
+def test_the_documents_show_commands() -> None:
+    """Prevents a test of no command, and a command that is passed over without a reason."""
+    assert len(RUN) > 35 and {command.program for command in ALL} == set(PROGRAMS)
+    assert {reason for command in ALL if (reason := command.elsewhere)} == set(ELSEWHERE.values())
+
+
+@pytest.mark.ranks
+def test_every_command_runs_as_it_stands(folder: Path) -> None:
+    """Prevents a first page whose commands end in errors: wrong options, missing files, runs that share a folder."""
+    failed, said = [], {}
+    for command in RUN:
+        if command.text in said:  # shown twice
+            continue
+        code, out, err = run(command, folder)
+        said[command.text] = out
+        if code != 0 or "Traceback" in err:
+            failed.append(f"{command.where}: {command.text}\nexit code {code}\n{out[-2000:]}\n{err[-3000:]}")
+        if "finished at step" in out:
+            assert "finished at step 2" in out, f"{command.where}: another command's run was found in its run_dir"
+        assert "…" not in out, f"{command.where}: a table cut to the width of a terminal that is not there"
+    assert not failed, "\n\n".join(failed)
+    runs = {name: figures(folder / "runs" / name) for name in ("deepspeed", "torchrun", "mpirun", "demo")}
+    assert runs["deepspeed"] == runs["torchrun"] == runs["mpirun"], "a launcher whose ranks do not form one group"
+    for left, right in zip(runs["deepspeed"], runs["demo"], strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+    texts = [
+        text for command, text in said.items() if command.startswith("python -m recycle_ds.generate --model runs/demo")
+    ]
+    assert all(texts), "a continuation that is empty"
+
+
+@pytest.mark.ranks
+def test_the_python_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an example of the Python interface that has fallen behind it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert "from recycle_ds import Engine, SamplingParams" in code
+    monkeypatch.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "README.md", "exec"), {})
+    assert out.getvalue().count("tokens came from the recycle module") == 2

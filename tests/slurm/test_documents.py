@@ -1,0 +1,62 @@
+"""The commands of the documents that need a cluster: sbatch takes the files and options, the programs their arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from recycle_ds import generate, pretrain
+from recycle_ds.checkpoint.conversion import command as convert
+from recycle_ds.config import load_config
+from tests.documents import CLUSTER, FILES, Command, commands
+from tests.runs import ROOT, steps_of
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+SHOWN = [command for file in FILES for command in commands(file) if command.program in CLUSTER]
+# The program behind each batch file, and how many of its arguments are the file's own.
+PROGRAMS = {
+    "slurm/pretrain.sbatch": (pretrain.app, 0),
+    "slurm/generate.sbatch": (generate.app, 0),
+    "slurm/convert.sbatch": (convert.app, 0),
+    "slurm/sweep.sbatch": (pretrain.app, 1),
+}
+# The cluster of the tests is small: later options replace those of the document.
+SIZE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+
+
+def test_every_sbatch_command_is_accepted(cluster: Cluster) -> None:
+    """Prevents a document with an option that sbatch or the program behind the batch file does not have."""
+    batches = [command for command in SHOWN if command.program == "sbatch"]
+    assert len(batches) >= 8
+    for command in batches:
+        words = command.small
+        place = next(number for number, word in enumerate(words) if word.startswith("slurm/"))
+        script, arguments = words[place], words[place + 1 :]
+        assert (ROOT / script).is_file(), command.where
+        cluster.run("sbatch", "--test-only", *words[1:place], *SIZE, str(ROOT / script), *arguments)
+        app, own = PROGRAMS[script]
+        context = typer.main.get_command(app).make_context(script, arguments[own:])
+        if app is pretrain.app:
+            load_config(context.params["config"], context.params["overrides"] or ())
+
+
+def test_the_srun_command_trains(cluster: Cluster, tmp_path: Path) -> None:
+    """Prevents ranks under a plain srun that do not find one another."""
+    (command,) = (one for one in SHOWN if one.program == "srun")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}"
+    script = " ".join(f"'{word}'" for word in _on_the_cluster(command))
+    out = cluster.run(
+        "bash", "-c", f"cd '{tmp_path}' && exec {script}", PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"
+    )
+    assert "finished at step 2" in out and "on 2 rank(s)" in out
+    assert [record["step"] for record in steps_of(tmp_path / "runs" / "srun")] == [1, 2]
+
+
+def _on_the_cluster(command: Command) -> list[str]:
+    return ["srun", "--nodes=1", *command.small[1:]]
