@@ -1,7 +1,7 @@
 """Entry point of `make demo`: pretrains a small RecycleGPT with two ranks, decodes held-out prompts in three modes.
 
 Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call skips
-the pretraining that is done.
+pretraining that is complete.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from recycle_ds.config.command import run_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
 RANKS = 2
-_PATIENCE = 60.0
-"""Seconds that ranks get to save after a signal."""
+_SAVE_TIMEOUT = 60.0
+"""Seconds that ranks have to save after a signal."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 24, 96
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -38,25 +38,25 @@ def demo(
     ] = None,
 ) -> None:
     """Pretrain on the shipped corpus, decode in three modes, print a table and draw two plots."""
-    begun = time.monotonic()
+    start = time.monotonic()
     config = load_config(CONFIG, overrides or ())
     run_dir = Path(config.run_dir)
     if finished(config):
-        print(f"pretraining: done before ({run_dir}/checkpoints); `make demo-clean` forgets it", flush=True)
+        print(f"pretraining: already complete ({run_dir}/checkpoints); `make demo-clean` removes it", flush=True)
     else:
         pretrain(overrides or [])
     trained = time.monotonic()
     decode(config, run_dir)
-    total = time.monotonic() - begun
+    total = time.monotonic() - start
     print(
-        f"\npretraining {trained - begun:.0f} s, decoding {total - (trained - begun):.0f} s, together {total / 60:.1f} min"
+        f"\npretraining {trained - start:.0f} s, decoding {total - (trained - start):.0f} s, together {total / 60:.1f} min"
     )
     print(f"in {run_dir}/: metrics.jsonl  decoding.json  loss.png  decoding.png  checkpoints/")
     print(f'try: .venv/bin/python -m recycle_ds.generate --model {run_dir} --prompt "The Congress" --mode verified')
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether this very run has reached its last step before."""
+    """Whether a run with this configuration has already reached its last step."""
     run_dir = Path(config.run_dir)
     latest, saved = run_dir / "checkpoints" / "latest", run_dir / "config.yaml"
     if not (latest.is_file() and saved.is_file() and latest.read_text().strip() == f"step-{config.training.steps:08d}"):
@@ -67,12 +67,12 @@ def finished(config: RunConfig) -> bool:
 
 
 def pretrain(overrides: list[str]) -> None:
-    """Starts the ranks with the deepspeed launcher, each with its share of the cores. Raises RecycleError if they fail."""
+    """Starts the ranks with the deepspeed launcher and an equal share of the cores each. Raises RecycleError if they fail."""
     import torch
 
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if torch.cuda.device_count() < RANKS:
-        # DS_ACCELERATOR keeps DeepSpeed from warning that it found none itself
+        # without DS_ACCELERATOR DeepSpeed warns that it found none
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or RANKS
         environment["OMP_NUM_THREADS"] = str(max(1, cores // RANKS))
@@ -93,11 +93,11 @@ def pretrain(overrides: list[str]) -> None:
     print(f"$ {shown}", flush=True)
     code = _run_group(command, environment)
     if code != 0:
-        raise RecycleError(f"pretraining ended with exit code {code}; what it printed is above")
+        raise RecycleError(f"pretraining ended with exit code {code}; its output is above")
 
 
 def _run_group(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command in a process group of its own; a signal to us goes to all of it, and we wait until it has saved."""
+    """Runs a command in its own process group, forwards SIGINT and SIGTERM to the group and waits until it has saved."""
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[int] = []
 
@@ -109,8 +109,8 @@ def _run_group(command: list[str], environment: dict[str, str]) -> int:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
-        deadline = time.monotonic() + _PATIENCE
-        while received and _group_lives(process.pid) and time.monotonic() < deadline:  # the launcher may leave first
+        deadline = time.monotonic() + _SAVE_TIMEOUT
+        while received and _group_lives(process.pid) and time.monotonic() < deadline:  # the launcher may exit first
             time.sleep(0.1)
     finally:
         for number, handler in previous.items():
@@ -155,7 +155,7 @@ def decode(config: RunConfig, run_dir: Path) -> None:
 
 
 def write_prompts(config: RunConfig, path: Path) -> None:
-    """Cuts prompts out of the validation documents, at even distances, each from the beginning of a word."""
+    """Takes prompts from the validation documents, evenly spaced, each starting at the beginning of a word."""
     from recycle_ds.data.token_files import open_token_file
     from recycle_ds.data.tokenizer import Tokenizer
 

@@ -255,22 +255,20 @@ def main(argv: list[str] | None = None) -> None:
     except (PeerLost, MachineFault, TakenOver) as lost:  # not the user's to fix: a batch job is requeued
         if first:
             print(f"error: {lost}", file=sys.stderr, flush=True)
-        sys.exit(PEER_LOST)
+        _leave(PEER_LOST)
     except ShellNotInformed as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
         _leave(REQUEUE_EXIT_CODE)
     except SystemExit as leaving:
-        if leaving.code == 0:
-            _leave(0)
-        raise
+        _leave(leaving.code if isinstance(leaving.code, int) else 0)
 
 
 def _leave(code: int) -> None:
     """Ends the process; by `exit_process` if ranks were started."""
     if "deepspeed" in sys.modules:
-        from recycle_ds.parallel.rendezvous import leave
+        from recycle_ds.parallel.rendezvous import exit_process
 
-        leave(code)
+        exit_process(code)
     sys.exit(code)
 
 

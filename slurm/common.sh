@@ -18,7 +18,7 @@ source slurm/defaults.env
 # What scontrol calls this job: the number alone may stand for all tasks of an array.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
-# scontrol must not be told by the user's environment how to print times.
+# SLURM_TIME_FORMAT of the user's environment would change how scontrol prints times.
 job_field() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$JOB" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
 # A job that was submitted from within a task of an array inherits that array's number.
 known=$(job_field JobId || true)
@@ -172,7 +172,7 @@ print_summary() {
 # is asked again for some minutes. Never returns.
 requeue() {
     [[ $REQUEUE == 1 ]] || { say "$1; REQUEUE=$REQUEUE: not requeued"; exit $EXIT_REQUEUE; }
-    local try state reason restarts said
+    local try state reason restarts answer
     for try in 1 2 3 4 5 6 7 8 9 10; do
         state=$(job_field JobState || true)
         reason=$(job_field Reason || true)
@@ -185,21 +185,21 @@ requeue() {
         case $state:$reason in
             RUNNING:* | PREEMPTED:* | *:TimeLimit)
                 say "$1: requeueing"
-                if said=$(scontrol requeue "$JOB" 2>&1); then
+                if answer=$(scontrol requeue "$JOB" 2>&1); then
                     requeued=1
                     # SLURM ends this shell; exiting first could be taken for the end of the job
                     sleep 60 & wait $! || true
                     exit $EXIT_REQUEUE
                 fi
                 # anything else may pass: a busy controller, or one that hands over to another
-                ! grep -qiE 'disabled|permission|denied|not supported|invalid' <<<"$said" || { say "not requeued: $said"; exit $EXIT_REQUEUE; }
+                ! grep -qiE 'disabled|permission|denied|not supported|invalid' <<<"$answer" || { say "not requeued: $answer"; exit $EXIT_REQUEUE; }
                 ;;
             PENDING:* | REQUEUED:*) say "$1; SLURM has already requeued the job"; requeued=1; exit $EXIT_REQUEUE ;;
             ?*) say "$1; the job is $state ($reason): not requeued from here"; exit $EXIT_REQUEUE ;;
         esac
-        say "not requeued yet (try $try): ${said:-the controller does not answer}"
+        say "not requeued yet (try $try): ${answer:-the controller does not answer}"
         sleep 20
     done
-    say "$1; not requeued: ${said:-the controller did not answer}"
+    say "$1; not requeued: ${answer:-the controller did not answer}"
     exit $EXIT_REQUEUE
 }

@@ -230,9 +230,9 @@ def _rank_main(
             faulthandler.cancel_dump_traceback_later()
     _destroy_groups()
     if "torch" in sys.modules:
-        from recycle_ds.parallel.rendezvous import leave
+        from recycle_ds.parallel.rendezvous import exit_process
 
-        leave(0)
+        exit_process(0)
 
 
 def _die_with_server() -> None:

@@ -19,8 +19,6 @@ ELSEWHERE = {
     "make demo": "tests/end_to_end/test_demo.py",
     "make test": "is this",
     "python tools/fetch_smollm2.py": "tests/end_to_end/test_smollm2.py; here a small model lies in its place",
-    "python tools/bench_conversion.py": "tests/end_to_end/test_smollm2.py",
-    "python -m tests.parallel.test_planner": "prints the figures that tests/parallel/test_planner.py compares",
 }
 _PRETRAIN = (
     "training.steps=2 training.warmup_steps=1 training.micro_batch_size=1 training.global_batch_size=4 training.seq_length=32 "
@@ -56,11 +54,16 @@ class Command:
         return next((reason for prefix, reason in ELSEWHERE.items() if self.text.startswith(prefix)), None)
 
     @property
+    def added(self) -> str:
+        """What makes it small; empty for nothing."""
+        words = shlex.split(self.text)[:8]
+        name = next((part for part in SMALL if any(re.search(rf"\b{part}\b", word) for word in words)), None)
+        return SMALL[name] if name else ""
+
+    @property
     def small(self) -> list[str]:
         """The words of the command at the smallest size."""
-        words = shlex.split(self.text)
-        name = next((part for part in SMALL if any(re.search(rf"\b{part}\b", word) for word in words[:8])), None)
-        return words + (SMALL[name].split() if name else [])
+        return shlex.split(f"{self.text} {self.added}")
 
 
 def commands(file: Path) -> list[Command]:

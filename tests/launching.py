@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from recycle_ds.config import save_config
 from tests.distributed import free_port
@@ -28,14 +25,6 @@ def deepspeed() -> list[str]:
 def torchrun() -> list[str]:
     runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     return [*runner, "-m", PRETRAIN]
-
-
-def mpirun() -> list[str]:
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        pytest.skip("no mpiexec: pip install mpich")
-    return [mpiexec, "-n", "2", sys.executable, "-m", PRETRAIN]
 
 
 def start(

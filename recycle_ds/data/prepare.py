@@ -238,7 +238,7 @@ def _check_sides(source: str, documents: int, fraction: float) -> None:
 
 
 class _Bar:
-    """A progress bar with counts of documents and tokens, redrawn a few times a second whatever it is told."""
+    """A progress bar with counts of documents and tokens, redrawn a few times per second at most."""
 
     def __init__(self, source: str, shown: bool) -> None:
         self._source, self._shown = source, shown and sys.stderr.isatty()

@@ -173,7 +173,7 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Exits with `code` after atexit handlers and a flush of stdout and stderr, without shutting down the interpreter.
 
     Call it when the work is done and files are closed. A gloo thread may still have to release the tensors of the last

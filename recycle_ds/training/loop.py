@@ -73,7 +73,7 @@ class Trainer:
         self._first = True
         self._checkpointer = checkpointer
         self._reporter = Reporter(config, engine, records, device)
-        self._saver = Saver(checkpointer, self._reporter.say, self._save_failed, self._saved)
+        self._saver = Saver(checkpointer, self._reporter.say, self._save_failed, self._reporter.saved)
         self._bad = BadSteps(config)
         mesh, hangs = engine.mesh, Path(config.run_dir) / "hangs"
         self._watchdog = Watchdog(hangs, mesh.rank, mesh.world_size, config.faults.hang_timeout)
@@ -109,7 +109,8 @@ class Trainer:
             self._watchdog.stop()
             profiler.close()
             self._reporter.close()
-        self._reporter.say(f"{ended} at step {self.state.step}")
+        idle = "; nothing was left to do: raise training.steps, or use another run_dir" if state.step == last else ""
+        self._reporter.say(f"{ended} at step {self.state.step}{idle}")
         return ended
 
     def _loop(self, last: int, stop: StopRequest, profiler: StepProfiler) -> str | None:
@@ -228,12 +229,13 @@ class Trainer:
             fault.kind, f"step {step}: {fault.text}; {_ACTION_TEXTS[action]}", step, action=action, score=fault.score
         )
         if action == STOP:
-            folder = f"{self.config.run_dir}/checkpoints"
-            saved = f"is in {folder}" if self._saver.save_now(self.state) else f"could not be saved to {folder}"
+            folder, before = f"{self.config.run_dir}/checkpoints", self.state.step
+            kept = f"step {before} is in {folder}" if self._saver.save_now(self.state) else f"{folder}: saving failed"
+            kept = kept if before else "there is no checkpoint yet"
             repeats = f" ({self._bad.in_a_row} steps in a row)" if self._bad.in_a_row > 1 else ""
             key = "training.nonfinite" if fault.kind == "nonfinite" else "faults.spike"
             raise TrainingError(
-                f"step {step}: {fault.text}{repeats}; no weight was changed, step {self.state.step} {saved}. "
+                f"step {step}: {fault.text}{repeats}; no weight was changed, {kept}. "
                 f"Lower training.learning_rate, or set {key}=skip (or retry, or rollback) to continue after such steps"
             )
         return action
@@ -289,9 +291,6 @@ class Trainer:
             start = time.perf_counter()
             self._reporter.evaluate(step, self.validation)
             self._longest_evaluation = max(self._longest_evaluation, time.perf_counter() - start)
-
-    def _saved(self, step: int, waited: float) -> None:
-        self._reporter.saved(step, waited)
 
     def _save_failed(self, step: int) -> None:
         self._reporter.event(

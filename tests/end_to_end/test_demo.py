@@ -44,4 +44,4 @@ def test_demo_writes_all_results(tmp_path: Path) -> None:
     assert report["modes"]["verified"]["identical_to_autoregressive"] is True
     assert report["modes"]["alternate"]["tokens_per_full_call"] > 1.9
     assert len((run_dir / "prompts.jsonl").read_text().splitlines()) == 12
-    assert "pretraining: done before" in run_demo(tmp_path)
+    assert "pretraining: already complete" in run_demo(tmp_path)

@@ -6,7 +6,9 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +22,12 @@ from tests.runs import ROOT, figures
 
 ALL = [command for file in FILES for command in commands(file)]
 RUN = [command for command in ALL if command.elsewhere is None and command.program not in CLUSTER]
-_SHELL = set("|<>*;`$")
 
 
 def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[int, str, str]:
     """Runs `python ...` or `recycle-ds ...` in this process. Returns its exit code, stdout and stderr."""
+    from recycle_ds.parallel import rendezvous
+
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.chdir(folder)
@@ -33,6 +36,8 @@ def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[i
     for number, file in enumerate(files, start=1):
         os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), write_through=True) for n in (1, 2))
+    # which would end this process before it has handed over its result
+    leave, rendezvous.exit_process = rendezvous.exit_process, sys.exit
     try:
         if words[0] == "recycle-ds":
             from recycle_ds.cli import main
@@ -46,6 +51,8 @@ def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[i
             runpy.run_path(words[1], run_name="__main__")
     except SystemExit as ended:
         code = ended.code or 0
+    finally:
+        rendezvous.exit_process = leave
     sys.stdout.flush()
     texts = []
     for file in files:
@@ -54,18 +61,12 @@ def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[i
     return int(code) if isinstance(code, int) else 1, texts[0], texts[1]
 
 
-def in_shell(command: Command, words: list[str], folder: Path) -> tuple[int, str, str]:
+def in_shell(command: Command, folder: Path) -> tuple[int, str, str]:
     """Runs a launcher, or what needs a shell, as a user does."""
-    if words[0] in ("deepspeed", "torchrun"):  # other tests may use the default port
-        words = [
-            words[0],
-            "--master_port" if words[0] == "deepspeed" else "--master-port",
-            str(free_port()),
-            *words[1:],
-        ]
-    if words[0] == "deepspeed":
-        words = [sys.executable, "-m", "deepspeed.launcher.runner", *words[1:]]
-    line = " ".join(word if set(word) & _SHELL and set(word) <= _SHELL else f"'{word}'" for word in words)
+    line = f"{command.text} {command.added}"
+    # other tests may use the default port, and the console script of DeepSpeed need not be the one of this environment
+    line = re.sub("^deepspeed", f"python -m deepspeed.launcher.runner --master_port {free_port()}", line)
+    line = re.sub("^torchrun", f"torchrun --master-port {free_port()}", line)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -75,10 +76,9 @@ def in_shell(command: Command, words: list[str], folder: Path) -> tuple[int, str
 
 
 def run(command: Command, folder: Path) -> tuple[int, str, str]:
-    words = command.small
-    if words[0] in ("python", "recycle-ds") and not any(set(word) <= _SHELL for word in words):
-        return run_ranks(forked, 1, words, str(folder), timeout=240)[0]
-    return in_shell(command, words, folder)
+    if command.program in ("python", "recycle-ds") and not re.search(r"[|<>*;`$]", command.text):
+        return run_ranks(forked, 1, shlex.split(f"{command.text} {command.added}"), str(folder), timeout=240)[0]
+    return in_shell(command, folder)
 
 
 @pytest.fixture(scope="module")

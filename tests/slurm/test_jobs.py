@@ -112,7 +112,7 @@ def test_a_slow_rank_is_named(jobs: Jobs, lab: Path) -> None:
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="slow:0.5:1")
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     assert {event["rank"] for event in events_of(run_dir, "straggler")} == {1}
-    assert "rank 1 on node1 works" in jobs.log(job)
+    assert "rank 1 on node1 needs" in jobs.log(job)
 
 
 def test_the_end_of_the_job_needs_no_signal(jobs: Jobs, lab: Path) -> None:
