@@ -177,7 +177,8 @@ def _read_hub(source: str, text_column: str, split: str, streaming: bool, progre
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"cannot load {source!r}, split {split!r}, which is not a local file, as a Hugging Face dataset: {reason}"
+            f"cannot load {source!r}, split {split!r}, which is not a local file, as a Hugging Face dataset: {reason}; without "
+            "access to a hub, download it elsewhere as parquet or jsonl files and give their folder"
         ) from error
 
 

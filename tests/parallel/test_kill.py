@@ -46,7 +46,7 @@ def test_every_resume_is_exact(root: Path) -> None:
     resumed: list[int | None] = []
     for number in range(KILLS):
         report = root / f"moment-{number}"
-        culprit, event, delay = draw.randrange(2), draw.randrange(1, 36), draw.choice([0.0, 0.0, 0.002])
+        culprit, event, delay = draw.randrange(2), draw.randrange(1, 56), draw.choice([0.0, 0.0, 0.002])
         # the killed rank's exit code, or the other rank's error about the broken connection, whichever comes first
         with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exited with code -9|[Cc]onnection"):
             run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
