@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Three workers; which tests share one is decided in tests/conftest.py; the slowest tests are listed at the end.
-PYTEST := -n 3 --durations 25
+# Two workers; which tests share one is decided in tests/conftest.py; the slowest tests are listed at the end.
+PYTEST := -n 2 --durations 25
 PYTEST_ARGS ?=
 
 # The environment of every command below. DeepSpeed builds none of its ops, neither at installation nor later; if a run needs

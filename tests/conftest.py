@@ -61,10 +61,10 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Says which tests share a worker (pytest -n 3).
+    """Says which tests share a worker (pytest -n 2).
 
-    The tests of the cluster share one, because they share the cluster; those that start sets of ranks share another, and those
-    that start whole commands a third, since most of their time is waiting and start-up. Files of unit tests go to whichever
+    The tests of the cluster, much of whose time is waiting, share one, because they share the cluster. Those that start several
+    ranks or whole commands share the other, so that no two of them compete for the cores. Files of unit tests go to whichever
     worker is free.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -73,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = file.split("/")[1]
-            return file if folder == "unit" else folder
+            return {"unit": file, "slurm": "cluster"}.get(folder, "ranks")
 
     config.option.loadscopereorder = False  # the long ones come first, as collected
     return ByFolder(config, log)

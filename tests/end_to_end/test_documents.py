@@ -24,15 +24,19 @@ ALL = [command for file in FILES for command in commands(file)]
 RUN = [command for command in ALL if command.elsewhere is None and command.program not in CLUSTER]
 
 
-def forked(rank: int, world_size: int, words: list[str], folder: str) -> tuple[int, str, str]:
-    """Runs `python ...` or `recycle-ds ...` in this process. Returns its exit code, stdout and stderr."""
+def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: bool = False) -> tuple[int, str, str]:
+    """Runs `python ...` or `recycle-ds ...` in this process. Returns its exit code, stdout and stderr.
+
+    is_rank: whether it is a launcher's; else the variables of a launcher are taken away.
+    """
     from recycle_ds.parallel import rendezvous
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+        if not is_rank:
+            os.environ.pop(name, None)
     os.chdir(folder)
     code: object = 0
-    files = [open(os.path.join(folder, name), "w+b") for name in (".tmp-stdout", ".tmp-stderr")]  # noqa: SIM115
+    files = [open(os.path.join(folder, name), "w+b") for name in (f".tmp-stdout-{rank}", f".tmp-stderr-{rank}")]  # noqa: SIM115
     for number, file in enumerate(files, start=1):
         os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), write_through=True) for n in (1, 2))
@@ -75,7 +79,20 @@ def in_shell(command: Command, folder: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def run(command: Command, folder: Path) -> tuple[int, str, str]:
+_LAUNCHER = re.compile(r"^(torchrun --nproc-per-node 2|deepspeed --num_gpus 2) (-m |--module )?")
+
+
+def run(command: Command, folder: Path, launched: set[str]) -> tuple[int, str, str]:
+    """Runs a command, and says how it ended. launched: launchers that have been started as they are; at their second command
+    their ranks are forked from the harness's server instead, with the variables that torchrun sets."""
+    launcher = _LAUNCHER.match(command.text)
+    if launcher and launcher[1] in launched:
+        program = f"python {'-m ' if launcher[2] else ''}{command.text[launcher.end() :]} {command.added}"
+        results = run_ranks(forked, 2, shlex.split(program), str(folder), True, timeout=240)
+        code = next((code for code, *_ in results if code), 0)
+        return code, results[0][1], "".join(errors for *_, errors in results)
+    if launcher:
+        launched.add(launcher[1])
     if command.program in ("python", "recycle-ds") and not re.search(r"[|<>*;`$]", command.text):
         return run_ranks(forked, 1, shlex.split(f"{command.text} {command.added}"), str(folder), timeout=240)[0]
     return in_shell(command, folder)
@@ -116,11 +133,13 @@ def test_the_documents_show_commands() -> None:
 @pytest.mark.ranks
 def test_every_command_runs_as_it_stands(folder: Path) -> None:
     """Prevents a first page whose commands end in errors: wrong options, missing files, runs that share a folder."""
-    failed, said = [], {}
+    failed: list[str] = []
+    said: dict[str, str] = {}
+    launched: set[str] = set()
     for command in RUN:
         if command.text in said:  # shown twice
             continue
-        code, out, err = run(command, folder)
+        code, out, err = run(command, folder, launched)
         said[command.text] = out
         if code != 0 or "Traceback" in err:
             failed.append(f"{command.where}: {command.text}\nexit code {code}\n{out[-2000:]}\n{err[-3000:]}")

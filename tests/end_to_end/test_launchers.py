@@ -18,7 +18,9 @@ import pytest
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import save_config
+from tests.distributed import run_ranks
 from tests.launching import PRETRAIN, await_step, deepspeed, finish, ranks_of, start, torchrun
+from tests.parallel.ranks import run_all
 from tests.runs import ROOT, make_corpus, steps_of, tiny_run
 
 
@@ -53,8 +55,7 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
     step = steps_of(tmp_path)[-1]["step"]
     config = tiny_run(corpus, tmp_path, training__steps=100_000, training__stop_at=step + 2)
-    again = start(deepspeed(), config, tmp_path)
-    assert finish(again, tmp_path) == 0, (tmp_path / "run.log").read_text()
+    assert run_ranks(run_all, 2, [config]) == [["stop_at"]] * 2
     assert [record["step"] for record in steps_of(tmp_path)] == list(range(1, step + 3))
 
 

@@ -144,16 +144,18 @@ def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
     """Prevents a requeue of a job that was cancelled, stopped by the user, or has REQUEUE=0; and two jobs in one folder."""
     common = ("--config", str(lab / "run.yaml"))
     cancelled, kept, stopped = lab / "cancelled", lab / "kept", lab / "stopped"
-    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",), inject="slow:3")
-    jobs.until_step(cancelled, 6, first)
-    twin = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=("--time=10",))
+    time_limit = ("--time=10",)
+    # both run while the twin starts
+    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=time_limit, inject="slow:3")
+    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={stopped}", options=time_limit, inject="slow:3")
+    jobs.until_step(cancelled, 1, first)
+    twin = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=time_limit)
+    jobs.until_step(stopped, 1, third)
+    (stopped / "stop").touch()
     assert jobs.wait(twin) == "FAILED" and int(jobs.field(twin, "Restarts")) == 0
     assert f"{cancelled} is in use by process" in jobs.log(twin) and f"(job {first})" in jobs.log(twin)
     jobs.cluster.run("scancel", first)
     assert jobs.wait(first) == "CANCELLED"
-    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={stopped}", options=("--time=10",), inject="slow:0.5")
-    jobs.until_step(stopped, 6, third)
-    (stopped / "stop").touch()
     assert jobs.wait(third) == "COMPLETED" and int(jobs.field(third, "Restarts")) == 0
     assert completed(stopped)[0].name == f"step-{reached(stopped):08d}" and "stopped by the user" in jobs.log(third)
     second = jobs.submit(
