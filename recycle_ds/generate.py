@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recycle_ds.config.command import INTERRUPTED, run_command, user_errors
+from recycle_ds.parallel.job import errors_of_host
 
 if TYPE_CHECKING:
     from recycle_ds.inference.request import Request
@@ -91,8 +91,9 @@ def generate(
         stop=tuple(stop or ()),
         draft_tokens=draft_tokens,
     )
-    with _errors_of_host():
-        check_folder(model)
+    if many is None or not (many[1].exists() or many[1].with_name(f"{many[1].name}.parts").exists()):
+        with errors_of_host():  # a file that is finished, or parts of one, may do without it
+            check_folder(model)
     text = "" if many else _read_prompt(prompt, prompt_file)
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
@@ -128,14 +129,6 @@ def _many(
     return Path(prompts), Path(output)
 
 
-def _errors_of_host() -> AbstractContextManager[None]:
-    """Prints errors on the first rank and on the first of every host: a file may be missing on one host only."""
-    from recycle_ds.parallel.job import is_error_reporter, is_first_of_host, job_of
-
-    prints = is_error_reporter(os.environ) or is_first_of_host(os.environ)
-    return user_errors(print_error=prints, on_error=job_of(os.environ).fail)
-
-
 def _run_many(request: Request, prompts: Path, output: Path) -> None:
     """Continues this process's share of a file of prompts, until all are done or the job must end.
 
@@ -152,7 +145,7 @@ def _run_many(request: Request, prompts: Path, output: Path) -> None:
     share = PromptFile(prompts, output, launch.rank, launch.world_size, request.model, request.settings)
     longest = start = 0.0
     with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping:
-        with _errors_of_host():
+        with errors_of_host():
             loaded = share.settle(lambda path: load(path, request.dtype, request.threads, index))
 
         def generate(index: int, text: str) -> dict[str, object]:

@@ -21,7 +21,7 @@ from recycle_ds.config import (
     resolve_deepspeed,
 )
 from recycle_ds.config.command import run_command
-from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed
+from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed, errors_of_host
 from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
@@ -52,14 +52,19 @@ def pretrain(
     """Pretrain a RecycleGPT. A run resumes by itself from the newest whole checkpoint in run_dir."""
     from recycle_ds.checkpoint.run.init_from import init_from_defaults
 
-    run(load_config(config, overrides or (), init_from_defaults))
+    with errors_of_host():
+        settings = load_config(config, overrides or (), init_from_defaults)
+    run(settings)
 
 
 def run(config: RunConfig) -> str:
     """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors."""
     import os
+    import time
 
-    load_deepspeed_json(config.deepspeed)  # its errors, before torch, which takes seconds to import
+    started = time.time()
+    with errors_of_host():
+        load_deepspeed_json(config.deepspeed)  # before torch, which takes seconds to import
 
     import torch
 
@@ -83,7 +88,7 @@ def run(config: RunConfig) -> str:
         if config.faults.hang_timeout:  # data are there; the first step may take four times as long as others
             rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
-            return _train(config, deepspeed_config, mesh, device, job, lock)
+            return _train(config, deepspeed_config, mesh, device, job, lock, started)
         except RuntimeError as error:
             lost = lost_peer(error)
             if lost is None:
@@ -166,6 +171,7 @@ def _train(
     device: torch.device,
     job: Job,
     lock: RunLock | None,
+    started: float,
 ) -> str:
     from recycle_ds.checkpoint.run import resume
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
@@ -188,7 +194,7 @@ def _train(
         found = resume.checkpoint_to_resume(config, inputs.identity, mesh, device)
         engine = build_engine(config, dict(deepspeed_config), mesh, device, initial=found is None)
         state, source = resume.begin(config, found, engine, device)
-        open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by)
+        open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by, started)
         logs = on_first_rank(open_logs, mesh, device) or RunLogs()
         write_layout_file(config, engine, device)
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by)
@@ -260,7 +266,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: {error}", file=sys.stderr, flush=True)
         _leave(REQUEUE_EXIT_CODE)
     except SystemExit as leaving:
-        _leave(leaving.code if isinstance(leaving.code, int) else 0)
+        if leaving.code is not None and not isinstance(leaving.code, int):
+            print(leaving.code, file=sys.stderr, flush=True)
+        _leave(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
 
 
 def _leave(code: int) -> None:

@@ -133,9 +133,12 @@ def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...]
         ]
         try:
             for process in ranks:
-                process.start()
+                with (
+                    _starting
+                ):  # also looks at the processes of other threads, which must not be looked at twice at once
+                    process.start()
             in_time = _wait(ranks, folder, deadline)
-            exit_codes = [process.exitcode for process in ranks]
+            exit_codes = [_exit_code(process) for process in ranks]
         finally:
             _end(ranks)
         outcomes = [_read(folder / f"outcome-{rank}") for rank in range(world_size)]
@@ -151,11 +154,18 @@ def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...]
         return [outcome["result"] for outcome in outcomes if outcome is not None]
 
 
+def _exit_code(process: BaseProcess) -> int | None:
+    """The exit code, None for a process that runs. Python's own check is not made for several threads."""
+    with _starting:
+        return process.exitcode
+
+
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> bool:
     """Waits for all ranks, or for the first failure, since its peers would wait for it forever. Returns False on timeout."""
     while True:
-        running = [process.sentinel for process in ranks if process.exitcode is None]
-        ended = [(rank, process.exitcode) for rank, process in enumerate(ranks) if process.exitcode is not None]
+        codes = [_exit_code(process) for process in ranks]
+        running = [process.sentinel for process, code in zip(ranks, codes, strict=True) if code is None]
+        ended = [(rank, code) for rank, code in enumerate(codes) if code is not None]
         if not running or any(code != 0 or not (folder / f"outcome-{rank}").exists() for rank, code in ended):
             return True
         remaining = deadline - time.time()
@@ -170,7 +180,8 @@ def _end(ranks: list[BaseProcess]) -> None:
     for process in started:
         process.kill()
     for process in started:
-        process.join()
+        with _starting:
+            process.join()
 
 
 def _raise_first_failure(outcomes: list[dict[str, Any] | None]) -> None:

@@ -81,11 +81,21 @@ def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), default
     for override in overrides:
         _apply(merged, override)
     if defaults is not None:
+        _check_what_is_given(merged)
         merged = _lay_under(merged, defaults(merged))
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+
+
+def _check_what_is_given(tree: Mapping[str, Any]) -> None:
+    """Raises ConfigError for faults that no default can mend, such as a misspelt key, before defaults are looked up."""
+    try:
+        RunConfig.model_validate(tree)
+    except ValidationError as error:
+        if any(fault["type"] != "missing" for fault in error.errors(include_url=False)):
+            raise ConfigError(_one_line(error, missing=False)) from None
 
 
 def build_section(section: type[SectionType], fields: Mapping[str, Any]) -> SectionType:
@@ -126,9 +136,7 @@ def _lay_under(tree: Any, defaults: Any) -> Any:
     """`tree` with the keys of `defaults` that it does not have, section by section."""
     if not (isinstance(tree, Mapping) and isinstance(defaults, Mapping)):
         return tree
-    filled = {
-        key: _lay_under(tree[key], value) if tree.get(key) is not None else value for key, value in defaults.items()
-    }
+    filled = {key: _lay_under(tree[key], value) if key in tree else value for key, value in defaults.items()}
     return {**tree, **filled}
 
 
@@ -164,9 +172,11 @@ def _element(node: list[Any], key: str, dotted: str) -> int:
     return int(key)
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, *, missing: bool = True) -> str:
     """All faults of a ValidationError on one line, the keys' neighbours suggested."""
-    faults: list[dict[str, Any]] = [dict(fault) for fault in error.errors(include_url=False)]
+    faults: list[dict[str, Any]] = [
+        dict(fault) for fault in error.errors(include_url=False) if missing or fault["type"] != "missing"
+    ]
     places: list[tuple[Any, ...]] = [tuple(fault["loc"]) for fault in faults]
     # A section that fails because something inside it does adds nothing to the inner fault.
     inner = [f for f, at in zip(faults, places, strict=True) if not any(o[: len(at)] == at and o != at for o in places)]

@@ -14,7 +14,7 @@ def call_interruptibly(function: Callable[[], T]) -> T:
 
     Python runs signal handlers in the main thread, between two of its own instructions: a library that computes for seconds
     delays them. Here it computes in a thread of its own, where it must release the GIL, and the main thread waits. That thread
-    is a daemon: when the process exits, it is abandoned. Raises what `function` raises.
+    is a daemon and still computes afterwards: the caller must end the process by `os._exit`. Raises what `function` raises.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()

@@ -218,8 +218,8 @@ def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
 def _command(path: Path, config: DataConfig) -> str:
     """The command that makes a missing file."""
     if path.name == "tokenizer.json":
-        return f"`python tools/train_tokenizer.py SOURCE --output {path.parent} --vocab-size N`"
-    return f"`python tools/prepare_data.py SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
+        return f"`recycle-ds tokenizer SOURCE --output {path.parent} --vocab-size N`"
+    return f"`recycle-ds prepare SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
 
 
 def _recipe(text_column: str, validation_fraction: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 """Version of the sidecar."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-_REMAKE = "recreate it with tools/prepare_data.py"
+_REMAKE = "recreate it with `recycle-ds prepare`"
 
 TokenArray = NDArray[np.int64]
 

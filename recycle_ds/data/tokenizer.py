@@ -77,7 +77,7 @@ class Tokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
-            raise DataError(f"no such tokenizer: {file}; make one with tools/train_tokenizer.py, or give its path")
+            raise DataError(f"no such tokenizer: {file}; make one with `recycle-ds tokenizer`, or give its path")
         config_file = file.with_name("tokenizer_config.json")
         try:
             text = file.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,9 +48,10 @@ def train_tokenizer(
         texts = read_documents(source, text_column, streaming=streaming, split=split)
         tokenizer = Tokenizer.train(texts, vocab_size)
         tokenizer.save(output)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except (KeyboardInterrupt, SystemExit) as end:
+        print("interrupted; nothing was written", file=sys.stderr, flush=True)
+        # at once: the interpreter must not be taken down under a thread of the library that still computes
+        os._exit(int(end.code or 0) if isinstance(end, SystemExit) else INTERRUPTED)
     table = Table("file", "tokens", "end of text", "fingerprint")
     table.add_row(str(file), f"{tokenizer.vocab_size:,}", str(tokenizer.eos_id), tokenizer.fingerprint[:12])
     output_console().print(table)

@@ -19,10 +19,12 @@ import os
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.config.command import user_errors
 
 FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, FAILED = "finished", "saved_for_restart", "stopped_by_user", "failed"
 """Contents of `outcome`:
@@ -163,3 +165,12 @@ _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALR
 def is_first_of_host(environment: Mapping[str, str]) -> bool:
     """Whether this process is local rank 0, the first rank on its host."""
     return next((environment[name] for name in _LOCAL_RANK_VARIABLES if name in environment), "0") == "0"
+
+
+def errors_of_host() -> AbstractContextManager[None]:
+    """Handles user errors of this process, see `user_errors`: the first rank and the first of every host print them.
+
+    For files that may be missing on one host only, before the ranks can talk to one another.
+    """
+    prints = is_error_reporter(os.environ) or is_first_of_host(os.environ)
+    return user_errors(print_error=prints, on_error=job_of(os.environ).fail)

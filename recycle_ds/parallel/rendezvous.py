@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ import torch
 
 from recycle_ds.config import RecycleError
 from recycle_ds.parallel.device import backend, keep_freed_memory, local_device
+from recycle_ds.parallel.peers import MachineFault
 from recycle_ds.parallel.slurm import master_endpoint, started_by_srun, tasks_on_host
 
 # Variables with an MPI process's rank, world size and local rank; the first ones set are used.
@@ -160,10 +162,10 @@ def start(launch: Launch) -> bool:
         if "EADDRINUSE" not in str(error):
             raise
         used_host, used_port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        raise LaunchError(
-            f"port {used_port} of {used_host} is in use by another process (EADDRINUSE): choose another one "
-            "(deepspeed --master_port N, torchrun --master-port N)"
-        ) from None
+        busy = f"port {used_port} of {used_host} is in use by another process (EADDRINUSE)"
+        if launch.launcher in ("srun", "mpi") or "RECYCLE_JOB_DIR" in os.environ:
+            raise MachineFault(f"{busy}: the next start uses another one") from None
+        raise LaunchError(f"{busy}: choose another one (deepspeed --master_port N, torchrun --master-port N)") from None
     return True
 
 
@@ -180,10 +182,13 @@ def exit_process(code: int) -> NoReturn:
     collective. If the interpreter has shut down by then, the process aborts (SIGABRT, "terminate called without an active
     exception"), and the launcher takes a finished rank for a crashed one.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 def shorten_timeouts(seconds: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from recycle_ds.checkpoint.run.init_from import init_from_defaults
 from recycle_ds.config import RunConfig, load_config
 from recycle_ds.config.command import run_command
 from recycle_ds.config.console import output_console
@@ -59,7 +60,7 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
 
     Raises PlanningError if there is no tokenizer to take it from, ConfigError for what is wrong in the file.
     """
-    config = load_config(name, overrides)
+    config = load_config(name, overrides, init_from_defaults)
     if config.model.vocab_size is not None:
         return config
     from recycle_ds.data.errors import DataError

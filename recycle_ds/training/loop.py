@@ -109,7 +109,8 @@ class Trainer:
             self._watchdog.stop()
             profiler.close()
             self._reporter.close()
-        idle = "; nothing was left to do: raise training.steps, or use another run_dir" if state.step == last else ""
+        key = "training.steps" if ended == "finished" else "training.stop_at"
+        idle = f"; nothing was left to do: raise {key}, or use another run_dir" if state.step == last else ""
         self._reporter.say(f"{ended} at step {self.state.step}{idle}")
         return ended
 

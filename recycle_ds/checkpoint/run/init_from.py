@@ -8,22 +8,25 @@ from typing import Any
 
 import yaml
 
-from recycle_ds.checkpoint.portable.folders import check_folder
+from recycle_ds.checkpoint.portable.folders import check_folder, completed
 
 
 def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults for a tree of settings, see `load_config`. Empty without `init_from`.
 
-    They are the model's shape, its tokenizer, and the module's layers and depth if the folder has a module. A run that was
-    started before takes them from its own config.yaml: the folder may be gone by then. Raises CheckpointError for a folder that
-    does not exist or cannot be read.
+    They are the model's shape, its tokenizer, and the module's layers and depth if the folder has a module. A run that has
+    a checkpoint takes them from its own config.yaml, since the folder may be gone by then. Raises CheckpointError for a folder
+    that does not exist or cannot be read.
     """
     folder = tree.get("init_from")
     if not isinstance(folder, str):
         return {}
-    earlier = _earlier_start(tree)
-    if earlier is not None:
-        return earlier
+    run_dir = tree.get("run_dir")
+    # before its first checkpoint, the folder decides
+    if isinstance(run_dir, str) and (completed(Path(run_dir)) or not Path(folder).is_dir()):
+        earlier = _earlier_start(tree)
+        if earlier is not None:
+            return earlier
     check_folder(folder)
     from recycle_ds.checkpoint.recognition import open_source  # torch, which takes seconds to import
 
@@ -46,6 +49,10 @@ def _earlier_start(tree: Mapping[str, Any]) -> dict[str, Any] | None:
         if saved["init_from"] != tree["init_from"]:
             return None
         recycle = {key: saved["recycle"][key] for key in ("layers", "depth")}
-        return {"model": saved["model"], "recycle": recycle, "data": {"tokenizer": saved["data"]["tokenizer"]}}
+        tokenizer = saved["data"]["tokenizer"]
+        if not Path(tokenizer).exists():  # every checkpoint has a copy
+            kept = [folder / "tokenizer.json" for folder in completed(Path(run_dir))]
+            tokenizer = next((str(file) for file in kept if file.is_file()), tokenizer)
+        return {"model": saved["model"], "recycle": recycle, "data": {"tokenizer": tokenizer}}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no earlier start, or another kind of file
         return None

@@ -198,7 +198,9 @@ class PromptFile:
         try:
             with self.output.open(encoding="utf-8") as file:
                 return PartsRecord(**json.loads(file.readline())[GENERATED_BY])
-        except (OSError, ValueError, TypeError, KeyError):  # another kind of file
+        except OSError as error:
+            raise DecodingError(f"{self.output}: cannot be read ({error.strerror or error})") from None
+        except (ValueError, TypeError, KeyError):  # another kind of file
             return None
 
     def _parts_record(self) -> PartsRecord | None:

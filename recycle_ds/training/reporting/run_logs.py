@@ -32,17 +32,22 @@ class RunLogs:
 
 
 def open_run_logs(
-    config: RunConfig, job: Job, state: TrainingState, source: Path | None, taken_by: Callable[[], str | None]
+    config: RunConfig,
+    job: Job,
+    state: TrainingState,
+    source: Path | None,
+    taken_by: Callable[[], str | None],
+    started: float,
 ) -> RunLogs:
     """Writes the resolved configuration, trims the metrics log to the state, and opens a new session of the summary.
 
-    source: the checkpoint that the run resumes from, if any. taken_by: see `SessionLog`.
+    source: the checkpoint that the run resumes from, if any. taken_by, started: see `SessionLog`.
     """
     training, run_dir = config.training, Path(config.run_dir)
     save_config(config, run_dir / "config.yaml")
     tokens = training.global_batch_size * training.seq_length
     sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
-    sessions.begin(state.step)
+    sessions.begin(state.step, started)
     metrics = MetricsLog(run_dir, tensorboard=training.tensorboard, resumed_step=state.step)
     if source is not None:
         metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})

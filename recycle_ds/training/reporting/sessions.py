@@ -21,7 +21,8 @@ from recycle_ds.training.faults.stop_requests import REASONS
 SUMMARY = "summary.json"
 KILLED, RUNNING = "killed", "running"
 # How a session may end or stand; any other text is an error message.
-_ENDINGS = ("finished", "stop_at", KILLED, RUNNING, *REASONS)
+_COMPLETE = ("finished", "stop_at")
+_ENDINGS = (*_COMPLETE, KILLED, RUNNING, *REASONS)
 
 
 @dataclass
@@ -75,20 +76,28 @@ class SessionLog:
         self._unstarted = False
         self._anomalies: Counter[str] = Counter()
 
-    def begin(self, step: int) -> None:
-        """Opens a session that resumes at `step`; completes the previous one if it was killed."""
+    def begin(self, step: int, started: float | None = None) -> None:
+        """Opens a session that resumes at `step`; completes the previous one if it was killed.
+
+        started: when this process began to work on the run, unix seconds; None is now.
+        """
         logged = _logged_steps(self._metrics)
-        new = Session(time.time(), step, step, job=self._job.name, restarts=self._job.restarts)
+        new = Session(
+            time.time() if started is None else started, step, step, job=self._job.name, restarts=self._job.restarts
+        )
         if self._sessions:
             before = self._sessions[-1]
             if before.ended == RUNNING:
-                last = max((one for one in logged if one >= before.first_step), default=before.first_step)
-                before.ended, before.last_step = KILLED, last
-                before.until = logged.get(last, before.begun)
+                # its first step may have been logged by the session before it
+                last = max((one for one in logged if one > before.first_step), default=None)
+                before.ended, before.last_step = KILLED, before.first_step if last is None else last
+                before.until = before.begun if last is None else max(before.begun, logged[last])
             new.repeated = max(0, before.last_step - step)
             new.idle_seconds = max(0.0, new.begun - before.until)
             kept = max((one for one in logged if one <= step), default=None)
-            new.lost_seconds = max(0.0, before.until - (before.begun if kept is None else logged[kept]))
+            # the kept step may be one that an older session logged: only what the previous session did is lost
+            since = before.begun if kept is None else max(before.begun, logged[kept])
+            new.lost_seconds = max(0.0, before.until - since)
         self._unstarted = True
         self._sessions.append(new)
         self._write()
@@ -123,6 +132,8 @@ class SessionLog:
         if refused and self._unstarted and not self._anomalies:
             self._sessions.pop()
             if self._sessions:
+                if why in _COMPLETE:  # of a session that was killed after its last step, or whose target has changed
+                    self._sessions[-1].ended = why
                 self._write()
             elif self._taken_by() is None:
                 self._path.unlink(missing_ok=True)
@@ -173,11 +184,12 @@ def describe(tree: dict[str, Any], name: str) -> str:
     restarts = f"  restarts {tree['restarts']}"
     if tree["restarts"]:
         restarts += f" ({tree['killed']} after a kill), {tree['lost_seconds']:.0f} s of repeated work and start-up, "
-        restarts += f"{tree['idle_seconds']:.0f} s idle in between"
+        restarts += f"{tree.get('idle_seconds', 0):.0f} s idle in between"
+    run = tree.get("steps_run", tree.get("steps_made", 0))  # the older name is that of release 0.1
     state = tree["state"] if tree["state"] in _ENDINGS else "failed"
     return "\n".join((
         f"summary of {name}: {state} at step {tree['step']} of {tree['steps']}",
-        f"  {tree['steps_run']} steps run, {tree['steps_repeated']} repeated, {tree['tokens']:,} tokens",
+        f"  {run} steps run, {tree['steps_repeated']} repeated, {tree['tokens']:,} tokens",
         restarts,
         f"  checkpoints {tree['checkpoints']}, training blocked by them for {tree['saving_seconds']:.1f} s",
         f"  anomalies: {anomalies}",

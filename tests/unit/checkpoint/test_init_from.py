@@ -62,8 +62,13 @@ def test_a_later_start_does_not_need_the_folder(tmp_path: Path) -> None:
     first = parse_config(tree(tmp_path, folder), (), init_from_defaults)
     (tmp_path / "run").mkdir()
     save_config(first, tmp_path / "run" / "config.yaml")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(folder / "tokenizer.json", checkpoint)
     shutil.rmtree(folder)
-    assert parse_config(tree(tmp_path, folder), (), init_from_defaults) == first
+    later = parse_config(tree(tmp_path, folder), (), init_from_defaults)
+    assert (later.model, later.recycle) == (first.model, first.recycle)
+    assert Path(later.data.tokenizer) == checkpoint / "tokenizer.json", "the folder's own is gone"
     with pytest.raises(CheckpointError, match="elsewhere: no such folder"):
         parse_config(tree(tmp_path, tmp_path / "elsewhere"), (), init_from_defaults)
     (tmp_path / "run" / "config.yaml").write_text("init_from: [")

@@ -236,14 +236,10 @@ def test_missing_data_without_settings_to_prepare_them(
 ) -> None:
     """Prevents a mere "file not found" without the file and the command that creates it."""
     plain = config.model_copy(update={"prepare": None})
-    with pytest.raises(
-        DataError, match=r"no such file: .*tokenizer.json; make it with `python tools/train_tokenizer.py"
-    ):
+    with pytest.raises(DataError, match=r"no such file: .*tokenizer.json; make it with `recycle-ds tokenizer"):
         prepare_if_missing(plain)
     tokenizer.save(tmp_path / "data")
-    with pytest.raises(
-        DataError, match=r"no such file: .*train.bin; make it with `python tools/prepare_data.py SOURCE"
-    ):
+    with pytest.raises(DataError, match=r"no such file: .*train.bin; make it with `recycle-ds prepare SOURCE"):
         prepare_if_missing(plain)
     elsewhere = config.model_copy(update={"train": (TokenSource(path=str(tmp_path / "other" / "train")),)})
     with pytest.raises(DataError, match=r"no such file: .*other/train.bin; data.prepare makes only"):

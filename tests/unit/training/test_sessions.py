@@ -115,6 +115,58 @@ def test_a_refused_start_is_no_restart(tmp_path: Path) -> None:
     assert head == f"summary of {tmp_path}: failed at step 1 of 20" and error.startswith("  error: step 2: loss nan")
 
 
+def test_a_kill_after_the_last_step_does_not_outlive_the_next_start(tmp_path: Path) -> None:
+    """A finished run that is reported as killed for ever, since its next start has nothing to do."""
+    first = log_of(tmp_path)
+    first.begin(0)
+    first.stepped(20, 1.0)
+    write_metrics(tmp_path, {20: 1.0})
+    again = log_of(tmp_path)
+    again.begin(20)
+    assert again.end("finished", 20, refused=True) is None
+    tree = json.loads((tmp_path / "summary.json").read_text())
+    assert (tree["state"], tree["restarts"], tree["step"]) == ("finished", 0, 20)
+
+
+def test_a_kill_between_two_logged_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose end is taken from a step that the session before it had logged: hours of idle time that never were."""
+    at(monkeypatch, 1000.0)
+    first = log_of(tmp_path)
+    first.begin(0)
+    first.stepped(10, 1.0)
+    write_metrics(tmp_path, {10: 1100.0})
+    first.end("time limit", 10)
+    at(monkeypatch, 5000.0)
+    second = log_of(tmp_path)
+    second.begin(10, started=4990.0)
+    second.stepped(11, 1.0)  # not logged, and then killed
+    at(monkeypatch, 5100.0)
+    third = log_of(tmp_path)
+    third.begin(10, started=5090.0)
+    third.stepped(11, 1.0)
+    third.end("finished", 11)
+    sessions_of = json.loads((tmp_path / "summary.json").read_text())["sessions"]
+    assert [one["ended"] for one in sessions_of] == ["time limit", "killed", "finished"]
+    assert sessions_of[1]["until"] == 4990.0 and sessions_of[2]["idle_seconds"] == 5090.0 - 4990.0
+    assert sessions_of[2]["lost_seconds"] == pytest.approx(5100 - 1 - 5090), (
+        "its own start-up, and no hours of the queue"
+    )
+
+
+def test_a_summary_of_the_first_release_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback for a run that was trained with an earlier release."""
+    log = log_of(tmp_path)
+    log.begin(0)
+    log.stepped(1, 0.1)
+    log.end("finished", 1)
+    tree = json.loads((tmp_path / "summary.json").read_text())
+    tree["steps_made"] = tree.pop("steps_run")
+    del tree["idle_seconds"]
+    (tmp_path / "summary.json").write_text(json.dumps(tree | {"restarts": 1}))
+    assert summarise_runs([str(tmp_path)], as_json=False)
+    assert "1 steps run, 0 repeated" in capsys.readouterr().out
+
+
 def test_a_damaged_summary_is_no_reason_to_lose_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that cannot begin because its summary was cut off."""
     (tmp_path / "summary.json").write_text('{"sess')
