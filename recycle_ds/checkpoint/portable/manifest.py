@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -184,8 +183,3 @@ def _check_tensor(path: Path, name: str, entry: TensorEntry, files: dict[str, Fi
 def slice_shape(entry: TensorEntry, piece: Slice) -> tuple[int, ...]:
     """Shape that the stored tensor of a slice must have."""
     return tuple(piece.length if axis == piece.axis else size for axis, size in enumerate(entry.shape))
-
-
-def parameter_count(manifest: Manifest) -> int:
-    """Number of weights in the checkpoint."""
-    return sum(math.prod(entry.shape) for entry in manifest.tensors.values())

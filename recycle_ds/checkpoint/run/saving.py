@@ -27,7 +27,7 @@ from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.run.resume import newest_of_run, restore
 from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
 from recycle_ds.config import RunConfig
-from recycle_ds.config.atomic_files import fsync, write_atomically
+from recycle_ds.config.atomic_files import TEMPORARY, fsync, write_atomically
 from recycle_ds.model.sharding import is_copy, pieces
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.peers import TakenOver
@@ -73,7 +73,7 @@ class PortableCheckpointer:
         """See `Checkpointer`. Buffers up to training.save_buffer_gib in host memory ahead of the disk."""
         assert self._save is None, "one checkpoint is written at a time"
         final = step_folder(self._run_dir, state.step)
-        temporary = final.with_name(f".tmp-{final.name}-{self._token}")
+        temporary = final.with_name(f"{TEMPORARY}{final.name}-{self._token}")
         mesh = self._engine.mesh
         if not self._on_first_rank(lambda: _make_empty(temporary)):
             return False
@@ -184,7 +184,7 @@ class PortableCheckpointer:
             older = [path for path in completed(self._run_dir) if (step_of(path) or 0) <= state.step]
             for old in [*([replaced] if replaced else []), *older[self._config.training.keep_checkpoints :]]:
                 # renamed first: after a kill, a half-deleted folder must not be taken for a checkpoint
-                to_delete = old.with_name(f".tmp-old-{old.name}")
+                to_delete = old.with_name(f"{TEMPORARY}old-{old.name}")
                 os.rename(old, to_delete)
                 shutil.rmtree(to_delete)
         except OSError as error:
