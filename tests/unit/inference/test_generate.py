@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,20 +106,40 @@ def test_recycled_tokens_are_coloured_on_a_terminal_only(
 
 
 def _on_a_terminal(action: Callable[[], object]) -> str:
-    """The output of the action to stdout while that is a terminal."""
+    """The output of the action to stdout while that is a terminal.
+
+    The kernel hands what is written to the reader in pieces and at its own time: one read may return a part only. A
+    thread therefore reads, until the last writer has closed the terminal (Linux reports EIO then).
+    """
     master, slave = pty.openpty()
+    pieces: list[bytes] = []
+    reader = threading.Thread(target=_read_to_the_end, args=(master, pieces))
+    reader.start()
     saved_fd = os.dup(1)
     os.dup2(slave, 1)
+    os.close(slave)
     try:
         action()
     finally:
         os.dup2(saved_fd, 1)
         os.close(saved_fd)
-        os.close(slave)
-    try:
-        return os.read(master, 65536).decode()
-    finally:
+        reader.join()
         os.close(master)
+    return b"".join(pieces).decode()
+
+
+def _read_to_the_end(master: int, pieces: list[bytes]) -> None:
+    """Append what is read from a pseudo terminal until its other side is closed."""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return
+        if not piece:
+            return
+        pieces.append(piece)
 
 
 @pytest.mark.parametrize(
