@@ -144,12 +144,15 @@ def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
     """Prevents a requeue of a job that was cancelled, stopped by the user, or has REQUEUE=0; and two jobs in one folder."""
     common = ("--config", str(lab / "run.yaml"))
     cancelled, kept, stopped = lab / "cancelled", lab / "kept", lab / "stopped"
-    time_limit = ("--time=10",)
+
+    def submit(run_dir: Path, **rest: str) -> str:
+        # one rank on each node: three jobs share the machine, and each imports torch in every rank
+        return jobs.submit("pretrain.sbatch", *common, f"run_dir={run_dir}", options=("--time=10",), tasks=1, **rest)
+
     # both run while the twin starts
-    first = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=time_limit, inject="slow:3")
-    third = jobs.submit("pretrain.sbatch", *common, f"run_dir={stopped}", options=time_limit, inject="slow:3")
+    first, third = submit(cancelled, inject="slow:3"), submit(stopped, inject="slow:3")
     jobs.until_step(cancelled, 1, first)
-    twin = jobs.submit("pretrain.sbatch", *common, f"run_dir={cancelled}", options=time_limit)
+    twin = submit(cancelled)
     jobs.until_step(stopped, 1, third)
     (stopped / "stop").touch()
     assert jobs.wait(twin) == "FAILED" and int(jobs.field(twin, "Restarts")) == 0
@@ -158,9 +161,7 @@ def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
     assert jobs.wait(first) == "CANCELLED"
     assert jobs.wait(third) == "COMPLETED" and int(jobs.field(third, "Restarts")) == 0
     assert completed(stopped)[0].name == f"step-{reached(stopped):08d}" and "stopped by the user" in jobs.log(third)
-    second = jobs.submit(
-        "pretrain.sbatch", *common, f"run_dir={kept}", options=("--time=10",), REQUEUE="0", LAUNCHER="torchrun"
-    )
+    second = submit(kept, REQUEUE="0", LAUNCHER="torchrun")
     jobs.until_step(kept, 6, second)
     jobs.cluster.run("scancel", "--batch", "--signal=TERM", second)
     jobs.wait(second)
