@@ -1,1 +1,1 @@
-"""Tests; a package, so that ranks started by `tests.distributed` can import the functions they are to run."""
+"""Tests. This is a package so that ranks started by `tests.distributed` can import the functions that they run."""

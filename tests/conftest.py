@@ -1,4 +1,4 @@
-"""What holds for every test: the environment, set before torch is imported, and no process left behind."""
+"""Setup for all tests: environment variables, set before torch is imported, and the check for leftover processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 
 import pytest
 
-# Several ranks share few cores here: one thread each, or their thread pools spin against one another.
+# Several ranks share a few cores: with more than one thread per rank, their thread pools would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# No test needs the network; without these a missing file would be looked for on the hub, with long time-outs.
+# No test needs the network. Without these variables, a missing file is requested from the hub, with long timeouts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-# A private folder: a lock left elsewhere by a killed build of a DeepSpeed op would make later builds wait for ever.
+# A private folder: in the default one, the lock of a killed build of a DeepSpeed op would block later builds forever.
 _EXTENSIONS = tempfile.mkdtemp(prefix="recycle-ds-extensions-")
 os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS
 atexit.register(shutil.rmtree, _EXTENSIONS, ignore_errors=True)
-# Every process started below this one inherits the mark, however it detaches itself.
+# All descendant processes inherit this variable, even if they leave the process group or session.
 _MARK = uuid.uuid4().hex
 os.environ["RECYCLE_TEST_SESSION"] = _MARK
 
-# A shell that runs the suite in the background starts it with SIGINT ignored, and every process below would inherit that.
+# A shell starts background jobs with SIGINT ignored, and all child processes would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -43,14 +43,15 @@ torch.set_num_threads(1)
 
 TEST_ALL = os.environ.get("RECYCLE_TEST_ALL", "0") not in ("", "0")
 
-# No deadline: tests never assert times. The CI size draws the same examples in each run: a failure is the change's.
+# No deadline: tests never assert times. The profile for CI draws the same examples in every run, so a new failure is
+# caused by a change of the code.
 settings.register_profile("sample", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("all", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("all" if TEST_ALL else "sample")
 
 
 def pytest_configure() -> None:
-    """Lets SIGTERM and a closed terminal end the run as Ctrl-C does: pytest sums up, the tests' processes are ended."""
+    """Handles SIGTERM and SIGHUP like Ctrl-C: pytest prints its summary, and the tests' processes are ended."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
@@ -61,11 +62,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Says which tests share a worker (pytest -n 2).
+    """Assigns tests to workers (pytest -n 2).
 
-    The tests of the cluster, much of whose time is waiting, share one, because they share the cluster. Those that start several
-    ranks or whole commands share the other, so that no two of them compete for the cores. Files of unit tests go to whichever
-    worker is free.
+    The SLURM tests run on one worker because they share the cluster; they wait most of the time. The tests that start
+    several ranks or complete commands run on the other worker, so that no two of them compete for the cores. Files of
+    unit tests run on any free worker.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -75,12 +76,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             folder = file.split("/")[1]
             return {"unit": file, "slurm": "cluster"}.get(folder, "ranks")
 
-    config.option.loadscopereorder = False  # the long ones come first, as collected
+    config.option.loadscopereorder = False  # keep the order of collection: long tests first
     return ByFolder(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves tests marked `full` to RECYCLE_TEST_ALL=1, unless they are asked for by name or by marker."""
+    """Deselects tests marked `full`, unless RECYCLE_TEST_ALL=1 is set or tests are selected by name or by marker."""
     asked = config.option.markexpr or any("::" in argument for argument in config.args)
     if TEST_ALL or asked:
         return
@@ -89,44 +90,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends every process that the tests left running, and fails the run for it."""
+    """Kills the processes that the tests left running, and fails the run if there are any."""
     config = session.config
     stop_server()
-    if not _distributes(config):  # else each worker looks after the processes of its own tests
-        config.stash[_STRAGGLERS] = stragglers = _stragglers()
-        for pid in stragglers:
+    if not _distributes(config):  # otherwise each worker checks the processes of its own tests
+        config.stash[_LEFTOVER] = leftover = _leftover_processes()
+        for pid in leftover:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if hasattr(config, "workeroutput"):
-            config.workeroutput["stragglers"] = {str(pid): command for pid, command in stragglers.items()}
-    if config.stash.get(_STRAGGLERS, {}) and session.exitstatus == pytest.ExitCode.OK:
+            config.workeroutput["leftover"] = {str(pid): command for pid, command in leftover.items()}
+    if config.stash.get(_LEFTOVER, {}) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes over what a worker of pytest-xdist reports of processes left behind."""
-    left = getattr(node, "workeroutput", {}).get("stragglers", {})
-    node.config.stash.setdefault(_STRAGGLERS, {}).update({int(pid): command for pid, command in left.items()})
+    """Collects the leftover processes that a worker of pytest-xdist reports."""
+    left = getattr(node, "workeroutput", {}).get("leftover", {})
+    node.config.stash.setdefault(_LEFTOVER, {}).update({int(pid): command for pid, command in left.items()})
 
 
 def _distributes(config: pytest.Config) -> bool:
-    """Whether this process runs no tests itself, but hands them to workers (pytest -n)."""
+    """Whether this process runs no tests itself, but distributes them to workers (pytest -n)."""
     return not hasattr(config, "workerinput") and bool(getattr(config.option, "numprocesses", None))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Names the processes that had to be ended, above pytest's closing line."""
-    stragglers = config.stash.get(_STRAGGLERS, {})
-    if stragglers:
-        terminalreporter.section("processes left behind by tests (ended now)", red=True, bold=True)
-        for pid, command in stragglers.items():
+    """Lists the killed processes above pytest's last line."""
+    leftover = config.stash.get(_LEFTOVER, {})
+    if leftover:
+        terminalreporter.section("processes left running by tests (killed now)", red=True, bold=True)
+        for pid, command in leftover.items():
             terminalreporter.line(f"{pid}  {command}")
 
 
 @pytest.fixture(autouse=True)
 def _isolated_signals() -> Iterator[None]:
-    """A test of signal handling must not leave its handlers to the next test."""
+    """Restores the signal handlers after every test."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -135,20 +136,20 @@ def _isolated_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_STRAGGLERS: pytest.StashKey[dict[int, str]] = pytest.StashKey()
+_LEFTOVER: pytest.StashKey[dict[int, str]] = pytest.StashKey()
 
 
-def _stragglers() -> dict[int, str]:
-    """Processes with this session's mark in their environment, pid -> command line; through /proc, so on Linux only."""
+def _leftover_processes() -> dict[int, str]:
+    """Processes with this session's mark in their environment: pid -> command line. Reads /proc: Linux only."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"RECYCLE_TEST_SESSION={_MARK}".encode() not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
-        # multiprocessing's own helper lives as long as this process does.
+        # multiprocessing's resource tracker runs as long as this process.
         if int(folder.name) != os.getpid() and command and "resource_tracker" not in command:
             found[int(folder.name)] = command[:200]
     return found

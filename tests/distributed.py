@@ -1,15 +1,16 @@
-"""Runs a test's function on N local ranks: real processes and real gloo groups, none of which outlives the call.
+"""Runs a test's function on N local ranks, with real processes and gloo groups. All ranks end before the call returns.
 
     def sum_of_ranks(rank: int, world_size: int, scale: float) -> float: ...
 
     assert run_ranks(sum_of_ranks, 2, 10.0) == [10.0, 10.0]
 
-The function must be defined at the top level of an importable module: each rank is a separate process that imports it. The
-variables that torchrun would set are set, so it may call `recycle_ds.parallel`'s rendezvous, or
-`torch.distributed.init_process_group("gloo")`; the harness itself creates no group.
+The function must be defined at the top level of an importable module, because each rank is a separate process that
+imports it. The variables that torchrun would set are set, so the function may call `recycle_ds.parallel`'s rendezvous,
+or `torch.distributed.init_process_group("gloo")`. The harness itself creates no group.
 
-Importing torch, DeepSpeed and megatron-core takes a rank seconds. Ranks are therefore forked from a server process that has
-imported them (tests/preload.py), has no threads and no state of any test; they get this process's environment and folder.
+Importing torch, DeepSpeed and megatron-core takes seconds per rank. Ranks are therefore forked from a server process
+that has imported them (tests/preload.py) and has no threads and no state of a test. Ranks get the environment
+variables, the working directory and sys.path of the calling process.
 """
 
 from __future__ import annotations
@@ -39,17 +40,18 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _ROOT = Path(__file__).parents[1]
-# Ranks of tests use the CPU, also on a machine with GPUs.
+# Protects the fork server and multiprocessing's process list, which are not thread-safe.
 _starting = threading.Lock()
+# Ranks of tests use the CPU, also on a machine with GPUs.
 _CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 _PORT_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
-# Variables by which a rank could mistake itself for part of the job that runs the tests.
-_FOREIGN = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "TORCHELASTIC_")
+# Prefixes of variables that would make a rank behave as a part of the job that runs the tests.
+_JOB_PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "TORCHELASTIC_")
 
 
 class RankError(RuntimeError):
-    """A rank failed. Either the cause of a rank's exception, with that rank's traceback, or how a rank died."""
+    """A rank failed. The message has the traceback of the rank's exception, or says how the rank died."""
 
 
 class RankTimeout(RankError):
@@ -59,8 +61,8 @@ class RankTimeout(RankError):
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = 120.0) -> list[T]:
     """Calls `function(rank, world_size, *args)` on every rank and returns the results in the order of ranks.
 
-    Raises the exception of the rank that failed first (caused by a RankError that holds its traceback), a RankError if
-    a rank died without one, and RankTimeout after `timeout` seconds. No rank outlives the call.
+    Raises the exception of the rank that failed first (caused by a RankError with its traceback), a RankError if a rank
+    died without an exception, and RankTimeout after `timeout` seconds. All ranks end before the call returns.
     """
     for attempt in range(_PORT_ATTEMPTS):
         try:
@@ -75,11 +77,11 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
 def run_in_sets(
     function: Callable[..., list[T]], world_size: int, items: Sequence[Any], size: int = 4, at_once: int = 2
 ) -> list[list[T]]:
-    """`run_ranks(function, world_size, items)` with the items split into sets of `size`, `at_once` of them at a time.
+    """Calls `run_ranks(function, world_size, set)` for sets of `size` items, `at_once` sets at a time.
 
-    function: returns one result per item. Returns them by rank, in the order of the items. Every run opens process groups,
-    whose threads last as long as their process, so that many runs in one process slow one another down; and ranks that wait
-    for one another leave cores idle, which a second set of them uses.
+    function: returns one result per item. Returns the results by rank, in the order of the items. Sets are small
+    because the threads of a run's process groups last as long as their process: many runs in one process slow each
+    other down. Several sets run at a time because ranks that wait for each other leave cores idle.
     """
     sets = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(at_once) as pool:
@@ -88,8 +90,7 @@ def run_in_sets(
 
 
 def free_port() -> int:
-    """A TCP port of this host that is free at the moment, below the kernel's ephemeral ports: one of these could be taken by
-    another test's connection first."""
+    """A free TCP port of this host, below the ephemeral ports, which another test's connection could take first."""
     for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
@@ -98,7 +99,7 @@ def free_port() -> int:
 
 
 def stop_server() -> None:
-    """Ends the process that ranks are forked from, if there is one."""
+    """Ends the server process from which ranks are forked, if it is running."""
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
@@ -108,8 +109,8 @@ def _server() -> multiprocessing.context.ForkServerContext:
     with _starting:  # tests may start ranks from several threads
         context.set_forkserver_preload(["tests.preload"])
         before = dict(os.environ)
-        _forget_foreign_variables()
-        # what packages look at when they are imported
+        _remove_job_variables()
+        # packages read these variables when they are imported
         os.environ.update(_CPU, PYTHONPATH=os.pathsep.join([str(_ROOT), before.get("PYTHONPATH", "")]))
         try:
             multiprocessing.forkserver.ensure_running()
@@ -133,9 +134,8 @@ def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...]
         ]
         try:
             for process in ranks:
-                with (
-                    _starting
-                ):  # also looks at the processes of other threads, which must not be looked at twice at once
+                # start() also polls the processes of other threads, which is not thread-safe
+                with _starting:
                     process.start()
             in_time = _wait(ranks, folder, deadline)
             exit_codes = [_exit_code(process) for process in ranks]
@@ -155,13 +155,13 @@ def _run_once(function: Callable[..., T], world_size: int, args: tuple[Any, ...]
 
 
 def _exit_code(process: BaseProcess) -> int | None:
-    """The exit code, None for a process that runs. Python's own check is not made for several threads."""
+    """The exit code, None while the process runs. multiprocessing's own check is not thread-safe."""
     with _starting:
         return process.exitcode
 
 
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> bool:
-    """Waits for all ranks, or for the first failure, since its peers would wait for it forever. Returns False on timeout."""
+    """Waits until all ranks have ended or one has failed; the others would wait for it. Returns False on timeout."""
     while True:
         codes = [_exit_code(process) for process in ranks]
         running = [process.sentinel for process, code in zip(ranks, codes, strict=True) if code is None]
@@ -185,7 +185,7 @@ def _end(ranks: list[BaseProcess]) -> None:
 
 
 def _raise_first_failure(outcomes: list[dict[str, Any] | None]) -> None:
-    """Raises the earliest exception of a rank: its peers' "connection closed", which follows, would hide the cause."""
+    """Raises the earliest exception of a rank. The later "connection closed" of other ranks would hide the cause."""
     failed = [outcome for outcome in outcomes if outcome is not None and "traceback" in outcome]
     if not failed:
         return
@@ -247,7 +247,7 @@ def _rank_main(
 
 
 def _die_with_server() -> None:
-    """Makes Linux kill this rank when the server dies, which dies with the tests' process: killing pytest leaves no orphans."""
+    """Makes Linux kill this rank when the server dies. The server dies with pytest, so no rank outlives pytest."""
     if sys.platform == "linux":
         server = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -256,7 +256,7 @@ def _die_with_server() -> None:
 
 
 def _set_environment(rank: int, world_size: int, port: int) -> None:
-    _forget_foreign_variables()
+    _remove_job_variables()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -268,8 +268,8 @@ def _set_environment(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def _forget_foreign_variables() -> None:
-    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+def _remove_job_variables() -> None:
+    for name in [name for name in os.environ if name.startswith(_JOB_PREFIXES)]:
         del os.environ[name]
 
 
@@ -289,7 +289,7 @@ def _write(file: Path, outcome: dict[str, Any]) -> None:
 
 
 def _destroy_groups() -> None:
-    """Destroys the function's process groups, if any: gloo's threads abort an interpreter that exits with open groups."""
+    """Destroys the function's process groups, if any: gloo's threads abort a process that exits with open groups."""
     if "torch" in sys.modules:
         import torch.distributed as dist
 

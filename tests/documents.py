@@ -1,4 +1,4 @@
-"""The commands that the documents show, and what makes each of them small enough for a test."""
+"""Reads the commands that the documents show, and makes each of them small enough for a test."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_c
 PROGRAMS = ("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git")
 CLUSTER = ("srun", "sbatch")
 
-# Commands that these tests do not run, by how they begin, and what runs them.
+# Commands that these tests do not run, by prefix, with the reason or the test that runs them.
 ELSEWHERE = {
     "git clone": "needs a network; the tests are run from a clone",
     "make demo": "tests/end_to_end/test_demo.py",
-    "make test": "is this",
-    "python tools/fetch_smollm2.py": "tests/end_to_end/test_smollm2.py; here a small model lies in its place",
+    "make test": "runs these tests",
+    "python tools/fetch_smollm2.py": "tests/end_to_end/test_smollm2.py; these tests use a small model instead",
 }
 _PRETRAIN = (
     "training.steps=2 training.warmup_steps=1 training.micro_batch_size=1 training.global_batch_size=4 training.seq_length=32 "
     "training.eval_every=2 training.eval_batches=1 training.log_every=1 training.dry_run=false training.tensorboard=false"
 )
-# What is added to a command, by a part of it: fewer steps, tokens and documents of the same kind.
+# Options added to a command that contains the key, for fewer steps, tokens and documents.
 SMALL = {
     "pretrain": _PRETRAIN,
     "generate": "--max-new-tokens 6 --threads 1",
@@ -42,7 +42,7 @@ class Command:
     where: str
     """File and line."""
     text: str
-    """As it stands, continued lines joined, without the comment behind it."""
+    """The command as shown, with continued lines joined and without a trailing comment."""
 
     @property
     def program(self) -> str:
@@ -50,26 +50,26 @@ class Command:
 
     @property
     def elsewhere(self) -> str | None:
-        """What runs it instead of the tests of documents, None for nothing."""
+        """Why these tests do not run the command, or what runs it instead; None for a command that they run."""
         return next((reason for prefix, reason in ELSEWHERE.items() if self.text.startswith(prefix)), None)
 
     @property
     def added(self) -> str:
-        """What makes it small; empty for nothing."""
+        """The options that make the command small; may be empty."""
         words = shlex.split(self.text)[:8]
         name = next((part for part in SMALL if any(re.search(rf"\b{part}\b", word) for word in words)), None)
         return SMALL[name] if name else ""
 
     @property
     def small(self) -> list[str]:
-        """The words of the command at the smallest size."""
+        """The words of the command with these options."""
         return shlex.split(f"{self.text} {self.added}")
 
 
 def commands(file: Path) -> list[Command]:
-    """The commands of a document: every line of a fenced block without an info string. Blocks of output are marked `text`.
+    """The commands of a document: lines of fenced blocks without an info string. Blocks of output are marked `text`.
 
-    Raises AssertionError for a line that is no command that these tests know.
+    Raises AssertionError for a line that does not start with one of PROGRAMS.
     """
     found: list[Command] = []
     block: str | None = None
@@ -86,7 +86,7 @@ def commands(file: Path) -> list[Command]:
                 text = _without_comment(part)
                 if not text.startswith("cd "):
                     assert text.split()[0] in PROGRAMS, (
-                        f"{where}: {text!r} is no command; mark a block of output as text"
+                        f"{where}: {text!r} is not a known command; mark a block of output as text"
                     )
                     found.append(Command(where, text))
             pending = ""
@@ -94,5 +94,5 @@ def commands(file: Path) -> list[Command]:
 
 
 def _without_comment(line: str) -> str:
-    """Up to a `#` that begins a comment, not one inside quotes."""
+    """The line up to a `#` that begins a comment; a `#` inside quotes does not."""
     return re.sub(r"""^((?:[^"'#]|"[^"]*"|'[^']*'|(?<! )\#)*?)\s*(?:\s\#.*)?$""", r"\1", line.strip()).strip()

@@ -1,4 +1,4 @@
-"""Starts runs as a user does, by a launcher's command, in a session of their own."""
+"""Starts runs as a user does, with a launcher's command, each in its own process session."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def torchrun() -> list[str]:
 def start(
     command: list[str], config: Any, folder: Path, log: str = "run.log", **variables: str
 ) -> subprocess.Popen[str]:
-    """Starts a run in a session of its own. log: file for its output. variables: added to its environment."""
+    """Starts a run in its own process session. log: file for its output. variables: added to its environment."""
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "input.yaml")
     with (folder / log).open("w") as output:
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 180) -
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        for pid in ranks_of(folder):  # torchrun's ranks are in sessions of their own
+        for pid in ranks_of(folder):  # torchrun starts each rank in its own session
             os.kill(pid, signal.SIGKILL)
         raise AssertionError(logs(folder)) from None
 

@@ -1,6 +1,6 @@
-"""What nearly every rank of a test imports. The harness's fork server imports it once; ranks are forked from there in no time.
+"""Imports what nearly every rank of a test needs. The harness's fork server imports this module once for all ranks.
 
-No thread may be started here: a forked process has none of them.
+No thread may be started here, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ with warnings.catch_warnings():
     import recycle_ds.pretrain
     import recycle_ds.training.loop  # noqa: F401
 
-# the op would be compiled at the first use, 25 s, behind a lock
+# otherwise the first use compiles the op, which takes 25 s and holds a lock
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""Small real runs for tests: a corpus of some hundred short documents, a tiny model, and readers for a run's files."""
+"""Small real runs for tests: a corpus of 120 short documents, a tiny model, and readers for a run's files."""
 
 from __future__ import annotations
 

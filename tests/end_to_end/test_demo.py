@@ -28,7 +28,7 @@ def run_demo(folder: Path) -> str:
 
 
 def test_demo_writes_all_results(tmp_path: Path) -> None:
-    """Prevents a demo with missing table, plots or files, or with a lossless mode that changes the text of a prompt."""
+    """Prevents a demo without its table, plots or files, and a lossless mode that changes the generated text."""
     printed = run_demo(tmp_path)
     run_dir = tmp_path / "run"
     assert [record["step"] for record in steps_of(run_dir)] == [1, 10, 12]

@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/ show, run as it stands, at the smallest size, in a folder of its own."""
+"""Runs every command that README.md and docs/ show, with options for a small size, in a separate folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUN = [command for command in ALL if command.elsewhere is None and command.progr
 def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: bool = False) -> tuple[int, str, str]:
     """Runs `python ...` or `recycle-ds ...` in this process. Returns its exit code, stdout and stderr.
 
-    is_rank: whether it is a launcher's; else the variables of a launcher are taken away.
+    is_rank: whether this process is a rank of a launcher; otherwise a launcher's variables are removed.
     """
     from recycle_ds.parallel import rendezvous
 
@@ -41,7 +41,7 @@ def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: b
     for number, file in enumerate(files, start=1):
         os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), write_through=True) for n in (1, 2))
-    # which would end this process before it has handed over its result
+    # exit_process would end this process before it has returned its result
     leave, rendezvous.exit_process = rendezvous.exit_process, sys.exit
     try:
         if words[0] == "recycle-ds":
@@ -67,9 +67,9 @@ def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: b
 
 
 def in_shell(command: Command, folder: Path) -> tuple[int, str, str]:
-    """Runs a launcher, or what needs a shell, as a user does."""
+    """Runs a launcher, or a command that needs a shell, as a user does."""
     line = f"{command.text} {command.added}"
-    # other tests may use the default port, and the console script of DeepSpeed need not be the one of this environment
+    # other tests may use the default port, and the `deepspeed` on the PATH may belong to another environment
     line = re.sub("^deepspeed", f"python -m deepspeed.launcher.runner --master_port {free_port()}", line)
     line = re.sub("^torchrun", f"torchrun --master-port {free_port()}", line)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -84,8 +84,11 @@ _LAUNCHER = re.compile(r"^(torchrun --nproc-per-node 2|deepspeed --num_gpus 2) (
 
 
 def run(command: Command, folder: Path, launched: set[str]) -> tuple[int, str, str]:
-    """Runs a command, and says how it ended. launched: launchers that have been started as they are; at their second command
-    their ranks are forked from the harness's server instead, with the variables that torchrun sets."""
+    """Runs a command. Returns its exit code, stdout and stderr.
+
+    launched: launchers that have run once. For later commands of the same launcher, ranks are forked from the harness's
+    server instead, with the variables that torchrun sets.
+    """
     launcher = _LAUNCHER.match(command.text)
     if launcher and launcher[1] in launched:
         program = f"python {'-m ' if launcher[2] else ''}{command.text[launcher.end() :]} {command.added}"
@@ -101,7 +104,7 @@ def run(command: Command, folder: Path, launched: set[str]) -> tuple[int, str, s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the documents assume it: the repository's files, texts, prompts, a trained demo, a model of others."""
+    """A folder as the documents assume it: the repository's files, texts, prompts, a demo run and a converted model."""
     folder = tmp_path_factory.mktemp("documents")
     for name in ("ds_configs", "tools", "slurm", "recycle_ds", "docs"):
         (folder / name).symlink_to(ROOT / name)
@@ -126,38 +129,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documents_show_commands() -> None:
-    """Prevents a test of no command, and a command that is passed over without a reason."""
+    """Prevents the test below from running no command, and a command from being skipped without a reason."""
     assert len(RUN) > 35 and {command.program for command in ALL} == set(PROGRAMS)
     assert {reason for command in ALL if (reason := command.elsewhere)} == set(ELSEWHERE.values())
 
 
 @pytest.mark.ranks
 def test_every_command_runs_as_it_stands(folder: Path) -> None:
-    """Prevents a first page whose commands end in errors: wrong options, missing files, runs that share a folder."""
+    """Prevents documented commands that fail because of wrong options, missing files or runs that share a folder."""
     failed: list[str] = []
-    said: dict[str, str] = {}
+    outputs: dict[str, str] = {}
     launched: set[str] = set()
     for command in RUN:
-        if command.text in said:  # shown twice
+        if command.text in outputs:  # shown twice
             continue
         code, out, err = run(command, folder, launched)
-        said[command.text] = out
+        outputs[command.text] = out
         if code != 0 or "Traceback" in err:
             failed.append(f"{command.where}: {command.text}\nexit code {code}\n{out[-2000:]}\n{err[-3000:]}")
         if "finished at step" in out:
             assert re.search(r"finished at step 2\b", out), (
-                f"{command.where}: another command's run was found in its run_dir"
+                f"{command.where}: its run_dir already contains another command's run"
             )
-        assert "…" not in out, f"{command.where}: a table cut to the width of a terminal that is not there"
+        assert "…" not in out, f"{command.where}: a table is truncated although there is no terminal"
     assert not failed, "\n\n".join(failed)
     runs = {name: figures(folder / "runs" / name) for name in ("deepspeed", "torchrun", "mpirun", "demo")}
-    assert runs["deepspeed"] == runs["torchrun"] == runs["mpirun"], "a launcher whose ranks do not form one group"
+    assert runs["deepspeed"] == runs["torchrun"] == runs["mpirun"], "the ranks of a launcher do not form one group"
     for left, right in zip(runs["deepspeed"], runs["demo"], strict=True):
         assert left == pytest.approx(right, rel=1e-5)
     texts = [
-        text for command, text in said.items() if command.startswith("python -m recycle_ds.generate --model runs/demo")
+        text
+        for command, text in outputs.items()
+        if command.startswith("python -m recycle_ds.generate --model runs/demo")
     ]
-    assert texts and all(texts), "a continuation that is empty"
+    assert texts and all(texts), "a continuation is empty"
     for name in ("out.jsonl", "runs/answers.jsonl", "runs/answers2.jsonl"):
         lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         assert len(lines) == 2 and all(line["text"] for line in lines), name
@@ -165,7 +170,7 @@ def test_every_command_runs_as_it_stands(folder: Path) -> None:
 
 @pytest.mark.ranks
 def test_the_python_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents an example of the Python interface that has fallen behind it."""
+    """Prevents README.md from showing an outdated example of the Python interface."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = readme.partition("```python\n")[2].partition("```")[0]
     assert "from recycle_ds import Engine, SamplingParams" in code

@@ -1,6 +1,6 @@
-"""The real commands: a signal to any process of a run saves it without leftovers, and an error is one line.
+"""Runs started by launchers: a signal to any process saves the run and leaves no process, and an error is one line.
 
-That all launchers train identically is a test of the documents' commands.
+test_documents.py checks that all launchers train identically.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
 
 
 def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:
-    """Prevents a traceback, or no output, in place of a message with the value and the fix; and half-written files."""
+    """Prevents a traceback, or no output, instead of a message with the value and the fix."""
     cases = {
         "training.stps=3": "unknown key, did you mean training.steps?",
         "training.global_batch_size=7": "training.global_batch_size (7)",
@@ -82,7 +82,7 @@ def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_the_cause_is_not_buried_under_a_launchers_traceback(corpus: Path, tmp_path: Path) -> None:
-    """Prevents an error whose cause stands above dozens of lines of a launcher's, or of gloo's, own."""
+    """Prevents dozens of lines of the launcher or of gloo after the line that has the cause of an error."""
     config = tiny_run(corpus, tmp_path / "run")
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

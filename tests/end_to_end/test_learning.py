@@ -46,7 +46,7 @@ def test_acceptance_of_an_overfitted_model(run_dir: Path) -> None:
 
 
 def test_decoding_accepts_and_stays_identical(run_dir: Path) -> None:
-    """Prevents training and decoding with different offsets or caches: drafts would be rejected, or the text would change."""
+    """Prevents offsets or caches that differ from training: drafts would be rejected, or the text would change."""
     loaded = load_model(str(run_dir))
     decoder = decoder_of(loaded)
     prompt = loaded.tokenizer.encode(TEXT.strip())

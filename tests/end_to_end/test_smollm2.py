@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct (dequantised Q4_1) compared with transformers, and converted in both directions."""
+"""A real model, SmolLM2-135M-Instruct (dequantised Q4_1): compared with transformers, and converted both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job requeued by SLURM while its first start is still running, on a node that only the controller cannot reach."""
+"""SLURM requeues a job while its first start still runs, on a node that only the controller cannot reach."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def between_saves(run: Path) -> bool:
-    """Whether no checkpoint is being written or published; a start stopped during that would continue it later."""
+    """Whether no checkpoint is being written or published; a start stopped during a save would finish it later."""
     folder = run / "checkpoints"
     newest = [path.name for path in completed(run)[:1]]
     return not list(folder.glob(".tmp-*")) and newest == (folder / "latest").read_text().split()
 
 
 def test_an_earlier_start_writes_nothing_after_a_takeover(tmp_path: Path) -> None:
-    """Prevents files of two starts in one run: checkpoints under the other's manifest, or a log with steps of both."""
+    """Prevents mixed files of two starts: a checkpoint with the other start's manifest, or a log with steps of both."""
     corpus = make_corpus(tmp_path / "corpus")
 
     def config(name: str, steps: int) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Attention on Ulysses ranks, in DeepSpeed's own implementation, and on one rank with the full sequence."""
+"""Attention on Ulysses ranks, with DeepSpeed's own implementation, and on one rank with the full sequence."""
 
 from __future__ import annotations
 

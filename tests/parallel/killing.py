@@ -16,10 +16,10 @@ _WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"
 
 
 def run_until_killed(
-    rank: int, world_size: int, config: RunConfig, culprit: int, event: int, delay: float, report: str
+    rank: int, world_size: int, config: RunConfig, killed_rank: int, event: int, delay: float, report: str
 ) -> list[str]:
-    """Like `run_all` for one configuration. Rank `culprit` kills itself by SIGKILL, `delay` seconds after its `event`-th
-    operation on the checkpoints folder in a save, and writes that operation to the file `report`."""
+    """Like `run_all` for one configuration. Rank `killed_rank` kills itself by SIGKILL, `delay` seconds after its
+    `event`-th operation on the checkpoints folder in a save, and writes that operation to the file `report`."""
     folder = os.path.join(config.run_dir, "checkpoints")
     count = 0
 
@@ -46,7 +46,7 @@ def run_until_killed(
             else:
                 die(operation)
 
-    if rank == culprit:
+    if rank == killed_rank:
         sys.addaudithook(watch)
     return run_all(rank, world_size, [config])
 

@@ -30,7 +30,7 @@ class _NoGenerators:
 
 
 def start(tensor: int) -> None:
-    """Creates the groups of a tensor-parallel model, and replaces the CUDA calls that megatron-core makes on any device."""
+    """Creates the groups of a tensor-parallel model, and replaces CUDA calls that megatron-core makes on any device."""
     from megatron.core import parallel_state, tensor_parallel
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]

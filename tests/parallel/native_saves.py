@@ -48,7 +48,7 @@ def train_theirs(rank: int, world_size: int, runs: list[TheirRun]) -> None:
 
 
 def train_each(rank: int, runs: list[TheirRun], share: int, gather: Callable[[Any], dict[str, torch.Tensor]]) -> None:
-    """Trains each run for three steps. share: seed of this rank's tokens. gather: returns full weights by name; collective."""
+    """Trains each run for three steps. share: seed of this rank's tokens. gather: collective; full weights by name."""
     import deepspeed
     from deepspeed.utils import logger
 

@@ -18,7 +18,7 @@ PIPELINE = zero(1).replace("zero1", "pipeline")
 
 
 def run_cases(corpus: Path, root: Path, world_size: int, cases: dict[str, Change]) -> None:
-    """Runs all cases, several in one set of processes; each leaves its metrics in root/name."""
+    """Runs all cases, several in one set of processes. Each case writes its metrics to root/name."""
     runs = [tiny_run(corpus, root / name, **change) for name, change in cases.items()]
     assert run_in_sets(run_all, world_size, runs) == [["finished"] * len(runs)] * world_size
 
@@ -36,7 +36,7 @@ def assert_equal(actual: Curve, reference: Curve) -> None:
 
 
 def assert_rounded(actual: Curve, reference: Curve) -> None:
-    """Checks that they agree within bf16's rounding."""
+    """Checks that losses and gradient norms of five steps agree within bf16's rounding."""
     assert len(actual) == len(reference) == 5
     for left, right in zip(actual, reference, strict=True):
         assert left[:-1] == pytest.approx(right[:-1], rel=2e-3)

@@ -12,8 +12,8 @@ from recycle_ds.config import RunConfig
 
 
 def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, dict[str, Tensor], dict[str, Any]]:
-    """Peak bytes while the model is built, bytes of the built model, bytes of its largest parameter, gathered weights by name,
-    and rotary tables by name."""
+    """Peak bytes while the model is built, bytes of the built model, bytes of its largest parameter, gathered weights
+    by name, and rotary tables by name."""
     import deepspeed
 
     from recycle_ds.config import resolve_deepspeed
@@ -36,9 +36,9 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
     return tracker.peak, held, largest, weights, dict(model.named_buffers())
 
 
-def lasting(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, int]:
-    """After two steps of the benchmark's subject: number of weights, bytes of its state and of other persistent tensors, as it
-    counts them, and bytes of all live tensors except batches and rotary tables."""
+def memory_after_steps(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, int]:
+    """After two steps of the benchmark's subject: number of weights, bytes of its state and of other persistent tensors
+    as the subject counts them, and bytes of all live tensors except batches and rotary tables."""
     from recycle_ds.config import resolve_deepspeed
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.mesh import build_mesh

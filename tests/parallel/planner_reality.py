@@ -35,16 +35,16 @@ def size_of(storages: Storages) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def hold(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[int, int]]:
-    """Per run: peak bytes of weights, gradients and optimizer state in the second step, and bytes kept for the backward pass
-    with as many micro-batches in flight as in the 1F1B schedule."""
+def measure(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[int, int]]:
+    """Per run: peak bytes of weights, gradients and optimizer state in the second step, and bytes kept for the backward
+    pass with as many micro-batches in flight as in the 1F1B schedule."""
     from recycle_ds.parallel import rendezvous
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
-    return [_hold_one(config) for config in runs]
+    return [_measure_one(config) for config in runs]
 
 
-def _hold_one(config: RunConfig) -> tuple[int, int]:
+def _measure_one(config: RunConfig) -> tuple[int, int]:
     from recycle_ds.config import resolve_deepspeed
     from recycle_ds.data.loader import BatchLoader, open_dataset
     from recycle_ds.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def _hold_one(config: RunConfig) -> tuple[int, int]:
 
     gc.unfreeze()
     earlier = live()  # kept alive, so that no later storage reuses the address of one of these
-    gc.freeze()  # what exists by now is not looked at again: each look takes a second among a million objects of packages
+    gc.freeze()  # skip existing objects in later collections: a pass over a million objects of packages takes a second
     device = torch.device("cpu")
     tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
     mesh = build_mesh(config.parallel)

@@ -1,4 +1,4 @@
-"""Functions that test modules run on every rank."""
+"""Functions that several test modules run on every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ds.config import RecycleError, RunConfig
 
 
 def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
-    """Runs several configurations in one set of processes; returns for each why it ended, or its error."""
+    """Runs several configurations in one set of processes. Returns for each the reason for its end, or its error."""
     from recycle_ds.parallel import rendezvous
     from recycle_ds.pretrain import run
 
@@ -43,7 +43,7 @@ def run_quietly(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple
 
 @dataclass
 class Fault:
-    """A fault on one rank in one step: its states are multiplied by `factor`, in the first `times` attempts at that step."""
+    """A fault on one rank in one step: its states are multiplied by `factor`, in the first `times` attempts."""
 
     config: RunConfig
     step: int
@@ -51,7 +51,7 @@ class Fault:
     times: int = 1_000_000
     factor: float = math.nan
     stop_file: bool = False
-    """Instead, the run is asked to stop by a file."""
+    """Whether a file requests the run to stop instead."""
 
 
 def run_faulty(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
@@ -135,9 +135,11 @@ def run_with_small_shards(rank: int, world_size: int, runs: list[RunConfig], sha
 
 
 def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -> str:
-    """Like `run_all` for one configuration; once it has a checkpoint, another start takes over the folder: at the next "step",
-    just before the next checkpoint is published ("publish"), or by deleting temporary files while it is published ("tidied")
-    or written ("writing")."""
+    """Like `run_all` for one configuration. After the first checkpoint, another start takes over the folder.
+
+    moment: "step" for the next step, "publish" for the time just before the next checkpoint is published, or "cleanup"
+    and "writing" for a start that deletes the temporary files while the checkpoint is published or written.
+    """
     import shutil
 
     from recycle_ds.checkpoint.run import saving as writing
@@ -159,8 +161,8 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
             checkpointer._save.writer.wait = lambda: "No such file or directory"
         return finish(checkpointer)
 
-    def publish_tidied(checkpointer: Any, save: Any) -> None:
-        take("tidied")
+    def publish_after_cleanup(checkpointer: Any, save: Any) -> None:
+        take("cleanup")
         if holder:
             shutil.rmtree(save.temporary)
         publish(checkpointer, save)
@@ -173,7 +175,7 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
     patches = {
         (RunLock, "taken_by"): taken_by,
         (writing.PortableCheckpointer, "finish"): finish_late,
-        (writing.PortableCheckpointer, "_publish"): publish_tidied,
+        (writing.PortableCheckpointer, "_publish"): publish_after_cleanup,
     }
     originals = {target: getattr(*target) for target in patches}
     for (owner, name), patch in patches.items():
@@ -196,7 +198,7 @@ def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> 
     from recycle_ds.training import batches
     from recycle_ds.training.engine import pipeline
 
-    def alone(weight: Any, group: Any) -> Any:
+    def unreduced(weight: Any, group: Any) -> Any:
         return weight
 
     def untied(module: Any) -> list[Any]:
@@ -209,7 +211,7 @@ def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> 
         return torch.cat((found[:1], found[1:] / replicas))
 
     owner, name, broken = {
-        "norm_gradients": (norm, "copy_to_tensor_model_parallel_region", alone),
+        "norm_gradients": (norm, "copy_to_tensor_model_parallel_region", unreduced),
         "tied_embedding": (pipeline.RecyclePipeline, "get_tied_weights_and_groups", untied),
         "recycle_scale": (batches.StepBatches, "scales", unscaled),
     }[breakage]

@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
-    """Prevents columns read as rows, half a vocabulary, and swapped parts of ranks."""
+    """Prevents columns read as rows, a vocabulary of which half is missing, and swapped parts of ranks."""
     folder = root / name / "checkpoint-3"
     gathered = torch.load(folder / "whole.pt", weights_only=True)
     source = open_source(folder)
@@ -58,7 +58,7 @@ def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
 
 
 def test_moments_are_laid_out_like_their_weights(root: Path) -> None:
-    """Prevents a moment of another rank's part: vocabulary rows of trained tokens must have a second moment above zero."""
+    """Prevents moments of another rank's part: the rows of trained tokens must have a second moment above zero."""
     source = open_source(root / "zero2_tied" / "checkpoint-3")
     generator = torch.Generator().manual_seed(7)
     seen = torch.cat([torch.randint(300, (1, 12), generator=generator) for _ in range(3)]).flatten().unique()
@@ -67,7 +67,7 @@ def test_moments_are_laid_out_like_their_weights(root: Path) -> None:
 
 
 def test_another_order_of_parts(root: Path, tmp_path: Path) -> None:
-    """Prevents interleaved parts of a user's own plan from being read as consecutive ones: the shapes are the same."""
+    """Prevents interleaved parts of a user's own plan from being read as consecutive parts of the same shapes."""
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(root / "zero1" / "checkpoint-3", folder)
     file = folder / "global_step3" / "mp_rank_01_model_states.pt"

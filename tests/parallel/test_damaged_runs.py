@@ -57,7 +57,7 @@ def run_many(runs: list[RunConfig]) -> list[tuple[str, str]]:
 
 
 def test_a_broken_checkpoint_never_changes_a_run(root: Path) -> None:
-    """Prevents reading moments, generators or a position from a damaged file, and a restart that ends in a traceback."""
+    """Prevents moments, generators or positions read from a damaged file, and a restart that ends in a traceback."""
     draw = random.Random(29)
     names = []
     for number in range(MUTATIONS):
@@ -91,7 +91,7 @@ def test_a_wrong_manifest_with_a_valid_digest_is_refused(root: Path) -> None:
 
 
 def test_a_checkpoint_keeps_the_end_token(tmp_path: Path) -> None:
-    """Prevents another end token after loading a checkpoint, if only a file next to the tokenizer names it."""
+    """Prevents a checkpoint that loses the end token if only tokenizer_config.json names it."""
     corpus = make_corpus(tmp_path / "plain")
     chat = tmp_path / "chat"
     chat.mkdir()

@@ -1,4 +1,4 @@
-"""Reads folders that DeepSpeed wrote at every layout: bits equal to those of a portable checkpoint of the same step."""
+"""Reads folders that DeepSpeed wrote at every layout: bits equal those of a portable checkpoint of the same step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "frozen_bf16"])
 def test_the_same_bits(root: Path, name: str, tmp_path: Path) -> None:
-    """Prevents a partition split at the wrong element, swapped tensor shards, and bf16 weights in place of master weights."""
+    """Prevents a partition split at the wrong element, swapped tensor shards, and bf16 weights in place of masters."""
     portable, native = open_source(root / name), open_source(root / name / "native")
     assert native.kind == "deepspeed" and native.step == portable.step == 2 and native.notes == ()
     assert (native.model, native.recycle, native.seq_length) == (portable.model, portable.recycle, portable.seq_length)
@@ -93,7 +93,7 @@ def test_weights_have_moved(root: Path) -> None:
 
 
 def test_frozen_bf16_weights_are_reported(root: Path) -> None:
-    """Prevents weights that DeepSpeed saved only in bf16 from being passed off as master weights."""
+    """Prevents weights that DeepSpeed saved only in bf16 from being reported as master weights."""
     portable, native = open_source(root / "frozen_bf16"), open_source(root / "frozen_bf16" / "native")
     assert len(native.notes) == 1 and "tensors are in bfloat16" in native.notes[0]
     for name in native.shapes:
@@ -120,7 +120,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_hugging_face_models(theirs: Path, name: str, tmp_path: Path) -> None:
-    """Prevents a converted model with wrong logits, for groups that DeepSpeed reordered, tied heads and sub-groups."""
+    """Prevents wrong logits of a converted model with reordered groups, tied heads or sub-groups."""
     from transformers import AutoModelForCausalLM
 
     checkpoint = theirs / name / "checkpoint-3"

@@ -1,4 +1,4 @@
-"""Bad steps on one rank of two: all ranks respond alike, and the results are those of a run without them."""
+"""Bad steps on one of two ranks: all ranks respond in the same way, and the results equal those without bad steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "train
 
 
 class Runs:
-    """Configurations under one folder over one corpus, of twelve steps each."""
+    """Configurations of runs of twelve steps, in one folder and on one corpus."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.corpus = root, make_corpus(root / "corpus")
@@ -44,7 +44,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """clean/LAYOUT and retry/LAYOUT, rollback/LAYOUT, and single runs by name."""
+    """Folders clean/LAYOUT, retry/LAYOUT and rollback/LAYOUT, and single runs by name."""
     found = Runs(tmp_path_factory.mktemp("faults"))
     clean = [found.config(f"clean/{name}", **change) for name, change in LAYOUTS.items()]
     assert run_in_sets(run_all, 2, clean) == [["finished"] * len(LAYOUTS)] * 2
@@ -79,7 +79,7 @@ def test_a_retried_transient_fault_changes_nothing(runs: Runs, name: str) -> Non
 
 
 def test_a_persistent_fault_is_skipped(runs: Runs) -> None:
-    """Prevents a bad batch from being retried for ever."""
+    """Prevents a bad batch from being retried forever."""
     assert [event["action"] for event in runs.events("twice", "nonfinite")] == ["retry", "skip"]
     manifest = read_manifest(completed(runs.root / "twice")[0])
     assert (manifest.step, manifest.skipped, manifest.adam_step, manifest.next_sample) == (12, 1, 11, 96)
@@ -87,20 +87,20 @@ def test_a_persistent_fault_is_skipped(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", ["zero1", "zero3", "pipeline"])
 def test_a_rollback_resumes_from_the_checkpoint_with_other_data(runs: Runs, name: str) -> None:
-    """Prevents a rollback that keeps a moment or a weight of the undone steps, reads their data again, or misses a rank."""
+    """Prevents a rollback that keeps moments or weights of undone steps, reads their data again, or omits a rank."""
     found, clean = figures(runs.root / "rollback" / name), figures(runs.root / "clean" / name)
     assert len(found) == 12 and found[:4] == clean[:4] and found[4] != pytest.approx(clean[4], rel=1e-4)
     (event,) = runs.events(f"rollback/{name}", "rollback")
     assert (event["step"], event["from_step"], event["samples"]) == (4, 7, 24)
     manifest = read_manifest(completed(runs.root / "rollback" / name)[0])
     assert (manifest.step, manifest.rollbacks, manifest.next_sample, manifest.adam_step) == (12, 1, 120, 12)
-    # all layouts continue alike, which they would not if anything of the undone steps were left
+    # all layouts continue with equal figures; anything left of the undone steps would change them
     for left, right in zip(found, figures(runs.root / "rollback" / "zero1"), strict=True):
         assert left == pytest.approx(right, rel=1e-5)
 
 
 def test_a_rollback_equals_a_run_started_from_the_checkpoint(runs: Runs) -> None:
-    """Prevents results after a rollback that are close to the correct ones, but not the same."""
+    """Prevents results after a rollback that are close to the correct ones, but not equal."""
     import shutil
 
     from recycle_ds.checkpoint.portable.manifest import write_manifest
@@ -132,13 +132,13 @@ def test_a_stop_file_stops_one_run(runs: Runs) -> None:
     assert runs.endings[str(runs.root / "asked")] == "stop file"  # type: ignore[attr-defined]
     assert completed(runs.root / "asked")[0].name == "step-00000005"
     assert not (runs.root / "asked" / "stop").exists()
-    (runs.root / "asked" / "stop").touch()  # left over from earlier: not meant for this start
+    (runs.root / "asked" / "stop").touch()  # left over from an earlier start
     assert run_ranks(run_all, 2, [runs.config("asked")], timeout=120) == [["finished"]] * 2
     assert figures(runs.root / "asked") == figures(runs.root / "clean" / "zero1")
 
 
 def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> None:
-    """Prevents a spike right after a restart from passing because the history has been lost."""
+    """Prevents a spike right after a restart from being applied because the history was lost."""
     change: dict[str, Any] = {"training__steps": 24, "faults__spike": "skip", "faults__spike_window": 16}
     uninterrupted, resumed = (runs.config(f"judged/{name}", **change) for name in ("whole", "parts"))
     first = runs.config("judged/parts", **change, training__stop_at=20)
@@ -151,9 +151,9 @@ def test_a_resumed_run_judges_spikes_as_the_uninterrupted_one(runs: Runs) -> Non
     assert len(steps_of(runs.root / "judged/parts")) == 24
 
 
-@pytest.mark.parametrize("moment", ["step", "publish", "tidied", "writing"])
+@pytest.mark.parametrize("moment", ["step", "publish", "cleanup", "writing"])
 def test_a_run_that_is_taken_over_does_not_touch_the_folder(runs: Runs, moment: str) -> None:
-    """Prevents an abandoned start from replacing a later start's summary or checkpoints, and ranks that wait for ever."""
+    """Prevents a start from replacing files of the start that took over its folder, and ranks that wait forever."""
     config = runs.config(f"taken/{moment}", training__save_every=2, training__steps=1000)
     ending, other = run_ranks(run_taken_over, 2, config, moment, timeout=120)
     assert ending.startswith(f"taken over: {config.run_dir} has been taken over by process 1 on elsewhere (job 8)")
@@ -162,11 +162,11 @@ def test_a_run_that_is_taken_over_does_not_touch_the_folder(runs: Runs, moment: 
     assert [path.name for path in completed(folder)] == ["step-00000002"]
     assert not list((folder / "checkpoints").glob(".tmp-*"))
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["state"] == "running" and summary["anomalies"] == {}, "not written again"
+    assert summary["state"] == "running" and summary["anomalies"] == {}, "the earlier start must not write it"
     assert "released" not in (folder / ".lock").read_text()
 
 
 def test_collective_timeouts_are_shorter_after_the_first_step(runs: Runs) -> None:
-    """Prevents ranks from waiting six hours for a dead one, and from timing out while another rank's disk is slow at a save."""
+    """Prevents ranks from waiting six hours for a dead rank, and from timing out while another rank saves slowly."""
     found = run_ranks(run_and_read_timeouts, 2, runs.config("timeouts", faults__hang_timeout=50.0), timeout=120)
     assert found[0] and {seconds for rank in found for seconds in rank} == {4 * 50 + 60}

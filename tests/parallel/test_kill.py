@@ -1,4 +1,4 @@
-"""SIGKILL at moments chosen by progress, most of them during a save: no step before a published checkpoint is lost."""
+"""SIGKILL at random operations, most of them during a save: no step before a published checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KILLS = 30 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 6
 
 
 def config(root: Path, name: str) -> RunConfig:
-    """Saves every second step, in the background."""
+    """A run that saves every second step, in the background."""
     return tiny_run(
         root / "corpus", root / name, training__steps=4 * KILLS + 8, training__save_every=2, deepspeed=zero(1),
         training__learning_rate=1e-3,
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_resume_is_exact(root: Path) -> None:
-    """Prevents a partial checkpoint taken for a complete one, one lost at the rename, and a step repeated or skipped."""
+    """Prevents a partial checkpoint that counts as complete, one lost at the rename, and steps repeated or skipped."""
     draw = random.Random(KILLS)
     run = config(root, "killed")
     folder = Path(run.run_dir) / "checkpoints"
@@ -46,14 +46,14 @@ def test_every_resume_is_exact(root: Path) -> None:
     resumed: list[int | None] = []
     for number in range(KILLS):
         report = root / f"moment-{number}"
-        culprit, event, delay = draw.randrange(2), draw.randrange(1, 56), draw.choice([0.0, 0.0, 0.002])
+        killed_rank, event, delay = draw.randrange(2), draw.randrange(1, 56), draw.choice([0.0, 0.0, 0.002])
         # the killed rank's exit code, or the other rank's error about the broken connection, whichever comes first
         with pytest.raises((RankError, RuntimeError, PeerLost), match=r"exited with code -9|[Cc]onnection"):
-            run_ranks(run_until_killed, 2, run, culprit, event, delay, str(report), timeout=200)
+            run_ranks(run_until_killed, 2, run, killed_rank, event, delay, str(report), timeout=200)
         moments.append(report.read_text())
         published = completed(Path(run.run_dir))
         for checkpoint in published:
-            open_source(checkpoint)  # compares its checksums
+            open_source(checkpoint)  # verifies its checksums
         resumed.append(step_of(published[0]) if published else None)
     assert run_ranks(run_all, 2, [run], timeout=300) == [["finished"]] * 2
     # no step before a published checkpoint was lost: every start resumed from the newest one

@@ -1,4 +1,4 @@
-"""Reading and writing Megatron checkpoints, against megatron-core's own model, loader and `save`."""
+"""Reading and writing Megatron checkpoints, compared with megatron-core's own model, loader and `save`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True
 
 @dataclass(frozen=True)
 class Exchange:
-    """Checkpoints written by this package and by megatron-core, and logits of megatron-core's models with either weights."""
+    """Checkpoints written by this package and by megatron-core, and the logits of megatron-core's models with them."""
 
     ours: dict[str, Path]
     of_ours: list[list[list[Tensor]]]
@@ -60,8 +60,8 @@ def check(name: str, gap: Gap) -> None:
 
 
 def test_megatron_loads_our_checkpoints(exchanged: Exchange) -> None:
-    """Prevents a checkpoint that loads into Megatron without an error and generates noise: query heads in the wrong group, gate
-    and up or the halves of the projection exchanged, a wrong RoPE base, chunks at a wrong offset."""
+    """Prevents a checkpoint that Megatron loads without an error but that generates noise: query heads in the wrong
+    group, gate and up or the halves of the projection swapped, a wrong RoPE base, or chunks at a wrong offset."""
     for number, (name, folder) in enumerate(exchanged.ours.items()):
         logits = our_logits(open_source(folder))
         for theirs in exchanged.of_ours:
@@ -69,7 +69,7 @@ def test_megatron_loads_our_checkpoints(exchanged: Exchange) -> None:
 
 
 def test_we_load_megatrons_checkpoints(exchanged: Exchange, tmp_path: Path) -> None:
-    """Prevents a reader that only reads our writer's files: covers numbered layers, separate gate and up, and `args`."""
+    """Prevents a reader that reads only our own files, not numbered layers, separate gate and up, or `args`."""
     for number, (name, (model, recycle, _, _)) in enumerate(zip(CASES, exchanged.cases, strict=True)):
         folder = exchanged.theirs / f"{number}"
         source = open_source(folder)

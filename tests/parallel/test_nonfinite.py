@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite, on one rank of two, at every ZeRO stage and in bf16."""
+"""Steps whose loss or gradients are not finite on one of two ranks, at every ZeRO stage and in bf16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.runs import make_corpus, read_metrics, steps_of, tensors, tiny_run, z
 
 
 def test_non_finite_steps(tmp_path: Path) -> None:
-    """NaN on one rank that stops only that rank, reaches the weights, or is skipped on only one of the ranks."""
+    """Prevents a NaN on one rank that stops only that rank, reaches the weights, or is skipped by only one rank."""
     corpus = make_corpus(tmp_path / "corpus")
 
     def config(name: str, **changes: Any) -> RunConfig:

@@ -1,6 +1,6 @@
-"""Every layout against the single process: losses, gradient norms and evaluation of five steps.
+"""Compares every layout with the single process: losses, gradient norms and evaluation of five steps.
 
-One set of processes runs all cases of a world size. The runs train, evaluate and save as users' runs do.
+Several cases of a world size share a set of processes. The runs train, evaluate and save like users' runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, assert_
 from tests.parallel.ranks import BREAKAGES, run_broken
 from tests.runs import make_corpus, read_metrics, tiny_run, zero
 
-# An odd number of layers: pipeline stages are uneven. Four query and two key/value heads: one of the latter per rank.
+# An odd number of layers makes pipeline stages uneven. Of the two key/value heads, each of two tensor ranks has one.
 BASE: Change = {
     "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
     "training__learning_rate": 2e-3, "training__dry_run": False,
@@ -49,7 +49,7 @@ LAYOUTS: dict[int, dict[str, Change]] = {
         "ulysses2_dp2_zero2": {"parallel__ulysses": 2, "deepspeed": zero(2)},
     },
 }  # fmt: skip
-# Cases beyond the product of layouts and shapes: layouts with another setting.
+# Additional cases outside the product of layouts and shapes.
 SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
     2: {
         "pp2_detached": ("detached", {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
@@ -159,20 +159,20 @@ def curves(root: Path, corpus: Path) -> dict[str, Curve]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_equals_the_single_process(curves: dict[str, Curve], name: str) -> None:
-    """A layout that silently shards, reduces, averages or clips wrongly."""
+    """Prevents a layout that silently shards, reduces, averages or clips wrongly."""
     shape, _ = ALL[name]
     (assert_rounded if shape == "bf16" else assert_equal)(curves[name], curves[shape])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_evaluation_equals_the_single_process(curves: dict[str, Curve], root: Path, name: str) -> None:
-    """Validation losses or acceptance that count a rank twice, or that omit those of another stage or sequence part."""
+    """Prevents validation figures that count a rank twice, or that omit those of another stage or sequence part."""
     shape, _ = ALL[name]
     own, reference = ([r for r in read_metrics(root / run) if "eval_loss" in r][-1] for run in (name, shape))
     close = 5e-3 if shape == "bf16" else 1e-5
     assert own["eval_loss"] == pytest.approx(reference["eval_loss"], rel=close)
     assert own["eval_recycle_loss"] == pytest.approx(reference["eval_recycle_loss"], rel=close)
-    # over some hundred positions; in bf16 a near tie may be decided differently
+    # measured over some hundred positions; in bf16, rounding may decide a near tie differently
     assert own["eval_acceptance"] == pytest.approx(reference["eval_acceptance"], abs=0.1 if shape == "bf16" else 1e-9)
     assert len(own["eval_acceptance"]) == len(reference["eval_acceptance"])
 
@@ -183,19 +183,19 @@ def test_evaluation_equals_the_single_process(curves: dict[str, Curve], root: Pa
     ("tp2_dp2_zero3/untied1", {"tensor": 2, "pipeline": 1, "data": 2, "sequence": False, "ulysses": 1, "zero_stage": 3}),
 ])  # fmt: skip
 def test_run_json_has_the_layout(curves: dict[str, Curve], root: Path, name: str, expected: dict[str, int]) -> None:
-    """A layout that was requested but not built, or weights that every rank holds although they should be split."""
+    """Prevents a layout that was requested but not built, and complete weights on every rank instead of shards."""
     record = json.loads((root / name / "run.json").read_text())
     assert {key: record[key] for key in expected} == expected
     assert record["world_size"] == len(record["parameters_per_rank"]) == 4
     share = max(record["parameters_per_rank"]) / record["parameters"]
-    # the padded vocabulary, norms and the tied embedding's copy come on top of an even share
+    # more than an even share: the padded vocabulary, norms and the copy of the tied embedding
     limit = {"pp2_tp2_sp/tied3": 0.45, "ulysses2_dp2_zero2/tied3": 1.2, "tp2_dp2_zero3/untied1": 0.32}[name]
     assert share < limit
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Path, root: Path, breakage: str) -> None:
-    """A parity suite that passes with a wrong reduction."""
+    """Prevents parity tests that pass with a wrong reduction."""
     config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | SHAPES["tied3"] | BROKEN[breakage]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
     broken = curves_of(root, [f"broken_{breakage}"])[f"broken_{breakage}"]
@@ -207,9 +207,9 @@ def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Pa
 def test_a_broken_reduction_fails_in_bf16_too(
     curves: dict[str, Curve], corpus: Path, root: Path, breakage: str
 ) -> None:
-    """A rounding tolerance so wide that a missing reduction passes.
+    """Prevents a rounding tolerance so wide that a missing reduction passes.
 
-    The norms' gradients are checked in fp32 only: they change the total norm by 0.2 %, as little as bf16's rounding does.
+    The norms' gradients are checked in fp32 only, because they change the total norm by 0.2 %, like bf16's rounding.
     """
     config = tiny_run(corpus, root / f"bf16_{breakage}", **(BASE | SHAPES["tied3"] | BF16 | BROKEN[breakage]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
@@ -218,7 +218,7 @@ def test_a_broken_reduction_fails_in_bf16_too(
 
 
 def test_more_stages_than_layers_is_one_line(corpus: Path, root: Path) -> None:
-    """A stage without blocks that fails with a traceback, on some ranks only, after the data have been prepared."""
+    """Prevents a stage without blocks from failing with a traceback on some ranks after the data have been prepared."""
     with pytest.raises(ConfigError) as caught:
         tiny_run(corpus, root / "too_many", parallel__pipeline=4, deepspeed=PIPELINE, training__micro_batch_size=1)
     expected = "parallel.pipeline (4) exceeds model.layers (2): a stage would have no block; lower it"

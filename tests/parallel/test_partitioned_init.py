@@ -1,4 +1,4 @@
-"""ZeRO-3 builds the model in partitions: no rank ever holds all of it, and its initial weights equal those of other layouts."""
+"""ZeRO-3 builds the model in partitions: no rank has the full model, and weights equal those of other layouts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recycle_ds.model.flops import parameters
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine.build import _build_model
 from tests.distributed import run_ranks
-from tests.parallel.partitioned import build, lasting
+from tests.parallel.partitioned import build, memory_after_steps
 from tests.runs import make_corpus, tiny_run, zero
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_rank_holds_the_full_model(tmp_path: Path, dtype: str) -> None:
-    """A 70 B model built in full on every rank before it is partitioned, or weights or rotary tables in the wrong dtype."""
+    """Prevents a 70 B model from being built in full on every rank, and weights or rotary tables of the wrong dtype."""
     config = tiny_run(
         make_corpus(tmp_path / "corpus"), tmp_path / "run", deepspeed=zero(3), model__layers=24, model__hidden=96,
         model__ffn=192, model__vocab_size=320, training__dtype=dtype,
@@ -30,7 +30,7 @@ def test_no_rank_holds_the_full_model(tmp_path: Path, dtype: str) -> None:
     tables = sum(b.numel() * b.element_size() for b in full.buffers())
     for peak, held, largest, weights, buffers in run_ranks(build, 2, config):
         assert held < 0.51 * size
-        # each parameter is drawn in full, cut and then partitioned, one at a time
+        # each parameter in turn is initialised in full, sharded and then partitioned
         assert peak < held + 4 * largest + 4 * tables < 0.75 * size
         expected = dict(full.named_parameters())
         assert weights.keys() == expected.keys()
@@ -42,9 +42,9 @@ def test_no_rank_holds_the_full_model(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(("stage", "dtype", "element"), [(0, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2)])
 def test_unpartitioned_weights_are_built_in_their_dtype(tmp_path: Path, stage: int, dtype: str, element: int) -> None:
-    """Twice the weights' memory on the device while a bf16 model is built, more than a rank of ZeRO 2 needs later."""
+    """Prevents the construction of a bf16 model from needing twice its memory, more than a ZeRO-2 rank needs later."""
     change = {"deepspeed": zero(stage), "training__dtype": dtype, "model__vocab_size": 320}
-    config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # its data are not read
+    config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # the data are not read
     model, kept = _build_model(config, resolve_deepspeed(config, 1), Mesh(), torch.device("cpu"), initial=True)
     full = build_model(config.model, config.recycle, seed=config.training.seed)
     assert {parameter.element_size() for parameter in model.parameters()} == {element}
@@ -57,7 +57,7 @@ def test_unpartitioned_weights_are_built_in_their_dtype(tmp_path: Path, stage: i
 
 @pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (3, "fp32"), (3, "bf16")])
 def test_the_benchmark_counts_persistent_state(tmp_path: Path, stage: int, dtype: str) -> None:
-    """A benchmark that counts ZeRO-3's empty parameters: zero weights, and memory without partitions and masters."""
+    """Prevents a benchmark that counts ZeRO-3's empty parameters: zero weights, no partitions and no masters."""
     tree = load_deepspeed_json(zero(stage))
     tree["zero_optimization"]["reduce_bucket_size"] = 300_000
     (tmp_path / "ds.json").write_text(json.dumps(tree))
@@ -72,7 +72,7 @@ def test_the_benchmark_counts_persistent_state(tmp_path: Path, stage: int, dtype
     assert 0 < persistent < total / 3
     element = 2 if dtype == "bf16" else 4
     weights = element * (total / 2 + persistent if stage == 3 else total)
-    for counted, state, beside, live in run_ranks(lasting, 2, config):
+    for counted, state, beside, live in run_ranks(memory_after_steps, 2, config):
         assert counted == total
         assert state == pytest.approx(weights + 12 * total / 2, rel=0.01)
         assert state + beside == pytest.approx(live, rel=0.01)

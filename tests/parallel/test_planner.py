@@ -1,4 +1,4 @@
-"""The planner's bytes against those of real runs."""
+"""Compares the bytes that the planner predicts with those of real runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from recycle_ds.planning import memory
 from recycle_ds.planning.activations import CPU
 from recycle_ds.planning.candidates import Candidate
 from tests.distributed import run_in_sets
-from tests.parallel.planner_reality import hold
+from tests.parallel.planner_reality import measure
 from tests.runs import make_corpus, tiny_run, zero
 
 BF16 = {"training__dtype": "bf16"}
 PP2, TP2, SP = {"parallel__pipeline": 2}, {"parallel__tensor": 2}, {"parallel__sequence": True}
 FULL = {"training__activation_checkpointing": "full"}
-# Buffers that ZeRO allocates in full even for a small model, or weights that it keeps gathered: reduced to almost nothing here.
+# Sizes of buffers that ZeRO allocates even for a small model, and of weights that it keeps gathered. They are reduced
+# to almost zero here.
 BUCKETS = {
     "reduce_bucket_size": 1000,
     "stage3_param_persistence_threshold": 200,
@@ -53,7 +54,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def make_runs(root: Path) -> dict[str, RunConfig]:
-    """A model whose weights are larger than its batches; buckets and the threshold for small weights are set to match it."""
+    """Runs of a model whose weights are larger than its batches, with bucket sizes and thresholds for this model."""
     corpus = make_corpus(root / "corpus")
     base = {
         "model__layers": 10, "model__hidden": 96, "model__ffn": 192, "model__vocab_size": 320, "recycle__depth": 1,
@@ -97,7 +98,7 @@ def compare(root: Path) -> dict[str, list[tuple[float, float, float, float]]]:
     found = {}
     for world_size in (2, 4):
         names = [name for name, (size, _, _) in LAYOUTS.items() if size == world_size]
-        held = run_in_sets(hold, world_size, [runs[name] for name in names])
+        held = run_in_sets(measure, world_size, [runs[name] for name in names])
         for index, name in enumerate(names):
             rows = zip(predicted(runs[name], world_size), (rank[index] for rank in held), strict=True)
             found[name] = [(planned[0], real[0], planned[1], real[1]) for planned, real in rows]
@@ -106,20 +107,20 @@ def compare(root: Path) -> dict[str, list[tuple[float, float, float, float]]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_states_are_those_that_a_run_holds(comparison: dict[str, Any], name: str) -> None:
-    """A layout that is planned but does not fit, or is rejected although it fits: weights, gradients and optimizer state."""
+    """Prevents wrong predictions of weights, gradients and optimizer state, and with them plans that do not fit."""
     for states, held, _, _ in comparison[name]:
         assert states == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_activations_are_those_that_a_run_holds(comparison: dict[str, Any], name: str) -> None:
-    """The same for the activations kept for the backward pass."""
+    """Prevents wrong predictions of the activations kept for the backward pass."""
     for _, _, activations, held in comparison[name]:
         assert activations == pytest.approx(held, rel=0.10)
 
 
 def test_layouts_differ(comparison: dict[str, Any]) -> None:
-    """Tolerances so wide, or layouts so similar, that any formula would pass."""
+    """Prevents layouts so similar that any formula would pass."""
     assert len(comparison) >= 8
     assert len({round(rows[0][1], -4) for rows in comparison.values()}) >= 8
     assert len({round(rows[0][3], -4) for rows in comparison.values()}) >= 8

@@ -58,7 +58,7 @@ def pairs() -> list[tuple[str, str]]:
         sources, targets = draw.sample(names, len(names)), draw.sample(names, len(names))
         new = [pair for pair in zip(sources, targets, strict=True) if pair[0] != pair[1] and pair not in found]
         found += new
-    # four of the full list, other ones every day; the name of a test shows its pair
+    # four pairs of the full list, which change every day; the test's id shows its pair
     seed = int(os.environ.get("RECYCLE_TEST_SEED", date.today().toordinal()))
     return found if ALL else random.Random(seed).sample(found, 4)
 
@@ -67,7 +67,7 @@ PAIRS = pairs()
 
 
 def settings(number: int) -> Change:
-    """Another padding of the vocabulary than in the run before."""
+    """A padding of the vocabulary that differs from that of the previous run."""
     return {"model__vocab_multiple": (64, 16, 50)[number % 3]}
 
 
@@ -83,7 +83,7 @@ def run_together(configs: dict[str, tuple[int, RunConfig]]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole/: one process, uninterrupted. from_*/: every source, stopped at step 3. Then one folder for every pair."""
+    """whole/: one process, uninterrupted. from_*/: every source, stopped at step 3. SOURCE_to_TARGET/: every pair."""
     root = tmp_path_factory.mktemp("portability")
     corpus = make_corpus(root / "corpus")
 
@@ -121,7 +121,7 @@ def test_the_next_steps_equal_the_uninterrupted_run(root: Path, source: str, tar
 
 
 def test_hugging_face_weights_start_a_run_at_any_layout(root: Path) -> None:
-    """Prevents, in continued pretraining of another model, a shard read for the wrong rank, and weights that stay random."""
+    """Prevents continued pretraining with shards of other ranks, or with weights that stay random."""
     source = root / f"from_{PAIRS[0][0]}"
     convert(str(source), str(root / "hf"), Conversion("hf"))
     layouts = ("one_zero0", "dp2_zero3", "tp2_sp_zero3", "pp2", "ulysses2_zero2", "tp2_dp2_zero3", "pp2_tp2_sp")

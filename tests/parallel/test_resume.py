@@ -1,4 +1,4 @@
-"""Interrupted runs equal uninterrupted ones, bit for bit at the same layout; damaged or foreign checkpoints are refused."""
+"""Interrupted runs equal uninterrupted ones, bit for bit at the same layout. Unsuitable checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             found.config(f"{name}/parts", **change, **first),
             found.config(f"{name}/parts", **change, training__dry_run=False),
         ]
-    # a set is one layout: its second part resumes from its first
+    # each set has the runs of one layout: the second part resumes from the first
     endings = run_in_sets(run_all, 2, configs, size=3)[0]
     expected = ["finished", "stop_at", "finished"] * (len(LAYOUTS) - 1) + ["finished"] * 3
     assert endings == expected
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize("name", [name for name, _ in LAYOUTS])
 def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> None:
-    """Prevents losing weights, a moment, Adam's step, the schedule, the data position or a dry run's trace at a restart."""
+    """Prevents a restart that loses weights, moments, Adam's step, schedule or data position, and effects of a dry run."""
     whole, parts = runs.root / name / "whole", runs.root / name / "parts"
     assert figures(parts) == figures(whole)
     events = [record for record in read_metrics(parts) if "event" in record]
@@ -88,7 +88,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> 
 
 
 def test_a_run_that_starts_over_differs_from_one_that_resumes(runs: Runs) -> None:
-    """Prevents the comparison above from passing for a run that started over: only its events differ, not its figures."""
+    """Prevents the test above from passing for a run that started over: only its events differ, not its figures."""
     again = runs.root / "again"
     shutil.copytree(runs.root / "zero1" / "parts", again)
     shutil.rmtree(again / "checkpoints")
@@ -101,7 +101,7 @@ def test_a_run_that_starts_over_differs_from_one_that_resumes(runs: Runs) -> Non
 
 
 def test_a_checkpoint_of_many_shards(runs: Runs) -> None:
-    """Prevents errors in larger runs, whose ranks write several files each and wait for the disk: tiny runs never do."""
+    """Prevents errors that only larger runs have, whose ranks write several files each and wait for the disk."""
     whole = runs.config("shards/whole", deepspeed=zero(1))
     first = runs.config("shards/parts", deepspeed=zero(1), training__stop_at=3, training__save_buffer_gib=6e-5)
     second = runs.config("shards/parts", deepspeed=zero(1), training__save_buffer_gib=0)
@@ -187,7 +187,7 @@ def test_refusals_and_fallback(runs: Runs) -> None:
 
 
 def test_init_from_loads_weights_and_initialises_a_module(runs: Runs) -> None:
-    """Prevents weights of a model without a module from being refused, mixed up or ignored, and loading moments or steps."""
+    """Prevents refused, swapped or ignored weights of a model without a module, and loaded moments or steps."""
     plain = runs.config("plain", recycle__layers=0)
     given = runs.config("given", init_from=str(runs.root / "plain"), recycle__gradient="frozen_backbone")
     other = runs.config("other", init_from=str(runs.root / "plain"), model__ffn=96)
@@ -202,7 +202,7 @@ def test_init_from_loads_weights_and_initialises_a_module(runs: Runs) -> None:
 
 
 def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
-    """Prevents a line cut by a kill, or lines after the checkpoint's step, from staying in the log of a resumed run."""
+    """Prevents a resumed run from keeping a truncated line, or lines after the checkpoint's step, in its log."""
     source, target = runs.root / "zero1" / "parts", runs.root / "trimmed"
     shutil.copytree(source, target)
     shutil.rmtree(target / "checkpoints" / "step-00000006")
@@ -214,7 +214,7 @@ def test_metrics_of_a_resumed_run_read_like_one_run(runs: Runs) -> None:
 
 
 def test_a_full_disk_is_reported(runs: Runs) -> None:
-    """Prevents reporting success if one of two ranks could not write the last checkpoint, and leaving half a checkpoint."""
+    """Prevents a report of success, and half a checkpoint, if one of two ranks cannot write the last checkpoint."""
     endings = run_ranks(run_on_full_disk, 2, runs.config("full", training__save_every=4), 6)
     assert endings[0] == endings[1]
     assert "step 6: the last checkpoint could not be written" in endings[0] and "resumes from step 4" in endings[0]
@@ -224,7 +224,7 @@ def test_a_full_disk_is_reported(runs: Runs) -> None:
 
 
 def test_trace_evaluations_and_kept_checkpoints(runs: Runs) -> None:
-    """Prevents steps without a trace, evaluations that differ between one rank and two, and keeping too many checkpoints."""
+    """Prevents steps without a trace, evaluations that depend on the number of ranks, and too many kept checkpoints."""
     change = {
         "training__profile": {"start": 2, "end": 3}, "training__eval_every": 3, "training__save_every": 1,
         "training__keep_checkpoints": 2, "training__eval_batches": 1, "recycle__start_step": 2, "recycle__warmup_steps": 2,

@@ -1,4 +1,4 @@
-"""Ulysses' all-to-all against DeepSpeed's DistributedAttention and against the full sequence on one rank, and its inverse."""
+"""Ulysses' all-to-all, compared with DeepSpeed's DistributedAttention and with the full sequence on one rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.parallel.exchange import inverse, run
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_attention_equals_deepspeeds_and_the_full_sequence(world_size: int) -> None:
-    """Query heads that attend to another group's keys, positions out of order, or a gradient on the wrong rank."""
+    """Prevents query heads that attend to another group's keys, wrong positions, or a gradient on the wrong rank."""
     for results in run_ranks(run, world_size):
         output, gradients = results["ours"]
         for other in ("deepspeed", "full"):
@@ -23,5 +23,5 @@ def test_attention_equals_deepspeeds_and_the_full_sequence(world_size: int) -> N
 
 
 def test_the_inverse_restores_the_sequence() -> None:
-    """Heads or positions that are swapped by the all-to-all."""
+    """Prevents an all-to-all that swaps heads or positions."""
     assert run_ranks(inverse, 2) == [True, True]

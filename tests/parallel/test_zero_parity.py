@@ -1,4 +1,4 @@
-"""ZeRO 0-3 over two ranks against the single process: losses and gradient norms of five steps, to five digits."""
+"""Compares ZeRO 0-3 on two ranks with the single process: losses and gradient norms of five steps, to five digits."""
 
 from __future__ import annotations
 
@@ -107,47 +107,47 @@ def curves(root: Path) -> Iterator[dict[str, list[list[float]]]]:
 
 @pytest.mark.parametrize("name", [name for name, _ in CASES if "bf16" not in name])
 def test_equals_the_single_process(curves: dict[str, list[list[float]]], name: str) -> None:
-    """A stage, micro-batch size or gradient mode that silently averages, clips or partitions wrongly."""
+    """Prevents a stage, micro-batch size or gradient mode that silently averages, clips or partitions wrongly."""
     assert_equal(curves[f"2/{name}"], curves[f"1/{REFERENCE_OF.get(name, 'plain')}"])
 
 
 @pytest.mark.parametrize("name", ["bf16_zero0", "bf16_zero1", "bf16_zero2", "bf16_zero3", "tensor2_zero3_bf16"])
 def test_bf16_stays_within_its_rounding(curves: dict[str, list[list[float]]], name: str) -> None:
-    """A stage whose bf16 gradients or fp32 masters are wrong by more than bf16's rounding."""
+    """Prevents a stage whose bf16 gradients or fp32 master weights are wrong by more than bf16's rounding."""
     assert_rounded(curves[f"2/{name}"], curves["1/bf16"])
 
 
 @pytest.mark.parametrize("name", [name for name, _ in UNEVEN])
 def test_replicas_that_do_not_divide_the_weights(curves: dict[str, list[list[float]]], name: str) -> None:
-    """Padding at the end of a partition taken for a parameter's gradient: a crash at some numbers of ranks only."""
+    """Prevents a crash at some numbers of ranks because padding of a partition was used as a parameter's gradient."""
     (assert_rounded if "bf16" in name else assert_equal)(curves[f"3/{name}"], curves["1/uneven"])
 
 
 @pytest.mark.parametrize("name", [name for name, _ in CASES if name.startswith("many_bf16")])
 def test_many_micro_batches_in_bf16(curves: dict[str, list[list[float]]], root: Path, name: str) -> None:
-    """Norms of partial sums, or no clipping, in the optimizer that DeepSpeed uses at ZeRO 1 to accumulate in fp32."""
+    """Prevents norms of partial sums, and missing clipping, in the optimizer for ZeRO 1 that accumulates in fp32."""
     reference = curves["1/many_bf16_detached" if "detached" in name else "1/many_bf16"]
     assert_rounded(curves[f"2/{name}"], reference)
     assert all(row[-1] != pytest.approx(1.0, rel=1e-3) for row in reference), "a norm after clipping would pass"
 
 
 def test_losses_fall(curves: dict[str, list[list[float]]]) -> None:
-    """Parity between runs that do not learn anything."""
+    """Prevents parity between runs that learn nothing."""
     first, last = curves["1/plain"][0], curves["1/plain"][-1]
     assert all(after < before - 0.1 for before, after in zip(first[1:-1], last[1:-1], strict=True))
 
 
 def test_detached_leaves_the_backbone_alone(curves: dict[str, list[list[float]]]) -> None:
-    """A recycle loss that reaches the backbone through states, embedding, head or a shared clipping norm."""
+    """Prevents a recycle loss that reaches the backbone through states, embedding, head or a shared clipping norm."""
     detached = [row[1] for row in curves["1/detached"]]
     plain = [row[1] for row in curves["1/no_module"]]
     assert detached == plain
-    assert curves["1/plain"][-1][1] != plain[-1], "the joint run must differ, or this test shows nothing"
+    assert curves["1/plain"][-1][1] != plain[-1], "the joint run must differ, or this test proves nothing"
 
 
 @pytest.mark.parametrize("name", ["frozen", "frozen3", "frozen_bf16"])
 def test_frozen_backbone_stays(curves: dict[str, list[list[float]]], root: Path, name: str) -> None:
-    """A frozen backbone that decays, or is saved from the model's bf16 copy: it must be bit-identical."""
+    """Prevents a frozen backbone that decays or is saved from the model's bf16 copy: it must stay bit-identical."""
     folder = root / "2" / name / "checkpoints" / "step-00000005"
     manifest = read_manifest(folder)
     config = parse_config(manifest.config)

@@ -1,7 +1,7 @@
 """A real SLURM cluster of a few simulated nodes on this machine: loopback only, no systemd, no cgroups, no database.
 
-Each slurmd runs in a UTS namespace of its own, so that nodes have their own host names. All files are in one folder with a
-short path (unix sockets need short paths); `stop` ends everything.
+Each slurmd runs in its own UTS namespace, so that nodes have their own host names. All files are in one folder with a
+short path (unix sockets need short paths). `stop` ends all jobs and daemons.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ NodeName=DEFAULT CPUs=8 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
 NodeName=node[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}]
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# Links to /dev/null as GPUs, which nothing opens: a job gets CUDA_VISIBLE_DEVICES as on a node with GPUs.
+# The GPUs are links to /dev/null, which nothing opens. A job gets CUDA_VISIBLE_DEVICES as on a node with GPUs.
 _GRES = "AutoDetect=off\nNodeName=node[1-{nodes}] Name=gpu File={root}/gpu[0-3]\n"
 
 
@@ -77,7 +77,7 @@ def unavailable_reason() -> str | None:
 
 
 class Cluster:
-    """Started when constructed. `environment` is what its clients (sbatch, scontrol, ...) need."""
+    """The constructor starts the cluster. `environment` has the variables that clients (sbatch, scontrol, ...) need."""
 
     def __init__(self, root: Path, nodes: int = 2) -> None:
         self.root, self.nodes = root, [f"node{number}" for number in range(1, nodes + 1)]
@@ -99,7 +99,7 @@ class Cluster:
             raise
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
-        """The output of a client. Raises AssertionError with its error message."""
+        """Runs a client and returns its output. Raises AssertionError with its error message."""
         done = subprocess.run(
             command, capture_output=True, text=True, env=self.environment | environment, timeout=60, check=False
         )

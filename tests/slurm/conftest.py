@@ -52,7 +52,7 @@ def jobs(cluster: Cluster, lab: Path) -> Jobs:
 
 @pytest.fixture(scope="session")
 def reference(lab: Path) -> list[list[float]]:
-    """Losses and gradient norms of the same run on one host, over as many ranks, never interrupted."""
+    """Losses and gradient norms of the same run on one host, with as many ranks, without interruption."""
     from recycle_ds.config import load_config
 
     assert run_ranks(run_all, 4, [load_config(lab / "run.yaml")], timeout=300) == [["finished"]] * 4

@@ -39,7 +39,7 @@ class Jobs:
             exported |= {"PYTHONPATH": str(_INJECT), "INJECT": inject, "INJECT_ONCE": str(self.root / "once")}
             (self.root / "once").mkdir(exist_ok=True)
         sizes = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1")
-        # the file requests a signal; CONT, which does nothing, replaces it
+        # the sbatch file requests a signal; CONT replaces it because it has no effect
         warning = ("--signal=B:CONT@1" if signal == "none" else f"--signal={signal}",)
         log = f"--output={self.root}/logs/%j.out"
         exports = ",".join(("--export=ALL", *(f"{name}={value}" for name, value in exported.items())))

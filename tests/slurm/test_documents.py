@@ -1,4 +1,4 @@
-"""The commands of the documents that need a cluster: sbatch takes the files and options, the programs their arguments."""
+"""The documented commands that need a cluster: sbatch accepts the options, and the programs accept their arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 SHOWN = [command for file in FILES for command in commands(file) if command.program in CLUSTER]
-# The program behind each batch file, and how many of its arguments are the file's own.
+# The program that each sbatch file runs, and how many leading arguments belong to the file itself.
 PROGRAMS = {
     "slurm/pretrain.sbatch": (pretrain.app, 0),
     "slurm/generate.sbatch": (generate.app, 0),
@@ -30,7 +30,7 @@ SIZE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-tas
 
 
 def test_every_sbatch_command_is_accepted(cluster: Cluster) -> None:
-    """Prevents a document with an option that sbatch or the program behind the batch file does not have."""
+    """Prevents a documented option that sbatch, or the program that the sbatch file runs, does not have."""
     batches = [command for command in SHOWN if command.program == "sbatch"]
     assert len(batches) >= 8
     for command in batches:
@@ -46,7 +46,7 @@ def test_every_sbatch_command_is_accepted(cluster: Cluster) -> None:
 
 
 def test_the_srun_command_trains(cluster: Cluster, tmp_path: Path) -> None:
-    """Prevents ranks under a plain srun that do not find one another."""
+    """Prevents ranks started by plain srun that do not form one group."""
     (command,) = (one for one in SHOWN if one.program == "srun")
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}"

@@ -1,4 +1,4 @@
-"""The shipped sbatch files on a real cluster: every launcher, faults during a run, sweeps, conversion and generation."""
+"""The shipped sbatch files on a real cluster: launchers, faults during a run, sweeps, conversion and generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def events_of(run_dir: Path, *names: str) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_every_launcher_trains_alike(jobs: Jobs, lab: Path, reference: list[list[float]], launcher: str) -> None:
-    """Prevents ranks that do not connect across nodes, get the wrong rank number, or lose the GPUs that SLURM assigned."""
+    """Prevents ranks that do not connect across nodes, get the wrong number, or lose the GPUs that SLURM assigned."""
     run_dir = lab / launcher
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     # another job occupies the first two of a node's four GPUs
@@ -63,7 +63,7 @@ def test_a_nan_on_one_rank_is_retried(jobs: Jobs, lab: Path, reference: list[lis
 
 
 def test_a_spike_is_rolled_back(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
-    """Prevents a loss spike that stays in the weights, and a rollback that reads the same data again or needs a user."""
+    """Prevents a loss spike that stays in the weights, and a rollback that reads the same data or needs a user."""
     run_dir = lab / "spike"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "faults.spike=rollback")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="spike:28")
@@ -72,7 +72,7 @@ def test_a_spike_is_rolled_back(jobs: Jobs, lab: Path, reference: list[list[floa
     assert (rollback["step"], rollback["from_step"], rollback["samples"]) == (25, 28, 3 * 8)
     assert [record["step"] for record in steps_of(run_dir)] == list(range(1, 41))
     assert figures(run_dir)[:25] == reference[:25] and figures(run_dir)[25:] != reference[25:]
-    # other data than in the reference run: the spread of its last steps is the noise
+    # the data differ from those of the reference run, so the tolerance is the range of its last losses
     last = [row[1] for row in reference[-8:]]
     assert abs(figures(run_dir)[-1][1] - reference[-1][1]) < max(last) - min(last) + 0.05
 
@@ -87,7 +87,7 @@ def test_a_hang_ends_and_restarts(jobs: Jobs, lab: Path, reference: list[list[fl
     assert int(jobs.field(job, "Restarts")) == 1
     folder = run_dir / "hangs" / "step-00000013"
     assert sorted(path.name for path in folder.iterdir()) == [f"rank-{rank:05d}.txt" for rank in range(4)]
-    assert "_before_data" in (folder / "rank-00003.txt").read_text(), "the stack traces show where"
+    assert "_before_data" in (folder / "rank-00003.txt").read_text(), "the stack trace shows where"
     assert "hang: ranks behind the others: rank 3 on node2" in jobs.log(job)
 
 
@@ -106,7 +106,7 @@ def test_a_full_disk_does_not_end_the_run(jobs: Jobs, lab: Path, reference: list
 
 
 def test_a_slow_rank_is_named(jobs: Jobs, lab: Path) -> None:
-    """Prevents a slow rank that blocks all others from staying unnamed in the log."""
+    """Prevents a slow rank, which delays all others, from being missing in the log."""
     run_dir = lab / "straggler"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "training.stop_at=6", "training.log_every=3")
     job = jobs.submit("pretrain.sbatch", *config, options=TIME, inject="slow:0.5:1")
@@ -116,7 +116,7 @@ def test_a_slow_rank_is_named(jobs: Jobs, lab: Path) -> None:
 
 
 def test_the_end_of_the_job_needs_no_signal(jobs: Jobs, lab: Path) -> None:
-    """Prevents a job without a signal from being killed at its time limit: it knows its own end time."""
+    """Prevents a job without a signal from being killed at its time limit: the run knows its end time."""
     run_dir = lab / "time_limit"
     config = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}", "training.steps=100000", "faults.stop_margin=35")
     job = jobs.submit("pretrain.sbatch", *config, options=("--time=1",), REQUEUE="0", signal="none")
@@ -173,12 +173,12 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(line["id"], line["prompt"]) for line in found] == [(f"p{n}", text[:12]) for n, text in enumerate(texts)]
     assert not parts.exists()
-    alone = lab / "alone.jsonl"
+    single = lab / "single.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "recycle_ds.generate", *settings, "--output", str(alone)],
+        [sys.executable, "-m", "recycle_ds.generate", *settings, "--output", str(single)],
         capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [line["token_ids"] for line in found] == [
-        json.loads(line)["token_ids"] for line in alone.read_text().splitlines()
+        json.loads(line)["token_ids"] for line in single.read_text().splitlines()
     ]

@@ -1,4 +1,4 @@
-"""However a job's ranks are ended, the job resumes without help, with the losses of a run that was never interrupted."""
+"""However the ranks of a job end, the job resumes without a user, with the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.slurm.jobs import Jobs, ranks_of, reached
 
 pytestmark = pytest.mark.slurm
 ALL = os.environ.get("RECYCLE_TEST_ALL") == "1"
-# The reason in the log of a stop for which the run saved.
+# The reason in the log for each stop at which the run saves.
 REASONS = {"usr1": "job signal", "term": "SIGTERM"}
 
 
@@ -57,7 +57,7 @@ def killed_slurmd(jobs: Jobs, job: str, run_dir: Path) -> None:
 
 
 def killed_shell(jobs: Jobs, job: str, run_dir: Path) -> None:
-    """The batch shell dies; SLURM takes this for the end of the job, and ends the ranks."""
+    """The batch shell dies. SLURM treats this as the end of the job and ends the ranks."""
     pid = (jobs.root / "jobs" / job / "shell").read_text().split()[1]
     os.kill(int(pid), signal.SIGKILL)
 
@@ -65,13 +65,13 @@ def killed_shell(jobs: Jobs, job: str, run_dir: Path) -> None:
 WAYS: dict[str, Callable[[Jobs, str, Path], None]] = {
     way.__name__: way for way in (usr1, term, requeue, node_down, killed_rank, killed_slurmd, killed_shell)
 }
-# One for which the run saves, one requeued by SLURM itself, and one that SLURM does not notice.
+# One stop at which the run saves, one requeue by SLURM itself, and one failure that SLURM does not notice.
 SAMPLE = [random.Random(7).choice(pair) for pair in (("usr1", "term"), ("requeue", "node_down"), ("killed_rank",))]
 
 
 @pytest.mark.parametrize("way", [name for name in WAYS if ALL or name in SAMPLE])
 def test_the_job_resumes_without_help(jobs: Jobs, lab: Path, reference: list[list[float]], way: str) -> None:
-    """Prevents a job that needs a user after a preemption, loses steps it had saved, or resumes with other results."""
+    """Prevents a job that needs a user after a preemption, loses saved steps, or resumes with other results."""
     run_dir = lab / way
     # the controller takes a while to notice a dead daemon: the run must not finish before that
     slow = "slow:3" if way == "killed_slurmd" else ""
@@ -97,7 +97,7 @@ def test_the_job_resumes_without_help(jobs: Jobs, lab: Path, reference: list[lis
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 @pytest.mark.parametrize("way", ["term", "killed_rank"])
 def test_under_other_launchers(jobs: Jobs, lab: Path, reference: list[list[float]], way: str, launcher: str) -> None:
-    """Prevents a launcher from ending its ranks before they have saved, or from outliving a dead rank."""
+    """Prevents a launcher from ending its ranks before they have saved, or from running on after a rank has died."""
     run_dir = lab / f"{way}_{launcher}"
     common = ("--config", str(lab / "run.yaml"), f"run_dir={run_dir}")
     job = jobs.submit("pretrain.sbatch", *common, options=("--time=10",), LAUNCHER=launcher)
@@ -121,7 +121,7 @@ def test_the_signal_before_the_time_limit(jobs: Jobs, lab: Path, reference: list
 
 @pytest.mark.full
 def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
-    """Prevents a preempted run of a sweep from requeueing all others: one task of an array has the array's own number."""
+    """Prevents a preempted task from requeueing all tasks of its array: one task has the job number of the array."""
     sweep = lab / "preempted.txt"
     sweep.write_text("one\ntwo training.learning_rate=2e-3\n")
     common = ("--config", str(lab / "run.yaml"), "training.steps=30")
@@ -133,7 +133,7 @@ def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
     tasks = [f"{array}_1", f"{array}_2"]
     for name in ("one", "two"):
         jobs.until_step(folder / name, 4, array)
-    # the last task has the array's own number
+    # the last task has the job number of the array
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", tasks[1])
     for task in tasks:
         assert jobs.wait(task) == "COMPLETED", jobs.log(jobs.field(task, "JobId"))
@@ -141,7 +141,7 @@ def test_a_task_of_an_array_is_requeued_alone(jobs: Jobs, lab: Path) -> None:
 
 
 def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
-    """Prevents a requeue of a job that was cancelled, stopped by the user, or has REQUEUE=0; and two jobs in one folder."""
+    """Prevents a requeue of a job that was cancelled or stopped or has REQUEUE=0, and two jobs in one folder."""
     common = ("--config", str(lab / "run.yaml"))
     cancelled, kept, stopped = lab / "cancelled", lab / "kept", lab / "stopped"
 
@@ -149,14 +149,14 @@ def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
         # one rank on each node: three jobs share the machine, and each imports torch in every rank
         return jobs.submit("pretrain.sbatch", *common, f"run_dir={run_dir}", options=("--time=10",), tasks=1, **rest)
 
-    # both run while the twin starts
+    # both run while a second job for the same folder starts
     first, third = submit(cancelled, inject="slow:3"), submit(stopped, inject="slow:3")
     jobs.until_step(cancelled, 1, first)
-    twin = submit(cancelled)
+    duplicate = submit(cancelled)
     jobs.until_step(stopped, 1, third)
     (stopped / "stop").touch()
-    assert jobs.wait(twin) == "FAILED" and int(jobs.field(twin, "Restarts")) == 0
-    assert f"{cancelled} is in use by process" in jobs.log(twin) and f"(job {first})" in jobs.log(twin)
+    assert jobs.wait(duplicate) == "FAILED" and int(jobs.field(duplicate, "Restarts")) == 0
+    assert f"{cancelled} is in use by process" in jobs.log(duplicate) and f"(job {first})" in jobs.log(duplicate)
     jobs.cluster.run("scancel", first)
     assert jobs.wait(first) == "CANCELLED"
     assert jobs.wait(third) == "COMPLETED" and int(jobs.field(third, "Restarts")) == 0
@@ -171,7 +171,7 @@ def test_jobs_that_are_not_requeued(jobs: Jobs, lab: Path) -> None:
 
 
 def test_errors_that_a_restart_would_not_fix(jobs: Jobs, lab: Path) -> None:
-    """Prevents endless restarts of a job that cannot start, if the first rank was ended before it could report the error."""
+    """Prevents endless restarts of a job that cannot start, if the first rank ended before it reported the error."""
     common = ("--config", str(lab / "run.yaml"), f"run_dir={lab / 'never'}")
     wrong = jobs.submit("pretrain.sbatch", *common, "training.stps=3", options=("--time=10",))
     assert jobs.wait(wrong) == "FAILED" and int(jobs.field(wrong, "Restarts")) == 0, jobs.log(wrong)

@@ -1,4 +1,4 @@
-"""The commands as users start them: what is imported, typing errors, any working directory, tables in a pipe."""
+"""The commands as users start them: imported packages, typing errors, any working directory, tables in a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recycle_ds.cli import COMMANDS
 from recycle_ds.config.shipped import RUNS, find_config, names
 from tests.runs import ROOT
 
-# Prints, last on stderr, which of the heavy packages were imported on the way.
+# The last line on stderr lists the heavy packages that were imported.
 _RUN = """
 import json, sys
 from importlib import import_module
@@ -36,14 +36,14 @@ def python(code: str, folder: Path | None = None) -> subprocess.CompletedProcess
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    """Prevents `import recycle_ds` that takes seconds because it brings torch along."""
+    """Prevents `import recycle_ds` from taking seconds because it imports torch."""
     done = python(
         "import recycle_ds, sys; print([n for n in ('torch', 'pydantic', 'typer', 'numpy') if n in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
     done = python("import recycle_ds; print(recycle_ds.Engine, recycle_ds.SamplingParams(temperature=0))")
     assert done.returncode == 0 and "Engine" in done.stdout, done.stderr
-    assert "Warning" not in done.stderr, "megatron-core's warnings reach the user"
+    assert "Warning" not in done.stderr, "megatron-core's warnings must not reach the user"
     assert "no attribute 'Engin'" in python("import recycle_ds; recycle_ds.Engin").stderr
 
 
@@ -83,8 +83,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_typing_error_is_answered_without_torch(case: str) -> None:
-    """Prevents an answer that takes seconds, of imports, where one look at the arguments is enough."""
+def test_a_typing_error_is_reported_without_torch(case: str) -> None:
+    """Prevents an error in the arguments from being reported only after seconds of imports."""
     command, arguments, message = WRONG[case]
     done = python(_RUN.format(module=COMMANDS[command][0], arguments=arguments))
     *error, imported = done.stderr.splitlines()
@@ -94,7 +94,7 @@ def test_a_typing_error_is_answered_without_torch(case: str) -> None:
 
 
 def test_a_misspelt_key_is_reported_before_the_folder_is_opened(tmp_path: Path) -> None:
-    """Prevents a retrofit whose typing error is answered by a message about its folder, or after its weights were opened."""
+    """Prevents a misspelt key from being reported as an error of the folder, or after its weights were opened."""
     arguments = ["--config", "retrofit_smollm2", "training.stps=3"]
     done = python(_RUN.format(module="recycle_ds.pretrain", arguments=arguments), tmp_path)
     assert done.stderr.splitlines()[0].startswith("error: training.stps=3: unknown key")
@@ -103,7 +103,7 @@ def test_a_misspelt_key_is_reported_before_the_folder_is_opened(tmp_path: Path) 
 
 
 def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
-    """Prevents an abort (SIGABRT), or a wait of seconds, when a tokenizer's training is interrupted."""
+    """Prevents an abort (SIGABRT), or a wait of seconds, if the training of a tokenizer is interrupted."""
     code = """
 import os, signal, sys, threading
 from recycle_ds.data import tokenizer_command, sources
@@ -124,14 +124,14 @@ tokenizer_command.main(["shipped", "--output", sys.argv[1], "--vocab-size", "300
 
 
 def test_shipped_configurations_are_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a console script that works in the repository's root only, and a file of the user's that a shipped one hides."""
+    """Prevents a console script that works only in the repository's root, and shipped files that hide a user's file."""
     shipped = ROOT / "ds_configs" / "runs"
     assert names(RUNS) == sorted(path.stem for path in shipped.glob("*.yaml")) and len(names(RUNS)) >= 7
     monkeypatch.chdir(tmp_path)
     assert names(RUNS) == sorted(path.stem for path in shipped.glob("*.yaml"))
     for name in ("demo", "ds_configs/runs/demo.yaml"):
         assert find_config(name, RUNS).samefile(shipped / "demo.yaml")
-    assert find_config("recyclegpt_1.3b", RUNS).is_file(), "a name with a dot in it"
+    assert find_config("recyclegpt_1.3b", RUNS).is_file(), "a name that contains a dot"
     assert find_config("unknown", RUNS) == Path("unknown") and not find_config("runs/demo", RUNS).is_file()
     Path("demo").write_text("mine")
     assert find_config("demo", RUNS).read_text() == "mine"
@@ -140,15 +140,15 @@ def test_shipped_configurations_are_found_anywhere(tmp_path: Path, monkeypatch: 
 
 
 def test_every_subcommand_has_its_own_help() -> None:
-    """Prevents a command that is listed and does not exist."""
+    """Prevents a listed command that does not exist."""
     for command, (module, line) in COMMANDS.items():
         done = python(_RUN.format(module="recycle_ds.cli", arguments=[command, "--help"]))
         assert done.returncode == 0 and f"recycle-ds {command}" in done.stdout, (module, done.stderr)
         assert line and done.stderr.splitlines()[-1] == "[]"
 
 
-def test_a_table_in_a_pipe_is_as_wide_as_it_needs() -> None:
-    """Prevents columns cut to "…" in logs and files, because a pipe is taken for a narrow terminal."""
+def test_a_table_in_a_pipe_is_not_truncated() -> None:
+    """Prevents columns truncated to "…" in logs and files because a pipe is treated as a narrow terminal."""
     code = """
 from rich.table import Table
 from recycle_ds.config.console import output_console
@@ -164,7 +164,7 @@ output_console().print(table)
 
 
 def test_tables_are_printed_through_one_console() -> None:
-    """Prevents a new table that is cut in a log because it has a console of its own."""
+    """Prevents a new table that is truncated in a log because it uses its own console."""
     own = [
         f"{file.relative_to(ROOT)}:{number}"
         for folder in ("recycle_ds", "tools")

@@ -1,6 +1,6 @@
-"""The harness of all tests with several ranks: if it lost a failure or a process, those tests would prove nothing.
+"""The harness for tests with several ranks. If it lost a failure or a process, those tests would prove nothing.
 
-torch is imported only where it is used: the ranks of the other tests then start in a fraction of a second.
+torch is imported only in the functions that use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.distributed import RankError, RankTimeout, run_ranks
 
 
 class Odd(Exception):
-    """Cannot be rebuilt by pickle: its constructor needs more than it keeps in args."""
+    """An exception that pickle cannot rebuild: its constructor needs more arguments than `args` contains."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"{number}: {reason}")
@@ -78,19 +78,19 @@ def _alive(folder: Path) -> list[int]:
 
 @pytest.mark.ranks
 def test_results_come_back_in_the_order_of_ranks() -> None:
-    """Prevents results in the order in which ranks end: parity tests would compare the wrong shards."""
+    """Prevents results in the order in which ranks end, with which parity tests would compare the wrong shards."""
     assert run_ranks(_describe, 3, "word") == [(rank, 3, "word", str(rank), "1") for rank in range(3)]
 
 
 @pytest.mark.ranks
 def test_ranks_can_form_a_group_and_return_tensors() -> None:
-    """Prevents a rendezvous that works by luck: the variables must be enough for torch's own `env://`."""
+    """Prevents missing variables for the rendezvous: they must be sufficient for torch's own `env://`."""
     assert [result.item() for result in run_ranks(_sum, 2)] == [3.0, 3.0]
 
 
 @pytest.mark.ranks
 def test_the_failing_rank_is_raised_and_its_peers_are_ended(tmp_path: Path) -> None:
-    """Prevents the report of a peer's "connection closed" instead of the cause, and peers that wait forever."""
+    """Prevents a report of another rank's "connection closed" instead of the cause, and ranks that wait forever."""
     with pytest.raises(KeyError, match="the reason") as caught:
         run_ranks(_fail_on_one, 2, 1, str(tmp_path))
     assert isinstance(caught.value.__cause__, RankError)

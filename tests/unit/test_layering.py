@@ -1,4 +1,4 @@
-"""Imports go down the list of rooms only. Read from the source with ast: nothing of the package is imported here."""
+"""Files import only from lower layers of the package. The imports are read from the source with ast, not executed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PACKAGE = "recycle_ds"
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-# A file may import from its own room and from those before it.
-ROOMS = (
+# A file may import from its own subpackage and from those before it.
+SUBPACKAGES = (
     "config",
     "data",
     "parallel",
@@ -25,8 +25,8 @@ ROOMS = (
     "evaluation",
     "planning",
 )
-# Inside a larger room: a file or folder may import from itself and from those before it.
-INSIDE = {
+# In a larger subpackage, a file or folder may import from itself and from those before it.
+PARTS = {
     "training": (
         "errors",
         "schedule",
@@ -48,17 +48,17 @@ INSIDE = {
         *("api", "request", "batch", "bench"),
     ),
 }
-# Entry points that call other entry points; no other file imports one.
-CONDUCTORS = ("cli", "demo")
+# Entry points that may import other entry points; no other file may.
+CALLERS = ("cli", "demo")
 MAX_LINES = 300
 MAX_FILES = 18
 
 
 def violations(source: str, path: str) -> list[str]:
-    """What the file at `path` (relative to the package, `model/block.py`) imports and must not, as "line: reason"."""
+    """The forbidden imports of the file at `path` (relative to the package: `model/block.py`), as "line: reason"."""
     folders = path.removesuffix(".py").split("/")
-    if len(folders) > 1 and folders[0] not in ROOMS:
-        return [f"1: room {folders[0]!r} is not in the list of rooms"]
+    if len(folders) > 1 and folders[0] not in SUBPACKAGES:
+        return [f"1: {folders[0]!r} is not in the list of subpackages"]
     found = []
     for line, module, lazy in _imports(ast.parse(source), path):
         if module[:1] != [PACKAGE] or (lazy and folders == ["__init__"]):
@@ -70,44 +70,44 @@ def violations(source: str, path: str) -> list[str]:
 
 
 def _fault(importer: list[str], imported: list[str]) -> str | None:
-    """Why the import is wrong. Both are paths below the package; what is imported may end in a name inside a module."""
+    """Why the import is wrong. Both are paths below the package. The imported one may end in a name inside a module."""
     if not imported or imported[0].startswith("__"):  # the package itself, for __version__
         return None
     target, entry_point = imported[0], len(importer) == 1 and importer[0] != "__init__"
-    if target not in ROOMS:
-        if entry_point and (importer[0] in CONDUCTORS or target == importer[0]):
+    if target not in SUBPACKAGES:
+        if entry_point and (importer[0] in CALLERS or target == importer[0]):
             return None
-        return f"{target} is an entry point (or not in the list of rooms): only {' and '.join(CONDUCTORS)} import those"
+        return f"{target} is an entry point (or not in the list of subpackages): only {' and '.join(CALLERS)} import it"
     if entry_point:
         return None
-    room = importer[0]
-    if room == "__init__":
-        return f"{PACKAGE}/__init__.py imports {target}: importing the package would pull in all of it"
-    if ROOMS.index(target) > ROOMS.index(room):
-        return f"{room} imports {target}, which stands above it"
-    return _fault_inside(room, importer[1:], imported[1:]) if target == room else None
+    subpackage = importer[0]
+    if subpackage == "__init__":
+        return f"{PACKAGE}/__init__.py imports {target}: importing the package would import all of it"
+    if SUBPACKAGES.index(target) > SUBPACKAGES.index(subpackage):
+        return f"{subpackage} imports {target}, which is above it"
+    return _fault_inside(subpackage, importer[1:], imported[1:]) if target == subpackage else None
 
 
-def _fault_inside(room: str, importer: list[str], imported: list[str]) -> str | None:
-    """Why an import between two parts of one room is wrong; rooms that are not in INSIDE have no parts."""
-    parts = INSIDE.get(room)
+def _fault_inside(subpackage: str, importer: list[str], imported: list[str]) -> str | None:
+    """Why an import between two parts of one subpackage is wrong. Subpackages that are not in PARTS have no parts."""
+    parts = PARTS.get(subpackage)
     if parts is None or importer == ["__init__"]:
         return None
     if importer[0] not in parts:
-        return f"{importer[0]} is not in the list of {room}'s parts"
+        return f"{importer[0]} is not in the list of {subpackage}'s parts"
     if not imported or imported[0] not in parts:
-        return f"{room} as a whole is imported inside it: name the part"
+        return f"{subpackage} is imported as a whole by one of its parts: name the part"
     if parts.index(imported[0]) > parts.index(importer[0]):
-        return f"{room}/{importer[0]} imports {room}/{imported[0]}, which stands above it"
+        return f"{subpackage}/{importer[0]} imports {subpackage}/{imported[0]}, which is above it"
     return None
 
 
 def _imports(tree: ast.Module, path: str) -> Iterator[tuple[int, list[str], bool]]:
-    """(line, dotted name as a list, whether it waits for a call or for a type checker) of every import, wherever it stands."""
+    """All imports: line, dotted name as a list, whether only a call executes it or only a type checker reads it."""
     package = [PACKAGE, *path.split("/")[:-1]]
-    waiting = {id(node) for part in tree.body if _waits(part) for node in ast.walk(part)}
+    deferred = {id(node) for part in tree.body if _is_deferred(part) for node in ast.walk(part)}
     for node in ast.walk(tree):
-        lazy = id(node) in waiting
+        lazy = id(node) in deferred
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name.split("."), lazy
@@ -122,7 +122,7 @@ def _imports(tree: ast.Module, path: str) -> Iterator[tuple[int, list[str], bool
                 yield node.lineno, name.value.split("."), lazy
 
 
-def _waits(node: ast.stmt) -> bool:
+def _is_deferred(node: ast.stmt) -> bool:
     """Whether a top-level statement's imports are not executed when the file is."""
     checks_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.FunctionDef) or checks_types
@@ -138,37 +138,37 @@ def _name(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_imports_go_down_only(file: Path) -> None:
-    """Prevents cycles between rooms, and a model or loader that cannot be used without the trainer."""
+    """Prevents cycles between subpackages, and a model or loader that cannot be used without the trainer."""
     assert violations(file.read_text(encoding="utf-8"), _name(file)) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_files_stay_readable(file: Path) -> None:
-    """Prevents the thousand-line file: one that passes this limit is to be split along a natural seam."""
+    """Prevents files of a thousand lines. A file beyond the limit must be split."""
     lines = len(file.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{_name(file)} has {lines} lines, the limit is {MAX_LINES}"
 
 
 @pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=_name)
 def test_folders_stay_readable(folder: Path) -> None:
-    """Prevents the folder that nobody can take in at one look."""
+    """Prevents folders with so many files that a reader loses the overview."""
     files = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
     assert len(files) <= MAX_FILES, f"{_name(folder)} has {len(files)} files, the limit is {MAX_FILES}"
 
 
-@pytest.mark.parametrize("room", INSIDE)
-def test_the_parts_of_a_room_are_those_listed(room: str) -> None:
-    """Prevents a list of parts that has fallen behind the folder it speaks of: what is not listed would not be checked."""
+@pytest.mark.parametrize("subpackage", PARTS)
+def test_the_parts_of_a_subpackage_are_those_listed(subpackage: str) -> None:
+    """Prevents an outdated list of parts: parts that are not listed would not be checked."""
     found = {
         path.stem
-        for path in (ROOT / PACKAGE / room).iterdir()
+        for path in (ROOT / PACKAGE / subpackage).iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert found - {"__init__"} == set(INSIDE[room])
+    assert found - {"__init__"} == set(PARTS[subpackage])
 
 
 def test_the_package_was_found() -> None:
-    """Prevents the tests above from passing because they looked at an empty folder."""
+    """Prevents the tests above from passing because they found no files."""
     assert len(FILES) > 10
 
 
@@ -185,7 +185,7 @@ def test_the_package_was_found() -> None:
         ("model/block.py", "import importlib\nimportlib.import_module('recycle_ds.inference.engine')"),
         ("config/schema.py", "from recycle_ds.data.errors import DataError"),
         ("training/loop.py", "from recycle_ds.pretrain import main"),
-        ("training/loop.py", "from recycle_ds.unheard_of import thing"),
+        ("training/loop.py", "from recycle_ds.unlisted import thing"),
         ("generate.py", "from recycle_ds.pretrain import main"),
         ("helpers/text.py", "import re"),
         ("__init__.py", "from recycle_ds.model import RecycleGPT"),
@@ -194,11 +194,11 @@ def test_the_package_was_found() -> None:
         ("checkpoint/portable/reading.py", "from recycle_ds.checkpoint.run import resume"),
         ("checkpoint/files/new_folder.py", "from recycle_ds.checkpoint import load_model"),
         ("inference/speculation/sampling.py", "from recycle_ds.inference.stream import Stream"),
-        ("training/unheard_of.py", "from recycle_ds.training.errors import TrainingError"),
+        ("training/unlisted.py", "from recycle_ds.training.errors import TrainingError"),
     ],
 )
-def test_a_wrong_import_is_seen(path: str, line: str) -> None:
-    """Prevents a checker that finds nothing because it looks past one way of writing an import."""
+def test_a_wrong_import_is_detected(path: str, line: str) -> None:
+    """Prevents a checker that does not detect one of the ways to write an import."""
     assert len(violations(line, path)) == 1
 
 
@@ -220,6 +220,6 @@ def test_a_wrong_import_is_seen(path: str, line: str) -> None:
         ("model/block.py", "from recycle_ds.model import attention"),
     ],
 )
-def test_a_right_import_is_let_through(path: str, line: str) -> None:
-    """Prevents a checker so eager that people learn to work around it."""
+def test_a_correct_import_is_accepted(path: str, line: str) -> None:
+    """Prevents a checker that reports correct imports."""
     assert violations(line, path) == []

@@ -151,7 +151,7 @@ def test_the_console_script_prints_its_version() -> None:
 
 
 def test_test_folders_are_packages() -> None:
-    """Prevents test files of the same name from shadowing each other, and ranks that cannot import a test's function."""
+    """Prevents test files of the same name from shadowing each other, and functions that ranks cannot import."""
     folders = {file.parent for file in (ROOT / "tests").rglob("test_*.py")}
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
@@ -198,6 +198,6 @@ def _machine_path() -> re.Pattern[str]:
 
 
 def test_no_placeholder_is_left_in_the_documents() -> None:
-    """Prevents a headline of names that were to be replaced by figures."""
+    """Prevents placeholders in the documents that were not replaced by figures."""
     for file in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
         assert re.findall(r"\b(?:DEMO|TODO|XXX|TBD)(?:_[A-Z]+)?\b", file.read_text(encoding="utf-8")) == [], file

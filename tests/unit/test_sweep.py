@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Prints what a job would run, and ends as $ENDS says: exit code 0 or 1, or requeued.
+# Prints the command that a job would run, and ends as $ENDS requests: exit code 0 or 1, or requeued.
 _COMMON = """
 cd "$SLURM_SUBMIT_DIR"
 RUNS_DIR=runs JOB_DIR=job
@@ -62,7 +62,7 @@ def test_a_task_runs_its_line(tmp_path: Path) -> None:
 
 
 def test_the_last_task_to_end_prints_the_summary(tmp_path: Path) -> None:
-    """Prevents a summary before a requeued run has ended, a missing summary at the end, and one for every failed task."""
+    """Prevents a summary before a requeued run has ended, no summary at the end, and a summary for each failed task."""
     sweep = Sweep(tmp_path, "list.txt", LIST)
     for number, ends in ((2, "1"), (1, "requeued"), (3, "0"), (1, "requeued")):
         assert "summary" not in sweep.task(number, 3, ends=ends)[0]
@@ -70,7 +70,7 @@ def test_the_last_task_to_end_prints_the_summary(tmp_path: Path) -> None:
 
 
 def test_a_restarted_task_has_not_ended(tmp_path: Path) -> None:
-    """Prevents a summary while a task runs that SLURM restarted after its end, and a missing one when it ends again."""
+    """Prevents a summary while a restarted task still runs, and a missing summary when the task ends again."""
     sweep = Sweep(tmp_path, "list.txt", LIST)
     sweep.task(1, 3)
     sweep.task(1, 3, ends="requeued")
@@ -82,7 +82,7 @@ def test_a_restarted_task_has_not_ended(tmp_path: Path) -> None:
 
 
 def test_an_array_over_some_lines_is_complete(tmp_path: Path) -> None:
-    """Prevents a missing summary after the repetition of one failed run, and counting marks of an earlier array."""
+    """Prevents a missing summary after one failed run is repeated, and marks of an earlier array from being counted."""
     sweep = Sweep(tmp_path, "list.txt", LIST)
     assert SUMMARY in sweep.task(3, 1)[0]
     assert (tmp_path / "runs" / "list" / "one").is_dir(), "a run that was never started is in the summary too"
@@ -103,7 +103,7 @@ def test_a_number_without_a_run_does_not_prevent_the_summary(tmp_path: Path) -> 
     [("exp.v2/list", "list"), ("../lists/sweep", "sweep"), ("a/b.c.txt", "b.c"), ("plain.txt", "plain")],
 )
 def test_the_folder_has_the_name_of_the_list(tmp_path: Path, name: str, folder: str) -> None:
-    """Prevents two lists from sharing a folder because a dot in a folder's name was taken for a file suffix."""
+    """Prevents two lists from sharing a folder because a dot in a folder's name was treated as a file suffix."""
     (tmp_path / "here").mkdir()
     out, _ = Sweep(tmp_path / "here", name, "one\n").task(1, 1)
     assert out.splitlines()[0].endswith(f" run_dir=runs/{folder}/one")
@@ -131,7 +131,7 @@ def test_a_missing_list_is_named(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
-    """Prevents a run that could not start from having no error message, and one that has been fixed from keeping it."""
+    """Prevents a run that could not start from having no error message, and a fixed run from keeping its message."""
     sweep = Sweep(tmp_path, "list.txt", LIST)
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "error").write_text("training.stps: unknown key\n")

@@ -1,4 +1,4 @@
-"""Injects a fault into the ranks of a job that runs the shipped commands. Only on PYTHONPATH of the job's processes.
+"""Injects a fault into the ranks of a job that runs the shipped commands. It is on PYTHONPATH only in that job.
 
 INJECT is one of:
     slow:SECONDS            every rank takes that much longer to read a step's data, until the job restarts
@@ -9,8 +9,8 @@ INJECT is one of:
     hang:STEP:RANK          that rank hangs while reading that step's data
     enospc:STEP:RANK        that rank's disk is full when the checkpoint of that step is written
     die:RANK                that rank is missing a library, at every start
-All except the slow ones and the last happen once: a file in INJECT_ONCE prevents a repetition after a restart or a retry of the
-step.
+Except for the slow faults and `die`, a fault happens once: a file in INJECT_ONCE prevents a repetition after a restart
+or a retry of the step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders that several test modules damage."""
+"""Checkpoint folders that several test modules damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny Hugging Face folder with all tokenizer files, and the tools as a user runs them, in this process or another."""
+"""A tiny Hugging Face folder with all tokenizer files, and functions that run the tools in this or another process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model_folder(folder: Path, name: str = "llama") -> Path:
 
 
 def run_tool(name: str, *arguments: object) -> Done:
-    """Runs the command of tools/NAME.py in this process, from arguments to exit code; any other exception fails the test."""
+    """Runs the command of tools/NAME.py in this process. Exceptions other than SystemExit fail the test."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +57,7 @@ def start_tool(name: str, *arguments: object, folder: Path) -> Done:
 
 @contextlib.contextmanager
 def full_disk(largest_file: int) -> Iterator[None]:
-    """Writing a file beyond this many bytes fails, here and in processes started here, as on a full disk."""
+    """Limits the size of files that this process and its children can write, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
     try:

@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, as transformers makes and saves them."""
+"""Tiny models of every supported family, created and saved by transformers."""
 
 from __future__ import annotations
 

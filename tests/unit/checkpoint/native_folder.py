@@ -24,8 +24,8 @@ def write_folder(
 ) -> Path:
     """Writes `folder`/global_stepN and `latest` for ZeRO 1 to 3; returns the tag's folder.
 
-    Matrices and vectors form one group each. align: multiple of elements that ZeRO 1 and 2 pad parameters to. The moments are
-    the weights times 2 and 3.
+    Matrices and vectors form one group each. align: multiple of elements that ZeRO 1 and 2 pad parameters to. The
+    moments are the weights times 2 and 3.
     """
     tag = folder / f"global_step{step}"
     tag.mkdir(parents=True)
@@ -78,7 +78,7 @@ def _model_states(
 
 
 def _grouped(groups: list[dict[str, Tensor]], ranks: int, rank: int, align: int) -> dict[str, Any]:
-    """ZeRO 1 and 2: groups are concatenated and split over the ranks; the last weight partition is saved without padding."""
+    """ZeRO 1 and 2: groups are concatenated and split over the ranks. The last weight partition has no padding."""
     from deepspeed.utils.tensor_fragment import fragment_address
 
     parts, moments, paddings = [], {}, []

@@ -1,4 +1,4 @@
-"""Checksums of Megatron and DeepSpeed checkpoints: compared before a weight is read, shared by the ranks, in small blocks."""
+"""Checksums of Megatron and DeepSpeed checkpoints: verified before a weight is read, by all ranks, in small blocks."""
 
 from __future__ import annotations
 

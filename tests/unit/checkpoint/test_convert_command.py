@@ -30,7 +30,7 @@ def test_round_trip(original: Path, tmp_path: Path) -> None:
 
 
 def test_with_a_new_module(original: Path, tmp_path: Path) -> None:
-    """Prevents a newly initialised module from being taken for a trained one."""
+    """Prevents a newly initialised module from being reported as a trained one."""
     done = run_tool(
         "convert_checkpoint",
         original,

@@ -52,7 +52,7 @@ def test_every_element_is_found(tmp_path: Path, stage: int, ranks: int, align: i
 
 
 def test_without_optimizer_files_rounded_weights_are_reported(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    """Prevents bf16 weights from being passed off as master weights, or refused although weights are all that is needed."""
+    """Prevents bf16 weights from being reported as master weights, or refused although no optimizer state is needed."""
     folder, weights = saved
     for file in (folder / "global_step5").glob("*optim_states.pt"):
         file.unlink()
@@ -113,7 +113,7 @@ def test_which_tag(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Non
 
 
 def test_hugging_face_names(tmp_path: Path) -> None:
-    """Prevents failures for names with a wrapper's prefix; covers transformers' weights next to a tag, and tensor ranks."""
+    """Prevents refused names with a wrapper's prefix, a tag read as transformers' weights, and ignored tensor ranks."""
     model = make("qwen2_tied")
     checkpoint = tmp_path / "checkpoint-5"
     weights = {f"module.{name}": value.detach() for name, value in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""DeepSpeed's folders that are damaged, contradictory or would run code: refused in one line, and nothing is written."""
+"""DeepSpeed's folders that are damaged, contradictory or would run code: refused in one line, without output."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_missing_files_are_named(saved: tuple[Path, dict[str, Tensor]], file: st
 
 
 def test_missing_files_of_zero3_are_named(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    """Prevents the same with partitioned weights, where every rank has two files."""
+    """Prevents a missing file from being ignored with partitioned weights, where every rank has two files."""
     folder, weights = saved
     shutil.rmtree(folder)
     tag = write_folder(folder, weights, stage=3)

@@ -91,7 +91,7 @@ def test_invalid_options(tmp_path: Path, conversion: Conversion, message: str) -
 
 
 def test_a_module_in_several_files(tmp_path: Path) -> None:
-    """Prevents --shard-gib from limiting the backbone's files only, and an undetected lost, damaged or misnamed module file."""
+    """Prevents --shard-gib from limiting only the backbone's files, and undetected faults of the module's files."""
     save("llama", tmp_path / "original")
     unsplit = convert(str(tmp_path / "original"), str(tmp_path / "unsplit"), Conversion("hf", recycle_layers=2))
     result = convert(str(tmp_path / "unsplit"), str(tmp_path / "out"), Conversion("hf", shard_gib=4e-5))

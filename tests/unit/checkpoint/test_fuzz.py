@@ -143,7 +143,10 @@ def test_broken_checkpoints(intact: tuple[Path, dict[str, Tensor]], tmp_path: Pa
 def test_a_manifest_with_a_valid_digest_is_checked_as_well(
     intact: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Prevents trusting a manifest of another program for its digest, which refuses the mutations above before other checks."""
+    """Prevents a wrong manifest with a valid digest from being trusted.
+
+    In the test above, the digest check refuses most mutations before the other checks run.
+    """
     source, expected = intact
     draw = random.Random(17)
     outcomes: Counter[str] = Counter()
@@ -178,7 +181,7 @@ def test_a_manifest_with_a_valid_digest_is_checked_as_well(
 
 
 def test_checkpoints_of_the_first_release_are_read(intact: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """Prevents a run of an older release from failing to resume, and a damaged manifest from passing for an older one."""
+    """Prevents runs of an older release from failing to resume, and damaged manifests from being read as older ones."""
     source, expected = intact
     folder = tmp_path / "old"
     shutil.copytree(source, folder)
@@ -195,7 +198,7 @@ def test_checkpoints_of_the_first_release_are_read(intact: tuple[Path, dict[str,
 
 
 def test_no_file_is_unpickled() -> None:
-    """Prevents a checkpoint from running code when it is opened: the package calls no loader that can."""
+    """Prevents a checkpoint from running code when it is opened: the package calls no loader that can run code."""
     from tests.runs import ROOT
 
     for path in (ROOT / "recycle_ds").rglob("*.py"):

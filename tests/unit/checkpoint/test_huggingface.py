@@ -43,7 +43,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_directions(name: str, tmp_path: Path, tokens: torch.Tensor) -> None:
-    """Prevents a transposed or permuted projection, a lost bias, or a wrong RoPE base: the model would generate noise."""
+    """Prevents a transposed or permuted projection, a lost bias, or a wrong RoPE base: the model would output noise."""
     model = save(name, tmp_path / "original")
     with torch.no_grad():
         expected = model(tokens).logits
@@ -111,7 +111,7 @@ def with_module(folder: Path, name: str = "llama", layers: int = 2) -> RecycleGP
 
 
 def test_the_module_is_kept_next_to_the_model(tmp_path: Path, tokens: torch.Tensor) -> None:
-    """Prevents a module that is lost or corrupted in Hugging Face's format, or that breaks loading with transformers."""
+    """Prevents a module that is lost or changed in Hugging Face's format, or that breaks loading with transformers."""
     model = with_module(tmp_path)
     result = convert(str(tmp_path / "portable"), str(tmp_path / "hf"), Conversion("hf"))
     assert (tmp_path / "hf" / "recycle.safetensors").is_file() and (tmp_path / "hf" / "recycle.json").is_file()

@@ -1,4 +1,4 @@
-"""What a run with `init_from` takes from the folder it starts from."""
+"""The settings that a run takes from its `init_from` folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.checkpoint.conversion_cases import model_folder
 
 
 def tree(folder: Path, init_from: Path) -> dict[str, Any]:
-    """A retrofit without a shape and without a tokenizer."""
+    """The configuration of a retrofit without a model shape and without a tokenizer."""
     return {
         "run_dir": str(folder / "run"),
         "deepspeed": str(ROOT / "ds_configs" / "deepspeed" / "zero1.json"),
@@ -29,7 +29,7 @@ def tree(folder: Path, init_from: Path) -> dict[str, Any]:
 
 
 def test_shape_and_tokenizer_come_from_the_folder(tmp_path: Path) -> None:
-    """Prevents a retrofit for which the model's shape must be retyped, and one whose context differs without a word."""
+    """Prevents a retrofit that requires the model's shape again, and a context length that silently differs."""
     folder = model_folder(tmp_path / "model", "llama3_rope")
     config = parse_config(tree(tmp_path, folder), (), init_from_defaults)
     assert (config.model.layers, config.model.hidden, config.model.kv_heads, config.model.max_positions) == (
@@ -49,7 +49,7 @@ def test_shape_and_tokenizer_come_from_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_module_of_the_folder_is_kept(tmp_path: Path) -> None:
-    """Prevents a run that goes on with another module than the folder has, because its layers are not repeated."""
+    """Prevents a run from replacing the folder's module because its configuration does not repeat the layers."""
     folder = model_folder(tmp_path / "model")
     convert(str(folder), str(tmp_path / "with"), Conversion("hf", recycle_layers=2, recycle_depth=3))
     config = parse_config(tree(tmp_path, tmp_path / "with"), (), init_from_defaults)
@@ -57,7 +57,7 @@ def test_the_module_of_the_folder_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_later_start_does_not_need_the_folder(tmp_path: Path) -> None:
-    """Prevents a resume that fails because the folder that the run once started from has been deleted."""
+    """Prevents a resume that fails because the `init_from` folder was deleted."""
     folder = model_folder(tmp_path / "model")
     first = parse_config(tree(tmp_path, folder), (), init_from_defaults)
     (tmp_path / "run").mkdir()
@@ -68,7 +68,7 @@ def test_a_later_start_does_not_need_the_folder(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     later = parse_config(tree(tmp_path, folder), (), init_from_defaults)
     assert (later.model, later.recycle) == (first.model, first.recycle)
-    assert Path(later.data.tokenizer) == checkpoint / "tokenizer.json", "the folder's own is gone"
+    assert Path(later.data.tokenizer) == checkpoint / "tokenizer.json", "the folder's own tokenizer was deleted"
     with pytest.raises(CheckpointError, match="elsewhere: no such folder"):
         parse_config(tree(tmp_path, tmp_path / "elsewhere"), (), init_from_defaults)
     (tmp_path / "run" / "config.yaml").write_text("init_from: [")

@@ -1,4 +1,4 @@
-"""Descriptions of folders, and comparisons of two folders."""
+"""Descriptions of checkpoint folders, and comparisons of two folders."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def deepspeed_folder(folder: Path) -> Path:
 
 
 def test_deepspeed_with_its_configuration(tmp_path: Path) -> None:
-    """Prevents an error that suggests --config FILE for a command without this option, and a known layout not being printed."""
+    """Prevents an error that suggests --config FILE for a command without this option, and a missing layout."""
     original = model_folder(tmp_path / "original")
     folder = deepspeed_folder(tmp_path / "deepspeed")
     with pytest.raises(CheckpointError, match="with --config FILE"):
@@ -140,7 +140,7 @@ def test_deepspeed_with_its_configuration(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """Prevents a script from taking a damaged or different folder for a good one, or a traceback for JSON."""
+    """Prevents a script from accepting a damaged or different folder, or reading a traceback as JSON."""
     original = model_folder(tmp_path / "original")
     convert(str(original), str(tmp_path / "portable"), Conversion("portable"))
     shown = run_tool("inspect_checkpoint", tmp_path / "portable", "--json")

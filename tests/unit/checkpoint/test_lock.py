@@ -43,7 +43,7 @@ def holder(folder: Path, job: str = "") -> subprocess.Popen[str]:
     return process
 
 
-def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
+def test_a_lock_excludes_others_until_its_process_ends(tmp_path: Path) -> None:
     """Prevents two runs in one folder, and a folder that stays locked after a kill."""
     process = holder(tmp_path, "8")
     try:
@@ -72,7 +72,7 @@ def test_an_earlier_start_of_the_same_job_gives_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_an_earlier_start_that_is_alive_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
-    """Prevents two starts that both write, one on a node that SLURM cannot reach, and a start that stops without a takeover."""
+    """Prevents two starts that both write, one on a node that SLURM cannot reach, and a stop without a takeover."""
 
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -96,8 +96,8 @@ def test_an_earlier_start_that_is_alive_notices(tmp_path: Path, monkeypatch: pyt
     ("change", "refused"),
     [
         ({}, True),  # this process
-        ({"pid": 999_999_999}, False),  # has ended
-        ({"begun": "1"}, False),  # the pid is another process's by now
+        ({"pid": 999_999_999}, False),  # this process has ended
+        ({"begun": "1"}, False),  # the pid now belongs to another process
         ({"host": "elsewhere", "pid": 999_999_999}, True),  # cannot be checked from this host
         ({"host": "elsewhere", "job": "4"}, False),  # an earlier start of the same job
         ({"host": "elsewhere", "job": "5"}, True),
@@ -127,7 +127,7 @@ def test_without_kernel_locks_the_file_decides(
 
 
 def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
-    """Prevents a run from failing to start because the lock file was half written when the machine went down."""
+    """Prevents a run from failing to start because the machine crashed while the lock file was written."""
     (tmp_path / ".lock").write_text('{"host": "a", "pi')
     lock = RunLock(tmp_path)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()

@@ -1,4 +1,4 @@
-"""Megatron's format without Megatron: equal bits after a round trip at any layout, and errors that list the mismatches."""
+"""Megatron's format without Megatron: equal bits after a round trip at any layout, and errors that list mismatches."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_any_part_of_a_tensor(tmp_path: Path) -> None:
 
 
 def test_dtypes_and_tokenizer_are_kept(tmp_path: Path) -> None:
-    """Prevents a dtype that changes without being requested, and layers of several dtypes under Megatron's single one."""
+    """Prevents a dtype that changes without a request, and layers of several dtypes in a format that has only one."""
     source = source_of("grouped_tied", tmp_path)
     Tokenizer.train(["some words of text"] * 9, 260).save(tmp_path / "tokenizer")
     source.tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
@@ -98,7 +98,7 @@ def test_dtypes_and_tokenizer_are_kept(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
-    """Prevents a 70 B model from being held in memory at once while it is written: tensors are read and released one by one."""
+    """Prevents a complete 70 B model in memory while it is written: tensors must be read and released one by one."""
     source = source_of("grouped_tied", tmp_path)
     given: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -144,7 +144,7 @@ def test_models_that_cannot_be_written(
 
 
 def test_notes_name_the_differences_in_megatron(tmp_path: Path) -> None:
-    """Prevents the impression that all depths of a module are in the checkpoint, and options that the user does not know of."""
+    """Prevents a conversion that does not tell the user about unsaved depths or the options that Megatron needs."""
     write(tmp_path / "deep", "deep_linear_rope")
     (depth, options) = open_source(tmp_path / "deep").notes
     assert "recycle.depth=3: one MTP layer" in depth
@@ -156,7 +156,7 @@ def test_notes_name_the_differences_in_megatron(tmp_path: Path) -> None:
 
 
 def test_iterations_are_found(tmp_path: Path) -> None:
-    """Prevents another checkpoint than the tracker names from being read."""
+    """Prevents the reader from reading another checkpoint than the one that the tracker file names."""
     write(tmp_path / "run")
     (tmp_path / "run" / CHECKPOINT).rename(tmp_path / "run" / "iter_0000040")
     tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"

@@ -106,12 +106,12 @@ def test_zero_is_not_the_default(key: str) -> None:
     ],
 )
 def test_settings_that_change_the_computation(key: str, value: Any) -> None:
-    """Prevents a setting that does not show in names and shapes from being ignored: the model would compute something else."""
+    """Prevents ignored settings that change the model's results but not the names and shapes of its tensors."""
     assert f"{key}={value!r} is not supported, only " in read(**{key: value})[2]
 
 
 def test_the_list_covers_megatrons_configuration() -> None:
-    """Prevents a new setting of megatron-core from being overlooked: each is refused if set, read, or without effect."""
+    """Prevents a new setting of megatron-core from being ignored: each must be read, refused or without effect."""
     import dataclasses
 
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -122,7 +122,7 @@ def test_the_list_covers_megatrons_configuration() -> None:
     words = (
         "scale", "clamp", "norm", "rotary", "rope", "window", "gate", "attention", "offset", "glu", "residual", "bias",
     )  # fmt: skip
-    # affect only training, precision or speed; need other settings to be on; or are derived from the arguments above
+    # these affect only training, precision or speed, need other settings, or are derived from the arguments above
     harmless = {
         "activation_func_fp8_input_store", "account_for_embedding_in_pipeline_split", "apply_query_key_layer_scaling",
         "apply_rope_fusion", "attention_backend", "attention_dropout", "attention_softmax_in_fp32", "bias_activation_fusion",

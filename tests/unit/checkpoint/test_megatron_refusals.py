@@ -29,7 +29,7 @@ from tests.unit.checkpoint.megatron_cases import (
 
 
 class Foreign:
-    """An object whose unpickling makes a folder, like the call in a hostile pickle."""
+    """Creates a folder when it is unpickled, like the code in a malicious pickle."""
 
     def __init__(self, target: str) -> None:
         self.target = target

@@ -45,14 +45,14 @@ def test_the_commit_of_a_checkout(project: tuple[Path, str], tmp_path: Path) -> 
     assert _revision(package) == f"{commit}-dirty"
 
 
-def test_an_installed_package_is_no_part_of_the_project_around_it(project: tuple[Path, str]) -> None:
+def test_an_installed_package_is_not_part_of_the_project_around_it(project: tuple[Path, str]) -> None:
     """Prevents recording the commit of the project that contains the virtual environment."""
     folder, _ = project
     assert _revision(folder / ".venv" / "lib" / "site-packages" / "recycle_ds") is None
 
 
 def test_outside_of_any_checkout(project: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a crash without git or a repository, and recording the repository of a git hook that runs the command."""
+    """Prevents a crash without git or a repository, and recording the repository of a git hook that runs a command."""
     folder, commit = project
     (tmp_path / "plain" / "recycle_ds").mkdir(parents=True)
     monkeypatch.setenv("GIT_DIR", str(folder / ".git"))

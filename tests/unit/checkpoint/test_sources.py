@@ -23,7 +23,7 @@ def source(layers: int) -> ModelSource:
 
 @pytest.mark.parametrize(("held", "wanted"), [(3, 1), (1, 3), (1, 0), (0, 1), (2, 2)])
 def test_a_module_is_complete_or_absent(held: int, wanted: int) -> None:
-    """Prevents a module of trained and random blocks, and the first of three blocks taken for the complete module."""
+    """Prevents a module of trained and random blocks, and the first of three blocks loaded as the complete module."""
     shapes = whole_shapes(CONFIG, RecycleConfig(layers=wanted, depth=2))
     if held and wanted and held != wanted:
         with pytest.raises(

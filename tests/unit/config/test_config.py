@@ -24,7 +24,7 @@ def error_of(*overrides: str) -> str:
 
 
 def of_init_from(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run with init_from takes from that folder, of SmolLM2-135M."""
+    """The settings that a run takes from an init_from folder with SmolLM2-135M."""
     if "init_from" not in tree:
         return {}
     shape = {
@@ -39,8 +39,8 @@ def of_init_from(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": shape, "data": {"tokenizer": "models/smollm2/tokenizer.json"}}
 
 
-def test_defaults_hold_where_the_file_is_silent() -> None:
-    """Prevents a default that replaces what a file or an override says, and a section that is replaced as a whole."""
+def test_defaults_apply_only_to_missing_keys() -> None:
+    """Prevents a default from replacing a value of a file or an override, or from replacing a complete section."""
     name = str(RUNS / "retrofit_smollm2.yaml")
     plain = load_config(name, (), of_init_from)
     assert (plain.model.layers, plain.model.max_positions) == (30, 8192) and plain.data.train[0].path.endswith("train")
@@ -59,7 +59,7 @@ def test_shipped_runs_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_overrides_are_applied_in_order_and_typed() -> None:
-    """Prevents 3e-4 from being read as text (YAML 1.1), and an earlier override from winning over a later one."""
+    """Prevents 3e-4 from being read as text (YAML 1.1), and an earlier override from replacing a later one."""
     config = load_config(
         RUNS / "demo.yaml",
         ["training.learning_rate=3e-4", "training.steps=5", "training.steps=7", "data.train.0.weight=2"],
@@ -177,7 +177,7 @@ def test_wrong_deepspeed_settings_are_rejected(tmp_path: Path, changes: dict[str
 
 
 def test_auto_values_are_filled(tmp_path: Path) -> None:
-    """Prevents an "auto" left for DeepSpeed to misread, and an accumulation that does not give the global batch."""
+    """Prevents an "auto" that DeepSpeed would misread, and an accumulation that does not result in the global batch."""
     config = load_config(RUNS / "demo.yaml", [f"deepspeed={deepspeed_file(tmp_path)}", "training.micro_batch_size=2"])
     tree = resolve_deepspeed(config, 2)
     assert "auto" not in json.dumps(tree)
@@ -193,7 +193,7 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
 def test_many_gradients_are_accumulated_in_fp32(
     tmp_path: Path, stage: int, dtype: str, pipeline: int, micro_batches: int, expected: bool
 ) -> None:
-    """Prevents losing small gradients in a long bf16 sum, wasting memory on a short one, and ignoring the file's own choice."""
+    """Prevents long bf16 sums that lose small gradients, fp32 sums of few gradients, and an ignored user setting."""
     assert accumulates_in_fp32(stage, dtype, pipeline, micro_batches) is expected
     changes = [
         f"training.dtype={dtype}", f"parallel.pipeline={pipeline}", "training.micro_batch_size=1",

@@ -56,7 +56,7 @@ def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> Non
     ],
 )
 def test_settings_that_do_not_work_with_a_pipeline(overrides: list[str], parts: list[str]) -> None:
-    """Prevents a combination that DeepSpeed's pipeline engine accepts but computes wrongly, or that hangs in the first step."""
+    """Prevents combinations that DeepSpeed's pipeline engine computes wrongly, or that hang in the first step."""
     config = load_config(RUNS / "demo.yaml", ["parallel.pipeline=2", f"deepspeed={PIPELINE}", *overrides])
     with pytest.raises(ConfigError) as caught:
         resolve_deepspeed(config, 1)

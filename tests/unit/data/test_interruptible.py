@@ -11,8 +11,8 @@ import pytest
 from recycle_ds.data.interruptible import call_interruptibly
 
 
-def test_ctrl_c_ends_the_wait_while_the_call_goes_on() -> None:
-    """Prevents Ctrl-C that is answered only once a library has computed to its end, seconds later."""
+def test_ctrl_c_ends_the_wait_for_a_running_call() -> None:
+    """Prevents Ctrl-C from having no effect until a library call has ended, seconds later."""
     started, over = threading.Event(), threading.Event()
 
     def library() -> None:
@@ -31,7 +31,7 @@ def test_ctrl_c_ends_the_wait_while_the_call_goes_on() -> None:
 
 
 def test_results_and_errors_are_those_of_the_call() -> None:
-    """Prevents an error of the library that is lost in its thread."""
+    """Prevents an error of the library from being lost in its thread."""
     assert call_interruptibly(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         call_interruptibly(lambda: 1 / 0)
@@ -39,4 +39,4 @@ def test_results_and_errors_are_those_of_the_call() -> None:
     thread = threading.Thread(target=lambda: found.append(call_interruptibly(lambda: 8)))
     thread.start()
     thread.join()
-    assert found == [8], "in another thread, which gets no signals, it is a plain call"
+    assert found == [8], "in other threads, which get no signals, the function is called directly"

@@ -31,7 +31,7 @@ Write = Callable[[Sequence[str]], str]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder; none of one that does not exist, since `prepare` creates it with the first document."""
+    """The files of a folder; none if it does not exist, since `prepare` creates it with the first document."""
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
 
 
@@ -168,7 +168,7 @@ encoded.close()
 def test_workers_leave_stop_signals_to_the_first_process(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Prevents Ctrl-C, which the terminal sends to all processes, from ending in a traceback of each worker."""
     tokenizer.save(tmp_path)
-    # in a process that has not used multiprocessing before: its helper, started late, would unblock the signals
+    # in a new process: if multiprocessing's resource tracker starts late, it unblocks the signals
     done = subprocess.run(
         [sys.executable, "-c", _MASKS, str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -234,7 +234,7 @@ def test_data_that_were_made_with_other_settings(config: DataConfig, change: dic
 def test_missing_data_without_settings_to_prepare_them(
     config: DataConfig, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Prevents a mere "file not found" without the file and the command that creates it."""
+    """Prevents an error that does not name the missing file and the command that creates it."""
     plain = config.model_copy(update={"prepare": None})
     with pytest.raises(DataError, match=r"no such file: .*tokenizer.json; make it with `recycle-ds tokenizer"):
         prepare_if_missing(plain)

@@ -59,7 +59,7 @@ def test_the_order_looks_random() -> None:
 
 @pytest.mark.parametrize("length", [4, 16, 100])
 def test_an_epoch_contains_consecutive_samples_once(file: TokenFile, length: int) -> None:
-    """Prevents overlaps and gaps: the samples of an epoch tile one range of the stream, with another shift per epoch."""
+    """Prevents overlaps and gaps: the samples of an epoch tile one range of the stream, which shifts with the epoch."""
     dataset = PackedDataset([(file, 1.0)], length, seed=5)
     (count,) = dataset.samples_per_epoch
     assert count * length + length >= file.tokens - length, "an epoch omits less than two samples"

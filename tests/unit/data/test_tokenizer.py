@@ -75,7 +75,7 @@ def test_streaming_with_the_metaspace_decoder() -> None:
 
 
 def test_invalid_bytes_do_not_hold_text_back(tokenizer: Tokenizer) -> None:
-    """Prevents a model that emits invalid bytes from showing no text until its end, in quadratic time."""
+    """Prevents a model that emits invalid bytes from showing no text until its end, and from taking quadratic time."""
     byte = tokenizer.encode("é")[-1]  # a continuation byte, never a complete character
     assert len(tokenizer.encode("é")) == 2
     text = TextStream(tokenizer)

@@ -21,14 +21,14 @@ def model() -> RecycleGPT:
 
 @pytest.mark.parametrize("length", range(1, 12))
 def test_a_last_sequence_of_any_length(model: RecycleGPT, length: int) -> None:
-    """A last sequence shorter than the module's depth that crashes, or whose tokens are not counted."""
+    """Prevents a last sequence shorter than the module's depth from crashing, or from not being counted."""
     result = evaluate_documents(model, [list(range(1, length + 1))], 0, seq_length=8, batch_size=2)
     assert result.tokens == length
     assert len(result.recycle_loss) == len(result.acceptance) == 3
 
 
 def test_loss_equals_the_plain_one(model: RecycleGPT) -> None:
-    """Documents that see each other, or a loss averaged over sequences instead of tokens."""
+    """Prevents attention between documents, and a loss averaged over sequences instead of tokens."""
     generator = torch.Generator().manual_seed(5)
     documents = [torch.randint(1, 60, (size,), generator=generator).tolist() for size in (5, 9, 3, 6)]
     result = evaluate_documents(model, documents, 0, seq_length=40, batch_size=2)
@@ -44,6 +44,6 @@ def test_loss_equals_the_plain_one(model: RecycleGPT) -> None:
 
 
 def test_nothing_to_predict(model: RecycleGPT) -> None:
-    """An empty text reported as a perplexity."""
+    """Prevents a perplexity from being reported for an empty text."""
     with pytest.raises(EvaluationError, match="nothing to predict"):
         evaluate_documents(model, [], 0, seq_length=8, batch_size=2)

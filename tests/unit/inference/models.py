@@ -72,5 +72,5 @@ class Letters:
         return LETTERS[token_id]
 
     def flush(self) -> str:
-        """Nothing is ever held back."""
+        """Returns no text: no letter is held back."""
         return ""

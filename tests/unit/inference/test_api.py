@@ -52,7 +52,7 @@ def test_a_seed_repeats_a_text_and_a_stop_string_cuts_it(engine: Engine) -> None
 
 
 def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> None:
-    """Prevents a KeyError, or an error that is raised only with the first answer."""
+    """Prevents a KeyError, and an error that is raised only with the first answer."""
     with pytest.raises(DecodingError, match="did you mean verified"):
         engine.generate(PROMPT, mode="verfied")
     with pytest.raises(DecodingError, match="max_new_tokens=0: must be at least 1"):

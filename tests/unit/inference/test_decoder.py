@@ -69,7 +69,7 @@ def test_an_end_of_sequence_is_the_last_token(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_streamed_tokens_and_text_are_the_final_ones(mode: str) -> None:
-    """Prevents a stream that shows tokens twice, late or not at all, or parts of a stop string."""
+    """Prevents a stream that shows tokens twice, late or never, or shows parts of a stop string."""
     decoder = Decoder(random_model(6, 3), None, Letters)
     uncut = decoder.generate([1, 2], mode, max_new_tokens=30, draft_tokens=3)
     text = "".join(map(Letters().feed, uncut.token_ids))
@@ -91,7 +91,7 @@ def test_streamed_tokens_and_text_are_the_final_ones(mode: str) -> None:
 
 
 def test_counts_add_up() -> None:
-    """Prevents figures that contradict one another."""
+    """Prevents figures that contradict each other."""
     generation = Decoder(random_model(5, 1)).generate([1, 2], "verified", max_new_tokens=40, draft_tokens=3)
     assert sum(generation.recycled) == sum(generation.accepted)
     assert len(generation.token_ids) == generation.full_calls + sum(generation.accepted)

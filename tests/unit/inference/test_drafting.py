@@ -19,7 +19,7 @@ from tests.unit.inference.models import overfitted_model, random_model
 
 
 def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalty: float = 1.0) -> list[int]:
-    """Greedy drafts by the definition: all backbone entries (h_p, x_{p+1}) at once, then draft by draft, in new caches."""
+    """Greedy drafts by definition: all backbone entries (h_p, x_{p+1}) at once, then draft by draft, in new caches."""
     cache = model.new_cache(1, len(tokens) + count)
     known_1T = torch.tensor([tokens])
     hidden_TBD = model.decode(known_1T[:, :-1], cache)
@@ -116,7 +116,7 @@ def test_sampled_drafts_come_with_their_distributions() -> None:
 
 @pytest.fixture(scope="module")
 def overfitted() -> tuple[RecycleGPT, list[int]]:
-    """A model overfitted on a text in which no token determines the next one alone, and the text."""
+    """A model overfitted on a text, and the text. No single token of the text determines the next one."""
     text = [1, 2, 3, 1, 4, 2, 5, 3, 2, 1, 5, 4, 6, 2, 4, 3]
     assert len(set(pairwise(text))) > len(set(text))
     return overfitted_model(text, vocab_size=8), text

@@ -106,10 +106,10 @@ def test_recycled_tokens_are_coloured_on_a_terminal_only(
 
 
 def _on_a_terminal(action: Callable[[], object]) -> str:
-    """The output of the action to stdout while that is a terminal.
+    """Runs the action with a pseudo terminal as stdout, and returns its output.
 
-    The kernel hands what is written to the reader in pieces and at its own time: one read may return a part only. A
-    thread therefore reads, until the last writer has closed the terminal (Linux reports EIO then).
+    A single read may return only a part of the output. A thread therefore reads until the last writer has closed the
+    terminal, which Linux reports as EIO.
     """
     master, slave = pty.openpty()
     pieces: list[bytes] = []
@@ -129,7 +129,7 @@ def _on_a_terminal(action: Callable[[], object]) -> str:
 
 
 def _read_to_the_end(master: int, pieces: list[bytes]) -> None:
-    """Append what is read from a pseudo terminal until its other side is closed."""
+    """Appends the data read from a pseudo terminal until its other side is closed."""
     while True:
         try:
             piece = os.read(master, 65536)

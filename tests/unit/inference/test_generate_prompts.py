@@ -61,7 +61,7 @@ def test_a_restart_continues_with_the_checkpoint_of_the_first_start(
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["prompt"] for record in records] == [PROMPT, "ghij"]
     assert all(set(record["generated_by"]) == {"key", "asked", "checkpoint", "digest"} for record in records)
-    assert [path.name for path in output.parent.glob(".*")] == [], "nothing hidden is left beside the output"
+    assert [path.name for path in output.parent.glob(".*")] == [], "no hidden file is left next to the output"
     monkeypatch.setenv("RANK", "0")
     outcome = generate(*asked, folder=str(run))
     assert outcome.code == 0 and "all prompts are done" in outcome.err

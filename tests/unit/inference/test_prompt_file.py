@@ -29,7 +29,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A stand-in for a loaded model."""
+    """Replaces a loaded model."""
 
     path: Path
 
@@ -258,7 +258,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(prompts: Path, outp
 
 
 def test_an_unrelated_file_is_not_overwritten(prompts: Path) -> None:
-    """Prevents overwriting a user's file because a parts folder exists beside it."""
+    """Prevents overwriting a user's file because a parts folder exists next to it."""
     one = share(prompts, 0, 1)
     settle(one)
     one.output.write_text("precious")

@@ -73,7 +73,7 @@ def test_pieces_keep_the_tag_of_their_token() -> None:
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_streamed_text_is_the_final_text(pieces: list[str], stop: list[str]) -> None:
-    """Prevents showing any part of a stop string, showing text twice, or not at all."""
+    """Prevents showing a part of a stop string, showing text twice, and never showing it."""
     shown, stopped = _stream(pieces, stop)
     so_far, expected, found = "", None, False
     for piece in pieces:

@@ -14,8 +14,8 @@ from torch import Tensor
 from recycle_ds.inference.speculation.sampling import sample
 from recycle_ds.inference.speculation.verification import Verification, residual, verify_greedy, verify_sampled
 
-# Two positions over three tokens. Drafts are sampled from Q; kept tokens must be distributed as P. The second position's
-# distributions do not depend on the first token, so the joint distribution of two tokens is a product.
+# Two positions over three tokens. Drafts are sampled from Q, and kept tokens must be distributed as P. The second
+# position's distributions do not depend on the first token, so the joint distribution of two tokens is a product.
 P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
 Q = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.5, 0.0]])
 TRIALS = 4_000
@@ -42,7 +42,7 @@ def test_greedy_keeps_the_longest_agreeing_prefix(
 
 
 def _p_value(verify: Verify, seed: int = 0) -> float:
-    """Chi-squared p-value of the first two kept tokens against P. If only one was kept, the second is sampled from P."""
+    """Chi-squared p-value of the first two kept tokens against P. If only one is kept, the second is sampled from P."""
     generator = torch.Generator().manual_seed(seed)
     counts: Counter[tuple[int, int]] = Counter()
     for _ in range(TRIALS):

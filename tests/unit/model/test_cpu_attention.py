@@ -1,4 +1,4 @@
-"""Causal attention from matrix products: equal to the reference in fp64, and within rounding error in bf16."""
+"""Causal attention from matrix products: equal to the reference in fp64, and within the rounding error in bf16."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(function: object, tensors: list[Tensor], grad: Tensor, mask: Tensor | No
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference(shape: tuple[int, int, int, int, int], documents: bool) -> None:
-    """Query heads that read another group's keys, a block of rows that sees the future, or a lost gradient of a block."""
+    """Prevents query heads that read another group's keys, rows that attend to later positions, and lost gradients."""
     tensors, grad = inputs(shape)
     mask = mask_of(shape, documents)
     for actual, expected in zip(
@@ -58,7 +58,7 @@ def test_equals_the_reference(shape: tuple[int, int, int, int, int], documents: 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_error_is_within_rounding(shape: tuple[int, int, int, int, int]) -> None:
-    """Rounding errors that accumulate over keys or blocks, beyond a few units in bf16's last place."""
+    """Prevents rounding errors that accumulate over keys or blocks beyond a few units in bf16's last place."""
     tensors, grad = inputs(shape)
     rounded = [tensor.bfloat16().float() for tensor in tensors]
     exact = run(reference, rounded, grad.bfloat16().float(), None, torch.float64)
@@ -68,7 +68,7 @@ def test_bf16_error_is_within_rounding(shape: tuple[int, int, int, int, int]) ->
 
 
 def test_the_output_has_the_sequence_first_in_memory() -> None:
-    """A copy of the output in every layer, only to put the sequence first."""
+    """Prevents a copy of the output in every layer only to put the sequence first."""
     tensors, _ = inputs(SHAPES[1])
     mixed = cpu_attention.causal(*(tensor.bfloat16() for tensor in tensors))
     assert mixed.permute(2, 0, 1, 3).is_contiguous()

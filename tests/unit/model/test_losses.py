@@ -40,7 +40,7 @@ def problem(
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("train_head", [[True, True], [True, False]])
 def test_equals_plain_cross_entropy(chunk: int, train_head: list[bool]) -> None:
-    """A chunk boundary, a masked row, vocabulary padding or a detached head that changes losses or gradients."""
+    """Prevents losses or gradients that change with chunks, masked rows, vocabulary padding or a detached head."""
     hiddens, weight, targets = problem(23, 8, 40, torch.float32)
     scales = torch.tensor([0.7, 0.2])
     shard = HeadShard(0, 35, Axis())
@@ -58,7 +58,7 @@ def test_equals_plain_cross_entropy(chunk: int, train_head: list[bool]) -> None:
 
 
 def test_a_batch_without_targets_is_zero() -> None:
-    """A NaN loss or gradient from a row or a batch without targets."""
+    """Prevents a NaN loss or gradient for a row or a batch without targets."""
     hiddens, weight, targets = problem(6, 8, 40, torch.float32)
     targets[:] = -100
     total, _ = head_losses(
@@ -70,7 +70,7 @@ def test_a_batch_without_targets_is_zero() -> None:
 
 
 def test_padding_is_never_predicted() -> None:
-    """Padding rows of the vocabulary that are predicted in evaluation, for example if all other logits are negative."""
+    """Prevents an evaluation that predicts padding rows of the vocabulary, for example if other logits are negative."""
     hiddens, weight, targets = problem(23, 8, 40, torch.float32)
     with torch.no_grad():
         weight[35:] *= 100
@@ -81,7 +81,7 @@ def test_padding_is_never_predicted() -> None:
 
 
 def test_bf16_stays_within_its_rounding() -> None:
-    """Head gradients of many chunks summed in bf16, which loses small ones."""
+    """Prevents head gradients of many chunks from being summed in bf16, which loses small gradients."""
     hiddens, weight, targets = problem(512, 16, 64, torch.bfloat16, masked=False)
     scales = torch.tensor([1.0, 0.5])
     total, _ = head_losses(hiddens, weight, targets, scales, HeadShard(0, 64, Axis()), chunk=8, train_head=[True, True])
@@ -94,7 +94,7 @@ def test_bf16_stays_within_its_rounding() -> None:
 
 
 def test_peak_memory_is_at_most_a_quarter() -> None:
-    """Logits of all rows in memory at once: 8 x 512 rows, vocabulary 49,152, two losses, forward and backward."""
+    """Prevents logits of all rows in memory at once: 8 x 512 rows, vocabulary 49,152, two losses, both passes."""
     rows, width, vocab = 8 * 512, 32, 49_152
     hiddens, weight, targets = problem(rows, width, vocab, torch.float32, masked=False)
     scales = torch.ones(2)

@@ -1,4 +1,4 @@
-"""FlexAttention's blocks against the dense mask that they represent, and the memory needed to build them."""
+"""FlexAttention's blocks, compared with the dense mask that they represent, and the memory needed to build them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def listed(count: Tensor | None, indices: Tensor | None) -> Tensor:
 
 
 def materialised(mask: BlockMask) -> Tensor:
-    """The mask that a kernel applies: all of a full block, mask_mod in a partial one, no others. Bool [B, 1, S, steps x S]."""
+    """The mask that a kernel applies: full blocks, mask_mod in partial blocks, no others. Bool [B, 1, S, steps x S]."""
     queries, keys = mask.seq_lengths
     rows, columns = mask.BLOCK_SIZE
     partial, full = (
@@ -60,7 +60,7 @@ def reduced(dense: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.integers(1, 40), st.integers(1, 4), st.integers(2, 9))
 def test_blocks_are_those_of_the_dense_mask(data: st.DataObject, length: int, steps: int, size: int) -> None:
-    """A visible block that is missing or wrongly listed as full, or a hidden block that is listed."""
+    """Prevents a visible block that is missing or wrongly listed as full, and a hidden block that is listed."""
     starts = st.lists(st.integers(0, length), max_size=5)
     documents = packed(length, data.draw(starts), data.draw(starts))
     partial, full = visible_blocks(documents, steps, size)
@@ -72,7 +72,7 @@ def test_blocks_are_those_of_the_dense_mask(data: st.DataObject, length: int, st
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 20), st.integers(1, 3), st.integers(2, 5))
 def test_recurring_document_indices_lose_no_block(data: st.DataObject, length: int, steps: int, size: int) -> None:
-    """Wrong attention if a document index recurs later in the row: the dense mask only compares indices."""
+    """Prevents wrong attention if a document index recurs later in the row: the dense mask only compares indices."""
     row = st.lists(st.integers(0, 2), min_size=length, max_size=length)
     documents = torch.tensor([data.draw(row), data.draw(row)])
     partial, full = visible_blocks(documents, steps, size)
@@ -94,7 +94,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("documents", LAYOUTS, ids=lambda documents: str(documents.shape[1]))
 def test_block_mask_equals_the_dense_mask(documents: Tensor, steps: int) -> None:
-    """Counts, an order or a transposition that differ from those of PyTorch's create_block_mask."""
+    """Prevents counts, an order or a transposition that differ from those of PyTorch's create_block_mask."""
     mask = AttentionMask(documents, steps)
     batch, length = documents.shape
     actual = mask.block_mask
@@ -108,7 +108,7 @@ def test_block_mask_equals_the_dense_mask(documents: Tensor, steps: int) -> None
 
 
 def test_most_blocks_of_a_long_document_are_full() -> None:
-    """mask_mod evaluated in every block, although only blocks on diagonals and at document boundaries need it."""
+    """Prevents mask_mod from being evaluated in every block: only blocks on diagonals and at boundaries need it."""
     mask = AttentionMask(packed(16 * BLOCK, []), 3).block_mask
     assert mask.full_kv_num_blocks[0, 0].tolist() == list(range(16))
     assert mask.kv_num_blocks[0, 0].tolist() == [3] * 16
@@ -116,10 +116,10 @@ def test_most_blocks_of_a_long_document_are_full() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_block_mask_costs_little_memory(steps: int) -> None:
-    """An intermediate mask of S x steps S elements: 48 GiB at S = 131,072, a length that Ulysses is meant for."""
+    """Prevents an intermediate mask of S x steps S elements: 48 GiB at S = 131,072, a length meant for Ulysses."""
     peaks = {}
     for length in (16_384, 32_768, 131_072):
-        # Meta tensors count bytes without allocating them and cannot be read, so this also shows that nothing synchronises.
+        # Meta tensors count bytes without allocation and cannot be read, so this also shows that nothing synchronises.
         documents = torch.zeros(1, length, dtype=torch.int64, device="meta" if length > 32_768 else "cpu")
         with PeakMemory() as tracker:
             shape = AttentionMask(documents, steps).block_mask.shape

@@ -1,4 +1,4 @@
-"""The model against slow, obvious references: Hugging Face's LLaMA, a recycle module unrolled by hand, other back ends."""
+"""The model, compared with slow references: Hugging Face's LLaMA, a manually unrolled module, other back ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model_config(**changes: object) -> ModelConfig:
 
 
 def batch_of(rows: int, length: int, depth: int, boundary: int | None = None) -> Batch:
-    """Random tokens; the last row holds a second document from `boundary` on."""
+    """Random tokens; the last row has a second document from `boundary` on."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
     documents = torch.zeros_like(tokens)
@@ -40,7 +40,7 @@ def batch_of(rows: int, length: int, depth: int, boundary: int | None = None) ->
 
 @pytest.mark.parametrize("change", [{}, {"tied_embeddings": False}, {"kv_heads": 4}, {"head_dim": 16}])
 def test_logits_equal_hugging_face(change: dict[str, object]) -> None:
-    """A rotation, norm, projection order or activation that differs from the LLaMA family's."""
+    """Prevents a rotation, norm, projection order or activation that differs from the LLaMA family's."""
     transformers = pytest.importorskip("transformers")
     config = model_config(**change)
     model = build_model(config, RecycleConfig(layers=0), seed=3)
@@ -77,7 +77,7 @@ def test_logits_equal_hugging_face(change: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_rope_scaling_equals_hugging_face(kind: str) -> None:
-    """Scaled frequencies that differ from those with which a checkpoint was trained."""
+    """Prevents scaled frequencies that differ from those with which a checkpoint was trained."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -100,7 +100,7 @@ def test_rope_scaling_equals_hugging_face(kind: str) -> None:
 
 
 def test_decoding_equals_training_at_every_depth() -> None:
-    """An unrolled step that sees different inputs in training and decoding: positions, keys of another step, or the future."""
+    """Prevents unrolled steps with other positions or keys in decoding than in training, or with later positions."""
     model = build_model(model_config(), RecycleConfig(layers=2, depth=3), seed=3).eval()
     batch = batch_of(1, 30, 3)
     tokens = batch.inputs_KBS[0]
@@ -117,7 +117,7 @@ def test_decoding_equals_training_at_every_depth() -> None:
 
 
 def test_truncated_entries_are_not_visible() -> None:
-    """Rejected drafts that stay visible after truncate()."""
+    """Prevents rejected drafts from staying visible after truncate()."""
     model = build_model(model_config(), RecycleConfig(layers=1), seed=3).eval()
     tokens = batch_of(1, 20, 1).inputs_KBS[0]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_truncated_entries_are_not_visible() -> None:
 
 
 def test_documents_do_not_see_each_other() -> None:
-    """A packed document whose states depend on its neighbour, in the backbone or in an unrolled step."""
+    """Prevents states of a packed document that depend on its neighbour, in the backbone or in an unrolled step."""
     model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3).eval()
     packed = batch_of(1, 24, 3, boundary=10)
     second = Batch(
@@ -150,7 +150,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_flex_attention_equals_dense(steps: int) -> None:
-    """Two back ends that interpret the same mask differently."""
+    """Prevents two back ends from interpreting the same mask differently."""
     generator = torch.Generator().manual_seed(2)
     documents = torch.tensor([[0] * 32, [0] * 10 + [1] * 22])
     query = torch.randn(2, 4, 32, 16, generator=generator)
@@ -160,7 +160,7 @@ def test_flex_attention_equals_dense(steps: int) -> None:
 
 
 def test_checkpointed_blocks_change_nothing() -> None:
-    """Recomputation that appends a step's keys twice or skips a gradient."""
+    """Prevents recomputation that appends a step's keys twice or skips a gradient."""
     results = []
     for recompute in (False, True):
         model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3, checkpoint_blocks=recompute)
@@ -174,7 +174,7 @@ def test_checkpointed_blocks_change_nothing() -> None:
 
 
 def test_gradient_modes_reach_the_right_weights() -> None:
-    """A recycle loss that reaches the backbone when detached, or that stops at the module when joint."""
+    """Prevents a recycle loss that reaches the backbone in detached mode, or only the module in joint mode."""
     scales = torch.tensor([0.0, 1.0, 1.0])
     touched = {}
     for mode in ("joint", "detached", "frozen_backbone"):
@@ -188,7 +188,7 @@ def test_gradient_modes_reach_the_right_weights() -> None:
 
 
 def test_acceptance_counts_agreement_with_the_backbone() -> None:
-    """Acceptance measured against the data, or one position off."""
+    """Prevents acceptance that is measured against the data, or is one position off."""
     model = build_model(model_config(), RecycleConfig(layers=1, depth=2), seed=3).eval()
     batch = batch_of(2, 20, 2)
     sums = model.evaluate(batch)
@@ -210,7 +210,7 @@ def test_acceptance_counts_agreement_with_the_backbone() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_tile_the_canonical_tensors(tied: bool) -> None:
-    """A row of a canonical tensor that no piece or two pieces cover, or a wrong parameter count."""
+    """Prevents rows of a canonical tensor that no piece or two pieces cover, and a wrong parameter count."""
     config = model_config(tied_embeddings=tied, qkv_bias=True, vocab_multiple=64)
     recycle = RecycleConfig(layers=2)
     model = build_model(config, recycle, seed=None)
@@ -226,7 +226,7 @@ def test_pieces_tile_the_canonical_tensors(tied: bool) -> None:
 
 
 def test_initial_weights_depend_on_the_name_alone() -> None:
-    """Weights that change when layers are added, or that two tensors share."""
+    """Prevents initial weights that change when layers are added, or that two tensors share."""
     small = build_model(model_config(layers=1), RecycleConfig(layers=0), seed=3)
     large = build_model(model_config(layers=1), RecycleConfig(layers=2), seed=3)
     others = dict(large.named_parameters())
@@ -237,7 +237,7 @@ def test_initial_weights_depend_on_the_name_alone() -> None:
 
 
 def test_rotation_has_the_right_gradient() -> None:
-    """A hand-written backward pass that rotates in the wrong direction."""
+    """Prevents a manual backward pass that rotates in the wrong direction."""
     from recycle_ds.model.rope import Rotary, rotate
 
     rotary = Rotary(6, 16, RopeConfig(theta=100.0))

@@ -17,7 +17,7 @@ def shape(layers: int, vocab_size: int = 32_000, hidden: int = 512) -> ModelConf
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(100, 100_000), st.integers(0, 4))
 def test_stages_tile_the_blocks(layers: int, stages: int, vocab_size: int, depth: int) -> None:
-    """A block that two stages run or that none runs, or a stage without blocks before the last one."""
+    """Prevents a block that two stages or no stage runs, and a stage without blocks before the last stage."""
     recycle = RecycleConfig(layers=1 if depth else 0, depth=max(1, depth))
     if stages > layers:
         with pytest.raises(ConfigError, match=rf"parallel.pipeline \({stages}\) exceeds model.layers \({layers}\)"):
@@ -30,7 +30,7 @@ def test_stages_tile_the_blocks(layers: int, stages: int, vocab_size: int, depth
 
 @pytest.mark.parametrize(("layers", "stages", "vocab_size"), [(24, 4, 32_000), (30, 2, 49_152), (80, 8, 32_000)])
 def test_the_most_expensive_stage_is_as_cheap_as_possible(layers: int, stages: int, vocab_size: int) -> None:
-    """A last stage that all others wait for because it has the head and as many blocks as they have."""
+    """Prevents a last stage that delays all others because it has the head and as many blocks as they have."""
     config, recycle = shape(layers, vocab_size), RecycleConfig(depth=2)
     block = block_flops_per_token(config, 512)
     tail = tail_flops_per_token(config, recycle, 512)
@@ -42,7 +42,7 @@ def test_the_most_expensive_stage_is_as_cheap_as_possible(layers: int, stages: i
 
 
 def test_a_large_head_leaves_fewer_blocks() -> None:
-    """Stage costs that omit the head or the unrolled module."""
+    """Prevents stage costs that omit the head or the unrolled module."""
     parts = partition(shape(12, vocab_size=100_000, hidden=256), RecycleConfig(depth=3), 256, 2)
     assert len(parts[-1]) == 0
     even = partition(shape(12, vocab_size=10), RecycleConfig(layers=0), 256, 2)

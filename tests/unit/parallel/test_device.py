@@ -27,7 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="configures glibc's allocator")
 def test_freed_memory_is_used_again() -> None:
-    """The same pages faulted in again at every step: a block of 64 MiB is allocated and freed eight times."""
+    """Prevents page faults for the same memory at every step: a block of 64 MiB is allocated and freed eight times."""
 
     def faults(mode: str) -> int:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What ranks report to the shell of their job."""
+"""The files through which ranks report to the shell of their job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, STOP_FILE
 
 
 def test_a_failed_outcome_is_not_overwritten(tmp_path: Path) -> None:
-    """A failed job that restarts because a rank that was stopped by the failure overwrote the outcome."""
+    """Prevents a failed job from restarting because a rank that the failure stopped overwrote the outcome."""
     job = Job(folder=tmp_path)
     job.fail("the error")
     assert job.write_note("outcome", SAVED_FOR_RESTART)
@@ -27,7 +27,7 @@ def test_a_failed_outcome_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_replaced_start_writes_nothing(tmp_path: Path) -> None:
-    """A start that SLURM has lost track of and whose error ends the later start of the job."""
+    """Prevents an error of a start that SLURM no longer tracks from ending a later start of the job."""
     (tmp_path / "shell").write_text("node2 41\n")
     earlier, later = (
         job_of({"RECYCLE_JOB_DIR": str(tmp_path), "RECYCLE_SHELL": name}) for name in ("node1 7", "node2 41")
@@ -39,7 +39,7 @@ def test_a_replaced_start_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_that_fail_at_the_same_time(tmp_path: Path) -> None:
-    """Ranks that rename each other's half-written files, or that crash while they report an error."""
+    """Prevents ranks that rename each other's unfinished files, or that crash while they report an error."""
     job = Job(folder=tmp_path)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(job.fail, ["the same error"] * 64))
@@ -48,7 +48,7 @@ def test_ranks_that_fail_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_the_outcome_of_a_run_is_reported(tmp_path: Path) -> None:
-    """A user's stop request reported as the job's, or a stop that is not reported because the disk is full."""
+    """Prevents a user's stop request from being reported as the job's, and an unnoticed failure to report a stop."""
     job = Job(folder=tmp_path)
     for ended, outcome in (
         (STOP_FILE, STOPPED_BY_USER),
@@ -66,7 +66,7 @@ def test_the_outcome_of_a_run_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_transient_file_system_error_is_not_the_users() -> None:
-    """A job that ends for good because a file server was unreachable for a minute, or restarts because of a wrong path."""
+    """Prevents a job that ends because a file server was unreachable for a minute, or restarts after a wrong path."""
 
     def fail(error: Exception) -> None:
         raise error

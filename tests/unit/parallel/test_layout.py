@@ -15,7 +15,7 @@ DEGREES = st.sampled_from([1, 2, 3, 4, 8])
 
 @given(DEGREES, DEGREES, DEGREES, DEGREES)
 def test_every_rank_has_its_own_coordinates(tensor: int, pipeline: int, data: int, ulysses: int) -> None:
-    """Two ranks with the same shard, or a shard without a rank."""
+    """Prevents two ranks with the same shard, and a shard without a rank."""
     layout = Layout(tensor, pipeline, data, ulysses)
     coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
     assert len(set(coordinates)) == layout.world_size == tensor * pipeline * data * ulysses
@@ -23,7 +23,7 @@ def test_every_rank_has_its_own_coordinates(tensor: int, pipeline: int, data: in
 
 
 def test_all_of_1024_ranks() -> None:
-    """A tensor group that spans nodes, or stages that are not contiguous, at the size of a large cluster."""
+    """Prevents tensor groups that span nodes, and stages that are not contiguous, at the size of a large cluster."""
     layout = Layout(tensor=8, pipeline=4, data=32)
     for rank in range(1024):
         at = layout.coordinates(rank)
@@ -34,7 +34,7 @@ def test_all_of_1024_ranks() -> None:
 
 @pytest.mark.parametrize(("tensor", "pipeline", "data"), [(2, 2, 2), (4, 2, 1), (1, 4, 3), (8, 4, 32)])
 def test_order_is_deepspeeds(tensor: int, pipeline: int, data: int) -> None:
-    """A rank order that differs between DeepSpeed's pipeline grid and the mesh."""
+    """Prevents a rank order that differs between DeepSpeed's pipeline grid and the mesh."""
     topology = PipeModelDataParallelTopology(pipeline, tensor, data)
     layout = Layout(tensor, pipeline, data)
     for rank in range(layout.world_size):
@@ -43,7 +43,7 @@ def test_order_is_deepspeeds(tensor: int, pipeline: int, data: int) -> None:
 
 
 def test_layout_must_fill_the_world() -> None:
-    """A layout that leaves some ranks unused, or an error message without the numbers."""
+    """Prevents a layout that leaves some ranks unused, and an error message without the numbers."""
     assert layout_of(ParallelConfig(tensor=2, pipeline=2), 8) == Layout(2, 2, 2)
     with pytest.raises(ConfigError, match=r"parallel.tensor \(3\) x .* = 3 must divide the number of ranks \(8\)"):
         layout_of(ParallelConfig(tensor=3), 8)
@@ -52,7 +52,7 @@ def test_layout_must_fill_the_world() -> None:
 
 
 def test_tensor_groups_stay_inside_a_node() -> None:
-    """All-reduces of every layer over the slow network because groups of eight ranks span nodes of four."""
+    """Prevents all-reduces of every layer over the slow network because groups of eight ranks span nodes of four."""
     check_node(ParallelConfig(tensor=4), 16, 8)
     check_node(ParallelConfig(tensor=8), 8, 8)
     check_node(ParallelConfig(tensor=8), 16, 0)

@@ -14,7 +14,7 @@ from recycle_ds.parallel.partitions import flat_partitions, partition_range, par
 
 @given(st.integers(1, 5000), st.integers(1, 1024))
 def test_partitions_tile_a_parameter(elements: int, replicas: int) -> None:
-    """An element that no replica or two replicas update, also with fewer elements than replicas."""
+    """Prevents elements that no replica or two replicas update, also with fewer elements than replicas."""
     ranges = [partition_range(elements, replicas, rank) for rank in range(replicas)]
     assert [element for part in ranges for element in part] == list(range(elements))
     size = partition_size(elements, replicas)
@@ -24,7 +24,7 @@ def test_partitions_tile_a_parameter(elements: int, replicas: int) -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(1, 40))
 def test_flat_partitions_tile_a_group(sizes: list[int], replicas: int) -> None:
-    """The same for concatenated parameters, also if some replicas hold only padding."""
+    """Prevents elements of concatenated parameters that no or two replicas update, also if some have only padding."""
     held = flat_partitions(sizes, replicas)
     assert len(held) == replicas
     found = [(index, element) for part in held for index, elements in part for element in elements]
@@ -35,7 +35,7 @@ def test_flat_partitions_tile_a_group(sizes: list[int], replicas: int) -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", [[1], [7, 5, 1], [100, 3, 64, 64], [16, 16]])
 def test_flat_partitions_are_deepspeeds(sizes: list[int], replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule for the flattening that differs from DeepSpeed's in padding or cuts."""
+    """Prevents flat partitions whose padding or boundaries differ from DeepSpeed's."""
     from deepspeed.runtime.utils import align_dense_tensors
     from deepspeed.runtime.zero import stage_1_and_2 as deepspeed_zero
 

@@ -17,7 +17,7 @@ def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_instructions")
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_the_product_of_the_same_operands(bias: bool) -> None:
-    """A product in fp32 that rounds more than once or has wrong gradients."""
+    """Prevents a product in fp32 that rounds more than once or has wrong gradients."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(5, 8, 24, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(40, 24, generator=generator).bfloat16().requires_grad_()
@@ -39,13 +39,13 @@ def test_equals_the_product_of_the_same_operands(bias: bool) -> None:
 
 @pytest.mark.usefixtures("without_instructions")
 def test_fp32_and_few_rows_are_not_upcast() -> None:
-    """fp32 tensors, or the few rows of decoding, computed in the slower way."""
+    """Prevents fp32 tensors, and the few rows of decoding, from being computed with the slower upcast."""
     assert not products.upcasts(torch.zeros(64, 8))
     assert not products.upcasts(torch.zeros(2, 8, dtype=torch.bfloat16))
     assert products.upcasts(torch.zeros(64, 8, dtype=torch.bfloat16))
 
 
 def test_a_cpu_with_instructions_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product in fp32 on a CPU where bf16 is twice as fast."""
+    """Prevents a product in fp32 on a CPU on which bf16 is twice as fast."""
     monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
     assert not products.upcasts(torch.zeros(64, 8, dtype=torch.bfloat16))

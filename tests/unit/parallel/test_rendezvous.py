@@ -49,19 +49,19 @@ SRUN = {
     ],
 )
 def test_each_launcher_is_recognised(environment: dict[str, str], expected: Launch) -> None:
-    """Ranks that each train alone because their launcher's variables were not recognised."""
+    """Prevents ranks from training independently because their launcher's variables were not recognised."""
     assert detect_launch(environment) == expected
 
 
 @pytest.mark.parametrize("environment", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
 def test_inconsistent_variables_are_refused(environment: dict[str, str]) -> None:
-    """A broken environment that ends in a hang instead of a message."""
+    """Prevents inconsistent variables from causing a hang instead of an error message."""
     with pytest.raises(LaunchError, match="RANK="):
         detect_launch(environment)
 
 
 def test_tasks_that_would_each_train_alone() -> None:
-    """Tasks of one srun that each run as a single process, or ranks without a local rank that share a device."""
+    """Prevents tasks of one srun that each run as a single process, and ranks without a local rank on one device."""
     with pytest.raises(LaunchError, match="SLURM_LOCALID"):
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     with pytest.raises(LaunchError, match="LOCAL_RANK"):
@@ -87,12 +87,12 @@ def test_tasks_that_would_each_train_alone() -> None:
 def test_each_rank_has_a_gpu_of_its_own(
     launcher: str, on_host: int, local_rank: int, visible: int, expected: int
 ) -> None:
-    """A rank on another rank's GPU, or a task that requests a device other than the only one that SLURM shows it."""
+    """Prevents a rank on another rank's GPU, and a task that requests a device that SLURM does not show it."""
     assert device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible) == expected
 
 
 def test_gpus_that_slurm_bound_to_a_task() -> None:
-    """--gpus-per-task=2: a task that takes one of its two GPUs for another task's, or refuses to start."""
+    """Prevents a task with --gpus-per-task=2 from using a wrong GPU, or from refusing to start."""
     bound = detect_launch(SRUN | {"SLURM_GPUS_PER_TASK": "2"})
     assert bound.local_rank == 1 and device_index(bound, 2) == 0
 
@@ -108,6 +108,6 @@ def test_gpus_that_slurm_bound_to_a_task() -> None:
     ],
 )
 def test_a_shared_gpu_is_an_error(launcher: str, on_host: int, local_rank: int, visible: int, words: str) -> None:
-    """Two ranks on one GPU that run out of memory, or take twice the time, without an error message."""
+    """Prevents two ranks on one GPU from running out of memory, or taking twice the time, without an error message."""
     with pytest.raises(LaunchError, match=f"{words}.*request one GPU per task"):
         device_index(Launch(launcher, local_rank, 64, local_rank, on_host), visible)

@@ -29,12 +29,12 @@ from recycle_ds.parallel.slurm import first_host, master_endpoint, tasks_on_host
     ],
 )
 def test_the_first_host_of_a_node_list(nodes: str, expected: str) -> None:
-    """Ranks that wait for each other at a wrong host name or at a list of hosts."""
+    """Prevents ranks that wait for each other at a wrong host name or at a list of hosts."""
     assert first_host(nodes) == expected
 
 
 def test_the_endpoint_of_the_rendezvous() -> None:
-    """Two jobs on one node that use the same port, or a restart that connects to ranks of the previous start."""
+    """Prevents two jobs on one node with the same port, and a restart that connects to ranks of the previous start."""
     job = {"SLURM_STEP_NODELIST": "node[4-5]", "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
     host, port = master_endpoint(job)
     assert host == "node4" and 10_000 <= port < 30_000
@@ -44,7 +44,7 @@ def test_the_endpoint_of_the_rendezvous() -> None:
 
 
 def test_tasks_on_this_host() -> None:
-    """A tensor group that spans two nodes because the tasks of a node were counted wrongly."""
+    """Prevents a tensor group that spans two nodes because the tasks of a node were counted wrongly."""
     counts = [tasks_on_host({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": str(node)}) for node in range(4)]
     assert counts == [4, 4, 3, 0]
     assert tasks_on_host({"SLURM_STEP_TASKS_PER_NODE": "many", "SLURM_NODEID": "0"}) == 0
@@ -52,7 +52,7 @@ def test_tasks_on_this_host() -> None:
 
 
 def test_the_job_is_read_from_its_variables(tmp_path: Path) -> None:
-    """A run without SLURM that looks for a job, or one under SLURM that does not know when it ends."""
+    """Prevents a run without SLURM from expecting a job, and a run under SLURM from missing its end time."""
     assert job_of({}) == Job()
     variables = {"RECYCLE_JOB_DIR": str(tmp_path), "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "2"}
     job = job_of(variables | {"SLURM_JOB_END_TIME": "1700000000"})
@@ -64,13 +64,13 @@ def test_the_job_is_read_from_its_variables(tmp_path: Path) -> None:
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that ends because a line for the shell could not be written."""
+    """Prevents a run from ending because a line for the shell could not be written."""
     Job(tmp_path / "gone").write_note("outcome", "finished")
     assert "No such file" in capsys.readouterr().out
 
 
 def test_a_job_is_requeued_by_its_run_only_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that is requeued twice, by its shell and by its run, or whose shell may still run on another host."""
+    """Prevents two requeues of a job, by its shell and by its run, and one while its shell may still run elsewhere."""
     calls, state = tmp_path / "calls", tmp_path / "state"
     state.write_text("JobState=COMPLETING ExitCode=0:9")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -99,7 +99,7 @@ def test_a_job_is_requeued_by_its_run_only_without_a_shell(tmp_path: Path, monke
 
 
 def test_only_one_rank_prints_errors() -> None:
-    """An error that every rank prints, or that no rank prints."""
+    """Prevents an error that every rank prints, or that no rank prints."""
     assert (
         is_error_reporter({})
         and is_error_reporter({"RANK": "0", "SLURM_PROCID": "1"})
@@ -109,7 +109,7 @@ def test_only_one_rank_prints_errors() -> None:
 
 
 def test_a_lost_rank_is_distinguished_from_a_bug() -> None:
-    """A bug that is reported as a lost connection and restarts forever, or a lost connection reported as a bug."""
+    """Prevents endless restarts after a bug reported as a lost connection, and a lost connection reported as a bug."""
     assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
     assert lost_peer(dist.DistBackendError("NCCL error"))
     assert lost_peer(RuntimeError("size mismatch")) is None and lost_peer(ValueError("gloo/transport")) is None

@@ -1,4 +1,4 @@
-"""The planner's results: which layouts fit, which do not and why, and their order."""
+"""The planner's results: layouts that fit and their order, and rejected layouts with the reasons."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def candidate(**change: Any) -> Candidate:
 
 
 def test_report_has_the_agreed_fields() -> None:
-    """A missing key that scripts read, or a layout that is listed as fitting but is too large."""
+    """Prevents missing keys that scripts read, and a layout that is listed as fitting but is too large."""
     report = json.loads(json.dumps(command.report(plans())))
     assert report["parameters"] == parameters(preset("7b").model, preset("7b").recycle)
     assert report["layouts"] and report["rejected"]
@@ -58,13 +58,13 @@ def test_report_has_the_agreed_fields() -> None:
 
 
 def test_fastest_first() -> None:
-    """A ranking that puts a slow layout first."""
+    """Prevents a ranking that puts a slow layout first."""
     rates = [plan.tokens_per_second for plan in plans().fitting]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_impossible_layouts_are_not_offered() -> None:
-    """A plan that pretraining would refuse at start-up."""
+    """Prevents a plan that pretraining would refuse at start-up."""
     for plan in plans("70b", 16).fitting:
         layout = plan.candidate.layout
         assert layout.pipeline == 1 or (plan.candidate.zero_stage < 2 and not plan.candidate.offload)
@@ -77,7 +77,7 @@ def test_impossible_layouts_are_not_offered() -> None:
 
 
 def test_one_replica_may_offload() -> None:
-    """The only layouts in which a model fits one GPU rejected because ZeRO 2 and 3 have nothing to partition there."""
+    """Prevents the rejection of ZeRO 2 and 3 with offload on one GPU, the only layouts in which some models fit."""
     alone = make_plans(preset("recyclegpt_1.3b"), Cluster(1, 1, find_gpu("h100")))
     offered = {(plan.candidate.zero_stage, plan.candidate.offload) for plan in alone.fitting}
     assert {(2, True), (3, True)} <= offered
@@ -94,7 +94,7 @@ def with_file(folder: Path, zero: dict[str, Any], **more: Any) -> RunConfig:
 
 
 def test_the_runs_deepspeed_file_is_used(tmp_path: Path) -> None:
-    """Buckets planned at DeepSpeed's default sizes although the run sets other sizes."""
+    """Prevents a plan with DeepSpeed's default bucket sizes although the run sets other sizes."""
     plain = preset("7b")
 
     def buffers(stage: int, **zero: Any) -> float:
@@ -117,7 +117,7 @@ def test_the_runs_deepspeed_file_is_used(tmp_path: Path) -> None:
 
 
 def test_sums_in_fp32_are_those_of_training(tmp_path: Path) -> None:
-    """Four bytes per weight that the run needs but the plan omits, or that the plan counts but the run does not need."""
+    """Prevents a plan that omits, or wrongly counts, the four bytes per weight of gradients accumulated in fp32."""
     plain, bf16 = preset("7b"), with_file(tmp_path, {}, data_types={"grad_accum_dtype": "bf16"})
     weights = local_weights(plain.model, plain.recycle, 1, 32, (True, True)).total
     per_rank = plain.training.global_batch_size // 8
@@ -134,13 +134,13 @@ def test_sums_in_fp32_are_those_of_training(tmp_path: Path) -> None:
 
 
 def test_no_offload_offers_none() -> None:
-    """--no-offload that is ignored."""
+    """Prevents --no-offload from being ignored."""
     assert any(plan.candidate.offload for plan in plans().fitting)
     assert not any(plan.candidate.offload for plan in plans(offload=False).fitting)
 
 
 def test_offloaded_state_leaves_the_device() -> None:
-    """Offloaded state that is counted as GPU memory or not counted at all."""
+    """Prevents offloaded state from being counted as GPU memory, or from not being counted."""
     config = preset("7b")
     for stage in (1, 2, 3):
         on, off = (stage_memory(config, candidate(zero_stage=stage, offload=flag), 0) for flag in (False, True))
@@ -150,7 +150,7 @@ def test_offloaded_state_leaves_the_device() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_partitions_add_up(stage: int) -> None:
-    """Optimizer state that shrinks faster, or slower, than the number of replicas that share it."""
+    """Prevents optimizer state that is not inversely proportional to the number of replicas that share it."""
     config = preset("7b")
     one, many = (
         stage_memory(config, candidate(layout=Layout(data=size), zero_stage=stage), 0).optimizer for size in (1, 64)
@@ -161,7 +161,7 @@ def test_zero_partitions_add_up(stage: int) -> None:
 @pytest.mark.parametrize("name", ["recyclegpt_1.3b", "7b", "70b"])
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 4), (8, 8)])
 def test_weights_of_all_ranks_make_the_model(name: str, tensor: int, pipeline: int) -> None:
-    """Blocks, heads or embeddings that the arithmetic counts twice or not at all (copies and padding apart)."""
+    """Prevents blocks, heads or embeddings that are counted twice or never (except for copies and padding)."""
     config = preset(name)
     model, recycle = config.model, config.recycle
     counts = [len(part) for part in partition(model, recycle, config.training.seq_length, pipeline)]
@@ -178,7 +178,7 @@ def test_weights_of_all_ranks_make_the_model(name: str, tensor: int, pipeline: i
 
 
 def test_settings_that_save_memory_do_so_in_the_plan() -> None:
-    """A formula with a wrong sign or an inverted degree."""
+    """Prevents a formula with a wrong sign or an inverted degree."""
     config = preset("7b")
     plain = stage_memory(config, candidate(), 0)
     assert stage_memory(config, candidate(recompute="full"), 0).activations < plain.activations / 4
@@ -194,13 +194,13 @@ def test_settings_that_save_memory_do_so_in_the_plan() -> None:
 
 
 def test_fused_kernels_keep_less() -> None:
-    """The CPU kernels' fp32 copies and masks counted on a GPU, or the reverse."""
+    """Prevents the CPU kernels' fp32 copies and masks from being counted on a GPU, or the reverse."""
     config = preset("7b")
     assert activations_of(config, candidate(), CUDA).block() < activations_of(config, candidate(), CPU).block()
 
 
 def test_traffic_by_kind() -> None:
-    """Traffic counted for an axis with one rank, or not counted for an axis with several."""
+    """Prevents traffic from being counted for an axis with one rank, or not counted for an axis with several."""
     config = preset("7b")
     weights = local_weights(config.model, config.recycle, 1, 32, (True, True))
     alone = communication(config, candidate(layout=Layout()), 32, weights, last=True)
@@ -222,7 +222,7 @@ def test_traffic_by_kind() -> None:
 
 
 def test_ulysses_is_offered_for_long_sequences() -> None:
-    """A missing plan for a sequence that fits no single rank, or a Ulysses plan that was not requested."""
+    """Prevents a missing plan for a sequence that fits no single rank, and a Ulysses plan that was not requested."""
     cluster = Cluster(2, 8, find_gpu("h100"))
     long = preset("7b").model_copy(
         update={
@@ -245,7 +245,7 @@ def test_ulysses_is_offered_for_long_sequences() -> None:
 
 
 def test_no_fitting_layout_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0 and an empty table for a model that fits no layout."""
+    """Prevents exit code 0 and an empty table for a model that fits in no layout."""
     cluster = Cluster(1, 1, find_gpu("l40s"))
     code = command.run(preset("70b"), cluster, offload=False, as_json=True, top=5, verify=False)
     printed = capsys.readouterr()
@@ -255,7 +255,7 @@ def test_no_fitting_layout_is_an_error(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_memory_is_in_gib() -> None:
-    """Gigabytes labelled as GiB."""
+    """Prevents gigabytes that are labelled as GiB."""
     memory = stage_memory(preset("7b"), candidate(), 0)
     plan = next(plan for plan in plans().fitting)
     assert plan.report()["memory_gib"]["weights"] == plan.memory.weights / GIB  # type: ignore[index]

@@ -22,7 +22,7 @@ def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tool_as_scripts_call_it() -> None:
-    """Output other than JSON on stdout, or the same exit code for a plan, no plan and a misspelt GPU."""
+    """Prevents output other than JSON on stdout, and equal exit codes for a plan, no plan and a misspelt GPU."""
     fits = plan_tool("--config", "recyclegpt_1.3b", "--nodes", "1", "--gpus-per-node", "2", "--json", "--verify")
     assert fits.returncode == 0, fits.stderr
     assert json.loads(fits.stdout)["layouts"] and "verified: tensor" in fits.stderr
@@ -37,7 +37,7 @@ def test_the_tool_as_scripts_call_it() -> None:
 
 
 def test_wrong_cluster_is_one_line() -> None:
-    """A traceback for a misspelt GPU, or a division by zero nodes."""
+    """Prevents a traceback for a misspelt GPU, and a division by zero nodes."""
     with pytest.raises(PlanningError, match=r"--gpu h1000: not known; choose one of a100-40, .*h100"):
         find_gpu("h1000")
     with pytest.raises(PlanningError, match="--nodes 0: must be at least 1"):
@@ -48,7 +48,7 @@ def test_wrong_cluster_is_one_line() -> None:
 
 
 def test_unknown_vocabulary_is_one_line() -> None:
-    """A traceback if the tokenizer of the run does not exist yet."""
+    """Prevents a traceback if the tokenizer of the run does not exist yet."""
     path = str(ROOT / "ds_configs" / "runs" / "demo.yaml")
     with pytest.raises(PlanningError, match=r"model\.vocab_size is not given"):
         command.read_run(path, ["data.tokenizer=nowhere/tokenizer.json"])

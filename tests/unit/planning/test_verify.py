@@ -1,4 +1,4 @@
-"""Every part of large layouts, built on the meta device: together they tile the model."""
+"""All parts of large layouts, built on the meta device: together they tile the model."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def preset(name: str) -> RunConfig:
     ("odd", Layout(tensor=2, pipeline=2, data=2)),
 ])  # fmt: skip
 def test_parts_tile_the_model(name: str, layout: Layout) -> None:
-    """Rows of a weight that no rank of 8, 64 or 1,024 holds, or that two stages train independently."""
+    """Prevents rows of a weight that none of 8, 64 or 1,024 ranks has, or that two stages train independently."""
     assert layout.world_size in (8, 64, 1024)
     assert verify_layout(preset(name), layout, sequence=True) == layout.tensor * layout.pipeline
 
 
 def test_parts_take_no_memory() -> None:
-    """Seventy billion weights allocated to check a plan."""
+    """Prevents an allocation of 70 billion weights to check a plan."""
     with world_of_one():
         part = build_part(preset("70b"), Layout(tensor=8, pipeline=4), Coordinates(1, 0, 0, 3), sequence=True)
     assert all(parameter.is_meta for parameter in part.parameters())
@@ -82,7 +82,7 @@ def tiles() -> tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]]:
 def test_a_wrong_part_is_found(
     tiles: tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]], fault: str, message: str
 ) -> None:
-    """A check that passes with any parts."""
+    """Prevents a check that passes with any parts."""
     expected, found = tiles
     check_tiling(expected, found)
     name = "blocks.3.mlp.down.weight"
@@ -104,14 +104,14 @@ def test_a_wrong_part_is_found(
     ([range(0, 5), range(4, 9)], "elements 5 to 4 are duplicated before ZeRO partition 1"),
 ])  # fmt: skip
 def test_a_wrong_partition_is_found(ranges: list[range], message: str) -> None:
-    """The same for ZeRO's partitions over replicas."""
+    """Prevents a check that passes with any ZeRO partitions over replicas."""
     check_cover("norm.weight", 9, [range(0, 5), range(5, 9)])
     with pytest.raises(PlanningError, match=rf"norm.weight: {message}"):
         check_cover("norm.weight", 9, ranges)
 
 
 def test_a_wrong_flat_partition_is_found() -> None:
-    """The same for ZeRO-1 and 2's partitions of a flattened group: an element that no replica or two replicas update."""
+    """Prevents a check that passes with elements of a flattened group that no replica or two replicas update."""
     names, sizes = ["a", "b", "c"], [5, 9, 3]
     held = flat_partitions(sizes, 3)
     check_flat(names, sizes, held)
@@ -122,7 +122,7 @@ def test_a_wrong_flat_partition_is_found() -> None:
 
 
 def test_a_copy_of_other_rows_is_found() -> None:
-    """A last stage whose copy of the embedding has other rows than the first stage's."""
+    """Prevents a last stage whose copy of the embedding has other rows than the first stage's."""
     config, layout = preset("recyclegpt_1.3b"), Layout(tensor=2, pipeline=2)
     with world_of_one():
         first, other, last = (

@@ -36,7 +36,7 @@ def test_robust_score_by_hand() -> None:
 
 @given(st.lists(st.floats(0.5, 20), min_size=16, max_size=64), st.floats(0.1, 10), st.floats(0.5, 100))
 def test_robust_score_is_scale_invariant(recent: list[float], scale: float, value: float) -> None:
-    """Prevents a threshold that means something else for a loss of 3 than for a loss of 300."""
+    """Prevents a threshold that has another meaning for a loss of 3 than for a loss of 300."""
     plain = robust_score(value, recent, 0.01)
     assert robust_score(value * scale, [one * scale for one in recent], 0.01 * scale) == pytest.approx(
         plain, rel=1e-6, abs=1e-6
@@ -64,7 +64,7 @@ def test_spike_detection_is_opt_in_and_needs_a_history() -> None:
 
 
 def test_a_step_that_was_never_judged_is_bad() -> None:
-    """Prevents a step from counting as good if DeepSpeed returns before its norm is known."""
+    """Prevents a step from being accepted if DeepSpeed returns before its norm is known."""
     steps = BadSteps(config(training__nonfinite="skip"))
     assert judge(steps, 3.0, 1.0) == APPLY
     steps.begin(3.0)

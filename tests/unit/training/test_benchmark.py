@@ -61,7 +61,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_zero_3_weights_are_counted(tmp_path: Path) -> None:
-    """Prevents counting no weights and half the state, since ZeRO-3 leaves parameters of over 1e5 elements empty."""
+    """Prevents missing weights and state in the figures: ZeRO-3 leaves parameters of over 1e5 elements empty."""
     path = tmp_path / "bench.json"
     wide = ["model.hidden=256", "model.ffn=512", "deepspeed=ds_configs/deepspeed/zero3.json"]
     done = bench("--config", "ds_configs/runs/bench_20m.yaml", *SMALL, *wide, "--steps", "1", "--json", str(path))

@@ -24,7 +24,7 @@ def training() -> TrainingConfig:
 
 
 def test_norms_and_biases_do_not_decay(model: RecycleGPT) -> None:
-    """Prevents decay on norms or biases, none on a matrix, and a parameter in two groups or in none."""
+    """Prevents decay of norms or biases, a matrix without decay, and a parameter in two groups or in none."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, 0.1)
     seen = [names[id(parameter)] for group in groups for parameter in group["params"]]
@@ -53,7 +53,7 @@ def test_clipping_factor_acts_on_its_group_alone(model: RecycleGPT, training: Tr
 
 
 def test_a_held_step_changes_nothing(model: RecycleGPT, training: TrainingConfig) -> None:
-    """Prevents DeepSpeed's call of step() during construction from decaying the initial weights and counting as a step."""
+    """Prevents DeepSpeed's call of step() at construction from decaying the initial weights and counting as a step."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = AdamW(parameter_groups(model, 0.5), training)
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The story of a run over its restarts, those included that left no word."""
+"""The record of a run over its restarts, including those after a kill, which could not write their end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def log_of(run_dir: Path, **job: Any) -> SessionLog:
 
 
 def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that were made twice, and the time they cost, that no summary shows because nobody was left to write it."""
+    """Prevents a summary without the repeated steps and the lost time of a session that was killed."""
     at(monkeypatch, 1000.0)
     first = log_of(tmp_path, name="7")
     first.begin(0)
@@ -40,7 +40,7 @@ def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.M
     first.saved(0.5)
     first.event("straggler")
     write_metrics(tmp_path, {step: 1000.0 + step for step in range(1, 9)})
-    # killed at step 8; the checkpoint is that of step 5; the next start makes step 6 in the second that ends at 1100
+    # killed at step 8; the checkpoint is that of step 5; the next start runs step 6 from second 1099 to 1100
     at(monkeypatch, 1090.0)
     second = log_of(tmp_path, name="7", restarts=1)
     second.begin(5)
@@ -52,7 +52,7 @@ def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.M
     assert (tree["restarts"], tree["killed"], tree["steps_repeated"], tree["steps_run"]) == (1, 1, 3, 8 + 15)
     lost = (1008 - 1005) + (1100 - 1 - 1090)
     assert tree["lost_seconds"] == pytest.approx(lost), (
-        "steps 6 to 8 of the first session, and the second one's start-up"
+        "steps 6 to 8 of the first session, and the start-up of the second"
     )
     assert tree["idle_seconds"] == pytest.approx(1090 - 1008), "nothing ran between the two"
     assert (tree["checkpoints"], tree["saving_seconds"], tree["anomalies"]) == (1, 0.5, {"straggler": 1})
@@ -60,7 +60,7 @@ def test_a_killed_session_is_reconstructed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_new_run_has_lost_nothing(tmp_path: Path) -> None:
-    """Start-up counted as time lost to restarts where there was none."""
+    """Prevents the start-up of a run without restarts from counting as time lost to restarts."""
     log = log_of(tmp_path)
     log.begin(0)
     log.stepped(1, 0.1)
@@ -70,7 +70,7 @@ def test_a_new_run_has_lost_nothing(tmp_path: Path) -> None:
 
 
 def test_hours_in_the_queue_are_not_lost_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A night in the queue reported as a night of lost work."""
+    """Prevents a night in the queue from being reported as a night of lost work."""
     at(monkeypatch, 1000.0)
     first = log_of(tmp_path)
     first.begin(0)
@@ -90,8 +90,8 @@ def test_hours_in_the_queue_are_not_lost_time(tmp_path: Path, monkeypatch: pytes
     assert text is not None and "restarts 1 (0 after a kill), 9 s of repeated work and start-up, 48998 s idle" in text
 
 
-def test_a_refused_start_is_no_restart(tmp_path: Path) -> None:
-    """A start that a wrong setting ended, or that had nothing to do, counted as a restart and summed up as the run's end."""
+def test_a_refused_start_is_not_a_restart(tmp_path: Path) -> None:
+    """Prevents a start that was refused, or that ran no step, from counting as a restart or as the end of the run."""
     log = log_of(tmp_path)
     log.begin(0)
     assert log.end("model.layers was 2 and is 3", 0, refused=True) is None
@@ -101,7 +101,7 @@ def test_a_refused_start_is_no_restart(tmp_path: Path) -> None:
     log.stepped(1, 0.1)
     log.end("finished", 1, refused=True)
     before = (tmp_path / "summary.json").read_text()
-    assert json.loads(before)["state"] == "finished", "it ran a step: refused or not, that is a session"
+    assert json.loads(before)["state"] == "finished", "it ran a step, so it is a session although it was refused"
     again = log_of(tmp_path)
     again.begin(1)
     assert again.end("finished", 1, refused=True) is None
@@ -110,13 +110,13 @@ def test_a_refused_start_is_no_restart(tmp_path: Path) -> None:
     bad.begin(1)
     bad.event("nonfinite")
     text = bad.end("step 2: loss nan: not finite; no weight was changed", 1, refused=True)
-    assert text is not None, "a bad step was met: that is no refusal"
+    assert text is not None, "a bad step occurred, so the start is not a refused one"
     head, *_, error = text.splitlines()
     assert head == f"summary of {tmp_path}: failed at step 1 of 20" and error.startswith("  error: step 2: loss nan")
 
 
-def test_a_kill_after_the_last_step_does_not_outlive_the_next_start(tmp_path: Path) -> None:
-    """A finished run that is reported as killed for ever, since its next start has nothing to do."""
+def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    """Prevents a finished run from being reported as killed forever because its next start has nothing to do."""
     first = log_of(tmp_path)
     first.begin(0)
     first.stepped(20, 1.0)
@@ -129,7 +129,7 @@ def test_a_kill_after_the_last_step_does_not_outlive_the_next_start(tmp_path: Pa
 
 
 def test_a_kill_between_two_logged_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session whose end is taken from a step that the session before it had logged: hours of idle time that never were."""
+    """Prevents hours of false idle time if the end of a session is the last step that the previous session logged."""
     at(monkeypatch, 1000.0)
     first = log_of(tmp_path)
     first.begin(0)
@@ -149,12 +149,12 @@ def test_a_kill_between_two_logged_steps(tmp_path: Path, monkeypatch: pytest.Mon
     assert [one["ended"] for one in sessions_of] == ["time limit", "killed", "finished"]
     assert sessions_of[1]["until"] == 4990.0 and sessions_of[2]["idle_seconds"] == 5090.0 - 4990.0
     assert sessions_of[2]["lost_seconds"] == pytest.approx(5100 - 1 - 5090), (
-        "its own start-up, and no hours of the queue"
+        "its own start-up, without the hours in the queue"
     )
 
 
 def test_a_summary_of_the_first_release_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback for a run that was trained with an earlier release."""
+    """Prevents a traceback for a run that was trained with an earlier release."""
     log = log_of(tmp_path)
     log.begin(0)
     log.stepped(1, 0.1)
@@ -167,15 +167,15 @@ def test_a_summary_of_the_first_release_is_shown(tmp_path: Path, capsys: pytest.
     assert "1 steps run, 0 repeated" in capsys.readouterr().out
 
 
-def test_a_damaged_summary_is_no_reason_to_lose_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that cannot begin because its summary was cut off."""
+def test_a_damaged_summary_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents a run from failing to start because its summary is truncated."""
     (tmp_path / "summary.json").write_text('{"sess')
     log_of(tmp_path).begin(0)
     assert "starting a new summary" in capsys.readouterr().out
 
 
 def test_bad_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A sweep of which one run failed, told as if all were well; a run that never began left out."""
+    """Prevents a sweep with a failed run from being reported as finished, and an omitted run that never started."""
     good, bad, absent = tmp_path / "good", tmp_path / "bad", tmp_path / "absent"
     for folder in (good, bad, absent):
         folder.mkdir()
@@ -198,14 +198,14 @@ def test_bad_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_slowest_rank() -> None:
-    """A slow rank that raises the median it is measured by, or a single rank called slow."""
+    """Prevents a slow rank from raising the median that it is compared with, and a single rank from being slow."""
     assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0, 3.0)
     assert slowest([1.0, 4.0]) == (1, 4.0, 4.0)
     assert slowest([2.0]) == (0, 2.0, 1.0)
 
 
 def test_a_stage_with_more_work_is_not_a_slow_rank() -> None:
-    """The last stage of every pipeline, which has the head and the module, called slow at every step."""
+    """Prevents the last stage of every pipeline, which has the head and the module, from being reported as slow."""
     assert slowest([1.0, 1.0, 5.0, 5.0], stages=2)[2] == 1.0
     assert slowest([1.0, 2.0, 5.0, 5.0], stages=2) == (1, 2.0, 2.0)
     assert slowest([1.0, 5.0], stages=2) == (1, 5.0, 1.0)

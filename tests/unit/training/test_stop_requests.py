@@ -1,4 +1,4 @@
-"""Requests to stop, and which of several reasons wins."""
+"""Requests to stop, and the priority of their reasons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_reason_is_noticed(tmp_path: Path) -> None:
     with StopRequest() as stop:
         for name in ("SIGUSR1", "SIGTERM", "SIGTERM"):
             os.kill(os.getpid(), signal.Signals[name])
-        assert stop.poll(0) == "SIGUSR1", "the first signal wins"
+        assert stop.poll(0) == "SIGUSR1", "the first signal has priority"
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
@@ -44,4 +44,4 @@ def test_taken_over_has_priority() -> None:
     with StopRequest(taken_by=lambda: holders[-1]) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.poll(0), stop.taker) == (TAKEN_OVER, holders[-1])
-    assert REASONS[-1] == TAKEN_OVER, "among ranks the last reason wins"
+    assert REASONS[-1] == TAKEN_OVER, "among the ranks' reasons, the last one has priority"

@@ -55,8 +55,8 @@ def test_a_slow_run_is_not_a_hang(tmp_path: Path) -> None:
     assert not (tmp_path / "hangs").exists()
 
 
-def test_the_culprit_is_the_rank_behind() -> None:
-    """Prevents naming the rank that waits instead of the one it waits for."""
+def test_the_rank_behind_the_others_is_named() -> None:
+    """Prevents a report that names the rank that waits instead of the rank that it waits for."""
     ahead = ((5, 3, True), "rank 0 on a: no progress for 9 s in step 5, compute, waiting in a collective")
     stuck = ((5, 1, False), "rank 1 on b: no progress for 9 s in step 5, data, not in a collective")
     assert describe_hang({0: ahead, 1: stuck, 2: ahead}, 3) == f"hang: ranks behind the others: {stuck[1]}"
