@@ -103,7 +103,9 @@ def test_errors_name_path_values_and_neighbour(override: str, expected: list[str
 
 def test_only_the_inner_error_is_reported() -> None:
     """Prevents reporting a list as too short when one of its elements has a wrong key."""
-    assert "at least 1 item" not in error_of("data.train.0.wieght=3")
+    error = error_of("data.train.0.wieght=3")
+    assert "did you mean" in error and "weight" in error.split("did you mean")[1]
+    assert "at least 1 item" not in error
 
 
 def test_saved_config_loads_equal(tmp_path: Path) -> None:
