@@ -186,12 +186,12 @@ def _train(
 
     inputs = on_all_ranks(lambda: _open(config, mesh), mesh, device)
     config = inputs.config
-    if mesh.is_first:
-        for warning in _ignored(config):
-            print(f"warning: {warning}", flush=True)
     taken_by: Callable[[], str | None] = lock.taken_by if lock is not None else lambda: None
     with stop_request(config, mesh, job, taken_by) as stop:
         found = resume.checkpoint_to_resume(config, inputs.identity, mesh, device)
+        if mesh.is_first:
+            for warning in _warnings(config, resumed=found is not None):
+                print(f"warning: {warning}", flush=True)
         engine = build_engine(config, dict(deepspeed_config), mesh, device, initial=found is None)
         state, source = resume.begin(config, found, engine, device)
         open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by, started)
@@ -222,14 +222,19 @@ def _train(
         return ended
 
 
-def _ignored(config: RunConfig) -> list[str]:
-    """Settings that have no effect, one line each."""
+def _warnings(config: RunConfig, *, resumed: bool) -> list[str]:
+    """Settings that have no effect or are probably a mistake, one line each."""
     training, parallel = config.training, config.parallel
     found = []
     if training.warmup_steps > training.steps:
         found.append(f"training.warmup_steps ({training.warmup_steps}) is reduced to training.steps ({training.steps})")
     if parallel.sequence and parallel.tensor == 1:
         found.append("parallel.sequence=true does nothing at parallel.tensor=1")
+    if config.recycle.gradient == "frozen_backbone" and config.init_from is None and not resumed:
+        found.append(
+            "recycle.gradient=frozen_backbone without init_from: the module is trained on a backbone of random weights that "
+            "stays as it is; name the folder of a trained model, init_from=FOLDER"
+        )
     return found
 
 
