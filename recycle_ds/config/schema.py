@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from recycle_ds.config.fault_section import FaultConfig, Policy
 from recycle_ds.config.model_sections import ModelConfig, RecycleConfig
-from recycle_ds.config.section import Fraction, NonNegative, Positive, Section
+from recycle_ds.config.section import Fraction, NonNegative, Positive, Section, Text
 
 
 class ParallelConfig(Section):
@@ -124,7 +124,7 @@ class TrainingConfig(Section):
 class TokenSource(Section):
     """One tokenised corpus: the prefix of a .bin/.idx pair."""
 
-    path: str
+    path: Text
     """Prefix of the pair, without the suffix."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Fraction of samples drawn from it, relative to the other sources."""
@@ -133,9 +133,9 @@ class TokenSource(Section):
 class PrepareConfig(Section):
     """How pretrain creates missing token files. One rank creates them, the others wait."""
 
-    source: str
+    source: Text
     """`shipped` (the corpus in the package), a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."""
-    output: str
+    output: Text
     """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
     tokenizer_vocab: Positive | None = None
     """Vocabulary size of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
@@ -152,7 +152,7 @@ class DataConfig(Section):
     """Weighted blend of token files."""
     validation: tuple[TokenSource, ...] = ()
     """Token files of the evaluations."""
-    tokenizer: str
+    tokenizer: Text
     """tokenizer.json, or a folder that contains one."""
     prepare: PrepareConfig | None = None
     """How to create missing token files; without it missing files are an error."""
@@ -161,11 +161,11 @@ class DataConfig(Section):
 class RunConfig(Section):
     """The configuration of a run. `recycle_ds.pretrain --config FILE section.key=value` reads this."""
 
-    run_dir: str
+    run_dir: Text
     """Folder for everything that the run writes: metrics, checkpoints, the resolved configuration."""
-    deepspeed: str
+    deepspeed: Text
     """DeepSpeed's JSON file; the values that this configuration sets are "auto" in it."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """Run folder or checkpoint to load the initial weights from. If it has no recycle module, one is initialised."""
     data: DataConfig
     """Data."""

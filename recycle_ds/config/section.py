@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def no_bool(value: object) -> object:
@@ -14,6 +14,15 @@ def no_bool(value: object) -> object:
     return value
 
 
+def not_empty(value: str) -> str:
+    """Rejects the empty path, which Python's pathlib would take for the current folder."""
+    if not value.strip():
+        raise ValueError(f"{value!r} is empty: give a path or a name")
+    return value
+
+
+Text = Annotated[str, AfterValidator(not_empty)]
+"""A path or a name."""
 Positive = Annotated[int, BeforeValidator(no_bool), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
