@@ -17,7 +17,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."),
+        typer.Argument(
+            help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset, OWNER/NAME."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for train.* and validation.*, created if missing.")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],

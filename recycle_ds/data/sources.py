@@ -28,7 +28,8 @@ _COMPRESSED = (".gz", ".xz")
 _COMPRESSED_SUFFIXES = tuple(kind + compression for kind in (*_TEXT, ".jsonl") for compression in _COMPRESSED)
 _READABLE = f"{', '.join(_KINDS)}, all but the last also as .gz or .xz"
 _PARQUET_ROWS = 256  # rows per batch: bounds memory for documents of usual length
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+_HUB_SECONDS = 10  # wait for the hub's first answer
 
 
 def read_documents(
@@ -43,7 +44,7 @@ def read_documents(
 
     Args:
         source: `shipped`; a .txt or .md file (one document); a .jsonl or .parquet file (one per row); a folder of them,
-            read recursively in sorted order; or a Hugging Face dataset, `name` or `name:configuration`.
+            read recursively in sorted order; or a Hugging Face dataset, `owner/name` or `owner/name:configuration`.
         text_column: column that contains the text.
         streaming: read a Hugging Face dataset while it downloads, without keeping it.
         split: split of a Hugging Face dataset.
@@ -57,7 +58,8 @@ def read_documents(
         documents = _read_local(path, text_column, progress)
     elif _looks_local(source):
         raise DataError(
-            f"no such file: {source}; give a file ({_READABLE}), a folder, a dataset's name, or '{SHIPPED}'"
+            f"no local file or folder {source}; give a file ({_READABLE}), a folder, '{SHIPPED}', or a Hugging Face dataset as "
+            "OWNER/NAME"
         )
     else:
         documents = _read_hub(source, text_column, split, streaming, progress)
@@ -170,6 +172,7 @@ def _read_hub(source: str, text_column: str, split: str, streaming: bool, progre
 
     name, _, configuration = source.partition(":")
     try:
+        _use_cache_if_unreachable(name)
         dataset = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
         yield from rows_of(dataset, source, text_column, progress)
     except DataError:
@@ -177,9 +180,23 @@ def _read_hub(source: str, text_column: str, split: str, streaming: bool, progre
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"cannot load {source!r}, split {split!r}, which is not a local file, as a Hugging Face dataset: {reason}; without "
-            "access to a hub, download it elsewhere as parquet or jsonl files and give their folder"
+            f"no local file or folder {source}, and it cannot be loaded as a Hugging Face dataset, split {split!r}: {reason}; "
+            "without access to a hub, download it elsewhere as parquet or jsonl files and give their folder"
         ) from error
+
+
+def _use_cache_if_unreachable(name: str) -> None:
+    """Asks the hub once; if it does not answer, only cached datasets are used, instead of half a minute of retries."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:  # an answer, which load_dataset explains
+        return
+    except Exception:  # the errors of whichever HTTP client the library uses
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def rows_of(

@@ -18,7 +18,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def train_tokenizer(
     source: Annotated[
         str,
-        typer.Argument(help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset."),
+        typer.Argument(
+            help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset, OWNER/NAME."
+        ),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder for tokenizer.json and tokenizer_config.json, created if missing.")

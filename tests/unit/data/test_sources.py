@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -128,15 +130,34 @@ def test_a_damaged_archive(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/such/folder/file", "no such file: no/such/folder/file"),
-        ("./missing", "no such file"),
-        ("missing.jsonl.gz", "no such file"),
-        ("nobody/nothing:english", "cannot load 'nobody/nothing:english', split 'train', which is not a local file"),
+        ("no/such/folder/file", "no local file or folder no/such/folder/file; give"),
+        ("./missing", "no local file or folder ./missing; give"),
+        ("missing.jsonl.gz", "no local file or folder missing.jsonl.gz; give"),
+        ("my_texts", "no local file or folder my_texts; give"),
     ],
 )
 def test_sources_that_do_not_exist(source: str, message: str) -> None:
     """Prevents a mistyped path from being searched on the hub, and a mistyped name from causing a traceback."""
     assert message in error_of(source)
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a mistyped folder that looks like OWNER/NAME from being retried on the hub for half a minute."""
+    asked = []
+
+    def unreachable(*_: object, **options: object) -> None:
+        asked.append(options["timeout"])
+        raise TimeoutError
+
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    started = time.monotonic()
+    message = error_of("nobody/nothing:english")
+    assert message.startswith(
+        "no local file or folder nobody/nothing:english, and it cannot be loaded as a Hugging Face"
+    )
+    assert asked == [10] and time.monotonic() - started < 5
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
