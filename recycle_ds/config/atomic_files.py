@@ -19,6 +19,9 @@ def write_atomically(path: Path, content: str) -> None:
     try:
         temporary.write_text(content, encoding="utf-8")
         publish(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write has no name, and the temporary one means nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,8 +1,9 @@
-"""How every command ends: a user error is one line on stderr and exit code 2, without a traceback."""
+"""How every command ends: a user error or a full disk is one line on stderr and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import typer
 
 USER_ERROR, INTERRUPTED = 2, 130
+# A disk that is full, broken or read-only. Any other OSError that no one handles is a fault of this program.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @contextmanager
@@ -35,6 +38,14 @@ def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | N
         _tell_torchrun(str(error))
         if print_error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        # not through on_error: a batch job may find space at its next start
+        message = f"{error.filename or 'the output or a file'}: {error.strerror}; free space there, or name another place"
+        _tell_torchrun(message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -55,6 +66,7 @@ def run_command(
     with user_errors(print_error=print_error, on_error=on_error):
         try:
             code = application(args=argv, standalone_mode=False)
+            _flush_output()
         except usage_error as error:
             message = " ".join(str(cast(Any, error).format_message()).split())
             if on_error is not None:
@@ -66,6 +78,17 @@ def run_command(
         except typer.Abort:
             sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _flush_output() -> None:
+    """Writes what is left of the output: its error is reported like any other, not by the interpreter after its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again
+        if error.errno == errno.EPIPE:  # `| head`
+            sys.exit(1)
+        raise
 
 
 def _tell_torchrun(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.config.atomic_files import publish_together, temporary_name
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.interruptible import call_interruptibly
 
@@ -152,12 +153,30 @@ class Tokenizer:
         return dict(self._config)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (unchanged, so the fingerprint stays the same) and tokenizer_config.json, each atomically."""
+        """Write tokenizer.json (unchanged, so the fingerprint stays the same) and tokenizer_config.json, both or neither.
+
+        Raises:
+            DataError: they cannot be written.
+        """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         config = {"eos_token": self._tokenizer.id_to_token(self.eos_id), **self._config}
-        write_atomically(target / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(target / "tokenizer.json", self._json)
+        contents = {
+            target / "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            target / "tokenizer.json": self._json,
+        }
+        temporary = {path: temporary_name(path) for path in contents}
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for path, text in contents.items():
+                temporary[path].write_text(text, encoding="utf-8")
+            publish_together([(file, path) for path, file in temporary.items()])
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"cannot write to {target}: {reason}; free space there, or name another folder") from error
+        finally:
+            for file in temporary.values():
+                with contextlib.suppress(OSError):  # no folder, or a broken disk
+                    file.unlink(missing_ok=True)
 
     def _special(self, key: str, known: Sequence[str]) -> int | None:
         """Id of the token named in the configuration, else of the first well-known one; None if there is neither."""

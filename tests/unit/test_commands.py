@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from recycle_ds.cli import COMMANDS
+from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.config.shipped import RUNS, find_config, names
 from tests.runs import ROOT
 
@@ -121,6 +123,41 @@ tokenizer_command.main(["shipped", "--output", sys.argv[1], "--vocab-size", "300
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_output_to_a_full_disk_is_one_line(size: int) -> None:
+    """Prevents a traceback, or an error of the interpreter after its end, if the output cannot be written."""
+    code = f"""
+import typer
+from recycle_ds.config.command import run_command
+application = typer.Typer()
+@application.command()
+def command() -> None:
+    print("x" * {size})
+run_command(application, [])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: the output or a file: No space left on device; free space there, or name another place"
+    ]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an error that names no file, or a temporary one."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / 'a.json'}'")):
+        write_atomically(tmp_path / "a.json", "text")
 
 
 def test_shipped_configurations_are_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,12 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+        except OSError as error:  # a log must not end the run
+            print(f"warning: {self._path}: the last lines could not be written: {error}", flush=True)
 
     def _mirror(self, record: dict[str, Any]) -> None:
         for key, value in record.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -191,3 +193,20 @@ def test_files_that_are_not_a_tokenizer(
     with pytest.raises(DataError, match=message) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a traceback and a lone tokenizer_config.json if the disk is full."""
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        if path.name.endswith("-tokenizer.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"cannot write to .*new: No space left on device; free space there"):
+        tokenizer.save(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from recycle_ds.training.reporting.metrics_log import MetricsLog
 
 
@@ -44,3 +46,15 @@ def test_tensorboard_gets_every_depth(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "recycle_loss/1", "recycle_loss/2"}
     assert [(event.step, event.value) for event in events.Scalars("recycle_loss/2")] == [(3, 4.0)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents a finished run that ends in a traceback because the last lines of its log cannot be written."""
+    log = MetricsLog(tmp_path, tensorboard=False, resumed_step=0)
+    log._file.close()
+    log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    log.write({"step": 1})
+    log.close()
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == 2 and all("metrics.jsonl" in line and "No space left" in line for line in warnings)
