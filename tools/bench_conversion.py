@@ -19,6 +19,12 @@ def bench_conversion(
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ) -> None:
     """Convert to portable, Hugging Face, Megatron (two stages) and back, and print each conversion's peak memory."""
+    from recycle_ds.checkpoint.conversion.options import Conversion
+    from recycle_ds.checkpoint.portable.folders import check_folder
+
+    # checks that do not import torch, which takes seconds, come first
+    Conversion("hf", shard_gib=shard_gib).check()
+    check_folder(model)
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from recycle_ds.checkpoint.conversion.options import Conversion
 from recycle_ds.checkpoint.files.new_folder import check_target
 from recycle_ds.checkpoint.portable.folders import check_folder
 from recycle_ds.config.command import run_command
@@ -13,8 +14,6 @@ from recycle_ds.config.console import output_console
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from recycle_ds.checkpoint.conversion.convert import Conversion
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,14 +59,14 @@ def convert_checkpoint(
     ] = None,
 ) -> None:
     """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
-    check_folder(source)  # checks that do not import torch, which takes seconds, come first
+    # checks that do not import torch, which takes seconds, come first
+    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, recycle_layers, recycle_depth, seed)
+    conversion.check()
+    check_folder(source)
     check_target(target)
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from recycle_ds.checkpoint.conversion.convert import Conversion
-
-    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, recycle_layers, recycle_depth, seed)
     run(source, target, conversion)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from recycle_ds.checkpoint.conversion.fresh_module import FreshModule
+from recycle_ds.checkpoint.conversion.options import DTYPES, Conversion
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.new_folder import check_target, new_folder
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
@@ -20,64 +19,7 @@ from recycle_ds.checkpoint.sources import Source
 from recycle_ds.checkpoint.tensor_equality import canonical_nan, same_bits
 from recycle_ds.config import RecycleConfig, TrainingConfig
 
-TARGETS = ("hf", "portable", "megatron")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The options of a conversion."""
-
-    target: str
-    dtype: str | None = None
-    """None keeps the source's dtype."""
-    shard_gib: float = 1.0
-    tensor: int = 1
-    """megatron: tensor-parallel ranks to shard for."""
-    pipeline: int = 1
-    """megatron: pipeline stages to shard for."""
-    verify: bool = True
-    """Read the result back and compare every tensor bit for bit."""
-    config: str | None = None
-    """Configuration file for a source without one of its own."""
-    recycle_layers: int = 0
-    """Blocks of a newly initialised recycle module to add to a source without one; 0 adds none."""
-    recycle_depth: int | None = None
-    """Unrolled steps of the new module in training; None is 1."""
-    seed: int | None = None
-    """Seed of the new module's weights, as training.seed of a run. None is the default of training.seed."""
-
-    @property
-    def shard_bytes(self) -> int:
-        """Maximum file size in bytes."""
-        return int(self.shard_gib * _GIB)
-
-    def check(self) -> None:
-        """Raises CheckpointError for invalid options."""
-        if self.target not in TARGETS:
-            raise CheckpointError(f"--to {self.target}: must be one of {', '.join(TARGETS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise CheckpointError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
-        if not (self.shard_gib > 0 and math.isfinite(self.shard_gib * _GIB)):
-            raise CheckpointError(f"--shard-gib {self.shard_gib}: must be above 0, and finite")
-        if min(self.tensor, self.pipeline) < 1:
-            raise CheckpointError(f"--tp {self.tensor} --pp {self.pipeline}: must be at least 1")
-        if self.target != "megatron" and self.tensor * self.pipeline > 1:
-            raise CheckpointError(
-                f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the other formats load at any"
-            )
-        for option, value, least in (
-            ("--recycle-layers", self.recycle_layers, 0),
-            ("--recycle-depth", self.recycle_depth, 1),
-            ("--seed", self.seed, 0),
-        ):
-            if value is None:
-                continue
-            if value < least:
-                raise CheckpointError(f"{option} {value}: must be at least {least}")
-            if not self.recycle_layers and option != "--recycle-layers":
-                raise CheckpointError(f"{option} {value}: only with --recycle-layers N, which adds a module")
+_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 
 def convert(
@@ -118,7 +60,7 @@ def _open(path: str, conversion: Conversion) -> Source:
 
 
 def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[[str], None]) -> None:
-    dtype = None if conversion.dtype is None else DTYPES[conversion.dtype]
+    dtype = None if conversion.dtype is None else _DTYPES[conversion.dtype]
     if conversion.target == "portable":
         write_portable(source, folder, dtype, conversion.shard_bytes, step)
     elif conversion.target == "megatron":
@@ -136,7 +78,7 @@ def _verify(source: Source, result: Source, conversion: Conversion, step: Callab
     for name in source.shapes:
         wanted, found = source.read(name), result.read(name)
         if conversion.dtype is not None:
-            wanted, found = canonical_nan(wanted.to(DTYPES[conversion.dtype])), canonical_nan(found)
+            wanted, found = canonical_nan(wanted.to(_DTYPES[conversion.dtype])), canonical_nan(found)
         if not same_bits(wanted, found):
             raise CheckpointError(
                 f"{source.folder}: {name} in the result differs from the source: nothing is left at the target"

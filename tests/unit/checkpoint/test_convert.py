@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.conversion.convert import TARGETS, Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.options import TARGETS
 from recycle_ds.checkpoint.conversion.smollm2 import GGUF, fetch
 from recycle_ds.checkpoint.files.new_folder import new_folder
 from recycle_ds.checkpoint.portable.manifest import MANIFEST, read_manifest, write_manifest

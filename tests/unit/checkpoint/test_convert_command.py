@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recycle_ds.checkpoint.conversion.comparison import compare
-from recycle_ds.checkpoint.conversion.convert import TARGETS
+from recycle_ds.checkpoint.conversion.options import TARGETS
 from recycle_ds.checkpoint.recognition import open_source
 from tests.unit.checkpoint.conversion_cases import full_disk, model_folder, one_line_error, run_tool, start_tool
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recycle_ds.checkpoint import CheckpointError
-from recycle_ds.checkpoint.conversion.convert import TARGETS, Conversion, convert
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.options import TARGETS
 from recycle_ds.checkpoint.loading import load_weights
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source

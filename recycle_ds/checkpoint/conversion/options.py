@@ -1,0 +1,67 @@
+"""Options of a conversion. Does not import torch, so that a wrong one is reported at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from recycle_ds.checkpoint.errors import CheckpointError
+
+TARGETS = ("hf", "portable", "megatron")
+DTYPES = ("fp32", "bf16", "fp16")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The options of a conversion."""
+
+    target: str
+    dtype: str | None = None
+    """None keeps the source's dtype."""
+    shard_gib: float = 1.0
+    tensor: int = 1
+    """megatron: tensor-parallel ranks to shard for."""
+    pipeline: int = 1
+    """megatron: pipeline stages to shard for."""
+    verify: bool = True
+    """Read the result back and compare every tensor bit for bit."""
+    config: str | None = None
+    """Configuration file for a source without one of its own."""
+    recycle_layers: int = 0
+    """Blocks of a newly initialised recycle module to add to a source without one; 0 adds none."""
+    recycle_depth: int | None = None
+    """Unrolled steps of the new module in training; None is 1."""
+    seed: int | None = None
+    """Seed of the new module's weights, as training.seed of a run. None is the default of training.seed."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """Maximum file size in bytes."""
+        return int(self.shard_gib * _GIB)
+
+    def check(self) -> None:
+        """Raises CheckpointError for invalid options."""
+        if self.target not in TARGETS:
+            raise CheckpointError(f"--to {self.target}: must be one of {', '.join(TARGETS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise CheckpointError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if not (self.shard_gib > 0 and math.isfinite(self.shard_gib * _GIB)):
+            raise CheckpointError(f"--shard-gib {self.shard_gib}: must be above 0, and finite")
+        if min(self.tensor, self.pipeline) < 1:
+            raise CheckpointError(f"--tp {self.tensor} --pp {self.pipeline}: must be at least 1")
+        if self.target != "megatron" and self.tensor * self.pipeline > 1:
+            raise CheckpointError(
+                f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the other formats load at any"
+            )
+        for option, value, least in (
+            ("--recycle-layers", self.recycle_layers, 0),
+            ("--recycle-depth", self.recycle_depth, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value is None:
+                continue
+            if value < least:
+                raise CheckpointError(f"{option} {value}: must be at least {least}")
+            if not self.recycle_layers and option != "--recycle-layers":
+                raise CheckpointError(f"{option} {value}: only with --recycle-layers N, which adds a module")
