@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 """Version of the sidecar."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-_REMAKE = "recreate it with `recycle-ds prepare`"
+_REMAKE = "recreate it with `recycle-ds prepare`, or delete its folder if data.prepare makes it (the demo's: `make demo-clean`)"
 
 TokenArray = NDArray[np.int64]
 

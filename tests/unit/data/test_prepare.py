@@ -234,10 +234,15 @@ def test_data_that_were_made_with_other_settings(config: DataConfig, change: dic
 def test_missing_data_without_settings_to_prepare_them(
     config: DataConfig, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Prevents an error that does not name the missing file and the command that creates it."""
+    """Prevents an error without the missing file or the command that creates it, or with one that needs this very file."""
     plain = config.model_copy(update={"prepare": None})
     with pytest.raises(DataError, match=r"no such file: .*tokenizer.json; make it with `recycle-ds tokenizer"):
         prepare_if_missing(plain)
+    other = plain.model_copy(update={"tokenizer": str(tmp_path / "nope.json")})
+    with pytest.raises(
+        DataError, match=r"nope.json; make it with `recycle-ds tokenizer .*data.tokenizer=.*/tokenizer.json"
+    ):
+        prepare_if_missing(other)
     tokenizer.save(tmp_path / "data")
     with pytest.raises(DataError, match=r"no such file: .*train.bin; make it with `recycle-ds prepare SOURCE"):
         prepare_if_missing(plain)
