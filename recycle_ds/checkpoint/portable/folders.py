@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -13,6 +15,8 @@ from recycle_ds.config.atomic_files import TEMPORARY
 REPLACED = "replaced-"
 """Name prefix of a checkpoint while another one of the same step takes its place."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+# Where users keep models and runs: no owners of repositories.
+_LOCAL = ("runs", "models", "data", "checkpoints")
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 
@@ -58,13 +62,51 @@ def check_folder(path: str | Path) -> None:
         return
     if Path(path).exists():
         raise CheckpointError(f"{path}: is a file; name its folder")
-    advice = ""
-    if _HUB_ID.match(str(path)):
-        advice = (
-            f"; if this is a Hugging Face repository: models are read from local folders only, so download it first "
-            f"(`hf download {path} --local-dir models/{Path(path).name}`, needs a network) and name that folder"
-        )
-    raise CheckpointError(f"{path}: no such folder{advice}")
+    raise CheckpointError(f"{path}: no such folder{_advice(str(path))}")
+
+
+def _advice(path: str) -> str:
+    """How to get a folder that does not exist; empty unless its name tells."""
+    parts = Path(path).parts
+    if parts and parts[-1] == "smollm2":
+        return f"; `python tools/fetch_smollm2.py {path}` makes it"
+    if not _HUB_ID.match(path) or parts[0] in _LOCAL or Path(parts[0]).is_dir():
+        return ""
+    return (
+        "; if this is a Hugging Face repository: models are read from local folders only, so download it first "
+        f"(`hf download {path} --local-dir models/{parts[-1]}`, needs a network) and name that folder"
+    )
+
+
+def check_run_dir(run_dir: str) -> None:
+    """Raises CheckpointError if a run folder cannot be created or written to. Creates nothing, and does not import torch."""
+    nearest = Path(run_dir).absolute()
+    while True:
+        try:
+            folder = stat.S_ISDIR(nearest.stat().st_mode)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            nearest = nearest.parent
+        except OSError:  # a file server that does not answer may do so when the folder is made
+            return
+    if not folder:
+        raise _unusable(run_dir, f"{nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unusable(run_dir, f"no permission to write to {nearest}")
+
+
+def make_run_dir(run_dir: str) -> Path:
+    """Creates a run folder if it does not exist. Raises CheckpointError."""
+    path = Path(run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(run_dir, error.strerror or str(error)) from error
+    return path
+
+
+def _unusable(run_dir: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"run_dir={run_dir!r}: cannot be created ({reason}); name a folder that you may write to")
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -73,8 +115,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         return folder
-    run_dir = folder.parent if folder.name == "checkpoints" else folder
+    run_dir = run_folder(folder)
     found = completed(run_dir)
     if found:
         return found[0]
+    if (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{path}: this run has not saved a checkpoint yet; continue it, or name another folder")
     raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST}, checkpoints/step-* and config.json)")
+
+
+def run_folder(folder: Path) -> Path:
+    """The run folder of a path that may be its folder of checkpoints."""
+    return folder.parent if folder.name == "checkpoints" else folder
