@@ -43,7 +43,9 @@ def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | N
         if error.errno not in _DISK:
             raise
         # not through on_error: a batch job may find space at its next start
-        message = f"{error.filename or 'the output or a file'}: {error.strerror}; free space there, or name another place"
+        message = (
+            f"{error.filename or 'the output or a file'}: {error.strerror}; free space there, or name another place"
+        )
         _tell_torchrun(message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

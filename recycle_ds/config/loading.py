@@ -194,9 +194,28 @@ def _describe(fault: dict[str, Any]) -> str:
     if kind == "value_error":
         message = str(fault["ctx"]["error"])
         return f"{dotted}: {message}" if dotted else message
-    message = fault["msg"]
-    message = message[:1].lower() + message[1:]
-    return f"{dotted}={value!r}: {message}"
+    shown = "null" if value is None else repr(value)
+    return f"{dotted}={shown}: {_expected(kind, value, fault['msg'], location)}"
+
+
+def _expected(kind: str, value: Any, message: str, location: tuple[Any, ...]) -> str:
+    """What a value must be, in the terms of the YAML file instead of pydantic's."""
+    field = _field_at(location)
+    section = _model_in(field) if field is not None else None
+    if section is not None and kind in ("tuple_type", "too_short"):
+        path = value if isinstance(value, str) and value else "PATH"
+        least = "a list" if kind == "tuple_type" else "a list of at least one entry"
+        return f"must be {least}, such as [{{path: {path}, weight: 1}}]"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        keys = list(section.model_fields) if section is not None else []
+        example = f", such as {keys[0]}: VALUE" if keys else ""
+        return f"must be a section of keys and values{example}"
+    message = message.partition(", unable to")[0].removeprefix("Input should be ").removeprefix("a valid ")
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    for name, word in words.items():
+        if message == name or message.startswith(f"{name},"):
+            return f"must be {word}"
+    return f"must be {message}"
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:
@@ -224,6 +243,21 @@ def _section_of(section: type[BaseModel], part: Any) -> type[BaseModel] | None:
         return section
     field = section.model_fields.get(str(part))
     return _model_in(field.annotation) if field else None
+
+
+def _field_at(location: tuple[Any, ...]) -> Any:
+    """The annotation of the field at a location of the tree, None if there is none."""
+    section: type[BaseModel] | None = RunConfig
+    annotation: Any = None
+    for part in location:
+        if isinstance(part, int):  # an element of a list of sections
+            continue
+        field = section.model_fields.get(str(part)) if section is not None else None
+        if field is None:
+            return None
+        annotation = field.annotation
+        section = _model_in(annotation)
+    return annotation
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -142,8 +142,8 @@ class PrepareConfig(Section):
     """Vocabulary size of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
     text_column: str = "text"
     """Column that contains the document, in jsonl, parquet and datasets."""
-    validation_fraction: Fraction = 0.02
-    """Fraction of documents held out for validation."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Fraction of documents held out for validation; each document is drawn on its own, so the share is approximate."""
 
 
 class DataConfig(Section):

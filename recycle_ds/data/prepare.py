@@ -85,7 +85,8 @@ def prepare(
         source, text_column, streaming, split: as in `sources.read_documents`.
         output: folder, made if missing.
         tokenizer: whose ids are written.
-        validation_fraction: share of documents held out, 0 to 1; above 0, at least one document is on each side.
+        validation_fraction: share of documents held out, from 0 to below 1. Each is drawn on its own, so the share is
+            approximate; above 0, at least one document is on each side.
         workers: processes that tokenise; as many as this process may use cores if not given.
         seed: draws the held-out documents.
         progress: show a bar on standard error, if that is a terminal.
@@ -93,8 +94,7 @@ def prepare(
     Raises:
         DataError: the source cannot be read or split, or the files cannot be written.
     """
-    if not 0 <= validation_fraction <= 1:
-        raise DataError(f"the validation fraction is {validation_fraction}; it must be from 0 to 1")
+    _check_fraction(validation_fraction)
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; at least 1 process has to tokenise")
     recipe = _recipe(text_column, validation_fraction) | {"seed": seed, "split": split}
@@ -122,7 +122,8 @@ def prepare(
 
 
 def check_output(output: Path, validation_fraction: float, *, overwrite: bool) -> None:
-    """Raises DataError if token files that `prepare` would write exist, unless they may be overwritten."""
+    """Raises DataError for a wrong fraction, and for token files that `prepare` would write, unless they may be overwritten."""
+    _check_fraction(validation_fraction)
     names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
     found = [path for name in names for path in pair_paths(output / name) if path.exists()]
     if found and not overwrite:
@@ -169,6 +170,13 @@ def prepare_if_missing(
         workers=workers,
         progress=progress,
     )
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise DataError(
+            f"the validation fraction is {fraction}; it must be from 0 to below 1: documents to train on remain"
+        )
 
 
 def check_data(config: DataConfig) -> list[Path]:

@@ -26,7 +26,9 @@ def prepare(
     text_column: Annotated[
         str, typer.Option(help="Column that holds the text, in jsonl, parquet and datasets.")
     ] = "text",
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out; 0 holds out none.")] = 0.02,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out, below 1, each drawn on its own; 0 holds out none.")
+    ] = 0.02,
     workers: Annotated[
         int | None, typer.Option(help="Tokenising processes; by default one for each usable core.")
     ] = None,

@@ -88,9 +88,9 @@ class Trainer:
         self._bad.restart(state.recent)
         last = min(training.steps, training.stop_at or training.steps)
         if state.step > last:
+            limit = f"training.steps ({last})" if last == training.steps else f"training.stop_at ({last})"
             raise TrainingError(
-                f"the run in {self.config.run_dir} is at step {state.step}, beyond training.steps ({training.steps}) or "
-                f"training.stop_at ({training.stop_at}); raise them, or use another run_dir"
+                f"the run in {self.config.run_dir} is at step {state.step}, beyond {limit}; raise it, or use another run_dir"
             )
         self._reporter.start(state.step)
         profiler = StepProfiler(training.profile, Path(self.config.run_dir), self.engine.mesh.rank)

@@ -74,7 +74,7 @@ def test_an_unusable_run_dir_is_refused_and_a_usable_one_is_not_created(tmp_path
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for name in ("file", "file/run"):
-        with pytest.raises(CheckpointError, match="cannot be created .*file is not a folder"):
+        with pytest.raises(CheckpointError, match=r"cannot be created .*file is not a folder"):
             check_run_dir(str(tmp_path / name))
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_overrides_are_applied_in_order_and_typed() -> None:
         ("training.stps=4", ["training.stps=4", "did you mean training.steps?"]),
         ("data.train.0.wieght=3", ["data.train.0.wieght=3", "did you mean data.train.0.weight?"]),
         ("learning_rate=3", ["did you mean training.learning_rate?"]),
-        ("training.steps=abc", ["training.steps='abc'", "valid integer"]),
+        ("training.steps=abc", ["training.steps='abc'", "must be a whole number"]),
         ("training.steps=2.5", ["training.steps=2.5"]),
         ("training.steps=0", ["training.steps=0", "greater than 0"]),
         ("training.steps=true", ["training.steps", "True is not a number"]),
@@ -91,6 +92,16 @@ def test_overrides_are_applied_in_order_and_typed() -> None:
         ("run_dir=", ["run_dir", "'' is empty", "give a path"]),
         ("init_from=", ["init_from", "'' is empty"]),
         ("data.tokenizer=", ["data.tokenizer", "'' is empty"]),
+        (
+            "data.train=data/mine/train",
+            ["data.train='data/mine/train'", "must be a list, such as [{path: data/mine/train, weight: 1}]"],
+        ),
+        ("data.train=[]", ["data.train=[]", "a list of at least one entry, such as [{path: PATH, weight: 1}]"]),
+        ("data.train=[a]", ["data.train.0='a'", "must be a section of keys and values, such as path: VALUE"]),
+        ("training=3", ["training=3", "must be a section of keys and values, such as steps: VALUE"]),
+        ("training.steps=null", ["training.steps=null", "must be a whole number"]),
+        ("training.tensorboard=maybe", ["training.tensorboard='maybe'", "must be true or false"]),
+        ("data.prepare.validation_fraction=1", ["data.prepare.validation_fraction=1", "must be less than 1"]),
         ("training", ["expected section.key=value"]),
         ("data.train.5.weight=1", ["'5' is not an element of a list of 1"]),
         ("training.steps.x=1", ["'steps' is a value, not a section"]),
@@ -100,6 +111,7 @@ def test_errors_name_path_values_and_neighbour(override: str, expected: list[str
     """Prevents an error without the key, the value, or the nearest valid key."""
     message = error_of(override)
     assert "\n" not in message
+    assert not re.search(r"tuple|dictionary|instance|validation,|None|[Ii]nput should", message), "pydantic's terms"
     for part in expected:
         assert part in message
 

@@ -105,7 +105,8 @@ def test_no_validation(tokenizer: Tokenizer, tmp_path: Path, jsonl: Write) -> No
     [
         (["only one"], {}, "single document, which cannot be split"),
         (["", "  "], {}, "holds only blank documents"),
-        (["a", "b"], {"validation_fraction": 1.5}, "validation fraction is 1.5; it must be from 0 to 1"),
+        (["a", "b"], {"validation_fraction": 1.5}, "validation fraction is 1.5; it must be from 0 to below 1"),
+        (["a", "b"], {"validation_fraction": 1.0}, "validation fraction is 1.0; it must be from 0 to below 1"),
         (["a", "b"], {"workers": 0}, "workers is 0; at least 1"),
         (["a", "b"], {"text_column": "body"}, "no column 'body'"),
     ],
