@@ -71,6 +71,7 @@ def run_command(
             _flush_output()
         except usage_error as error:
             message = " ".join(str(cast(Any, error).format_message()).split())
+            message = message.replace("Input should be", "must be").partition(", unable to parse")[0]
             if on_error is not None:
                 on_error(message)
             _tell_torchrun(message)

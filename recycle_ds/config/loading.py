@@ -69,7 +69,9 @@ def load_config(
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file; shipped ones are {', '.join(names(RUNS))}") from None
+        near = difflib.get_close_matches(Path(path).stem, names(RUNS), n=1)
+        meant = f", did you mean {near[0]}?" if near else ";"
+        raise ConfigError(f"--config {path}: no such file{meant} shipped ones are {', '.join(names(RUNS))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error})") from None
     return parse_config(_read_yaml(text, str(path)), overrides, defaults)

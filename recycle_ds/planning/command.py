@@ -39,7 +39,7 @@ def plan(
     ] = None,
     offload: Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")] = True,
     ulysses: Annotated[bool, typer.Option("--ulysses", help="Consider Ulysses too, for long sequences.")] = False,
-    top: Annotated[int, typer.Option(metavar="N", help="Layouts in the table.")] = 12,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Layouts in the table.")] = 12,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Build the parts of the best layouts (without memory) and check that they tile."),
@@ -48,10 +48,10 @@ def plan(
 ) -> None:
     """Rank the layouts of a run on a cluster. Exit code 1 when none fits."""
     cluster = Cluster(nodes, gpus_per_node, find_gpu(gpu, gpu_memory_gib))
+    run_config = read_run(config, overrides or [])
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()  # before what warns on import
-    run_config = read_run(config, overrides or [])
     sys.exit(run(run_config, cluster, offload=offload, ulysses=ulysses, as_json=as_json, top=top, verify=verify))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, replace
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,11 +32,27 @@ def _shown(plans: list[Plan]) -> list[Plan]:
 
 
 def _best(plans: list[Plan]) -> Table:
-    table = Table(title="Fastest first (estimates; tensor groups are sequence-parallel)")
-    columns = ["TP", "PP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "step s", "tokens/s", "MFU", "idle"]
+    # one space between columns, and headings on two lines: 80 columns are enough for every value
+    table = Table(
+        title="Fastest first (estimates; tensor groups are sequence-parallel)", box=box.SIMPLE_HEAD, padding=0
+    )
+    columns = [
+        "TP",
+        "PP",
+        "DP",
+        "ZeRO",
+        "micro",
+        "recom-\npute",
+        "off-\nload",
+        "GiB",
+        "step s",
+        "tokens/s",
+        "MFU",
+        "idle",
+    ]
     long = any(plan.candidate.layout.ulysses > 1 for plan in plans)
     for name in [*columns[:3], *(["Ulysses"] if long else []), *columns[3:]]:
-        table.add_column(name, justify="left" if name in ("recompute", "offload") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("recom-\npute", "off-\nload") else "right", no_wrap=True)
     for plan in plans:
         candidate, layout = plan.candidate, plan.candidate.layout
         table.add_row(

@@ -65,7 +65,7 @@ WRONG = {
     "file": ("generate", ["--model", "README.md", "--prompt", "a"], "README.md: is a file; name its folder"),
     "prompts": ("generate", ["--model", "nowhere", "--prompts", "a", "--output", "b"], "nowhere: no such folder"),
     "evaluate": ("evaluate", ["--model", "nowhere", "--data", "a"], "nowhere: no such folder"),
-    "config": ("pretrain", ["--config", "demoo"], "--config demoo: no such file; shipped ones are"),
+    "config": ("pretrain", ["--config", "demoo"], "--config demoo: no such file, did you mean demo? shipped ones are"),
     "key": ("pretrain", ["--config", "demo", "training.stps=3"], "did you mean training.steps?"),
     "deepspeed": (
         "pretrain",
@@ -98,6 +98,8 @@ WRONG = {
     "tokens": ("pretrain", ["--config", "7b"], "no such file: data/7b/tokenizer.json; make it with"),
     "target": ("convert", ["ds_configs", "ds_configs", "--to", "hf"], "ds_configs: already exists"),
     "inspect": ("inspect", ["ds_configs", "--diff", "nowhere"], "nowhere: no such folder"),
+    "plan": ("plan", ["--config", "smollm2"], "--config smollm2: no such file, did you mean smollm2_135m?"),
+    "top": ("plan", ["--config", "7b", "--top", "0"], "Invalid value for '--top': must be greater than or equal to 1"),
     "gpu": ("plan", ["--config", "7b", "--gpu", "h1000"], "--gpu h1000: not known"),
 }
 

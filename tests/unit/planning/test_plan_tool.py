@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from recycle_ds.planning import command
 from recycle_ds.planning.errors import PlanningError
 from recycle_ds.planning.hardware import Cluster, find_gpu
+from recycle_ds.planning.memory import GIB
+from recycle_ds.planning.plan import make_plans
+from recycle_ds.planning.report import print_plans
 from tests.runs import ROOT
 
 
@@ -34,6 +39,21 @@ def test_the_tool_as_scripts_call_it() -> None:
     assert wrong.returncode == 2 and wrong.stdout == ""
     errors = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "--gpu h1000: not known" in errors[0] and "Traceback" not in wrong.stderr
+
+
+def test_every_value_is_readable_at_80_columns() -> None:
+    """Prevents headings and values that are cut to "…" on a terminal of the usual width."""
+    config = command.read_run("70b", [])
+    plans = make_plans(config, Cluster(1024, 8, find_gpu("h100")), offload=True, ulysses=True)
+    assert any(plan.candidate.layout.ulysses > 1 for plan in plans.fitting)
+    with io.StringIO() as output:
+        print_plans(plans, Cluster(1024, 8, find_gpu("h100")), Console(file=output, width=80), top=1000)
+        text = output.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for heading in ("TP", "PP", "DP", "Ulysses", "ZeRO", "micro", "GiB", "step s", "tokens/s", "MFU", "idle"):
+        assert heading in text
+    fastest = plans.fitting[0]
+    assert f"{fastest.tokens_per_second:,.0f}" in text and f"{fastest.memory.total / GIB:.1f}" in text
 
 
 def test_wrong_cluster_is_one_line() -> None:
