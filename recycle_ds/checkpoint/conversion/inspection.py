@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config.console import output_console
 
+_WIDTH = 60  # of the table's second column, so that the table fits 80 columns
 PARTS = ("embedding", "blocks", "final_norm", "head", "recycle")
 
 
@@ -72,12 +74,36 @@ def print_description(found: dict[str, Any], *, as_json: bool) -> None:
     }
     for key, value in rows.items():
         if value not in (None, [], {}):
-            table.add_row(key, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+            table.add_row(key.replace("_", " "), _shown(value))
     for part, count in found["parameters_by_part"].items():
         table.add_row(f"  {part}", f"{count:,}")
     for section in ("model", "recycle", "provenance"):
         if found.get(section):
-            table.add_row(
-                section, ", ".join(f"{key}={value}" for key, value in found[section].items() if value is not None)
-            )
+            table.add_row(section, _shown(found[section]))
     output_console().print(table)
+
+
+def _shown(value: Any) -> str:
+    """A value as text for the table: no Python notation, and sections in lines of about `_WIDTH` characters."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, dict):
+        return str(value) if not isinstance(value, list) else "\n".join(map(str, value))
+    settings = [f"{key}={_setting(one)}" for key, one in _flat(value).items() if one is not None]
+    return textwrap.fill(", ".join(settings), _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A section with the keys of inner ones as `outer.inner`."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

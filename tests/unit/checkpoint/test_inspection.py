@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.comparison import compare, print_comparison
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
-from recycle_ds.checkpoint.conversion.inspection import describe
+from recycle_ds.checkpoint.conversion.inspection import describe, print_description
 from recycle_ds.checkpoint.portable.manifest import read_manifest, write_manifest
 from recycle_ds.checkpoint.recognition import open_source
 from tests.unit.checkpoint.conversion_cases import model_folder, one_line_error, run_tool
@@ -167,3 +167,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert "--config FILE" in one_line_error(run_tool("inspect_checkpoint", folder))
     configured = run_tool("inspect_checkpoint", folder, "--config", original / "config.json", "--json")
     assert json.loads(configured.stdout)["layout"]["data"] == 3
+
+
+def test_a_description_is_readable_in_a_pipe(portable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents lines of hundreds of characters, and values in Python's notation."""
+    found = describe(portable) | {
+        "folder": "short",
+        "provenance": {"command": ["recycle-ds", "pretrain"], "git": "0" * 40},
+    }
+    print_description(found, as_json=False)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert not any(text in printed for text in ("{", "[", "'", "True", "None"))
+    assert "command=recycle-ds pretrain" in printed and "tied_embeddings=" in printed and "rope.theta=" in printed
