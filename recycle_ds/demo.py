@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from recycle_ds.config import RecycleError, RunConfig, load_config
-from recycle_ds.config.command import run_command
+from recycle_ds.config.command import INTERRUPTED, run_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
 RANKS = 2
@@ -175,7 +175,12 @@ def write_prompts(config: RunConfig, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv`, or the process's own arguments."""
-    run_command(app, argv)
+    try:
+        run_command(app, argv)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; the next `make demo` continues from the newest checkpoint", file=sys.stderr, flush=True)
+        raise
 
 
 if __name__ == "__main__":

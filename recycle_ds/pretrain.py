@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from recycle_ds.config import (
     load_deepspeed_json,
     resolve_deepspeed,
 )
-from recycle_ds.config.command import run_command
-from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed, errors_of_host
+from recycle_ds.config.command import INTERRUPTED, run_command
+from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed, errors_of_host, is_error_reporter, job_of
 from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
@@ -53,12 +54,15 @@ def pretrain(
 
     with errors_of_host():
         settings = load_config(config, overrides or (), init_from_defaults)
-    run(settings)
+    ended = run(settings)
+    # Ctrl-C: what follows in the user's shell must not take the run for finished; a job's shell reads `outcome` instead. Other
+    # ranks exit with 0, since the launcher may end the first one, which writes the summary, once another has failed.
+    if ended == "SIGINT" and job_of(os.environ).folder is None and is_error_reporter(os.environ):
+        raise typer.Exit(INTERRUPTED)
 
 
 def run(config: RunConfig) -> str:
     """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors."""
-    import os
     import time
 
     from recycle_ds.checkpoint.portable.folders import check_run_dir
@@ -74,7 +78,7 @@ def run(config: RunConfig) -> str:
 
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.agree import on_first_rank
-    from recycle_ds.parallel.job import Job, job_of
+    from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.layout import check_node, layout_of
     from recycle_ds.parallel.mesh import build_mesh
 
@@ -254,10 +258,6 @@ def main(argv: list[str] | None = None) -> None:
     If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then does not
     requeue the job.
     """
-    import os
-
-    from recycle_ds.parallel.job import is_error_reporter, job_of
-
     first = is_error_reporter(os.environ)
     try:
         run_command(app, argv, print_error=first, on_error=job_of(os.environ).fail)

@@ -18,6 +18,7 @@ import pytest
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import read_manifest
 from recycle_ds.config import save_config
+from recycle_ds.parallel.job import SAVED_FOR_RESTART
 from tests.distributed import run_ranks
 from tests.launching import PRETRAIN, await_step, deepspeed, finish, ranks_of, start, torchrun
 from tests.parallel.ranks import run_all
@@ -57,6 +58,21 @@ def test_a_signal_saves_at_an_agreed_step(corpus: Path, tmp_path: Path, way: str
     config = tiny_run(corpus, tmp_path, training__steps=100_000, training__stop_at=step + 2)
     assert run_ranks(run_all, 2, [config]) == [["stop_at"]] * 2
     assert [record["step"] for record in steps_of(tmp_path)] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(("in_job", "code"), [(False, 130), (True, 0)])
+def test_ctrl_c_is_not_success(corpus: Path, tmp_path: Path, in_job: bool, code: int) -> None:
+    """Prevents `pretrain && next` from continuing after Ctrl-C; a job's shell is told the outcome in a file instead."""
+    config = tiny_run(corpus, tmp_path, training__steps=100_000)
+    variables = {"RECYCLE_JOB_DIR": str(tmp_path / "job")} if in_job else {}
+    (tmp_path / "job").mkdir()
+    process = start([sys.executable, "-W", "ignore", "-m", PRETRAIN], config, tmp_path, **variables)
+    await_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, tmp_path, timeout=90) == code, (tmp_path / "run.log").read_text()
+    assert read_manifest(completed(tmp_path)[0]).step == steps_of(tmp_path)[-1]["step"]
+    if in_job:
+        assert (tmp_path / "job" / "outcome").read_text().strip() == SAVED_FOR_RESTART
 
 
 def test_wrong_input_is_one_line(corpus: Path, tmp_path: Path) -> None:

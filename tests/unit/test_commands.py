@@ -147,6 +147,20 @@ def test_a_misspelt_key_is_reported_before_the_folder_is_opened(tmp_path: Path) 
     assert done.stderr.splitlines()[0].startswith("error: models/smollm2: no such folder")
 
 
+def test_an_interrupted_demo_says_how_to_continue() -> None:
+    """Prevents a user from starting over because the interrupted demo says nothing."""
+    code = """
+from recycle_ds import demo
+def interrupted(*_):
+    raise KeyboardInterrupt
+demo.load_config = interrupted
+demo.main([])
+"""
+    done = python(code)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted; the next `make demo` continues from the newest checkpoint"]
+
+
 def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
     """Prevents an abort (SIGABRT), or a wait of seconds, if the training of a tokenizer is interrupted."""
     code = """
