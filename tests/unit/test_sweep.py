@@ -141,3 +141,11 @@ def test_the_error_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "job" / "error").unlink()
     sweep.task(2, 1)
     assert not error.exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda file: file.name)
+def test_a_batch_file_outside_sbatch_says_so(file: Path) -> None:
+    """Prevents `bash slurm/x.sbatch` from ending with nothing but an unbound variable."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    done = subprocess.run(["bash", str(file)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode != 0 and "submit this file with sbatch, from the root of the repository" in done.stderr

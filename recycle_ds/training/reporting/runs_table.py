@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,16 @@ _SHOWN = 40
 
 
 def summarise_runs(run_dirs: Sequence[str], *, as_json: bool) -> bool:
-    """Prints the runs to stdout; returns whether all are finished. Raises TrainingError for a folder that does not exist."""
-    rows = {name: read_summary(Path(name)) for name in run_dirs}
+    """Prints the runs to stdout; returns whether all are finished. Files are left out, so that `runs/*` names all runs.
+
+    Raises TrainingError for a folder that does not exist, and if there is none.
+    """
+    files = [name for name in run_dirs if Path(name).is_file()]
+    if files:
+        print(f"note: not a folder, left out: {', '.join(files)}", file=sys.stderr)
+    rows = {name: read_summary(Path(name)) for name in run_dirs if name not in files}
+    if not rows:
+        raise TrainingError("no folder of a run is named")
     bad = [name for name, row in rows.items() if row["state"] not in _GOOD]
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.reporting.runs_table import summarise_runs
 
 
@@ -41,3 +42,14 @@ def test_a_long_error_leaves_the_table_readable(
     assert len([line for line in lines if "a very" in line and not line.startswith("not finished")]) == 2
     assert len(lines) == 3 + 2 + 1 + 2, "one line for each run, the frame, and the complete errors below"
     assert lines[-1] == f"not finished: two: {' '.join(error.split())}"
+
+
+def test_files_among_the_runs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents `summarise_runs.py runs/*` from stopping at a file in the folder of runs."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "bench.json").touch()
+    assert not summarise_runs([str(tmp_path / "bench.json"), str(tmp_path / "one")], as_json=False)
+    printed = capsys.readouterr()
+    assert "never started" in printed.out and printed.err == f"note: not a folder, left out: {tmp_path}/bench.json\n"
+    with pytest.raises(TrainingError, match="no folder of a run"):
+        summarise_runs([str(tmp_path / "bench.json")], as_json=False)
