@@ -51,7 +51,7 @@ def demo(
     print(
         f"\npretraining {trained - start:.0f} s, decoding {total - (trained - start):.0f} s, together {total / 60:.1f} min"
     )
-    print(f"in {run_dir}/: metrics.jsonl  decoding.json  loss.png  decoding.png  checkpoints/")
+    print(f"in {run_dir}/: metrics.jsonl  prompts.jsonl  decoding.json  loss.png  decoding.png  checkpoints/")
     print(f'try: .venv/bin/python -m recycle_ds.generate --model {run_dir} --prompt "The Congress" --mode verified')
 
 

@@ -113,8 +113,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         for number, text in enumerate(texts[: 8 if name == "my_texts" else 4]):
             (folder / name / f"{number}.txt").write_text(text, encoding="utf-8")
-    (folder / "my_text.jsonl").write_text('{"text": "The Congress of the United States."}\n' * 3)
-    (folder / "prompts.jsonl").write_text('{"prompt": "The Congress"}\n{"prompt": "The Union"}\n')
     for name in ("runs", "models"):
         (folder / name).mkdir()
     small = SMALL["pretrain"].split()
@@ -125,6 +123,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in (demo, plain, convert, sweep):
         code, out, err = run_ranks(forked, 1, words, str(folder), timeout=240)[0]
         assert code == 0, out + err
+    for path in ("prompts.jsonl", "runs/demo/prompts.jsonl"):  # a file of the user's, and what `make demo` leaves
+        (folder / path).write_text('{"prompt": "The Congress"}\n{"prompt": "The Union"}\n')
     return folder
 
 
