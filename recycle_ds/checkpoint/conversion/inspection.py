@@ -90,9 +90,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if not isinstance(value, dict):
-        return str(value) if not isinstance(value, list) else "\n".join(map(str, value))
+        return str(value) if not isinstance(value, list) else "\n".join(_wrapped(str(one)) for one in value)
     settings = [f"{key}={_setting(one)}" for key, one in _flat(value).items() if one is not None]
-    return textwrap.fill(", ".join(settings), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return _wrapped(", ".join(settings))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _setting(value: Any) -> str:
