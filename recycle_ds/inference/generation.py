@@ -12,9 +12,8 @@ class Generation:
     """The outcome of `Decoder.generate`.
 
     Speeds exclude the prefill, which ends with the first token: `tokens_per_second` is the number of tokens *after the
-    first* divided by `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens and
-    all full calls, including the prefill: exactly 1 for `autoregressive`.
-    """
+    first* divided by `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens
+    and all full calls, including the prefill: exactly 1 for `autoregressive`."""
 
     token_ids: tuple[int, ...]
     """New tokens, including a final end-of-sequence token and the tokens that completed a stop string."""
@@ -36,6 +35,8 @@ class Generation:
     """From the start to the first token; in the modes with drafts, including the module's pass over the prompt."""
     decode_seconds: float
     """From the first token to the last."""
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    """Per token, if asked for: its log probability, and the most likely token ids with theirs."""
 
     @property
     def acceptance(self) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from recycle_ds.inference.errors import DecodingError
 
@@ -13,22 +13,28 @@ MODES = ("autoregressive", "alternate", "verified")
 DTYPES = ("fp32", "bf16")
 # Below this, logits divided by the temperature may overflow fp32.
 MIN_TEMPERATURE = 1e-4
-_SEED_LIMIT = 2**63
+SEED_LIMIT = 2**63
+MAX_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
 class TokenSampling:
     """How the next token is chosen. The defaults are greedy decoding.
 
-    temperature: 0 takes the most likely token; otherwise logits are divided by it.
-    top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
-    min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
-    repetition_penalty: divides positive logits (multiplies negative ones) of tokens in prompt and output; 1 disables it.
-    seed: makes sampling reproducible; None draws a new seed for every generation.
+    temperature: 0 takes the most likely token; otherwise logits are divided by it. top_k: keep the k most likely
+    tokens; 0 keeps all. top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps
+    all. min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all. repetition_penalty:
+    divides positive logits (multiplies negative ones) of tokens in prompt and output; 1 disables it. seed: makes
+    sampling reproducible; None draws a new seed for every generation. presence_penalty: subtracted from the logits of
+    tokens that are in the output; 0 disables it. frequency_penalty: subtracted from the logits of tokens for every time
+    they are in the output; 0 disables it. logit_bias: pairs of token id and number to add to its logit (a dict is
+    accepted). allowed_tokens: ids that may be chosen; None allows all. bad_tokens: ids that are never chosen.
+    min_new_tokens: no end of sequence is chosen before so many new tokens. logprobs: None reports no log probabilities;
+    n reports those of the chosen token and of the n most likely ones. They are the model's own, before any of the
+    parameters above.
 
-    Raises DecodingError for a value outside its range.
-    """
+    The order is: repetition, presence and frequency penalty, bias, forbidden tokens, temperature, top-k, top-p, min-p.
+    A draft of the recycle module is chosen by the same rules. Raises DecodingError for a value outside its range."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -36,6 +42,13 @@ class TokenSampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_tokens: tuple[int, ...] | None = None
+    bad_tokens: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or 0 != self.temperature < MIN_TEMPERATURE:
@@ -52,8 +65,27 @@ class TokenSampling:
             raise DecodingError(
                 f"repetition_penalty={self.repetition_penalty}: must be a finite number above 0; 1 disables it"
             )
-        if self.seed is not None and not 0 <= self.seed < _SEED_LIMIT:
+        if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:
             raise DecodingError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise DecodingError(f"{name}={getattr(self, name)}: must be a finite number; 0 disables it")
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in bias))
+        for token, value in self.logit_bias:
+            if not math.isfinite(value):
+                raise DecodingError(f"logit_bias={value} for token {token}: must be finite; bad_tokens forbids a token")
+        if self.allowed_tokens is not None:
+            object.__setattr__(self, "allowed_tokens", tuple(self.allowed_tokens))
+            if not set(self.allowed_tokens) - set(self.bad_tokens):
+                raise DecodingError(
+                    "allowed_tokens: none is left to choose; allow at least one that is not in bad_tokens"
+                )
+        object.__setattr__(self, "bad_tokens", tuple(self.bad_tokens))
+        if self.min_new_tokens < 0:
+            raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be 0 or more")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise DecodingError(f"logprobs={self.logprobs}: must be from 0 (the chosen token only) to {MAX_LOGPROBS}")
 
     @property
     def greedy(self) -> bool:
@@ -62,8 +94,19 @@ class TokenSampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether a repetition penalty makes logits depend on the tokens so far."""
-        return self.repetition_penalty != 1
+        """Whether a penalty makes logits depend on the tokens so far."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before the temperature."""
+        forbids = bool(self.bad_tokens) or self.allowed_tokens is not None or self.min_new_tokens > 0
+        return self.penalises or forbids or bool(self.logit_bias)
+
+    @property
+    def named_tokens(self) -> tuple[int, ...]:
+        """All token ids that the parameters name."""
+        return (*(token for token, _ in self.logit_bias), *(self.allowed_tokens or ()), *self.bad_tokens)
 
 
 @dataclass(frozen=True)
@@ -71,8 +114,10 @@ class SamplingParams(TokenSampling):
     """All parameters of a request. The defaults are greedy decoding of at most 128 tokens.
 
     max_new_tokens: maximum number of new tokens. stop: stop strings; the text is cut before the first one found.
-    draft_tokens: draft tokens per full call; None means 1 in `alternate` and adaptive in `verified`. The other fields are
-    those of `TokenSampling`.
+    stop_tokens: ids that end the text, besides the model's end of sequence. ignore_eos: the model's own end of sequence
+    does not end the text. n: number of independent answers; the i-th one is sampled with seed + i. draft_tokens: draft
+    tokens per full call; None means 1 in `alternate` and adaptive in `verified`. The other fields are those of
+    `TokenSampling`.
 
     Raises DecodingError for a value outside its range.
     """
@@ -80,17 +125,32 @@ class SamplingParams(TokenSampling):
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     draft_tokens: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens < 1:
             raise DecodingError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise DecodingError(
+                f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens ({self.max_new_tokens})"
+            )
         if self.draft_tokens is not None and self.draft_tokens < 0:
             raise DecodingError(f"draft_tokens={self.draft_tokens}: must be 0 (no drafts) or more")
         if isinstance(self.stop, str):
             raise DecodingError(f"stop={self.stop!r}: must be a sequence of strings; write ({self.stop!r},)")
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
         check_stop_strings(self.stop)
+        if self.n < 1:
+            raise DecodingError(f"n={self.n}: must be at least 1")
+
+    @property
+    def token_sampling(self) -> TokenSampling:
+        """The part that decides single tokens."""
+        return TokenSampling(**{name.name: getattr(self, name.name) for name in fields(TokenSampling)})
 
 
 def check_mode(mode: str) -> None:
@@ -107,6 +167,14 @@ def check_runtime(dtype: str, threads: int | None) -> None:
         raise DecodingError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise DecodingError(f"threads={threads}: must be at least 1")
+
+
+def check_batch(max_batch: int, kv_memory_gib: float | None) -> None:
+    """Raises DecodingError for a batch or a KV cache without room."""
+    if max_batch < 1:
+        raise DecodingError(f"max_batch={max_batch}: must be at least 1")
+    if kv_memory_gib is not None and not (math.isfinite(kv_memory_gib) and kv_memory_gib > 0):
+        raise DecodingError(f"kv_memory_gib={kv_memory_gib}: must be a number of GiB above 0")
 
 
 def check_stop_strings(stop: Sequence[str]) -> None:

@@ -1,19 +1,139 @@
-"""Token selection: from logits to a distribution to a token.
+"""Token selection: from logits to a distribution to a token, for many positions at once, each with its own parameters.
 
-The parameters have the same meaning and order as in Hugging Face transformers: repetition penalty (Keskar et al.,
-arXiv 1909.05858), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p (Nguyen et al., arXiv
-2407.01082).
-Shapes: V vocabulary, L length of the history.
-"""
+The parameters have the same meaning and order as in Hugging Face transformers: repetition penalty (Keskar et al., arXiv
+1909.05858), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p (Nguyen et al., arXiv 2407.01082);
+presence and frequency penalties and the bias are those of OpenAI's API. Tokens are chosen with counter-based random
+numbers (see noise.py), from any shard of the vocabulary. Shapes: R positions, V token ids of this rank's shard."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation import noise
+from recycle_ds.inference.speculation.vocabulary import Vocabulary
+
+# Candidates among which the limit of top-p is looked for first.
+_CANDIDATES = 256
+
+
+@dataclass(frozen=True)
+class Position:
+    """A position whose token is to be chosen."""
+
+    params: TokenSampling
+    seed: int
+    """Seed of the sequence's random numbers."""
+    index: int
+    """Position in the sequence; the prompt starts at 0."""
+    new_tokens: int
+    """New tokens before this position, drafts included."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that `min_new_tokens` forbids until then."""
+    history: Callable[[], Tensor] | None = None
+    """Returns the ids of all tokens before this position [index], drafts included. Needed for penalties."""
+
+
+def adjust(logits_RV: Tensor, positions: Sequence[Position], vocabulary: Vocabulary) -> Tensor:
+    """Applies penalties, bias and forbidden tokens. Returns the same tensor if no position has any, else a new one."""
+    if not any(position.params.adjusts for position in positions):
+        return logits_RV
+    rows = [
+        _adjust(row_V, position, vocabulary) if position.params.adjusts else row_V
+        for row_V, position in zip(logits_RV, positions, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def probabilities(logits_RV: Tensor, params: Sequence[TokenSampling], vocabulary: Vocabulary) -> Tensor:
+    """The distributions that tokens are sampled from [R, V], from adjusted logits; at temperature 0, 1 on the chosen
+    token."""
+    if all(one.greedy for one in params):
+        chosen_R = vocabulary.argmax(logits_RV)
+        return (vocabulary.ids(logits_RV.device) == chosen_R[:, None]).float()
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=logits_RV.device, dtype=torch.float32)[:, None]
+
+    # the limits see nearly greedy rows for temperature 0; these rows are replaced at the end
+    logits_RV = logits_RV / column([1.0 if one.greedy else one.temperature for one in params])
+    size = int(vocabulary.sum(torch.tensor(vocabulary.count, device=logits_RV.device)))
+    top_k = [one.top_k if 0 < one.top_k < size else 0 for one in params]
+    if any(top_k):
+        best_RN = vocabulary.largest(logits_RV, max(top_k))
+        index_R1 = torch.tensor([max(k - 1, 0) for k in top_k], device=logits_RV.device)[:, None]
+        lowest_R1 = best_RN.gather(-1, index_R1)
+        limited_R1 = torch.tensor([k > 0 for k in top_k], device=logits_RV.device)[:, None]
+        logits_RV = logits_RV.masked_fill(limited_R1 & (logits_RV < lowest_R1), -math.inf)
+    probs_RV = vocabulary.softmax(logits_RV)
+    if any(one.top_p < 1 for one in params):
+        limit_R1 = _nucleus_limit(probs_RV, column([one.top_p for one in params]), vocabulary)
+        probs_RV = torch.where(probs_RV < limit_R1, 0.0, probs_RV)
+    if any(one.min_p > 0 for one in params):
+        highest_R1 = vocabulary.max(probs_RV.amax(-1))[:, None]
+        probs_RV = torch.where(probs_RV < column([one.min_p for one in params]) * highest_R1, 0.0, probs_RV)
+    probs_RV = probs_RV / vocabulary.sum(probs_RV.sum(-1))[:, None]
+    if any(one.greedy for one in params):
+        greedy_R1 = torch.tensor([one.greedy for one in params], device=logits_RV.device)[:, None]
+        one_hot_RV = (vocabulary.ids(logits_RV.device) == vocabulary.argmax(logits_RV)[:, None]).float()
+        probs_RV = torch.where(greedy_R1, one_hot_RV, probs_RV)
+    return probs_RV
+
+
+def pick(weights_RV: Tensor, keys: Sequence[int], vocabulary: Vocabulary) -> Tensor:
+    """Samples one id from each row of (not necessarily normalised) weights, int64 [R]. keys: see `noise.key`."""
+    keys_R = torch.tensor(keys, device=weights_RV.device)
+    return vocabulary.argmax(weights_RV / noise.exponentials(keys_R, vocabulary.ids(weights_RV.device)))
+
+
+def choose(
+    logits_RV: Tensor, positions: Sequence[Position], vocabulary: Vocabulary, purpose: int = noise.TOKEN
+) -> tuple[Tensor, Tensor | None]:
+    """Chooses a token for every position from adjusted logits. Returns the ids [R], and the distributions [R, V] if any
+    position samples. No row depends on the others."""
+    if all(position.params.greedy for position in positions):
+        return vocabulary.argmax(logits_RV), None
+    probs_RV = probabilities(logits_RV, [position.params for position in positions], vocabulary)
+    keys = [noise.key(position.seed, position.index, purpose) for position in positions]
+    return pick(probs_RV, keys, vocabulary), probs_RV
+
+
+def _adjust(logits_V: Tensor, position: Position, vocabulary: Vocabulary) -> Tensor:
+    params, first, count = position.params, vocabulary.first, vocabulary.count
+    logits_V = logits_V.clone()
+
+    def own(ids: Tensor) -> Tensor:
+        """Indices of those ids that are on this shard."""
+        return ids[(ids >= first) & (ids < first + count)] - first
+
+    def own_of(ids: Sequence[int]) -> Tensor:
+        return own(torch.tensor(ids, dtype=torch.int64, device=logits_V.device))
+
+    if params.penalises:
+        assert position.history is not None, "penalties need the tokens so far"
+        history = position.history()
+        if params.repetition_penalty != 1:
+            logits_V = penalise(logits_V, params.repetition_penalty, own(history))
+        output = own(history[len(history) - position.new_tokens :])
+        times_V = torch.bincount(output, minlength=count)
+        logits_V -= params.frequency_penalty * times_V + params.presence_penalty * (times_V > 0)
+    for token, value in params.logit_bias:
+        if first <= token < first + count:
+            logits_V[token - first] += value
+    if params.allowed_tokens is not None:
+        allowed = own_of(params.allowed_tokens)
+        kept = logits_V[allowed]
+        logits_V.fill_(-math.inf)
+        logits_V[allowed] = kept
+    forbidden = params.bad_tokens + (position.end_ids if position.new_tokens < params.min_new_tokens else ())
+    if forbidden:
+        logits_V[own_of(forbidden)] = -math.inf
+    return logits_V
 
 
 def penalise(logits_V: Tensor, penalty: float, history_L: Tensor) -> Tensor:
@@ -22,47 +142,24 @@ def penalise(logits_V: Tensor, penalty: float, history_L: Tensor) -> Tensor:
     return logits_V.scatter(-1, history_L, torch.where(seen_L < 0, seen_L * penalty, seen_L / penalty))
 
 
-def most_likely(logits_V: Tensor, params: TokenSampling, history_L: Tensor) -> Tensor:
-    """Greedy selection: argmax after the penalty, a scalar int64 tensor on the logits' device (no sort, no sync)."""
-    if params.penalises:
-        logits_V = penalise(logits_V, params.repetition_penalty, history_L)
-    return logits_V.argmax(-1)
+def _nucleus_limit(probs_RV: Tensor, top_p_R1: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The largest probability [R, 1] such that all tokens of at least this probability reach top_p together.
 
-
-def distribution(logits_V: Tensor, params: TokenSampling) -> Tensor:
-    """Probabilities of (already penalised) logits: temperature, top-k, top-p, min-p, for each leading row separately."""
-    if params.greedy:
-        return torch.zeros_like(logits_V).scatter_(-1, logits_V.argmax(-1, keepdim=True), 1.0)
-    logits_V = logits_V / params.temperature
-    vocabulary = logits_V.shape[-1]
-    if 0 < params.top_k < vocabulary:
-        lowest_1 = logits_V.topk(params.top_k, dim=-1).values[..., -1:]
-        logits_V = logits_V.masked_fill(logits_V < lowest_1, -math.inf)
-    if params.top_p < 1:
-        ascending_V, order_V = logits_V.sort(dim=-1)
-        # A token is dropped if it and all less likely ones have a total probability of at most 1 - top_p. The most
-        # likely one is always kept.
-        dropped_V = ascending_V.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        dropped_V[..., -1] = False
-        logits_V = logits_V.masked_fill(dropped_V.scatter(-1, order_V, dropped_V), -math.inf)
-    probs_V = logits_V.softmax(-1)
-    if params.min_p > 0:
-        kept_V = probs_V >= params.min_p * probs_V.amax(-1, keepdim=True)
-        probs_V = logits_V.masked_fill(~kept_V, -math.inf).softmax(-1)
-    return probs_V
-
-
-def probabilities(logits_V: Tensor, params: TokenSampling, history_L: Tensor) -> Tensor:
-    """The distribution that the next token is sampled from.
-
-    logits_V: fp32 logits of one position. history_L: int64 ids of the prompt and of all tokens before this position.
-    Returns fp32 probabilities that sum to 1; at temperature 0, 1 on the most likely token.
-    """
-    if params.penalises:
-        logits_V = penalise(logits_V, params.repetition_penalty, history_L)
-    return distribution(logits_V, params)
-
-
-def sample(probs_V: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Samples one token id, a scalar int64 tensor on the device of probs_V. The generator must be on that device."""
-    return torch.multinomial(probs_V, 1, generator=generator)[0]
+    It is mostly found among the few most likely tokens, without sorting the vocabulary. Otherwise it is found by
+    bisection over the bit patterns of the (positive) fp32 numbers, which are ordered like the numbers."""
+    best_RN = vocabulary.largest(probs_RV, _CANDIDATES)
+    reached_RN = best_RN.cumsum(-1) >= top_p_R1
+    limit_R1 = best_RN.gather(-1, reached_RN.int().argmax(-1, keepdim=True))
+    limit_R1 = torch.where(top_p_R1 < 1, limit_R1, 0.0)
+    if bool((reached_RN.any(-1, keepdim=True) | (top_p_R1 >= 1)).all()):
+        return limit_R1
+    low_R1 = torch.zeros_like(limit_R1, dtype=torch.int64)
+    high_R1 = torch.full_like(low_R1, torch.tensor(2.0).view(torch.int32).item())
+    while bool((high_R1 - low_R1 > 1).any()):
+        middle_R1 = (low_R1 + high_R1) // 2
+        kept_RV = probs_RV >= middle_R1.int().view(torch.float32)
+        enough_R1 = vocabulary.sum(torch.where(kept_RV, probs_RV, 0.0).sum(-1))[:, None] >= top_p_R1
+        low_R1 = torch.where(enough_R1, middle_R1, low_R1)
+        high_R1 = torch.where(enough_R1, high_R1, middle_R1)
+    bisected_R1 = low_R1.int().view(torch.float32)
+    return torch.where(reached_RN.any(-1, keepdim=True) | (top_p_R1 >= 1), limit_R1, bisected_R1)

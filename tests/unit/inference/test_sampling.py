@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,7 +19,10 @@ from transformers.generation.logits_process import (
 
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation.sampling import distribution, most_likely, probabilities, sample
+from recycle_ds.inference.speculation import noise, sampling
+from recycle_ds.inference.speculation.sampling import Position, adjust, choose, pick
+from recycle_ds.inference.speculation.vocabulary import Vocabulary
+from tests.unit.inference.models import probabilities
 
 PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 1.0},
@@ -118,17 +121,89 @@ def test_temperature_zero_is_the_argmax_after_the_penalty(penalty: float) -> Non
         probs_V = probabilities(logits_V, params, history_L)
         reference_V = transformers_probabilities(logits_V, TokenSampling(1.0, repetition_penalty=penalty), history_L)
         assert probs_V.sum() == 1
-        assert int(probs_V.argmax()) == int(most_likely(logits_V, params, history_L)) == int(reference_V.argmax())
+        assert int(probs_V.argmax()) == most_likely(logits_V, params, history_L) == int(reference_V.argmax())
 
 
-@pytest.mark.parametrize("parameters", [{}, *PARAMETERS], ids=str)
-def test_rows_are_independent(parameters: dict[str, Any]) -> None:
-    """Prevents verification, which scores several positions at once, from mixing them."""
-    params = TokenSampling(**{**parameters, "repetition_penalty": 1.0})
-    rows_WV = torch.stack([_case(seed)[0] for seed in range(4)])
-    together_WV = distribution(rows_WV, params)
-    for row_V, found_V in zip(rows_WV, together_WV, strict=True):
-        torch.testing.assert_close(found_V, distribution(row_V, params))
+def test_rows_are_independent() -> None:
+    """Prevents a batch, whose rows have different parameters and are computed together, from mixing them."""
+    cases = [({}, *_case(100)), *((parameters, *_case(seed)) for seed, parameters in enumerate(PARAMETERS))]
+    params = [TokenSampling(**parameters) for parameters, _, _ in cases]
+    vocabulary = Vocabulary(0, 60)
+    histories = [history_L for _, _, history_L in cases]
+    positions = [
+        Position(one, seed, 25, 25, history=lambda history_L=history_L: history_L)
+        for seed, (one, history_L) in enumerate(zip(params, histories, strict=True))
+    ]
+    logits_RV = adjust(torch.stack([logits_V for _, logits_V, _ in cases]), positions, vocabulary)
+    together_RV = sampling.probabilities(logits_RV, params, vocabulary)
+    chosen_R, _ = choose(logits_RV, positions, vocabulary)
+    for row, (_, logits_V, history_L) in enumerate(cases):
+        torch.testing.assert_close(together_RV[row], probabilities(logits_V, params[row], history_L))
+        alone_R, _ = choose(logits_RV[row : row + 1], positions[row : row + 1], vocabulary)
+        assert int(alone_R) == int(chosen_R[row])
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.99, 0.99999])
+def test_a_nucleus_larger_than_the_candidates_is_exact(top_p: float) -> None:
+    """Prevents a nucleus that is cut off at the few most likely tokens that are looked at first."""
+    logits_V = 0.1 * torch.randn(3000, generator=torch.Generator().manual_seed(1))
+    params = TokenSampling(1.0, top_p=top_p)
+    expected_V = transformers_probabilities(logits_V, params, torch.zeros(0, dtype=torch.int64))
+    found_V = probabilities(logits_V, params, torch.zeros(0, dtype=torch.int64))
+    assert ((found_V > 0) != (expected_V > 0)).sum() <= 1, "the sums are rounded differently"
+    assert int((found_V > 0).sum()) > sampling._CANDIDATES
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_noise_and_numbers_do_not_depend_on_the_shard(ranks: int) -> None:
+    """Prevents a sampled text that changes with the tensor-parallel degree."""
+    keys_R = torch.tensor([noise.key(5, position, noise.TOKEN) for position in range(4)])
+    full_RV = noise.exponentials(keys_R, torch.arange(60))
+    parts = [noise.exponentials(keys_R, torch.arange(60 // ranks) + 60 // ranks * rank) for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts, -1), full_RV)
+
+
+def test_noise_is_exponential_and_independent() -> None:
+    """Prevents noise with another distribution, or that repeats over positions, purposes, seeds or tokens."""
+    keys = [noise.key(seed, position, purpose) for seed in (0, 1) for position in range(40) for purpose in range(4)]
+    assert len(set(keys)) == len(keys)
+    values_RV = noise.exponentials(torch.tensor(keys), torch.arange(200))
+    assert kstest(values_RV.flatten().numpy(), "expon").pvalue > 1e-4
+    assert len(values_RV.unique()) > 0.99 * values_RV.numel()
+    for shifted in (values_RV.roll(1, 0), values_RV.roll(1, 1), values_RV.roll(4, 0)):
+        assert abs(float(torch.corrcoef(torch.stack((values_RV.flatten(), shifted.flatten())))[0, 1])) < 0.02
+    uniforms = [noise.uniform(3, position, noise.ACCEPTANCE) for position in range(2000)]
+    assert kstest(uniforms, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"presence_penalty": 0.5}, [1.0, 1.5, 2.5, 4.0]),
+        ({"frequency_penalty": 0.5}, [1.0, 1.5, 2.0, 4.0]),
+        ({"presence_penalty": 1.0, "frequency_penalty": -0.5}, [1.0, 1.5, 3.0, 4.0]),
+        ({"logit_bias": {0: 5.0, 3: -1.0}}, [6.0, 2.0, 3.0, 3.0]),
+        ({"bad_tokens": (3,)}, [1.0, 2.0, 3.0, -math.inf]),
+        ({"allowed_tokens": (0, 2), "bad_tokens": (2,)}, [1.0, -math.inf, -math.inf, -math.inf]),
+        ({"min_new_tokens": 4}, [1.0, -math.inf, 3.0, 4.0]),
+        ({"min_new_tokens": 3}, [1.0, 2.0, 3.0, 4.0]),
+    ],
+)
+def test_adjustments_follow_the_definitions(parameters: dict[str, Any], expected: list[float]) -> None:
+    """Prevents penalties that count the prompt, a bias or a forbidden token that is ignored, an end that comes too
+    early."""
+    history_L = torch.tensor([0, 3, 1, 2, 2])  # a prompt of two tokens, and three new ones
+    position = Position(TokenSampling(**parameters), 0, 5, 3, end_ids=(1,), history=lambda: history_L)
+    found_1V = adjust(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), [position], Vocabulary(0, 4))
+    assert found_1V.tolist() == [expected]
+
+
+def most_likely(logits_V: torch.Tensor, params: TokenSampling, history_L: torch.Tensor) -> int:
+    position = Position(params, 0, len(history_L), len(history_L), history=lambda: history_L)
+    vocabulary = Vocabulary(0, len(logits_V))
+    chosen_R, probs_RV = choose(adjust(logits_V[None], [position], vocabulary), [position], vocabulary)
+    assert probs_RV is None
+    return int(chosen_R)
 
 
 def test_logits_are_not_modified() -> None:
@@ -152,8 +227,8 @@ def test_extreme_temperatures_give_finite_probabilities() -> None:
 def test_samples_follow_the_probabilities() -> None:
     """Prevents sampling that is biased, or that returns tokens of probability zero."""
     probs_V = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    generator = torch.Generator().manual_seed(5)
-    counts = torch.bincount(torch.stack([sample(probs_V, generator) for _ in range(4000)]), minlength=4).tolist()
+    keys = [noise.key(5, position, noise.TOKEN) for position in range(4000)]
+    counts = torch.bincount(pick(probs_V.expand(4000, 4), keys, Vocabulary(0, 4)), minlength=4).tolist()
     assert counts[1] == 0
     assert chisquare([counts[0], counts[2], counts[3]], [2000, 800, 1200]).pvalue > 1e-4
 
@@ -174,6 +249,12 @@ def test_samples_follow_the_probabilities() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
         ({"seed": -1}, "seed=-1"),
+        ({"presence_penalty": math.nan}, "presence_penalty=nan"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty=inf"),
+        ({"logit_bias": {3: -math.inf}}, "bad_tokens forbids"),
+        ({"allowed_tokens": (1,), "bad_tokens": (1,)}, "none is left"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1"),
+        ({"logprobs": 101}, "logprobs=101"),
         ({"seed": 2**63}, "seed="),
     ],
 )

@@ -11,8 +11,10 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from recycle_ds.inference.speculation.sampling import sample
-from recycle_ds.inference.speculation.verification import Verification, residual, verify_greedy, verify_sampled
+from recycle_ds.inference.speculation import noise, verification
+from recycle_ds.inference.speculation.sampling import pick
+from recycle_ds.inference.speculation.verification import Verification, verify_equal
+from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
 # Two positions over three tokens. Drafts are sampled from Q, and kept tokens must be distributed as P. The second
 # position's distributions do not depend on the first token, so the joint distribution of two tokens is a product.
@@ -20,7 +22,25 @@ P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
 Q = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.5, 0.0]])
 TRIALS = 4_000
 
-Verify = Callable[[list[int], Tensor, Tensor, torch.Generator], Verification]
+VOCABULARY = Vocabulary(0, 3)
+
+Verify = Callable[[list[int], Tensor | None, Tensor, int], Verification]
+
+
+def sample(probs_V: Tensor, seed: int, index: int, purpose: int = noise.DRAFT) -> int:
+    return int(pick(probs_V[None], [noise.key(seed, index, purpose)], VOCABULARY)[0])
+
+
+def drafts_of(probs_NV: Tensor, seed: int) -> list[int]:
+    return [sample(row, seed, index) for index, row in enumerate(probs_NV)]
+
+
+def verify_sampled(drafts: list[int], draft_NV: Tensor | None, target_WV: Tensor, seed: int) -> Verification:
+    return verification.verify_sampled(drafts, draft_NV, target_WV, seed, 0, VOCABULARY)
+
+
+def residual(target_V: Tensor, draft_V: Tensor) -> Tensor:
+    return verification.residual(target_V, draft_V, VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -38,19 +58,18 @@ def test_greedy_keeps_the_longest_agreeing_prefix(
     drafts: list[int], targets: list[int], verification: Verification
 ) -> None:
     """Prevents a draft kept after a rejected one, and a bonus token taken from the wrong position."""
-    assert verify_greedy(drafts, targets) == verification
+    assert verify_equal(drafts, targets) == verification
 
 
 def _p_value(verify: Verify, seed: int = 0) -> float:
     """Chi-squared p-value of the first two kept tokens against P. If only one is kept, the second is sampled from P."""
-    generator = torch.Generator().manual_seed(seed)
     counts: Counter[tuple[int, int]] = Counter()
-    for _ in range(TRIALS):
-        drafts = [int(sample(row, generator)) for row in Q]
-        verification = verify(drafts, Q, P, generator)
-        kept = [*drafts[: verification.accepted], verification.token]
+    for trial in range(seed, seed + TRIALS):
+        drafts = drafts_of(Q, trial)
+        found = verify(drafts, Q, P, trial)
+        kept = [*drafts[: found.accepted], found.token]
         if len(kept) == 1:
-            kept.append(int(sample(P[1], generator)))
+            kept.append(sample(P[1], trial, 1, noise.TOKEN))
         counts[kept[0], kept[1]] += 1
     cells = list(product(range(3), repeat=2))
     expected = [TRIALS * float(P[0, first] * P[1, second]) for first, second in cells]
@@ -64,33 +83,28 @@ def test_sampled_tokens_have_the_full_models_distribution() -> None:
 
 def test_the_bonus_token_has_the_full_models_distribution() -> None:
     """Prevents a token after fully accepted drafts that is sampled from the wrong position."""
-    generator = torch.Generator().manual_seed(1)
     counts: Counter[int] = Counter()
+    trial = 0
     while counts.total() < 600:
-        drafts = [int(sample(row, generator)) for row in Q]
-        verification = verify_sampled(drafts, Q, P, generator)
-        if verification.accepted == 2:
-            counts[verification.token] += 1
+        trial += 1
+        found = verify_sampled(drafts_of(Q, trial), Q, P, trial)
+        if found.accepted == 2:
+            counts[found.token] += 1
     assert chisquare([counts[i] for i in range(3)], (600 * P[2].double() / P[2].double().sum()).tolist()).pvalue > 1e-4
 
 
-def _always_accepting(
-    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
-) -> Verification:
-    return Verification(len(drafts), int(sample(target_WV[len(drafts)], generator)))
+def _always_accepting(drafts: list[int], draft_NV: Tensor | None, target_WV: Tensor, seed: int) -> Verification:
+    return Verification(len(drafts), sample(target_WV[len(drafts)], seed, len(drafts), noise.RESIDUAL))
 
 
-def _without_residual(
-    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
-) -> Verification:
-    verification = verify_sampled(drafts, draft_NV, target_WV, generator)
-    return Verification(verification.accepted, int(sample(target_WV[verification.accepted], generator)))
+def _without_residual(drafts: list[int], draft_NV: Tensor | None, target_WV: Tensor, seed: int) -> Verification:
+    accepted = verify_sampled(drafts, draft_NV, target_WV, seed).accepted
+    return Verification(accepted, sample(target_WV[accepted], seed, accepted, noise.RESIDUAL))
 
 
-def _with_rows_mixed_up(
-    drafts: list[int], draft_NV: Tensor, target_WV: Tensor, generator: torch.Generator
-) -> Verification:
-    return verify_sampled(drafts, draft_NV.roll(1, 0), target_WV, generator)
+def _with_rows_mixed_up(drafts: list[int], draft_NV: Tensor | None, target_WV: Tensor, seed: int) -> Verification:
+    assert draft_NV is not None
+    return verify_sampled(drafts, draft_NV.roll(1, 0), target_WV, seed)
 
 
 @pytest.mark.parametrize("wrong", [_always_accepting, _without_residual, _with_rows_mixed_up])
@@ -101,26 +115,22 @@ def test_a_wrong_rule_fails_the_test(wrong: Verify) -> None:
 
 def test_without_drafts_the_token_is_drawn_from_the_full_model() -> None:
     """Prevents a cycle without drafts from being treated as one with rejected drafts."""
-    generator = torch.Generator().manual_seed(2)
-    counts = Counter(verify_sampled([], None, P[:1], generator).token for _ in range(2000))
+    counts = Counter(verify_sampled([], None, P[:1], seed).token for seed in range(2000))
     assert chisquare([counts[i] for i in range(3)], (2000 * P[0].double() / P[0].double().sum()).tolist()).pvalue > 1e-4
 
 
 def test_equal_distributions_always_accept() -> None:
     """Prevents rejections by rounding if draft and full model agree."""
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(300):
-        drafts = [int(sample(row, generator)) for row in P[:2]]
-        assert verify_sampled(drafts, P[:2], P, generator).accepted == 2
+    for seed in range(300):
+        assert verify_sampled(drafts_of(P[:2], seed), P[:2], P, seed).accepted == 2
 
 
 def test_impossible_drafts_are_never_accepted() -> None:
     """Prevents a token that the full model excludes (top-k, min-p) from being accepted as a draft."""
     target_WV = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     draft_NV = torch.tensor([[1.0, 0.0, 0.0]])
-    generator = torch.Generator().manual_seed(4)
-    for _ in range(300):
-        assert verify_sampled([0], draft_NV, target_WV, generator) == Verification(0, 1)
+    for seed in range(300):
+        assert verify_sampled([0], draft_NV, target_WV, seed) == Verification(0, 1)
 
 
 def test_a_residual_lost_to_rounding_is_the_full_models_distribution() -> None:

@@ -1,0 +1,156 @@
+"""The draft budget, on simulated batches with given costs, without a clock."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, CostModel, DraftBudget
+
+
+def costs(slope: float, module: float, module_slope: float = 0.0) -> CostModel:
+    """A full call costs 1 + slope for each further token; a module call `module` plus its slope."""
+    return CostModel(((1, 1.0), (1001, 1.0 + 1000 * slope)), ((1, module), (1001, module + 1000 * module_slope)))
+
+
+def simulate(
+    budget: DraftBudget, rates: list[list[float]], steps: int = 600, seed: int = 3
+) -> tuple[list[list[int]], float]:
+    """Simulates a batch whose sequences have the given acceptance by position. The confidence of a draft is its rate.
+
+    Returns the numbers of verified drafts by step, and the tokens per unit of time over the second half.
+    """
+    draw = random.Random(seed)
+    made = [0] * len(rates)
+    verified, tokens, seconds = [], 0, 0.0
+    for step in range(steps):
+        candidates = [Candidate(i, tuple(rates[i][: made[i]]), None, 1000) for i in range(len(rates))]
+        counts = budget.verify(candidates)
+        verified.append(counts)
+        kept = len(rates)
+        for i, count in enumerate(counts):
+            accepted = 0
+            while accepted < count and draw.random() < rates[i][accepted]:
+                accepted += 1
+            if count:
+                budget.observe(i, candidates[i].confidences, min(count, accepted + 1), accepted)
+            kept += accepted
+        made = [budget.draft(i) for i in range(len(rates))]
+        if step >= steps // 2:
+            tokens += kept
+            seconds += budget.costs.full_call(len(rates) + sum(counts)) + max(made) * budget.costs.module_call(
+                len(rates)
+            )
+    return verified, tokens / seconds
+
+
+def best_speed(rate: list[float], slope: float, module: float) -> float:
+    """The formula for one sequence, evaluated directly: most tokens per unit of time over all lengths."""
+    speeds = []
+    for drafted in range(MAX_DRAFT + 1):
+        tokens = reached = 1.0
+        for chance in rate[:drafted]:
+            reached *= chance
+            tokens += reached
+        speeds.append(tokens / (1 + slope * drafted + module * drafted))
+    return max(speeds)
+
+
+@pytest.mark.parametrize(
+    ("rates", "slope", "module"),
+    [
+        ([0.95] * 8, 0.01, 0.02),
+        ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], 0.02, 0.06),
+        ([0.8, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], 0.05, 0.1),
+        ([0.6] * 8, 0.2, 0.1),
+    ],
+)
+def test_it_converges_to_the_best_speed(rates: list[float], slope: float, module: float) -> None:
+    """Prevents a budget that optimises anything but tokens per second."""
+    speeds = [simulate(DraftBudget(costs(slope, module)), [rates], 1200, seed)[1] for seed in range(4)]
+    assert sum(speeds) / 4 > 0.94 * best_speed(rates, slope, module)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_it_turns_drafting_off_if_it_does_not_pay(batch: int) -> None:
+    """Prevents decoding that is slower with drafts than without them, at any batch size."""
+    verified, speed = simulate(DraftBudget(costs(0.3, 0.4)), [[0.1] * 8] * batch)
+    assert sum(max(counts) > 0 for counts in verified[50:]) <= 24  # probes
+    assert speed > 0.97 * batch / (1 + 0.3 * (batch - 1))
+
+
+def test_probes_become_rare_if_no_draft_is_accepted() -> None:
+    """Prevents probes from costing as much as turning drafts off saves."""
+    verified, _ = simulate(DraftBudget(costs(0.3, 0.4)), [[0.0] * 8], 4000)
+    early, late = (sum(counts[0] > 0 for counts in part) for part in (verified[10:1010], verified[3000:]))
+    assert 0 < late < early / 2
+
+
+def test_drafting_resumes_when_drafts_are_accepted_again() -> None:
+    """Prevents drafting from staying off permanently after one passage with low acceptance."""
+    budget = DraftBudget(costs(0.05, 0.1))
+    simulate(budget, [[0.0] * 8], 400)
+    verified, _ = simulate(budget, [[0.95] * 8], 1200)
+    assert sum(counts[0] for counts in verified[600:]) / 600 > 3
+
+
+def test_drafts_go_to_the_sequences_that_accept_them() -> None:
+    """Prevents a budget that is divided equally: elsewhere, hopeless drafts of one request slow down all others."""
+    rates = [[0.95] * 8, [0.95] * 8, [0.05] * 8, [0.05] * 8]
+    verified, _ = simulate(DraftBudget(costs(0.15, 0.02)), rates)
+    means = [sum(counts[i] for counts in verified[300:]) / 300 for i in range(4)]
+    assert min(means[:2]) > 1.5 and max(means[2:]) < 0.3
+
+
+def test_a_larger_batch_gets_fewer_drafts() -> None:
+    """Prevents drafts that cost more than they bring once the processor is busy: full calls get dearer by the token."""
+    model = CostModel(((1, 1.0), (8, 1.1), (16, 1.5), (64, 6.0)), ((1, 0.05), (64, 0.3)))
+    means = []
+    for batch in (1, 4, 16, 48):
+        verified, speed = simulate(DraftBudget(model), [[0.7] * 8] * batch, 300)
+        means.append(sum(sum(counts) for counts in verified[150:]) / 150 / batch)
+        assert speed > 0.97 * batch / model.full_call(batch)
+    assert means == sorted(means, reverse=True) and means[0] > 2 > 0.5 > means[-1]
+
+
+def test_fixed_numbers_of_drafts_are_kept() -> None:
+    """Prevents --draft-tokens from being overruled, and drafts beyond the last token that is allowed."""
+    budget = DraftBudget(costs(5.0, 5.0))
+    candidates = [Candidate(0, (0.1,) * 3, 3, 100), Candidate(1, (0.9,) * 8, 8, 2), Candidate(2, (), 0, 9)]
+    assert budget.verify(candidates) == [3, 2, 0]
+    assert budget.active, "nothing was decided about adaptive ones"
+
+
+def test_the_first_steps_draft_without_knowledge() -> None:
+    """Prevents a budget that never learns the acceptance because it never drafts."""
+    verified, _ = simulate(DraftBudget(costs(2.0, 2.0)), [[0.0] * 8], 4)
+    assert [counts[0] for counts in verified][:3] == [0, START, START]
+
+
+def test_acceptance_of_unseen_positions_follows_the_position_before() -> None:
+    """Prevents a later position that was never reached from being rated better than an earlier one that fails."""
+    budget = DraftBudget()
+    for _ in range(60):
+        budget.observe(0, (0.5,) * 4, 1, 0)
+    estimates = budget.acceptance(0)
+    assert estimates[0] < 0.1
+    assert estimates == sorted(estimates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        (((1, 2.0),), [2.0] * 9),
+        (((1, 1.0), (5, 3.0)), [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]),
+        (((1, 1.0), (3, 2.0), (5, 2.0)), [1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
+        (((1, 2.0), (5, 1.0)), [2.0] * 9),  # noise; more tokens are not cheaper
+        (((3, 1.0), (5, 2.0)), [1.0, 1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]),
+    ],
+)
+def test_unmeasured_sizes_are_estimated_from_their_neighbours(
+    points: tuple[tuple[int, float], ...], expected: list[float]
+) -> None:
+    """Prevents an unmeasured size from being rated as free, or as cheaper than smaller ones."""
+    model = CostModel(full=points)
+    assert [model.full_call(tokens) for tokens in range(1, 10)] == pytest.approx(expected)
