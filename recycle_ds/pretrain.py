@@ -1,4 +1,5 @@
-"""Entry point: pretrains a RecycleGPT. `deepspeed --num_gpus 2 --module recycle_ds.pretrain --config FILE [key=value ...]`."""
+"""Entry point: pretrains a RecycleGPT. `deepspeed --num_gpus 2 --module recycle_ds.pretrain --config FILE [key=value
+...]`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from recycle_ds.config import (
 )
 from recycle_ds.config.command import INTERRUPTED, run_command
 from recycle_ds.parallel.job import REQUEUE_EXIT_CODE, ShellNotInformed, errors_of_host, is_error_reporter, job_of
-from recycle_ds.parallel.peers import MachineFault, PeerLost, TakenOver, lost_peer
+from recycle_ds.parallel.peers import PEER_LOST, MachineFault, PeerLost, TakenOver, lost_peer
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
 
-PEER_LOST = 69
-"""Exit code of a rank that has lost contact with another one or with a file system (EX_UNAVAILABLE)."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,7 +61,8 @@ def pretrain(
 
 
 def run(config: RunConfig) -> str:
-    """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors."""
+    """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's
+    errors."""
     import time
 
     from recycle_ds.checkpoint.portable.folders import check_run_dir
@@ -111,7 +111,8 @@ def run(config: RunConfig) -> str:
 
 
 def _prepare(config: RunConfig, job: Job) -> RunLock:
-    """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished there."""
+    """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished
+    there."""
     from recycle_ds.checkpoint.portable.folders import make_run_dir, remove_unfinished
     from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing
@@ -241,7 +242,8 @@ def _warnings(config: RunConfig, *, resumed: bool) -> list[str]:
 
 
 def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
-    """Fills in the tokenizer's vocabulary size if the model's is not given. Raises ConfigError if the model's is too small."""
+    """Fills in the tokenizer's vocabulary size if the model's is not given. Raises ConfigError if the model's is too
+    small."""
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
         raise ConfigError(
@@ -255,9 +257,8 @@ def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv`, by default the process's own arguments.
 
-    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then does not
-    requeue the job.
-    """
+    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then
+    does not requeue the job."""
     first = is_error_reporter(os.environ)
     try:
         run_command(app, argv, print_error=first, on_error=job_of(os.environ).fail)

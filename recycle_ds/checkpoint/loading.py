@@ -15,10 +15,14 @@ from recycle_ds.checkpoint.portable.newest import newest_intact
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
+from recycle_ds.config import ConfigError, ModelConfig
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import RecycleGPT, build_model
-from recycle_ds.model.sharding import canonical_shapes, pieces
+from recycle_ds.model.build import whole_shapes
+from recycle_ds.model.sharding import pieces
+from recycle_ds.model.stages import decoding_partition
 from recycle_ds.parallel.device import local_device, torch_dtype
+from recycle_ds.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,17 @@ class LoadedModel:
     """Tokens per training sequence if known, else a length to evaluate at."""
 
 
-def load_model(path: str, dtype: str = "fp32", local_rank: int = 0) -> LoadedModel:
+def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a run folder's newest intact checkpoint, a checkpoint, or a folder in another supported format.
 
-    dtype: "fp32" or "bf16". local_rank: index of the device on this host, if several processes decode.
+    dtype: "fp32" or "bf16". local_rank: index of the device on this host, if several processes decode. mesh: this rank
+    reads only its shard of its pipeline stage; None reads the full model.
 
-    Checksums, names and shapes are compared before a weight is read. Raises CheckpointError.
-    """
+    Checksums, names and shapes are compared before a weight is read. Raises CheckpointError, and ConfigError for a
+    model that cannot be split over the mesh."""
     source = _open(Path(path))
+    if mesh is not None:
+        check_degree(source.model, mesh.tensor.size)
     for note in source.notes:
         print(f"note: {path}: {note}", file=sys.stderr)
     if source.tokenizer is None:
@@ -51,20 +58,33 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0) -> LoadedMod
             f"{source.folder}: its tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}: "
             "copy the model's own tokenizer into this folder"
         )
-    model = build_model(source.model, source.recycle, seed=None)
+    blocks = None
+    if mesh is not None:
+        blocks = decoding_partition(source.model, source.recycle, mesh.pipeline.size)[mesh.pipeline.rank]
+    model = build_model(source.model, source.recycle, mesh, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
     load_weights(model, source)
     device = local_device(local_rank)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(device, torch_dtype(dtype))
+        parameter.data = parameter.data.to(device)
     return LoadedModel(model.to(device).eval(), tokenizer, source.folder, source.step, source.seq_length)
+
+
+def check_degree(model: ModelConfig, tensor: int) -> None:
+    """Raises ConfigError if the model cannot be split over `tensor` tensor ranks."""
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn": model.ffn, "hidden": model.hidden}
+    wrong = [f"{name} ({size})" for name, size in sizes.items() if size % tensor]
+    if wrong:
+        raise ConfigError(
+            f"--tensor {tensor}: must divide the model's {', '.join(wrong)}; use another degree, or --pipeline"
+        )
 
 
 @torch.no_grad()
 def load_weights(model: RecycleGPT, source: Source) -> None:
-    """Fills an unsharded model. Raises CheckpointError, before any weight changes, if names or shapes differ."""
+    """Fills a model, or a shard of one. Raises CheckpointError, before any weight changes, if names or shapes differ."""
     table = pieces(model, model.mesh)
-    check_tensors(source, canonical_shapes(table))
+    check_tensors(source, whole_shapes(model.config, model.recycle_config))
     if isinstance(source, PortableSource):
         source.probe(source.shapes)
     for name, parameter in model.named_parameters():

@@ -32,12 +32,11 @@ def is_deepspeed(folder: Path) -> bool:
 
 
 def open_source(path: str | Path, *, verify: bool = True, config: str | Path | None = None) -> Source:
-    """Opens a run folder, a portable checkpoint, or a Hugging Face, Megatron or DeepSpeed folder. Checksums, if it has any, are
-    compared first; with `verify` False that is left to the caller.
+    """Opens a run folder, a portable checkpoint, or a Hugging Face, Megatron or DeepSpeed folder. Checksums, if it has any,
+    are compared first; with `verify` False that is left to the caller.
 
-    config: the configuration of a source without one of its own (DeepSpeed). Raises CheckpointError for a folder of another
-    kind, and for a damaged one.
-    """
+    config: the configuration of a source without one of its own (DeepSpeed). Raises CheckpointError for a folder of
+    another kind, and for a damaged one."""
     folder = Path(path)
     tag = _deepspeed_tag(folder)
     if tag is not None:

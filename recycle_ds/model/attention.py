@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from recycle_ds.config import ModelConfig
 from recycle_ds.model import cpu_attention
-from recycle_ds.model.cache import LayerCache
 from recycle_ds.model.layers import ColumnLinear, RowLinear
-from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.rope import CosineSine, rotate
 from recycle_ds.model.ulysses import to_heads, to_sequence
 from recycle_ds.parallel.mesh import Mesh
@@ -43,19 +42,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """Attends within packed sequences; `past` holds the keys and values of earlier unrolled steps.
 
-        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each. With Ulysses, S in the output is this
-        rank's part of the sequence; S in keys and values is the full sequence, for this rank's heads.
-        """
+        Returns the output [S, B, D] and this step's keys and values, [B, H, S, C] each. With Ulysses, S in the output
+        is this rank's part of the sequence; S in keys and values is the full sequence, for this rank's heads."""
         query, key, value = self._project(x_SBD, rotary)
         keys = torch.cat([k for k, _ in past] + [key], dim=2) if past else key
         values = torch.cat([v for _, v in past] + [value], dim=2) if past else value
         return self._merge(attend(query, keys, values, mask)), (key, value)
-
-    def decode(self, x_SBD: Tensor, rotary: CosineSine, mask: CachedMask, cache: LayerCache) -> Tensor:
-        """Appends the new keys and values to the cache and attends over it. Returns [S, B, D]."""
-        query, key, value = self._project(x_SBD, rotary)
-        keys, values = cache.extend(key, value, mask.past)
-        return self._merge(attend_cached(query, keys, values, mask))
 
     def _project(self, x_SBD: Tensor, rotary: CosineSine) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, C], keys and values [B, H_kv, S, C]. Queries and keys are rotated."""
@@ -111,21 +103,3 @@ def _plain_flex() -> Any:
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
     return torch.compile(_plain_flex(), dynamic=False)
-
-
-def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: CachedMask) -> Tensor:
-    """Attention of a few new tokens over a cache.
-
-    The query heads that share a key/value head become extra query rows, so one pass over the cache is enough for all of them.
-    """
-    batch, heads, count, channels = query.shape
-    kv_heads = keys.shape[1]
-    groups = heads // kv_heads
-    if mask.past == 0 and count > 1:
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-    rows = query.reshape(batch, kv_heads, groups * count, channels)
-    mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask.dense(groups, query.device))
-    # reshape, not view: CUDA's memory-efficient kernel returns a different stride order
-    return mixed.reshape(batch, heads, count, channels)

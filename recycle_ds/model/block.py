@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from recycle_ds.config import ModelConfig
 from recycle_ds.model.attention import Attention, KeysValues
-from recycle_ds.model.cache import LayerCache
-from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.mlp import MLP
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import CosineSine
@@ -33,8 +32,3 @@ class Block(nn.Module):
         mixed, keys_values = self.attention(self.attention_norm(x_SBD), rotary, mask, past)
         x_SBD = x_SBD + mixed
         return x_SBD + self.mlp(self.mlp_norm(x_SBD)), keys_values
-
-    def decode(self, x_SBD: Tensor, rotary: CosineSine, mask: CachedMask, cache: LayerCache) -> Tensor:
-        """Runs a few new tokens over a cache. [S, B, D] to [S, B, D]."""
-        x_SBD = x_SBD + self.attention.decode(self.attention_norm(x_SBD), rotary, mask, cache)
-        return x_SBD + self.mlp(self.mlp_norm(x_SBD))

@@ -30,12 +30,13 @@ def build_model(
     checkpoint_blocks: bool = False,
     loss_chunk: int = 1024,
     seq_length: int | None = None,
+    blocks: range | None = None,
 ) -> RecycleGPT:
     """Builds this rank's shard of a model. Raises ConfigError when there are more pipeline stages than blocks.
 
     mesh=None means a single process. seed=None leaves the weights uninitialised, for a checkpoint to be loaded.
-    seq_length is the training sequence length, which affects how blocks are distributed over pipeline stages.
-    """
+    seq_length is the training sequence length, which affects how blocks are distributed over pipeline stages; blocks
+    are those of this stage, if they are distributed in another way."""
     mesh = mesh or Mesh()
     model = RecycleGPT(
         config,
@@ -45,6 +46,7 @@ def build_model(
         checkpoint_blocks=checkpoint_blocks,
         loss_chunk=loss_chunk,
         seq_length=seq_length,
+        blocks=blocks,
     )
     if seed is not None:
         initialise(model, config, mesh, seed)

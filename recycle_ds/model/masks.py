@@ -1,9 +1,8 @@
 """Attention masks: one description, as a dense mask (the reference, CPU) or as FlexAttention blocks (CUDA).
 
-At position t, unrolled step k of the recycle module attends to the step-1 entries 1..t of its document and to the entries of
-its own steps 2..k, which started at t. With the keys of all steps concatenated, [step 1 | step 2 | ... | step k], this is a
-causal block followed by k-1 diagonal blocks, under one softmax.
-"""
+At position t, unrolled step k of the recycle module attends to the step-1 entries 1..t of its document and to the
+entries of its own steps 2..k, which started at t. With the keys of all steps concatenated, [step 1 | step 2 | ... |
+step k], this is a causal block followed by k-1 diagonal blocks, under one softmax."""
 
 from __future__ import annotations
 
@@ -86,9 +85,9 @@ class AttentionMask:
 def visible_blocks(documents_BS: Tensor, steps: int, size: int) -> tuple[Tensor, Tensor]:
     """Which `size` x `size` blocks of an AttentionMask are partially visible, and which are fully visible.
 
-    Bool [B, ceil(S / size), ceil(steps x S / size)] each. The partially visible blocks are exact if a row's document indices
-    never decrease, as in packed data. Otherwise they may include hidden blocks, which costs time but not correctness.
-    """
+    Bool [B, ceil(S / size), ceil(steps x S / size)] each. The partially visible blocks are exact if a row's document
+    indices never decrease, as in packed data. Otherwise they may include hidden blocks, which costs time but not
+    correctness."""
     length, device = documents_BS.shape[1], documents_BS.device
     rows, columns = -(-length // size), -(-steps * length // size)
     # An incomplete last block is padded with its last document, which does not change its range.
@@ -108,22 +107,7 @@ def visible_blocks(documents_BS: Tensor, steps: int, size: int) -> tuple[Tensor,
 
 
 def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A bool matrix in FlexAttention's format: the number of True columns per row, and the column indices, True ones first."""
+    """A bool matrix in FlexAttention's format: the number of True columns per row, and the column indices, True ones
+    first."""
     listed = blocks.int()
     return listed.sum(-1, dtype=torch.int32), listed.argsort(dim=-1, descending=True, stable=True).int()
-
-
-@dataclass(frozen=True)
-class CachedMask:
-    """Attention of `count` new tokens over a cache: each attends to the past and to the new tokens up to itself."""
-
-    past: int
-    count: int
-
-    def dense(self, groups: int, device: torch.device) -> Tensor | None:
-        """Bool [groups x count, past + count] for query heads laid out as query rows; None if everything is visible."""
-        if self.count == 1:
-            return None
-        keys = torch.arange(self.past + self.count, device=device)
-        queries = torch.arange(self.past, self.past + self.count, device=device)
-        return (keys[None, :] <= queries[:, None]).repeat(groups, 1)

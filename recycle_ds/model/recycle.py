@@ -8,8 +8,6 @@ RecycleGPT (arXiv 2308.03421), unrolled to depth K with shared weights:
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from megatron.core import ModelParallelConfig as MegatronConfig
 from megatron.core.tensor_parallel import all_to_all_hp2sp, gather_from_tensor_model_parallel_region
@@ -18,9 +16,8 @@ from torch import Tensor, nn
 from recycle_ds.config import ModelConfig
 from recycle_ds.model.attention import KeysValues
 from recycle_ds.model.block import Block
-from recycle_ds.model.cache import KVCache
 from recycle_ds.model.layers import ColumnLinear
-from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import CosineSine
 from recycle_ds.parallel.mesh import Mesh
@@ -64,12 +61,3 @@ class RecycleModule(nn.Module):
             x, keys_values = block(x, rotary, mask, past)
             steps.append((*past, keys_values))
         return self.final_norm(x), tuple(steps)
-
-    def decode(self, hidden_SBD: Tensor, embedded_SBD: Tensor, rotary: CosineSine, cache: KVCache) -> Tensor:
-        """Appends S entries to a cache and runs them: entries of known tokens, or one drafted entry. Returns [S, B, D]."""
-        mask = CachedMask(cache.length, hidden_SBD.shape[0])
-        cache.advance(mask.count)
-        x = self.join(hidden_SBD, embedded_SBD)
-        for block, layer in zip(cast("list[Block]", self.blocks), cache.layers, strict=True):
-            x = block.decode(x, rotary, mask, layer)
-        return self.final_norm(x)

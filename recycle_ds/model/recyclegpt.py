@@ -6,7 +6,6 @@ Activations are [S, B, D], sequence first, as megatron-core's sequence paralleli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -17,13 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
-from recycle_ds.model.cache import DecodingCache, KVCache
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
 from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
-from recycle_ds.model.masks import AttentionMask, CachedMask
+from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import RecycleModule, StepKeysValues
-from recycle_ds.model.rope import CosineSine, Rotary
+from recycle_ds.model.rope import Rotary
 from recycle_ds.model.stages import partition
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Mesh
@@ -33,9 +31,8 @@ from recycle_ds.parallel.mesh import Mesh
 class EvaluationSums:
     """Sums over a batch, [K+1] each, index 0 the backbone.
 
-    `agreed[k]` counts positions whose drafts agree with the backbone's argmax at depths 1..k, out of the `judged[k]` positions
-    that agree at depths 1..k-1 and have a target at depth k.
-    """
+    `agreed[k]` counts positions whose drafts agree with the backbone's argmax at depths 1..k, out of the `judged[k]`
+    positions that agree at depths 1..k-1 and have a target at depth k."""
 
     loss: Tensor
     count: Tensor
@@ -75,8 +72,10 @@ class RecycleGPT(nn.Module):
         checkpoint_blocks: bool = False,
         loss_chunk: int = 1024,
         seq_length: int | None = None,
+        blocks: range | None = None,
     ) -> None:
         """seq_length (default: max_positions) decides attention's cost when blocks are distributed over pipeline stages.
+        blocks: those of this stage, to be distributed in another way.
 
         Raises ConfigError when there are more pipeline stages than blocks.
         """
@@ -89,7 +88,9 @@ class RecycleGPT(nn.Module):
         self.mesh = mesh
         megatron = parallel_config(mesh, dtype)
         padded = padded_vocabulary(config.vocab_size, config.vocab_multiple, mesh.tensor.size)
-        own = partition(config, recycle, seq_length or config.max_positions, mesh.pipeline.size)[mesh.pipeline.rank]
+        if blocks is None:
+            length = seq_length or config.max_positions
+            blocks = partition(config, recycle, length, mesh.pipeline.size)[mesh.pipeline.rank]
         last = mesh.last_stage
         self.embedding: VocabEmbedding | None = None
         # the last stage needs a copy for a tied head and for the recycle module's input
@@ -97,7 +98,7 @@ class RecycleGPT(nn.Module):
             self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
         # named by their index in the full model, on every stage
-        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in own})
+        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in blocks})
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype) if last else None
         self.head: OutputHead | None = None
         if last and not config.tied_embeddings:
@@ -126,12 +127,12 @@ class RecycleGPT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
         """Training: returns the weighted total loss (scalar) and the unweighted sums of cross entropy [K+1], backbone first.
 
-        scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None evaluates
-        the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in the root's forward.
+        scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None
+        evaluates the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in
+        the root's forward.
 
-        Every pipeline stage except the first takes `received` [S, B, D] from the previous stage; every stage except the last
-        returns such a tensor.
-        """
+        Every pipeline stage except the first takes `received` [S, B, D] from the previous stage; every stage except the
+        last returns such a tensor."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and scales is not None):
             states = self.states(batch, received)
         if self.final_norm is None:
@@ -221,42 +222,13 @@ class RecycleGPT(nn.Module):
                 x, _ = block(x, rotary, mask)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def new_cache(self, batch_size: int, capacity: int) -> DecodingCache:
-        """Empty caches for `capacity` positions, in the model's dtype and on its device."""
-        assert self.final_norm is not None, "decoding needs a model without pipeline"
-        weight = self.final_norm.weight
-        block = next(iter(self.blocks.values()))
-        assert isinstance(block, Block)
-        shape = (batch_size, block.attention.kv_heads, capacity, block.attention.channels)
-        return DecodingCache(
-            KVCache(len(self.blocks), *shape, dtype=weight.dtype, device=weight.device),
-            KVCache(self.recycle_layers, *shape, dtype=weight.dtype, device=weight.device),
-        )
-
-    def decode(self, tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
-        """Runs the backbone over T new tokens and appends them to its cache. Returns the states after the final norm [T, B, D].
-
-        Raises ValueError if the cache has no room for them.
-        """
-        assert self.embedding is not None and self.final_norm is not None, "decoding needs a model without pipeline"
-        x = self.embedding(tokens_BT.t())
-        mask = CachedMask(cache.backbone.length, tokens_BT.shape[1])
-        cache.backbone.advance(mask.count)
-        rotary = self._rotary_at(mask, x)
-        for block, layer in zip(cast("list[Block]", list(self.blocks.values())), cache.backbone.layers, strict=True):
-            x = block.decode(x, rotary, mask, layer)
-        return self.final_norm(x)
-
-    def recycle_decode(self, hidden_TBD: Tensor, next_tokens_BT: Tensor, cache: DecodingCache) -> Tensor:
-        """Runs the module over T entries (h_p, E x_{p+1}) and appends them to its cache. Returns r [T, B, D].
-
-        For step k > 1 of a draft, pass r^{k-1} of the last entry and the token that it drafted. Raises ValueError if the cache
-        has no room.
-        """
-        assert self.recycle is not None and self.embedding is not None, "the model has no recycle module"
-        mask = CachedMask(cache.recycle.length, next_tokens_BT.shape[1])
-        rotary = self._rotary_at(mask, hidden_TBD)
-        return self.recycle.decode(hidden_TBD, self.embedding(next_tokens_BT.t()), rotary, cache.recycle)
+    @torch.no_grad()
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
+        """States h [T, B, D] of sequences that start at position 0, in one pass. For models without pipeline parallelism."""
+        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        documents = torch.zeros_like(tokens_BT)
+        batch = Batch(tokens_BT, positions, documents, tokens_BT[None], tokens_BT[None])
+        return self._backbone(batch, AttentionMask(documents), None)
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """fp32 logits [T, B, V] without vocabulary padding, gathered over the tensor axis. Collective over that axis."""
@@ -267,7 +239,3 @@ class RecycleGPT(nn.Module):
             dist.all_gather(parts, logits.contiguous(), group=axis.group)
             logits = torch.cat(parts, dim=-1)
         return logits[..., : self.vocab_size]
-
-    def _rotary_at(self, mask: CachedMask, like: Tensor) -> CosineSine:
-        positions = torch.arange(mask.past, mask.past + mask.count, device=like.device)
-        return self.rotary(positions[:, None], like.dtype)

@@ -1,10 +1,9 @@
 """Which blocks each pipeline stage holds: a pure function of the shapes.
 
-The first stage also has the embedding; the last one also has the final norm, the recycle module and the output head, which is
-used once per loss. The embedding counts as free: a lookup copies `hidden` numbers per token, a block multiplies millions, and
-the lookup's backward pass adds `hidden` numbers per token. In a small model with a large vocabulary the head costs as much as
-many blocks, so the last stage gets fewer blocks, possibly none.
-"""
+The first stage also has the embedding; the last one also has the final norm, the recycle module and the output head,
+which is used once per loss. The embedding counts as free: a lookup copies `hidden` numbers per token, a block
+multiplies millions, and the lookup's backward pass adds `hidden` numbers per token. In a small model with a large
+vocabulary the head costs as much as many blocks, so the last stage gets fewer blocks, possibly none."""
 
 from __future__ import annotations
 
@@ -17,16 +16,32 @@ def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stag
 
     Raises ConfigError when there are more stages than blocks.
     """
-    if stages > config.layers:
+    block = block_flops_per_token(config, seq_length)
+    return _balance(config.layers, stages, block, tail_flops_per_token(config, recycle, seq_length))
+
+
+def decoding_partition(config: ModelConfig, recycle: RecycleConfig, stages: int) -> tuple[range, ...]:
+    """The same for decoding, where reading the weights costs more than multiplying by them: stages of equal weight.
+
+    The last stage reads the head and the recycle module once for each token. Drafts that need more calls hold up the
+    other stages; they are made as far as they pay."""
+    block = block_flops_per_token(config, 0)
+    head = tail_flops_per_token(config, recycle.model_copy(update={"layers": 0}), 0)
+    return _balance(config.layers, stages, block, head + recycle.layers * block)
+
+
+def _balance(layers: int, stages: int, block: float, tail: float) -> tuple[range, ...]:
+    """Blocks of each stage, such that the most expensive one is as cheap as possible. tail: what the last stage has
+    besides."""
+    if stages > layers:
         raise ConfigError(
-            f"parallel.pipeline ({stages}) exceeds model.layers ({config.layers}): a stage would have no block; lower it"
+            f"parallel.pipeline ({stages}) exceeds model.layers ({layers}): a stage would have no block; lower it"
         )
     if stages == 1:
-        return (range(config.layers),)
-    block = block_flops_per_token(config, seq_length)
+        return (range(layers),)
     counts = [1] * (stages - 1) + [0]
-    costs = [block] * (stages - 1) + [tail_flops_per_token(config, recycle, seq_length)]
-    for _ in range(config.layers - sum(counts)):
+    costs = [block] * (stages - 1) + [tail]
+    for _ in range(layers - sum(counts)):
         # ties go to the later stage: earlier stages keep activations of more micro-batches in flight
         cheapest = min(reversed(range(stages)), key=lambda stage: costs[stage] + block)
         counts[cheapest] += 1

@@ -6,7 +6,9 @@ import ctypes
 import resource
 import time
 from functools import lru_cache
+from pathlib import Path
 
+import psutil
 import torch
 
 from recycle_ds.parallel.products import linear
@@ -16,6 +18,13 @@ _CUDA_PEAKS = {
     "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
     "fp32": {"H200": 67e12, "H100 80GB HBM3": 67e12, "H100 PCIe": 51e12, "A100": 19.5e12, "A800": 19.5e12},
 }
+
+
+# Folder, limit and use of memory of version 2 and version 1 of Linux control groups.
+_MEMORY_CONTROLLERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 # glibc's mallopt parameters (malloc.h).
@@ -53,7 +62,8 @@ def peak_flops(dtype: str, device: torch.device) -> float:
 
 @torch.no_grad()
 def matmul_rate(dtype: str, device: torch.device, seconds: float = 0.05) -> float:
-    """Measured FLOP/s of the model's matrix product. The square operands double in size until one product takes `seconds`."""
+    """Measured FLOP/s of the model's matrix product. The square operands double in size until one product takes
+    `seconds`."""
     best, size, fastest = 0.0, 128, 0.0
     while fastest < seconds and size <= (8192 if device.type == "cuda" else 1024):
         a = torch.ones(size, size, dtype=torch_dtype(dtype), device=device)
@@ -82,9 +92,8 @@ def let_megatron_run_on_cpu() -> None:
 def keep_freed_memory() -> bool:
     """On a CPU, configures glibc to keep freed memory for later tensors. Returns whether that succeeded.
 
-    By default glibc returns large blocks to the kernel at once, so every step page-faults the same memory again: up to half of
-    the time of a training step. On CUDA, PyTorch's own allocator keeps freed memory.
-    """
+    By default glibc returns large blocks to the kernel at once, so every step page-faults the same memory again: up to
+    half of the time of a training step. On CUDA, PyTorch's own allocator keeps freed memory."""
     if torch.cuda.is_available():
         return False
     try:
@@ -99,6 +108,21 @@ def synchronise(device: torch.device) -> None:
     """Waits for queued CUDA work. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now: on a GPU, or on this host within the limit of this process's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = int(psutil.virtual_memory().available)
+    for folder, limit, used in _MEMORY_CONTROLLERS:
+        try:
+            bound = Path(folder, limit).read_text().strip()
+            if bound.isdecimal():
+                free = min(free, max(int(bound) - int(Path(folder, used).read_text()), 0))
+        except OSError:  # this version of control groups is not mounted
+            continue
+    return free
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,6 +5,9 @@ from __future__ import annotations
 # Substrings of gloo's errors, which are plain RuntimeErrors.
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Gloo connectFullMesh")
 
+PEER_LOST = 69
+"""Exit code of a rank that has lost contact with another one or with a file system (EX_UNAVAILABLE)."""
+
 
 class PeerLost(Exception):
     """Another rank, or the connection to it, is lost: the collective that this rank waits in cannot complete."""

@@ -1,4 +1,5 @@
-"""The command `recycle-ds convert` (tools/convert_checkpoint.py): options, a progress bar, one line about the result."""
+"""The command `recycle-ds convert` (tools/convert_checkpoint.py): options, a progress bar, one line about the
+result."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def convert_checkpoint(
 
 
 def run(source: str, target: str, conversion: Conversion) -> None:
-    """Converts, and prints one line about the result. Progress goes to stderr if that is a terminal. Raises CheckpointError."""
+    """Converts, and prints one line about the result. Progress goes to stderr if that is a terminal. Raises
+    CheckpointError."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from recycle_ds.checkpoint.conversion.convert import convert

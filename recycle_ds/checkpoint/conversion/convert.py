@@ -31,9 +31,9 @@ def convert(
 ) -> Source:
     """Converts into a new folder, which is written under a temporary name and renamed once it is complete.
 
-    step: called for each tensor written or checked, with the name of the phase and the number of tensors. note: called with
-    each of the source's notes. Returns the result, opened. Raises CheckpointError; nothing is left at the target then.
-    """
+    step: called for each tensor written or checked, with the name of the phase and the number of tensors. note: called
+    with each of the source's notes. Returns the result, opened. Raises CheckpointError; nothing is left at the target
+    then."""
     conversion.check()
     target = check_target(target_path)
     source = _open(source_path, conversion)
@@ -70,7 +70,8 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
 
 
 def _verify(source: Source, result: Source, conversion: Conversion, step: Callable[[str], None]) -> None:
-    """Compares every tensor of the result with the source's, rounded as requested. Raises CheckpointError if one differs."""
+    """Compares every tensor of the result with the source's, rounded as requested. Raises CheckpointError if one
+    differs."""
     if dict(result.shapes) != {name: tuple(shape) for name, shape in source.shapes.items()}:
         raise CheckpointError(
             f"{source.folder}: the result has other tensors than the source: nothing is left at the target"

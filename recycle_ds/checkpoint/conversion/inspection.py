@@ -24,9 +24,8 @@ PARTS = ("embedding", "blocks", "final_norm", "head", "recycle")
 def describe(path: str | Path, config: str | Path | None = None) -> dict[str, Any]:
     """Kind, step, layout, shape, parameters by part, dtypes and provenance of a folder. Compares its checksums.
 
-    config: the configuration for a source without one of its own. Raises CheckpointError for a folder without a model, and for
-    a damaged one.
-    """
+    config: the configuration for a source without one of its own. Raises CheckpointError for a folder without a model,
+    and for a damaged one."""
     source = open_source(path, config=config)
     counts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()

@@ -57,7 +57,8 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raises CheckpointError unless a path is a folder. Does not import torch, so that a mistyped path is reported at once."""
+    """Raises CheckpointError unless a path is a folder. Does not import torch, so that a mistyped path is reported at
+    once."""
     if Path(path).is_dir():
         return
     if Path(path).exists():
@@ -79,7 +80,8 @@ def _advice(path: str) -> str:
 
 
 def check_run_dir(run_dir: str) -> None:
-    """Raises CheckpointError if a run folder cannot be created or written to. Creates nothing, and does not import torch."""
+    """Raises CheckpointError if a run folder cannot be created or written to. Creates nothing, and does not import
+    torch."""
     nearest = Path(run_dir).absolute()
     while True:
         try:

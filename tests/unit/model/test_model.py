@@ -99,41 +99,6 @@ def test_rope_scaling_equals_hugging_face(kind: str) -> None:
     assert torch.allclose(actual.float(), expected.float(), rtol=1e-5)
 
 
-def test_decoding_equals_training_at_every_depth() -> None:
-    """Prevents unrolled steps with other positions or keys in decoding than in training, or with later positions."""
-    model = build_model(model_config(), RecycleConfig(layers=2, depth=3), seed=3).eval()
-    batch = batch_of(1, 30, 3)
-    tokens = batch.inputs_KBS[0]
-    with torch.no_grad():
-        states = model.states(batch)
-        for start in (1, 9, 20):
-            cache = model.new_cache(1, 40)
-            hidden = torch.cat([model.decode(tokens[:, :4], cache), model.decode(tokens[:, 4 : start + 4], cache)])
-            assert torch.allclose(hidden[:, 0], states[0][: start + 4, 0], atol=1e-4)
-            state = model.recycle_decode(hidden[:start], tokens[:, 1 : start + 1], cache)
-            for depth in range(1, 4):
-                assert torch.allclose(state[-1, 0], states[depth][start - 1, 0], atol=1e-4)
-                state = model.recycle_decode(state[-1:], tokens[:, start + depth : start + depth + 1], cache)
-
-
-def test_truncated_entries_are_not_visible() -> None:
-    """Prevents rejected drafts from staying visible after truncate()."""
-    model = build_model(model_config(), RecycleConfig(layers=1), seed=3).eval()
-    tokens = batch_of(1, 20, 1).inputs_KBS[0]
-    with torch.no_grad():
-        cache = model.new_cache(1, 20)
-        model.decode(tokens[:, :10], cache)
-        clean = model.decode(tokens[:, 10:13], cache)
-        cache.backbone.truncate(10)
-        model.decode(tokens[:, 3:9], cache)
-        cache.backbone.truncate(10)
-        assert torch.equal(model.decode(tokens[:, 10:13], cache), clean)
-        with pytest.raises(ValueError, match="cannot add 8 entries to a cache that has 13 of 20"):
-            model.decode(tokens[:, :8], cache)
-        with pytest.raises(ValueError, match="cannot truncate"):
-            cache.backbone.truncate(14)
-
-
 def test_documents_do_not_see_each_other() -> None:
     """Prevents states of a packed document that depend on its neighbour, in the backbone or in an unrolled step."""
     model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3).eval()
