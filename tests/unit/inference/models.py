@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 import torch
+from scipy.stats import chisquare
 
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
+from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation import sampling
+from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT, build_model
 
 LETTERS = "abcdefghijklmnop"
@@ -74,3 +79,66 @@ class Letters:
     def flush(self) -> str:
         """Returns no text: no letter is held back."""
         return ""
+
+
+def probabilities(logits_V: torch.Tensor, params: TokenSampling, history_L: torch.Tensor) -> torch.Tensor:
+    """The distribution of the next token after a history, all of it output."""
+    vocabulary = Vocabulary(0, len(logits_V))
+    position = sampling.Position(params, 0, len(history_L), len(history_L), history=lambda: history_L)
+    adjusted_1V = sampling.adjust(logits_V[None], [position], vocabulary)
+    return sampling.probabilities(adjusted_1V, [params], vocabulary)[0]
+
+
+@torch.no_grad()
+def next_logits(model: RecycleGPT, tokens: list[int]) -> torch.Tensor:
+    """The full model's logits after some tokens [V], in one pass without a cache."""
+    return model.logits(model.hidden_states(torch.tensor([tokens]))[-1:])[0, 0]
+
+
+@torch.no_grad()
+def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalty: float = 1.0) -> list[int]:
+    """Greedy drafts after some tokens by the definition, with the unrolled pass of training: r^k of the last complete
+    entry."""
+    drafts: list[int] = []
+    length = len(tokens) - 1
+    unrolled = model.recycle_config
+    try:
+        for depth in range(1, count + 1):
+            model.recycle_config = unrolled.model_copy(update={"depth": depth})
+            read = torch.tensor([*tokens, *drafts])
+            inputs = torch.stack([read[k : k + length] for k in range(depth + 1)])[:, None]
+            positions, documents = torch.arange(length)[None], torch.zeros(1, length, dtype=torch.int64)
+            states = model.states(Batch(inputs[0], positions, documents, inputs, inputs))
+            logits_V = model.logits(states[depth][-1:])[0, 0]
+            drafts.append(int(sampling.penalise(logits_V, penalty, read).argmax()))
+    finally:
+        model.recycle_config = unrolled
+    return drafts
+
+
+def joint_distribution(
+    model: RecycleGPT, prompt: list[int], params: TokenSampling, count: int
+) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of `count` tokens, by enumeration with the full model, without a cache."""
+    joint = {(): 1.0}
+    for _ in range(count):
+        longer = {}
+        for tokens, chance in joint.items():
+            known = [*prompt, *tokens]
+            probs = probabilities(next_logits(model, known), params, torch.tensor(known)).tolist()
+            longer |= {(*tokens, token): chance * p for token, p in enumerate(probs)}
+        joint = longer
+    return joint
+
+
+def agreement(counts: Counter[tuple[int, ...]], joint: dict[tuple[int, ...], float]) -> float:
+    """Chi-squared p-value of observed continuations against a joint distribution; 0 if an impossible one was observed."""
+    if any(joint[tokens] == 0 for tokens in counts):
+        return 0.0
+    trials = counts.total()
+    likely = [cell for cell in joint if trials * joint[cell] >= 5]
+    rest = [cell for cell in joint if cell not in likely]
+    observed = [counts[cell] for cell in likely] + [sum(counts[cell] for cell in rest)]
+    expected = [trials * joint[cell] for cell in likely] + [trials * sum(joint[cell] for cell in rest)]
+    assert len(likely) > 10, "the test needs cells"
+    return float(chisquare(observed, expected, sum_check=False).pvalue)

@@ -2,116 +2,76 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
 
-from recycle_ds.inference import Decoder
-from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation.drafting import Drafts
-from recycle_ds.inference.speculation.sampling import penalise
-from recycle_ds.inference.speculation.stopping import StopCondition
-from recycle_ds.inference.stream import Stream
+from recycle_ds.inference import Decoder, SamplingParams
+from recycle_ds.inference.engine.sequence import Sequence
+from recycle_ds.inference.speculation.budget import CostModel
 from recycle_ds.model import RecycleGPT
-from tests.unit.inference.models import overfitted_model, random_model
+from tests.unit.inference.models import drafts_from_scratch, next_logits, overfitted_model, random_model
 
 
-def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalty: float = 1.0) -> list[int]:
-    """Greedy drafts by definition: all backbone entries (h_p, x_{p+1}) at once, then draft by draft, in new caches."""
-    cache = model.new_cache(1, len(tokens) + count)
-    known_1T = torch.tensor([tokens])
-    hidden_TBD = model.decode(known_1T[:, :-1], cache)
-    state = model.recycle_decode(hidden_TBD, known_1T[:, 1:], cache)[-1:]
-    drafts: list[int] = []
-    while True:
-        logits_V = penalise(model.logits(state)[0, 0], penalty, torch.tensor([*tokens, *drafts]))
-        drafts.append(int(logits_V.argmax()))
-        if len(drafts) == count:
-            return drafts
-        state = model.recycle_decode(state, torch.tensor([drafts[-1:]]), cache)
-
-
-def _stream(model: RecycleGPT, prompt: list[int], limit: int, params: TokenSampling, eos: frozenset[int]) -> Stream:
-    return Stream(model, prompt, params, StopCondition(eos, limit, "length"), eos, None, time.perf_counter)
+def steps(decoder: Decoder, prompt: list[int], params: SamplingParams) -> Iterator[Sequence]:
+    """Decodes in verified mode, step by step."""
+    (sequence,) = decoder.engine.add(prompt, params, "verified")
+    while sequence.ended_at is None:
+        decoder.engine.step()
+        yield sequence
 
 
 @pytest.mark.parametrize("recycle_layers", [1, 2])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-@torch.inference_mode()
 def test_drafts_are_those_of_a_computation_from_scratch(recycle_layers: int, penalty: float) -> None:
     """Prevents stale entries of rejected drafts, shifted positions and wrong states, which verification would hide."""
     model = random_model(8, 5, recycle_layers=recycle_layers)
-    stream = _stream(model, [1, 2, 3, 4], 36, TokenSampling(repetition_penalty=penalty), frozenset())
-    stream.prefill(with_module=True)
-    known = [1, 2, 3, 4, *stream.result("length").token_ids]
-    lengths = [3, 1, 4, 2, 1, 5, 3, 2]
-    for count in lengths:
-        drafts = stream.drafter.draft(stream.length, count)
-        assert stream.draft_ids(drafts.count) == drafts_from_scratch(model, known, count, penalty)
-        stream.verify(drafts)
-        known = [1, 2, 3, 4, *stream.result("length").token_ids]
-    assert 0 < sum(stream.tally.accepted) < sum(lengths), "the test needs accepted and rejected drafts"
+    params = SamplingParams(max_new_tokens=36, draft_tokens=3, repetition_penalty=penalty)
+    compared, accepted = 0, 0
+    for sequence in steps(Decoder(model), [1, 2, 3, 4], params):
+        expected = drafts_from_scratch(model, sequence.tokens, len(sequence.drafts), penalty)
+        assert list(sequence.drafts) == expected
+        compared, accepted = compared + len(expected), sum(sequence.tally.accepted)
+    assert 0 < accepted < compared, "the test needs accepted and rejected drafts"
 
 
-@torch.inference_mode()
 def test_positions_skipped_without_drafts_are_read_later() -> None:
-    """Prevents gaps in the module's KV cache after cycles without drafts."""
-    model = random_model(8, 6)
-    stream = _stream(model, [1, 2], 30, TokenSampling(), frozenset())
-    stream.prefill(with_module=True)
-    calls = stream.drafter.calls
+    """Prevents gaps in the module's KV cache after steps without drafts, also over more slots than are read at once."""
+    model = random_model(8, 6, max_positions=700)
+    decoder = Decoder(model)
+    prompt = [1, 2, 3] * 190
+    (sequence,) = decoder.engine.add(prompt, SamplingParams(max_new_tokens=30, draft_tokens=0), "verified")
     for _ in range(6):
-        stream.verify(Drafts(0, None))
-    assert stream.drafter.calls == calls
-    drafts = stream.drafter.draft(stream.length, 3)
-    assert stream.drafter.calls == calls + 3  # all skipped positions in one call
-    assert stream.draft_ids(drafts.count) == drafts_from_scratch(model, [1, 2, *stream.result("length").token_ids], 3)
+        decoder.engine.step()
+    assert sequence.module_calls == 0
+    sequence.params = replace(sequence.params, draft_tokens=3)
+    decoder.engine.step()
+    assert list(sequence.drafts) == drafts_from_scratch(model, sequence.tokens, 3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@torch.inference_mode()
 def test_alternate_keeps_the_tokens_of_the_module(count: int) -> None:
     """Prevents the paper's mode from reading states, tokens or positions other than those of the text it keeps."""
     model = random_model(8, 7)
     expected = [1, 2, 3]
     while len(expected) < 3 + 20:
-        read_1T = torch.tensor([expected])
-        hidden_TBD = model.decode(read_1T, model.new_cache(1, len(expected)))
-        expected.append(int(model.logits(hidden_TBD[-1:]).argmax()))
+        expected.append(int(next_logits(model, expected).argmax()))
         expected += drafts_from_scratch(model, expected, count)
     found = Decoder(model).generate([1, 2, 3], "alternate", max_new_tokens=20, draft_tokens=count)
     assert list(found.token_ids) == expected[3:23]
     assert found.recycled == tuple(i % (count + 1) > 0 for i in range(20))
 
 
-@torch.inference_mode()
 def test_drafting_stops_at_a_drafted_end_of_sequence() -> None:
     """Prevents module calls for tokens that can never be kept."""
     model = random_model(4, 9)
-    unlimited = _stream(model, [1, 2, 3], 20, TokenSampling(), frozenset())
-    unlimited.prefill(with_module=True)
-    unlimited.drafter.draft(unlimited.length, 8)
-    ids = unlimited.draft_ids(8)
-    eos = ids[0]
-    limited = _stream(model, [1, 2, 3], 20, TokenSampling(), frozenset({eos}))
-    limited.prefill(with_module=True)
-    assert limited.drafter.draft(limited.length, 8).count == 1
-
-
-@torch.inference_mode()
-def test_sampled_drafts_come_with_their_distributions() -> None:
-    """Prevents verifying a draft with another distribution than its own, which would bias the output."""
-    model = random_model(6, 2)
-    params = TokenSampling(temperature=0.8, top_k=3, repetition_penalty=1.2, seed=1)
-    stream = _stream(model, [1, 2, 3], 20, params, frozenset())
-    stream.prefill(with_module=True)
-    drafts = stream.drafter.draft(stream.length, 4)
-    assert drafts.probs_NV is not None and drafts.probs_NV.shape == (4, 6)
-    torch.testing.assert_close(drafts.probs_NV.sum(-1), torch.ones(4))
-    assert ((drafts.probs_NV > 0).sum(-1) <= 3).all()
-    assert all(drafts.probs_NV[i, token] > 0 for i, token in enumerate(stream.draft_ids(4)))
+    params = SamplingParams(max_new_tokens=20, draft_tokens=8)
+    unlimited = next(steps(Decoder(model), [1, 2, 3], params))
+    assert len(unlimited.drafts) == 8 and unlimited.drafts[0] not in unlimited.tokens[3:]
+    limited = next(steps(Decoder(model, unlimited.drafts[0]), [1, 2, 3], params))
+    assert limited.drafts == unlimited.drafts[:1]
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +108,9 @@ def test_unverified_tokens_of_an_overfitted_model_are_correct(overfitted: tuple[
 
 
 def test_the_adaptive_length_uses_accurate_drafts(overfitted: tuple[RecycleGPT, list[int]]) -> None:
-    """Prevents an adaptation that never drafts although every draft is correct and, by the given clock, cheap."""
+    """Prevents an adaptation that never drafts although every draft is correct and, by the given costs, cheap."""
     model, text = overfitted
-    ticks = iter(range(1_000_000))
-    decoder = Decoder(model, clock=lambda: float(next(ticks)))  # every interval looks like one second
+    decoder = Decoder(model)
+    decoder.engine.use_costs(CostModel(full=((1, 1.0), (8, 1.1)), module=((1, 0.05),)))
     tokens = [decoder.generate(text, "verified", max_new_tokens=28).tokens_per_full_call for _ in range(3)]
     assert tokens[-1] > 1.5

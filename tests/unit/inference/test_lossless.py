@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from recycle_ds.inference import Decoder
 from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation.sampling import probabilities
-from recycle_ds.model import RecycleGPT
-from tests.unit.inference.models import LETTERS, Letters, random_model
+from tests.unit.inference.models import LETTERS, Letters, agreement, joint_distribution, random_model
 
 
 @given(
@@ -91,43 +89,26 @@ def test_the_property_test_covers_accepted_and_rejected_drafts() -> None:
     assert recycled + full == 3 * 40
 
 
-def _joint(model: RecycleGPT, prompt: list[int], params: TokenSampling, count: int) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation of `count` tokens, by enumeration with the full model, without a cache."""
-    joint = {(): 1.0}
-    for _ in range(count):
-        longer = {}
-        for tokens, chance in joint.items():
-            known_1T = torch.tensor([[*prompt, *tokens]])
-            hidden_TBD = model.decode(known_1T, model.new_cache(1, known_1T.shape[1]))
-            probs = probabilities(model.logits(hidden_TBD[-1:])[0, 0], params, known_1T[0]).tolist()
-            longer |= {(*tokens, token): chance * p for token, p in enumerate(probs)}
-        joint = longer
-    return joint
-
-
 @pytest.mark.parametrize(("mode", "trials"), [("autoregressive", 500), ("verified", 900)])
-@torch.inference_mode()
-def test_sampled_text_has_the_models_joint_distribution(mode: str, trials: int) -> None:
-    """Prevents speculative sampling that is biased by its drafts, across positions, filters and penalties."""
+@pytest.mark.parametrize("seeded", [True, False])
+def test_sampled_text_has_the_models_joint_distribution(
+    mode: str, trials: int, seeded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents sampling that is biased by its drafts, across positions, filters and penalties: with a seed, whose drafts
+    must equal the target's own choice, and without, where drafts are rejected by their probability."""
     model = random_model(3, 0, layers=1, std=0.2)
     prompt, params = [1], TokenSampling(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2)
-    joint = _joint(model, prompt, params, count=4)
+    joint = joint_distribution(model, prompt, params, count=4)
     decoder = Decoder(model)
     counts: Counter[tuple[int, ...]] = Counter()
     accepted = tested = 0
     for seed in range(trials):
-        sampling = TokenSampling(0.9, top_p=0.95, min_p=0.05, repetition_penalty=1.2, seed=seed)
+        monkeypatch.setattr("recycle_ds.inference.engine.engine.secrets.randbelow", lambda _, own=seed: own)
+        sampling = replace(params, seed=seed if seeded else None)
         generation = decoder.generate(prompt, mode, sampling, max_new_tokens=4, draft_tokens=2)
         counts[generation.token_ids] += 1
         accepted, tested = accepted + sum(generation.accepted), tested + sum(generation.tested)
-    assert all(joint[tokens] > 0 for tokens in counts)
-    cells = list(product(range(3), repeat=4))
-    likely = [cell for cell in cells if trials * joint[cell] >= 5]
-    rest = [cell for cell in cells if cell not in likely]
-    observed = [counts[cell] for cell in likely] + [sum(counts[cell] for cell in rest)]
-    expected = [trials * joint[cell] for cell in likely] + [trials * sum(joint[cell] for cell in rest)]
-    assert len(likely) > 10
-    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    assert agreement(counts, joint) > 1e-4
     if mode == "verified":
         assert 0.2 < accepted / tested < 0.98, "the test needs accepted and rejected drafts"
 

@@ -1,0 +1,91 @@
+"""Gives sequences their blocks: those of a known prefix, new ones, and copies of shared ones before they are
+written."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
+from recycle_ds.inference.engine.sequence import Sequence
+
+
+@dataclass
+class BlockTables:
+    """The block tables of all sequences over one pool."""
+
+    pool: BlockPool
+    _copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        """The copies, (from, to), that the next step must make before it writes."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    def place(self, sequence: Sequence, running: Container[Sequence]) -> bool:
+        """Gives a sequence the blocks of a known prefix, and new ones for all its tokens and the next one.
+
+        Returns False, with nothing changed, if there are not enough blocks.
+        """
+        size, source = self.pool.size, sequence.fork_of
+        if source is not None and source in running:
+            shared, content, registered = source.blocks[: -(-sequence.prompt_tokens // size)], 0, 0
+            # the last token of the prompt is read again: its state gives the first new token
+            cached, module_read = sequence.prompt_tokens - 1, min(source.module_read, sequence.prompt_tokens)
+        else:
+            shared, content = self.pool.match(sequence.tokens[:-1])
+            cached, registered = len(shared) * size, len(shared)
+            with_module = 0
+            while with_module < len(shared) and self.pool.has_module_entries(shared[with_module]):
+                with_module += 1
+            module_read = max(with_module * size, 1)
+        for block in shared:
+            self.pool.share(block)
+        sequence.blocks = list(shared)
+        try:
+            recycled = 0
+            if sequence.mode == "alternate":  # what it recycles is part of its text, and must not depend on memory
+                recycled = min(sequence.fixed_drafts or 0, sequence.stopping.remaining - 1)
+            self.reserve(sequence, cached, len(sequence.tokens) + 1 + recycled)
+        except OutOfBlocks:
+            self.release(sequence)
+            return False
+        sequence.cached, sequence.module_read = cached, module_read
+        sequence.registered, sequence.content = registered, content
+        return True
+
+    def reserve(self, sequence: Sequence, first: int, end: int) -> None:
+        """Gives a sequence blocks of its own for positions first..end-1. Raises OutOfBlocks, having changed nothing."""
+        size, blocks = self.pool.size, sequence.blocks
+        last = min(len(blocks), -(-end // size))
+        shared = [index for index in range(first // size, last) if self.pool.shared(blocks[index])]
+        missing = max(-(-end // size) - len(blocks), 0)
+        if len(shared) + missing > self.pool.free:
+            raise OutOfBlocks
+        for index in shared:
+            copy = self.pool.allocate(blocks[index - 1] if index else None)
+            self._copies.append((blocks[index], copy))
+            self.pool.release([blocks[index]])
+            blocks[index] = copy
+        for _ in range(missing):
+            blocks.append(self.pool.allocate(blocks[-1] if blocks else None))
+
+    def register(self, sequence: Sequence) -> None:
+        """Offers the sequence's full blocks to others."""
+        size = self.pool.size
+        while (sequence.registered + 1) * size <= sequence.cached:
+            first = sequence.registered * size
+            tokens = tuple(sequence.tokens[first : first + size])
+            sequence.content = self.pool.register(sequence.blocks[sequence.registered], sequence.content, tokens)
+            sequence.registered += 1
+        complete = min(sequence.registered, sequence.module_read // size)
+        for index in range(sequence.registered_with_module, complete):
+            self.pool.add_module_entries(sequence.blocks[index])
+        sequence.registered_with_module = max(sequence.registered_with_module, complete)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all blocks from a sequence, which would have to read its tokens again."""
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.cached, sequence.module_read = 0, 1
+        sequence.registered, sequence.registered_with_module, sequence.content = 0, 0, 0

@@ -1,0 +1,64 @@
+"""Measures what calls cost, once for each engine, before drafts are budgeted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from recycle_ds.inference.engine.executor import Executor
+from recycle_ds.inference.engine.plan import Part, Plan, Rules
+from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation.budget import CostModel
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_REPEATS = 3
+# More than any engine numbers its sequences.
+_SCRATCH = 2**40
+
+
+def measure(executor: Executor, blocks: int, block_size: int, max_batch: int, with_module: bool) -> CostModel:
+    """Times full calls and module calls of several sizes. Nothing may be under way or in the cache: its first blocks are
+    written.
+
+        Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
+        sequences costs more than that of one."""
+    most = max(2, min(blocks, 2 * max_batch * 4))
+    sizes = [size for size in _SIZES if size <= most]
+    full = tuple((size, _shortest(partial(_run, executor, size, 0))) for size in sizes)
+    module = []
+    for size, seconds in full if with_module else ():
+        if size <= max_batch:
+            # a chain of three calls more, so that the difference is not lost in noise
+            longer = _shortest(partial(_run, executor, size, 4)) - seconds
+            module.append((size, max(longer / 4, 1e-3 * seconds)))
+    if len(full) < 2:
+        full = (full[0], (full[0][0] + 1, full[0][1]))
+    return CostModel(full, tuple(module) or CostModel().module)
+
+
+def _run(executor: Executor, sequences: int, drafts: int) -> None:
+    numbers = range(_SCRATCH, _SCRATCH + sequences)
+    parts = tuple(
+        Part(
+            number, 0, (0,), 0, samples=True, module_start=1 if drafts else 0, drafts=drafts, room=drafts + 1,
+            prompt_tokens=1, blocks=(index,),
+        )
+        for index, number in enumerate(numbers)
+    )  # fmt: skip
+    rules = Rules(TokenSampling(), 0)
+    executor.submit(Plan(parts, rules=tuple((number, rules) for number in numbers)))
+    executor.collect()
+    executor.submit(Plan((), ended=tuple(numbers)))
+    executor.collect()
+
+
+def _shortest(action: Callable[[], None]) -> float:
+    """Seconds of the fastest of several runs: other programs only make it slower."""
+    action()
+    found = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return min(found)

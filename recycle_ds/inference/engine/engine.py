@@ -1,0 +1,194 @@
+"""The engine: requests in, answers out. One decode path for one stream and for many.
+
+A step is `plan = scheduler.next()`, `outcome = run(plan)`, `scheduler.apply(plan, outcome)`. The scheduler is pure
+Python and the runner knows nothing of requests; the executor between them runs plans here or on many ranks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from recycle_ds.inference.engine import costs
+from recycle_ds.inference.engine.blocks import BlockPool
+from recycle_ds.inference.engine.executor import Executor
+from recycle_ds.inference.engine.plan import Plan, Rules
+from recycle_ds.inference.engine.scheduler import Scheduler
+from recycle_ds.inference.engine.sequence import OnTokens, Sequence
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode
+from recycle_ds.inference.protocol import TextSource
+from recycle_ds.inference.speculation.budget import CostModel
+from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
+
+
+class DecodingEngine:
+    """Decodes many requests at once. Statistics of drafts carry over to later requests."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        has_module: bool,
+        blocks: int,
+        block_size: int = 16,
+        max_batch: int = 8,
+        eos_ids: Iterable[int] = (),
+        text_source: Callable[[], TextSource] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """eos_ids: end-of-sequence tokens. text_source: creates a new detokeniser; needed for stop strings only. clock: in
+        seconds, for the figures of an answer."""
+        self._executor = executor
+        self.vocab_size, self.max_positions, self.has_module = vocab_size, max_positions, has_module
+        self._eos_ids = tuple(sorted(set(eos_ids)))
+        self._text_source = text_source
+        self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
+        self._under_way: deque[tuple[Plan, float]] = deque()
+        self._costs_are_measured = False
+        self._next_number = 0
+
+    def step(self) -> list[Sequence]:
+        """Computes one step. Returns the sequences that ended with it."""
+        while len(self._under_way) < self._executor.depth and (plan := self.scheduler.next()) is not None:
+            self._under_way.append((plan, time.perf_counter()))
+            self._executor.submit(plan)
+        if not self._under_way:
+            assert not self.scheduler.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
+            return []
+        plan, start = self._under_way.popleft()
+        outcome = self._executor.collect()
+        if all(part.start >= part.prompt_tokens for part in plan.parts):  # chunks of prompts cost something else
+            drafts = [part.drafts for part in plan.parts]
+            self.scheduler.budget.time(plan.tokens, drafts, time.perf_counter() - start)
+        return self.scheduler.apply(plan, outcome)
+
+    def finish(self, sequences: Iterable[Sequence]) -> None:
+        """Runs steps until these sequences have ended."""
+        left = set(sequences)
+        while any(sequence.ended_at is None for sequence in left):
+            self.step()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request is waiting or running."""
+        return self.scheduler.unfinished or bool(self._under_way)
+
+    def add(
+        self,
+        prompt_ids: Iterable[int],
+        params: SamplingParams,
+        mode: str = "verified",
+        *,
+        priority: int = 0,
+        on_tokens: OnTokens | None = None,
+    ) -> list[Sequence]:
+        """Queues a request and returns its `params.n` answers. Raises DecodingError for one that cannot be decoded.
+
+        priority: higher ones run first. on_tokens: called with an answer's new ids and, for each, whether it was
+        recycled."""
+        prompt = list(prompt_ids)
+        self.check(prompt, params, mode)
+        if mode == "verified" and params.draft_tokens is None:
+            self.measure_costs()
+        answers: list[Sequence] = []
+        for index in range(params.n):
+            seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else (params.seed + index) % SEED_LIMIT
+            own = params if params.seed is None else replace(params, seed=seed)
+            end_ids = params.stop_tokens if params.ignore_eos else (*self._eos_ids, *params.stop_tokens)
+            sequence = Sequence(
+                self._next_number,
+                list(prompt),
+                len(prompt),
+                mode,
+                own,
+                Rules(own.token_sampling, seed, end_ids),
+                self._stopping(len(prompt), params, end_ids),
+                priority,
+                on_tokens=on_tokens,
+                fork_of=answers[0] if answers else None,
+            )
+            self._next_number += 1
+            self.scheduler.add(sequence)
+            answers.append(sequence)
+        return answers
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence early. Its blocks are free when the step under way, if any, has ended."""
+        self.scheduler.cancel(sequence)
+
+    def abort(self) -> None:
+        """Ends all sequences after an exception in the middle of a step, so that the engine can go on with others."""
+        self._under_way.clear()
+        self._executor.discard()
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            sequence.in_flight = False
+            self.scheduler.cancel(sequence)
+
+    def check(self, prompt: list[int], params: SamplingParams, mode: str) -> None:
+        """Raises DecodingError for a request that cannot be decoded."""
+        check_mode(mode)
+        if mode != "autoregressive" and not self.has_module:
+            raise DecodingError(
+                f"mode={mode}: the model has no recycle module; use --mode autoregressive, or train one"
+            )
+        if mode == "alternate" and params.logprobs is not None:
+            raise DecodingError(
+                "logprobs with mode=alternate: the model itself does not score recycled tokens; use verified or autoregressive"
+            )
+        if not prompt:
+            raise DecodingError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.max_positions:
+            raise DecodingError(
+                f"the prompt has {len(prompt)} tokens, the model's context holds {self.max_positions}, "
+                f"including one new token: shorten the prompt to at most {self.max_positions - 1} tokens"
+            )
+        wrong = [token for token in prompt if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise DecodingError(
+                f"the prompt contains the token {wrong[0]}, outside the model's vocabulary of {self.vocab_size}: "
+                "encode it with the model's own tokenizer"
+            )
+        wrong = [token for token in (*params.named_tokens, *params.stop_tokens) if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise DecodingError(f"token id {wrong[0]}: the model's vocabulary has {self.vocab_size} tokens, from 0 on")
+        if params.stop and self._text_source is None:
+            raise DecodingError(
+                f"stop={list(params.stop)!r}: stop strings need a tokenizer, and this decoder was built without one"
+            )
+        pool = self.scheduler.pool
+        # a step may write drafts after the last token that is kept
+        needed = -(-min(len(prompt) + params.max_new_tokens + 1, self.max_positions + 1) // pool.size) + 1
+        if needed > pool.count:
+            raise DecodingError(
+                f"prompt and new tokens need {needed * pool.size} positions of KV cache, which holds "
+                f"{pool.count * pool.size}: raise --kv-memory-gib, or lower max_new_tokens={params.max_new_tokens}"
+            )
+
+    def _stopping(self, prompt_tokens: int, params: SamplingParams, end_ids: tuple[int, ...]) -> StopCondition:
+        room = self.max_positions - prompt_tokens
+        reason: FinishReason = "length" if params.max_new_tokens <= room else "context"
+        text = TextFilter(self._text_source(), params.stop) if params.stop and self._text_source else None
+        return StopCondition(frozenset(end_ids), min(params.max_new_tokens, room), reason, text)
+
+    def measure_costs(self) -> CostModel:
+        """Measures what calls cost, once, if nothing is under way. Returns what the draft budget counts with."""
+        if not self._costs_are_measured and not self.unfinished:
+            pool = self.scheduler.pool
+            arguments = (pool.count, pool.size, self.scheduler.max_batch, self.has_module)
+            self.use_costs(costs.measure(self._executor, *arguments))
+            self.scheduler.forget_prefixes()
+        return self.scheduler.budget.costs
+
+    def use_costs(self, known: CostModel) -> None:
+        """Lets the draft budget count with known costs instead of measured ones."""
+        self.scheduler.budget.costs = known
+        self._costs_are_measured = True
+
+    def close(self) -> None:
+        """Ends the other ranks' part."""
+        self._executor.close()

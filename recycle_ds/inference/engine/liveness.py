@@ -1,0 +1,105 @@
+"""Notices a rank that is dead, stopped or unreachable, wherever the other ranks are waiting, and ends the job with one
+message.
+
+A rank that waits for another one in a collective cannot tell a long step from a dead peer. Every rank therefore has a
+thread that counts up in the job's store, whatever its main thread computes, and watches the counts of the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_INTERVAL = 1.0
+"""Seconds between two signs of life."""
+PATIENCE = 8.0
+"""Seconds without a sign of life after which a rank is lost."""
+_STORE_TIMEOUT = timedelta(seconds=5)
+
+
+class Liveness:
+    """Watches the ranks of a team from `start` to `stop`.
+
+    ranks: global ranks of the team; own: this one. patience: seconds without a sign of life after which a rank is lost.
+    on_loss: called in a thread with a message, empty on all ranks but one; it should end the process."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        ranks: Sequence[int],
+        own: int,
+        on_loss: Callable[[str], None],
+        patience: float = PATIENCE,
+    ) -> None:
+        self._store, self._ranks, self._own, self._on_loss, self._patience = store, ranks, own, on_loss, patience
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+
+    def start(self) -> None:
+        """Starts to count up and to watch."""
+        self._store.set_timeout(_STORE_TIMEOUT)
+        self._store.set(self._key(self._own), "0")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Says that this rank ends as planned, and stops watching."""
+        self._stopped.set()
+        self._thread.join()
+        try:
+            self._store.set(self._key(self._own), "end")
+        except dist.DistError:  # the rank with the store has ended already
+            return
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"liveness/{rank}"
+
+    def _watch(self) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in self._ranks if rank != self._own}
+        count = 0
+        while not self._stopped.wait(_INTERVAL):
+            count += 1
+            try:
+                self._store.set(self._key(self._own), str(count))
+                for rank, (value, since) in list(seen.items()):
+                    found = self._store.get(self._key(rank)).decode() if self._store.check([self._key(rank)]) else ""
+                    if found == "end":
+                        del seen[rank]
+                    elif found != value:
+                        seen[rank] = found, time.monotonic()
+                    elif time.monotonic() - since > self._patience:
+                        self._lose(rank, f"has shown no sign of life for {self._patience:.0f} s")
+                        return
+            except (dist.DistError, RuntimeError):
+                self._lose(0, "has the job's store, which cannot be reached")
+                return
+
+    def _lose(self, rank: int, what: str) -> None:
+        if not self._stopped.is_set():
+            speaks = self._own == min(other for other in self._ranks if other != rank)
+            text = (
+                f"rank {rank} {what}: it is dead, stopped or unreachable; the job ends, and the same command resumes it"
+            )
+            self._on_loss(text if speaks else "")
+
+
+def own_store() -> dist.Store:
+    """A connection of its own to the job's store: its timeout is not that of the process groups."""
+    store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return store
+
+
+def print_and_exit(code: int) -> Callable[[str], None]:
+    """Prints a message and ends the process at once, whatever its main thread waits for."""
+
+    def leave(text: str) -> None:
+        if text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    return leave

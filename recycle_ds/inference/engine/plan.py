@@ -1,0 +1,140 @@
+"""What one step computes, as plain integers: small enough to be sent to every rank in one message.
+
+Positions count from 0. The backbone reads the `tokens` of each part at positions start, start + 1, ...; nothing is
+padded. The last `judged` tokens are drafts that this pass verifies. Slot q of the recycle module's cache is made from
+(h_{q-1}, E x_q), so that everything stored at a position depends only on the tokens up to that position, and a shared
+prefix is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import Any
+
+from recycle_ds.inference.parameters import TokenSampling
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sequence's part of a step."""
+
+    sequence: int
+    """Number of the sequence."""
+    start: int
+    """Position of the first token."""
+    tokens: tuple[int, ...]
+    """Tokens that the backbone reads: a chunk of the prompt, or the latest token followed by drafts."""
+    judged: int
+    """How many of the last tokens are drafts to be verified."""
+    samples: bool
+    """Whether a token is chosen after the last one: not for a chunk that ends inside the prompt."""
+    module_start: int
+    """First slot of the recycle module's cache that is missing; 0 if the module does not run in this step."""
+    drafts: int
+    """Drafts to make after the chosen token; 0 for none."""
+    room: int
+    """Tokens, chosen and drafted together, that can still be of use from this step on."""
+    prompt_tokens: int
+    """Length of the prompt, for penalties that count new tokens only."""
+    blocks: tuple[int, ...]
+    """Blocks of the cache, for all positions that this step writes."""
+
+    @property
+    def known(self) -> int:
+        """Number of tokens that are certain before this step: all but the drafts."""
+        return self.start + len(self.tokens) - self.judged
+
+    def module_slots(self, tokens: Sequence[int], end_ids: Sequence[int]) -> range:
+        """Slots that the module reads in this step, if `tokens` are chosen: none if nothing is drafted after a chosen token."""
+        if not self.module_start or (
+            self.samples and (self.drafts_after(tokens) == 0 or not set(end_ids).isdisjoint(tokens))
+        ):
+            return range(0)
+        return range(self.module_start, self.known + len(tokens))
+
+    def drafts_after(self, tokens: Sequence[int]) -> int:
+        """How many drafts are made after the chosen tokens."""
+        return max(min(self.drafts, self.room - len(tokens)), 0)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one sequence's tokens are chosen."""
+
+    params: TokenSampling
+    seed: int
+    """Seed of its random numbers: that of the parameters, or one drawn for it."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. `rules` has those of sequences that appear for the first time, `ended` the sequences to forget."""
+
+    parts: tuple[Part, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """Blocks to copy before anything else, (from, to)."""
+    rules: tuple[tuple[int, Rules], ...] = ()
+    ended: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the backbone reads."""
+        return sum(len(part.tokens) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a step chose for one sequence that samples."""
+
+    sequence: int
+    tokens: tuple[int, ...]
+    """The accepted drafts and one token of the full model."""
+    drafts: tuple[int, ...] = ()
+    """Drafts of the recycle module for what follows."""
+    confidences: tuple[float, ...] = ()
+    """Probability that the module gave to each draft."""
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    """For each token, if asked for: its log probability, and the most likely tokens with theirs."""
+
+
+Outcome = tuple[Chosen, ...]
+"""What a step chose, in the order of the plan's parts, for those that sample."""
+
+
+def encode_plan(plan: Plan) -> list[int]:
+    """A plan as integers, for the other ranks."""
+    rules = json.dumps([(number, asdict(rule)) for number, rule in plan.rules]).encode() if plan.rules else b""
+    numbers = [len(plan.parts), len(plan.copies), len(plan.ended), len(rules)]
+    for part in plan.parts:
+        flags = (part.judged, int(part.samples), part.module_start, part.drafts, part.room, part.prompt_tokens)
+        numbers += [len(part.tokens), len(part.blocks), part.sequence, part.start, *flags, *part.tokens, *part.blocks]
+    return [*numbers, *chain.from_iterable(plan.copies), *plan.ended, *rules]
+
+
+def decode_plan(numbers: Sequence[int]) -> Plan:
+    """The plan that `encode_plan` made these integers of."""
+    source = iter(numbers)
+
+    def take(count: int) -> tuple[int, ...]:
+        return tuple(islice(source, count))
+
+    count, copies, ended, length = take(4)
+    parts = []
+    for _ in range(count):
+        tokens, blocks, sequence, start, judged, samples, module_start, drafts, room, prompt = take(10)
+        numbers_after = (module_start, drafts, room, prompt)
+        parts.append(Part(sequence, start, take(tokens), judged, bool(samples), *numbers_after, take(blocks)))
+    pairs = take(2 * copies)
+    over = take(ended)
+    records = json.loads(bytes(take(length))) if length else []
+    return Plan(tuple(parts), tuple(zip(pairs[::2], pairs[1::2], strict=True)), tuple(map(_rules, records)), over)
+
+
+def _rules(record: tuple[int, dict[str, Any]]) -> tuple[int, Rules]:
+    number, fields = record
+    params = TokenSampling(**fields["params"])  # turns lists into tuples
+    return number, Rules(params, fields["seed"], tuple(fields["end_ids"]))

@@ -1,0 +1,300 @@
+"""Decides what each step computes: which requests run, which prompts are read, which drafts are made and verified.
+
+Pure Python without tensors. `next` makes a plan, `apply` takes in its outcome; with pipeline stages several plans are
+under way at once, of different sequences. Sequences are ranked by priority, then by arrival. Waiting raises a priority
+by one every `_AGING` steps, so that no request waits for ever. The first in rank is never preempted, so that there is
+always progress.
+
+Every step contains all sequences that decode, and at most `chunk` tokens of prompts: neither can starve the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from recycle_ds.inference.engine.block_tables import BlockTables
+from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
+from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
+from recycle_ds.inference.engine.sequence import Sequence
+from recycle_ds.inference.speculation.budget import Candidate, DraftBudget
+
+_AGING = 256
+"""Steps of waiting that raise a priority by one."""
+
+
+@dataclass
+class Scheduler:
+    """Schedules sequences over a pool of blocks.
+
+    max_batch: sequences that run at once. chunk: tokens of prompts in a step. ways: plans under way at once; the
+    sequences that decode are divided among them. clock: in seconds, for the figures."""
+
+    pool: BlockPool
+    max_batch: int
+    chunk: int = 256
+    budget: DraftBudget = field(default_factory=DraftBudget)
+    clock: Callable[[], float] = time.perf_counter
+    ways: int = 1
+    waiting: list[Sequence] = field(default_factory=list)
+    running: list[Sequence] = field(default_factory=list)
+    step: int = 0
+    preemptions: int = 0
+    reused_tokens: int = 0
+    """Positions of prompts that were found in the cache."""
+    _ended: list[int] = field(default_factory=list)
+    tables: BlockTables = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tables = BlockTables(self.pool)
+
+    def forget_prefixes(self) -> None:
+        """Forgets all cached prefixes, whose blocks have been written by something else. No sequence may be running."""
+        assert not self.running
+        self.pool = BlockPool(self.pool.count, self.pool.size)
+        self.tables = BlockTables(self.pool)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence."""
+        sequence.arrival, sequence.started = self.step, self.clock()
+        self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence. One that is part of a step under way ends with this step."""
+        sequence.cancelled = True
+        if not sequence.in_flight and sequence.ended_at is None:
+            self._end(sequence)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    def next(self) -> Plan | None:
+        """The next step, of sequences that are in no step under way; None if there is nothing to do."""
+        self.step += 1
+        self._make_room()
+        decoding = [one for one in self._ranked(self.running) if one.prefilled]
+        most = -(-len(decoding) // self.ways)
+        decoding = [one for one in decoding if not one.in_flight][:most]
+        verified = self.budget.verify([self._candidate(one) for one in decoding])
+        parts: list[Part] = []
+        for sequence, judged in zip(decoding, verified, strict=True):
+            if sequence in self.running and (part := self._decode(sequence, judged)) is not None:
+                parts.append(part)
+        parts += self._prompts()
+        if not parts:
+            return None
+        rules: list[tuple[int, Rules]] = []
+        for sequence in self.running:
+            if sequence.in_flight and not sequence.introduced:
+                sequence.introduced = True
+                rules.append((sequence.number, sequence.rules))
+        plan = Plan(tuple(parts), self.tables.take_copies(), tuple(rules), tuple(self._ended))
+        self._ended = []
+        return plan
+
+    def apply(self, plan: Plan, outcome: Outcome) -> list[Sequence]:
+        """Takes in what a step chose. Returns the sequences that ended with it."""
+        chosen = {one.sequence: one for one in outcome}
+        by_number = {sequence.number: sequence for sequence in self.running}
+        done = []
+        for part in plan.parts:
+            sequence = by_number[part.sequence]
+            sequence.in_flight = False
+            self._advance(sequence, part, chosen.get(part.sequence))
+            if sequence.reason is not None:
+                self._end(sequence)
+                done.append(sequence)
+        return done
+
+    def _advance(self, sequence: Sequence, part: Part, mine: Chosen | None) -> None:
+        """Records what a step did for one sequence."""
+        tokens = () if mine is None else mine.tokens
+        sequence.full_calls += 1
+        sequence.cached = part.known + max(len(tokens) - 1, 0)
+        read = part.module_slots(tokens, sequence.rules.end_ids)
+        if read:
+            sequence.module_read = read.stop
+            sequence.module_calls += 1 if mine is None else max(len(mine.drafts), 1)
+        if mine is not None and not sequence.cancelled:
+            if sequence.first_token_at is None:
+                sequence.first_token_at = self.clock()
+            self._keep(sequence, part, mine)
+        self.tables.register(sequence)
+
+    def _keep(self, sequence: Sequence, part: Part, mine: Chosen) -> None:
+        """Appends the chosen tokens, and the recycled ones that `alternate` keeps."""
+        accepted = len(mine.tokens) - 1
+        kept = sequence.take(list(mine.tokens), [True] * accepted + [False])
+        sequence.logprobs += mine.logprobs[:kept]
+        if part.judged:
+            tested = min(part.judged, accepted + 1)
+            if kept <= accepted:  # an accepted draft ended the sequence
+                tested = accepted = kept
+            sequence.tally.add(part.judged, tested, accepted)
+            self.budget.observe(sequence.number, sequence.confidences, tested, accepted)
+        sequence.drafts, sequence.confidences = (), ()
+        if sequence.reason is not None or not mine.drafts:
+            return
+        if sequence.mode == "alternate":
+            sequence.tally.add(len(mine.drafts), 0, 0)
+            sequence.take(list(mine.drafts), [True] * len(mine.drafts))
+        else:
+            sequence.drafts, sequence.confidences = mine.drafts, mine.confidences
+
+    def _candidate(self, sequence: Sequence) -> Candidate:
+        left = sequence.stopping.remaining
+        drafts = sequence.fixed_drafts if sequence.uses_drafts else 0
+        return Candidate(sequence.number, sequence.confidences, drafts, max(left - 1, 0))
+
+    def _decode(self, sequence: Sequence, judged: int) -> Part | None:
+        """The part of a sequence that decodes, or None if it was preempted or must wait for memory."""
+        while True:
+            tokens = (*sequence.tokens[sequence.cached :], *sequence.drafts[:judged])
+            drafts = self._drafts_to_make(sequence)
+            end = sequence.cached + len(tokens) + 1 + drafts
+            try:
+                self.tables.reserve(sequence, sequence.cached, end)
+            except OutOfBlocks:
+                if not self._preempt_below(sequence):
+                    return None
+                continue
+            return self._part(sequence, tokens, judged, drafts)
+
+    def _drafts_to_make(self, sequence: Sequence) -> int:
+        if not sequence.uses_drafts:
+            return 0
+        most = self.budget.draft(sequence.number) if sequence.fixed_drafts is None else sequence.fixed_drafts
+        return max(min(most, self._room(sequence) - 1), 0)
+
+    @staticmethod
+    def _room(sequence: Sequence) -> int:
+        """Tokens that can still be of use: a full call adds a token itself, so `verified` never drafts the last one."""
+        return sequence.stopping.remaining - (sequence.mode == "verified")
+
+    def _part(self, sequence: Sequence, tokens: tuple[int, ...], judged: int, drafts: int) -> Part:
+        end = sequence.cached + len(tokens)
+        samples = end - judged == len(sequence.tokens)
+        reads = sequence.uses_drafts and (drafts > 0 if samples else self.budget.active)
+        sequence.in_flight = True
+        return Part(
+            sequence=sequence.number,
+            start=sequence.cached,
+            tokens=tokens,
+            judged=judged,
+            samples=samples,
+            module_start=sequence.module_read if reads else 0,
+            drafts=drafts if samples else 0,
+            room=self._room(sequence),
+            prompt_tokens=sequence.prompt_tokens,
+            blocks=tuple(sequence.blocks),
+        )
+
+    def _prompts(self) -> Iterable[Part]:
+        """Chunks of prompts: of running sequences first, then of waiting ones, as long as there is room."""
+        left = self.chunk
+        parts = []
+        for sequence in self._ranked(self.running):
+            if left > 0 and not sequence.prefilled and not sequence.in_flight:
+                part = self._chunk(sequence, left)
+                left -= len(part.tokens)
+                parts.append(part)
+        while left > 0 and (admitted := self._admit()) is not None:
+            part = self._chunk(admitted, left)
+            left -= len(part.tokens)
+            parts.append(part)
+        return parts
+
+    def _chunk(self, sequence: Sequence, most: int) -> Part:
+        tokens = tuple(sequence.tokens[sequence.cached : sequence.cached + most])
+        drafts = self._drafts_to_make(sequence) if sequence.cached + len(tokens) == len(sequence.tokens) else 0
+        try:
+            self.tables.reserve(sequence, sequence.cached, sequence.cached + len(tokens) + 1 + drafts)
+        except OutOfBlocks:
+            assert sequence.mode != "alternate"
+            drafts = 0  # the prompt's own blocks were reserved when it was admitted
+        return self._part(sequence, tokens, 0, drafts)
+
+    def _next_waiting(self) -> Sequence | None:
+        """The waiting sequence that is next in rank, apart from those that wait for another answer to their prompt."""
+        ready = [one for one in self._ranked(self.waiting) if one.fork_of is None or not self._awaits(one.fork_of)]
+        return ready[0] if ready else None
+
+    def _make_room(self) -> None:
+        """Preempts sequences of lower priority than the next waiting one, as far as it needs their place or memory."""
+        sequence = self._next_waiting()
+        if sequence is None:
+            return
+        needed = -(-(len(sequence.tokens) + 1) // self.pool.size)
+        while len(self.running) >= self.max_batch or self.pool.free < needed:
+            below = [one for one in self.running if self._priority(one) < self._priority(sequence)]
+            victims = [one for one in self._ranked(below) if not one.in_flight]
+            if not victims:
+                return
+            self._preempt(victims[-1])
+
+    def _admit(self) -> Sequence | None:
+        """Moves the next waiting sequence to the running ones, if there is room."""
+        sequence = self._next_waiting()
+        if sequence is None or len(self.running) >= self.max_batch or not self.tables.place(sequence, self.running):
+            return None
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self.reused_tokens += sequence.cached
+        return sequence
+
+    @staticmethod
+    def _awaits(source: Sequence) -> bool:
+        """Whether a sequence that others fork has not read its prompt yet."""
+        return source.ended_at is None and source.cached < source.prompt_tokens
+
+    def _preempt_below(self, sequence: Sequence) -> bool:
+        """Takes the blocks of the last in rank. Returns False if that is the sequence itself, or nothing can be taken."""
+        ranked = self._ranked([one for one in self.running if not one.in_flight])
+        if ranked[-1] is not sequence:
+            self._preempt(ranked[-1])
+            return True
+        if len(ranked) == len(self.running) > 1:  # else those under way may free memory
+            self._preempt(sequence)
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks. It keeps its tokens, and reads them again when its turn comes."""
+        self.running.remove(sequence)
+        self.tables.release(sequence)
+        sequence.drafts, sequence.confidences, sequence.fork_of = (), (), None
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.waiting.append(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        queue = self.running if sequence in self.running else self.waiting
+        queue.remove(sequence)
+        self.tables.release(sequence)
+        sequence.ended_at = self.clock()
+        self.budget.forget(sequence.number)
+        if sequence.introduced:
+            self._ended.append(sequence.number)
+
+    def _priority(self, sequence: Sequence) -> int:
+        return sequence.priority + (self.step - sequence.arrival) // _AGING
+
+    def _ranked(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        return sorted(sequences, key=lambda one: (-self._priority(one), one.number))
+
+    def state(self) -> dict[str, object]:
+        """The complete state, to print or compare."""
+        return {
+            "step": self.step,
+            "free_blocks": self.pool.free,
+            "preemptions": self.preemptions,
+            "waiting": [one.summary() for one in self._ranked(self.waiting)],
+            "running": [one.summary() for one in self._ranked(self.running)],
+        }
+
+    def check(self) -> None:
+        """Asserts that no block is lost or used twice."""
+        self.pool.check([one.blocks for one in self.running])
+        assert not any(one.blocks for one in self.waiting), "a waiting sequence holds blocks"

@@ -1,0 +1,122 @@
+"""A sequence: one answer being decoded, as the scheduler sees it. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from recycle_ds.inference.engine.plan import Rules
+from recycle_ds.inference.generation import Generation, Tally
+from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
+
+OnTokens = Callable[[list[int], list[bool]], None]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one answer. Positions count from 0; `tokens` holds the prompt and all new tokens."""
+
+    number: int
+    tokens: list[int]
+    prompt_tokens: int
+    mode: str
+    params: SamplingParams
+    rules: Rules
+    stopping: StopCondition
+    priority: int = 0
+    arrival: int = 0
+    """Step in which it was added."""
+    on_tokens: OnTokens | None = None
+    fork_of: Sequence | None = None
+    """Another answer to the same prompt, whose blocks this one shares."""
+    cached: int = 0
+    """Positions that the backbone has read: their keys and values are in the cache."""
+    module_read: int = 1
+    """First slot that the recycle module has not read. Slot 0 has no entry."""
+    blocks: list[int] = field(default_factory=list)
+    registered: int = 0
+    """Blocks whose content is registered for others."""
+    registered_with_module: int = 0
+    """The first of them that also have all the module's entries."""
+    content: int = 0
+    """Content of the last registered block."""
+    drafts: tuple[int, ...] = ()
+    """Drafts after the last token, to be verified."""
+    confidences: tuple[float, ...] = ()
+    introduced: bool = False
+    """Whether the runner knows its rules."""
+    in_flight: bool = False
+    """Whether it is part of a step whose outcome is not known yet."""
+    cancelled: bool = False
+    recycled: list[bool] = field(default_factory=list)
+    logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    full_calls: int = 0
+    module_calls: int = 0
+    preemptions: int = 0
+    started: float = 0.0
+    first_token_at: float | None = None
+    ended_at: float | None = None
+
+    @property
+    def reason(self) -> FinishReason | None:
+        """Why it ended; None while it runs."""
+        return "interrupted" if self.cancelled and self.stopping.reason is None else self.stopping.reason
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether only tokens that were just decoded are unread."""
+        return self.cached >= self.prompt_tokens and len(self.tokens) - self.cached <= 1 + self.unverified
+
+    @property
+    def unverified(self) -> int:
+        """Recycled tokens that `alternate` kept since the last token of the full model."""
+        count = 0
+        while count < len(self.recycled) and self.mode == "alternate" and self.recycled[-1 - count]:
+            count += 1
+        return count
+
+    @property
+    def uses_drafts(self) -> bool:
+        """Whether the recycle module takes part."""
+        return self.mode != "autoregressive" and self.params.draft_tokens != 0
+
+    @property
+    def fixed_drafts(self) -> int | None:
+        """Drafts per full call if the request says so; None if they are adaptive."""
+        if self.params.draft_tokens is None and self.mode == "alternate":
+            return 1
+        return self.params.draft_tokens
+
+    def summary(self) -> dict[str, object]:
+        """Its state for the scheduler, to print or compare."""
+        shown = ("number", "mode", "priority", "cached", "module_read", "blocks", "drafts", "in_flight")
+        return {name: getattr(self, name) for name in shown} | {"tokens": len(self.tokens)}
+
+    def take(self, ids: list[int], recycled: list[bool]) -> int:
+        """Appends tokens up to the stop condition, and tells whoever follows them. Returns how many were kept."""
+        kept = self.stopping.take(ids)
+        self.tokens += ids[:kept]
+        self.recycled += recycled[:kept]
+        if self.on_tokens is not None and kept:
+            self.on_tokens(ids[:kept], recycled[:kept])
+        return kept
+
+    def generation(self, now: float) -> Generation:
+        """The result so far."""
+        first = self.first_token_at if self.first_token_at is not None else now
+        return Generation(
+            token_ids=tuple(self.tokens[self.prompt_tokens :]),
+            recycled=tuple(self.recycled),
+            finish_reason=self.reason or "interrupted",
+            prompt_tokens=self.prompt_tokens,
+            full_calls=self.full_calls,
+            module_calls=self.module_calls,
+            drafted=tuple(self.tally.drafted),
+            tested=tuple(self.tally.tested),
+            accepted=tuple(self.tally.accepted),
+            prefill_seconds=first - self.started,
+            decode_seconds=(self.ended_at if self.ended_at is not None else now) - first,
+            logprobs=tuple(self.logprobs),
+        )

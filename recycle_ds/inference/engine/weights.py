@@ -1,0 +1,194 @@
+"""A model's weights laid out for decoding: fused projections, packed once for the CPU's matrix product.
+
+oneDNN can keep a weight in the order in which its kernel for few rows reads it, which takes half the time of the plain
+call on products of one to sixteen rows. Under tensor parallelism every rank holds its shard; outputs of row-parallel
+products are summed over the axis."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recycle_ds.inference.engine.collectives import Collectives
+from recycle_ds.model import RecycleGPT
+from recycle_ds.model.attention import Attention
+from recycle_ds.model.block import Block
+from recycle_ds.model.mlp import MLP
+from recycle_ds.model.norm import RMSNorm
+from recycle_ds.model.rope import CosineSine, rotate
+from recycle_ds.parallel import products
+
+_LARGE = 2**20
+"""Elements of an fp32 weight from which on it is packed."""
+
+
+class Attend(Protocol):
+    """Attention of the step's tokens over the cache of one layer."""
+
+    def __call__(self, layer: int, query_THC: Tensor, keys_values_THC: Tensor, /) -> Tensor:
+        """Stores the tokens' keys and values [T, 2 H_kv, C] and attends with their queries [T, H, C]. Returns [T, H * C]."""
+
+
+class Product:
+    """y = x W^T + b for a few rows x [T, D]. The weight is packed on CPUs where that is faster, and not copied
+    elsewhere."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight.detach(), bias
+        self._packed = _is_faster_packed(weight)
+        if self._packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, 1)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[T, D] to [T, E], plus the residual [T, E]."""
+        if not self._packed:
+            if residual is not None and self._bias is None and not products.upcasts(x):
+                return torch.addmm(residual, x, self._weight.t())
+            y = products.linear(x, self._weight, self._bias)
+            return y if residual is None else y + residual
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+
+
+def _is_faster_packed(weight: Tensor) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:
+        return products.multiplies_bf16()
+    # fp32 products of smaller matrices are faster in MKL: calling oneDNN takes 15 microseconds
+    return weight.dtype == torch.float32 and weight.numel() >= _LARGE
+
+
+class RowProduct:
+    """A row-parallel product: the sum of the ranks' products, plus the residual."""
+
+    def __init__(self, weight: Tensor, ranks: Collectives | None) -> None:
+        self._product, self._ranks = Product(weight), ranks
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[T, D of this rank] to [T, E], plus the residual [T, E]."""
+        if self._ranks is None:
+            return self._product(x, residual)
+        return self._ranks.sum(self._product(x)) + residual
+
+
+class Norm:
+    """RMSNorm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, RMSNorm)
+        self._weight, self._epsilon = norm.weight.detach(), norm.epsilon
+        self._shape = (len(self._weight),)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, D] to [T, D]."""
+        return F.rms_norm(x, self._shape, self._weight, self._epsilon)
+
+
+class Layer:
+    """One transformer block over a step's tokens, without padding."""
+
+    def __init__(self, block: nn.Module, ranks: Collectives | None) -> None:
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+        self._heads, self._kv_heads, self._channels = attention.heads, attention.kv_heads, attention.channels
+        self._attention_norm, self._mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
+        projection = attention.query_key_value
+        self._query_key_value = Product(projection.weight, projection.bias)
+        self._output = RowProduct(attention.output.weight, ranks)
+        self._gate_up = Product(mlp.gate_up.weight)
+        self._down = RowProduct(mlp.down.weight, ranks)
+
+    def __call__(self, x_TD: Tensor, rotary: CosineSine, attend: Attend, layer: int) -> Tensor:
+        """[T, D] to [T, D]."""
+        mixed = self._query_key_value(self._attention_norm(x_TD))
+        mixed = mixed.view(len(x_TD), self._heads + 2 * self._kv_heads, self._channels)
+        rotated = rotate(mixed[:, : self._heads + self._kv_heads], rotary)
+        keys_values = torch.cat((rotated[:, self._heads :], mixed[:, self._heads + self._kv_heads :]), dim=1)
+        x_TD = self._output(attend(layer, rotated[:, : self._heads], keys_values), x_TD)
+        gate, up = self._gate_up(self._mlp_norm(x_TD)).chunk(2, dim=-1)
+        return self._down(F.silu(gate) * up, x_TD)
+
+
+class Module:
+    """The recycle module: W [norm_h(h); norm_e(e)], its blocks and its final norm."""
+
+    def __init__(self, model: RecycleGPT, ranks: Collectives | None) -> None:
+        module = model.recycle
+        assert module is not None
+        self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
+        self._projection, self._ranks = Product(module.projection.weight), ranks
+        self._layers = [Layer(block, ranks) for block in module.blocks]
+        self._final_norm = Norm(module.final_norm)
+
+    def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, rotary: CosineSine, attend: Attend) -> Tensor:
+        """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token."""
+        pair = torch.cat((self._hidden_norm(hidden_TD), self._embedding_norm(embedded_TD)), dim=-1)
+        x_TD = self._projection(pair)
+        if self._ranks is not None:  # every rank has some of the columns
+            x_TD = torch.cat(list(self._ranks.gather(x_TD)), dim=-1)
+        for layer, block in enumerate(self._layers):
+            x_TD = block(x_TD, rotary, attend, layer)
+        return self._final_norm(x_TD)
+
+
+class StageWeights:
+    """The weights of this rank: its shard of its pipeline stage."""
+
+    def __init__(self, model: RecycleGPT, ranks: Collectives | None = None) -> None:
+        """Packs the weights of a model, which is not changed. ranks: that hold it together by tensor parallelism."""
+        ranks = ranks if ranks is not None and ranks.size > 1 else None
+        self.rotary = model.rotary
+        self._embedding, self._ranks = model.embedding, ranks
+        self._layers = [Layer(block, ranks) for block in model.blocks.values()]
+        self.final_norm = None if model.final_norm is None else Norm(model.final_norm)
+        self._own_tokens = model.shard.valid
+        self._head = Product(model.head_weight[: max(model.shard.valid, 1)]) if self.final_norm else None
+        self.module = None if model.recycle is None else Module(model, ranks)
+        attention = _any_block(model).attention
+        self.layers = len(self._layers)
+        self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
+        self.kv_heads, self.channels, self.width = attention.kv_heads, attention.channels, model.config.hidden
+        parameter = next(model.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Embeddings [T, D] of token ids."""
+        assert self._embedding is not None, "this stage has no embedding"
+        weight = self._embedding.weight
+        if self._ranks is None:
+            return F.embedding(ids_T, weight)
+        local_T = ids_T - self._embedding.vocab_start_index
+        own_T = (local_T >= 0) & (local_T < len(weight))
+        rows_TD = F.embedding(local_T.clamp(0, len(weight) - 1), weight).masked_fill_(~own_T[:, None], 0.0)
+        return self._ranks.sum(rows_TD)
+
+    def run(self, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Runs this stage's blocks. Returns the states [T, D]: after the final norm on the last stage."""
+        rotary = self.angles(positions_T)
+        for layer, block in enumerate(self._layers):
+            x_TD = block(x_TD, rotary, attend, layer)
+        return x_TD if self.final_norm is None else self.final_norm(x_TD)
+
+    def angles(self, positions_T: Tensor) -> CosineSine:
+        """Cosines and sines [T, 1, C/2] of positions."""
+        cosine, sine = self.rotary(positions_T[:, None], self.dtype)
+        return cosine[:, 0], sine[:, 0]
+
+    def logits(self, states_RD: Tensor) -> Tensor:
+        """fp32 logits [R, V] over this rank's shard of the vocabulary, without padding. Only on the last stage."""
+        assert self._head is not None, "only the last pipeline stage has a head"
+        logits_RV = self._head(states_RD).float()
+        return logits_RV if self._own_tokens else logits_RV.fill_(-torch.inf)  # a shard of padding only
+
+
+def _any_block(model: RecycleGPT) -> Block:
+    """A block of this stage: one of the backbone, or of the module on a last stage without any."""
+    blocks = list(model.blocks.values()) or list(model.recycle.blocks if model.recycle is not None else ())
+    assert blocks and isinstance(blocks[0], Block), "a stage has at least one block"
+    return blocks[0]

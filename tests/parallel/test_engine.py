@@ -1,0 +1,131 @@
+"""The engine over many ranks: every answer is the one of a single stream in a single process, token for token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.inference import Generation
+from recycle_ds.inference.engine.build import team_engine
+from recycle_ds.inference.engine.runner import Runner
+from recycle_ds.inference.engine.team import build_team
+from recycle_ds.model import build_model
+from recycle_ds.parallel.peers import PEER_LOST
+from tests.distributed import run_ranks
+from tests.runs import ROOT
+from tests.unit.inference.engine.requests import (
+    Asked,
+    check_answers,
+    decode_alone,
+    decode_together,
+    memory_of,
+    requests,
+)
+
+CONFIG = ModelConfig(
+    layers=3, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, vocab_multiple=4, max_positions=96, init_std=0.6
+)
+RECYCLE = RecycleConfig(layers=1)
+LAYOUTS = {"TP2": (2, 1, 2), "PP2": (1, 2, 2), "TP2 x PP2": (2, 2, 4), "DP2": (1, 1, 2)}
+
+
+def _serve(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[Asked]) -> list[Generation] | None:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    team = build_team(tensor, pipeline)
+    model = build_model(CONFIG, RECYCLE, team.mesh, seed=5).eval()
+    engine = team_engine(model, team, max_batch=12, kv_memory_gib=memory_of(model, 9))
+    if engine is None:
+        return None
+    answers = decode_together(engine, asked[team.mesh.data.rank :: team.mesh.data.size])
+    assert engine.scheduler.preemptions > 0, "the test needs preemptions"
+    engine.close()
+    return answers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_do_not_depend_on_the_layout(layout: str) -> None:
+    """Prevents a shard, a stage or a micro-batch from changing a token, and a choice of tokens that needs all logits."""
+    tensor, pipeline, ranks = LAYOUTS[layout]
+    asked = requests(64, vocabulary=11, seed=3)
+    model = build_model(CONFIG, RECYCLE, seed=5).eval()
+    expected = decode_alone(model, asked)
+    found = [answers for answers in run_ranks(_serve, ranks, tensor, pipeline, asked) if answers is not None]
+    for data, part in enumerate(found):
+        own = slice(data, None, len(found))
+        check_answers(asked[own], part, expected[own])
+
+
+_TEAM = """
+import os, signal, sys
+from recycle_ds.inference.engine.build import team_engine
+from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.ranks import join, lost_ranks_end_the_job
+from recycle_ds.model import build_model
+from recycle_ds.parallel.rendezvous import detect_launch
+from tests.parallel.test_engine import CONFIG, RECYCLE, die_after
+
+tensor, pipeline, number = map(int, sys.argv[1:])
+ranks = join(detect_launch(os.environ), tensor, pipeline)
+if ranks.rank == 1:
+    die_after(6, number)
+model = build_model(CONFIG, RECYCLE, ranks.mesh, seed=5).eval()
+with lost_ranks_end_the_job():
+    engine = team_engine(model, ranks.team, max_batch=4)
+    while True:
+        engine.finish(engine.add([1, 2], SamplingParams(max_new_tokens=40), "verified"))
+"""
+
+
+def die_after(steps: int, number: int) -> None:
+    """Lets this rank send itself a signal in one of its next steps."""
+    run = Runner.run
+
+    def dying(self: Runner, *arguments: Any) -> Any:
+        nonlocal steps
+        steps -= 1
+        if steps < 0:
+            os.kill(os.getpid(), number)
+        return run(self, *arguments)
+
+    Runner.run = dying  # type: ignore[method-assign]
+
+
+def test_a_lost_rank_ends_the_job_and_is_named() -> None:
+    """Prevents ranks that wait for ever for one that is dead or stopped, and an error that does not say which one it is."""
+    jobs = [_start(2, 1, signal.SIGSTOP), _start(1, 2, signal.SIGKILL)]
+    try:
+        for first, _ in jobs:
+            _, error = first.communicate(timeout=120)
+            assert first.returncode == PEER_LOST, error
+            lines = [line for line in error.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and lines[0].startswith("error: rank 1 has shown no sign of life"), error
+    finally:
+        for job in jobs:
+            for rank in job:
+                rank.kill()
+                rank.communicate()
+
+
+def _start(tensor: int, pipeline: int, number: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Two ranks of a team, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", _TEAM, str(tensor), str(pipeline), str(int(number))]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    return start(0), start(1)

@@ -1,0 +1,88 @@
+"""The engine in one process: answers depend on their requests alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from recycle_ds.inference import Decoder, DecodingError, SamplingParams
+from recycle_ds.inference.engine.build import local_engine
+from recycle_ds.inference.parameters import TokenSampling
+from tests.unit.inference.engine.requests import check_answers, decode_alone, decode_together, memory_of, requests
+from tests.unit.inference.models import drafts_from_scratch, random_model
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("batch", "blocks"), [(16, None), (8, 12), (5, 8)])
+def test_answers_depend_on_their_requests_alone(seed: int, batch: int, blocks: int | None) -> None:
+    """Prevents a batch, an arrival, a preemption, a shared prefix or a draft from changing a token or its probability."""
+    model = random_model(7, seed, max_positions=96, std=0.3)
+    memory = None if blocks is None else memory_of(model, blocks)
+    engine = local_engine(model, max_batch=batch, kv_memory_gib=memory, eos_ids=(6,))
+    asked = requests(64, vocabulary=7, seed=seed)
+    found = decode_together(engine, asked)
+    check_answers(asked, found, decode_alone(model, asked, eos=6))
+    assert sum(sum(one.accepted) for one in found) > 10, "the test needs accepted drafts"
+    assert sum(sum(one.tested) - sum(one.accepted) for one in found) > 20, "the test needs rejected drafts"
+    assert engine.scheduler.reused_tokens > 100, "the test needs shared prefixes"
+    assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
+
+
+def test_several_answers_to_a_prompt() -> None:
+    """Prevents n answers that are equal, or that differ from single requests with the seeds that they stand for."""
+    model = random_model(7, 1, max_positions=96)
+    prompt = [1, 2, 3] * 11
+    params = SamplingParams(temperature=1.2, seed=40, n=3, max_new_tokens=20, draft_tokens=2)
+    engine = local_engine(model, max_batch=4)
+    answers = engine.add(prompt, params, "verified")
+    engine.finish(answers)
+    assert engine.scheduler.reused_tokens == 2 * (len(prompt) - 1), "the prompt is read once"
+    for index, answer in enumerate(answers):
+        single = Decoder(model).generate(
+            prompt, "autoregressive", TokenSampling(temperature=1.2, seed=40 + index), max_new_tokens=20
+        )
+        assert tuple(answer.tokens[len(prompt) :]) == single.token_ids
+    assert len({tuple(answer.tokens) for answer in answers}) == 3
+
+
+def test_the_module_remembers_a_shared_prefix() -> None:
+    """Prevents acceptance from falling where a prompt's beginning is found in the cache without the module's entries."""
+    model = random_model(8, 6, max_positions=128)
+    prefix = [1, 2, 3, 4, 5] * 7
+    engine = local_engine(model, max_batch=2)
+    for mode in ("autoregressive", "verified"):  # the first one leaves blocks without the module's entries
+        engine.finish(engine.add([*prefix, 0], SamplingParams(max_new_tokens=4, draft_tokens=2), mode))
+        (later,) = engine.add([*prefix, 2, 2], SamplingParams(max_new_tokens=12, draft_tokens=3), "verified")
+        while later.ended_at is None:
+            engine.step()
+            assert list(later.drafts) == drafts_from_scratch(model, later.tokens, len(later.drafts))
+    assert engine.scheduler.reused_tokens >= 3 * 32
+
+
+def test_a_request_larger_than_the_cache_is_refused() -> None:
+    """Prevents a request that can never run from waiting for ever, and all later ones behind it."""
+    model = random_model(7, 1, max_positions=96)
+    engine = local_engine(model, max_batch=2, kv_memory_gib=memory_of(model, 4))
+    with pytest.raises(
+        DecodingError, match=r"need 96 positions of KV cache, which holds 64: raise --kv-memory-gib, or"
+    ):
+        engine.add([1] * 60, SamplingParams(max_new_tokens=15), "autoregressive")
+    with pytest.raises(DecodingError, match="two blocks of 16 positions need"):
+        local_engine(model, kv_memory_gib=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "words"),
+    [
+        ({"bad_tokens": (7,)}, "verified", "token id 7: the model's vocabulary has 7 tokens"),
+        ({"stop_tokens": (-1,)}, "verified", "token id -1"),
+        ({"logprobs": 1}, "alternate", "does not score recycled tokens"),
+    ],
+)
+def test_parameters_that_the_model_cannot_serve_are_refused(changes: dict[str, Any], mode: str, words: str) -> None:
+    """Prevents an index error in the middle of a batch, or a parameter that is silently ignored."""
+    engine = local_engine(random_model(7, 1))
+    with pytest.raises(DecodingError, match=words):
+        engine.add([1], SamplingParams(**changes), mode)
+    assert not engine.unfinished
