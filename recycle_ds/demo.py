@@ -1,8 +1,7 @@
 """Entry point of `make demo`: pretrains a small RecycleGPT with two ranks, decodes held-out prompts in three modes.
 
-Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call skips
-pretraining that is complete.
-"""
+Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call
+skips pretraining that is complete."""
 
 from __future__ import annotations
 
@@ -67,7 +66,8 @@ def finished(config: RunConfig) -> bool:
 
 
 def pretrain(overrides: list[str]) -> None:
-    """Starts the ranks with the deepspeed launcher and an equal share of the cores each. Raises RecycleError if they fail."""
+    """Starts the ranks with the deepspeed launcher and an equal share of the cores each. Raises RecycleError if they
+    fail."""
     import torch
 
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}

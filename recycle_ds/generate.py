@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from recycle_ds.config.command import INTERRUPTED, run_command, user_errors
+from recycle_ds.config.command import INTERRUPTED, run_command
 from recycle_ds.parallel.job import errors_of_host
-
-if TYPE_CHECKING:
-    from recycle_ds.inference.request import Request
 
 # Exit code of a program that SIGPIPE ended: the reader of stdout, `head` perhaps, has closed it.
 _BROKEN_PIPE = 141
-# No prompt is started this many seconds before the end of the job, plus twice the longest time that a prompt took.
-_MARGIN = 10.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,56 +59,109 @@ def generate(
         float, typer.Option(metavar="P", help="Drop tokens below P times the likeliest one's chance.")
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 disfavours tokens already in the text.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of tokens in the output.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token occurs.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID:NUMBER", help="Added to the logit of a token; repeatable.")
+    ] = None,
+    bad_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Never choose this token; repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
+    stop_token: Annotated[list[int] | None, typer.Option(metavar="ID", help="End at this token; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the model's end of sequence.")] = False,
+    min_new_tokens: Annotated[int, typer.Option(metavar="N", help="No end before so many new tokens.")] = 0,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --json: log probabilities of tokens and of the N most likely ones."),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="With --prompts: answers to each prompt.")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, token_ids and figures.")
     ] = False,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
+    max_batch: Annotated[int, typer.Option(metavar="N", help="With --prompts: prompts decoded at once.")] = 16,
+    kv_memory_gib: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Memory of the KV cache; by default at most half of what is free."),
+    ] = None,
+    tensor: Annotated[int, typer.Option(metavar="N", min=1, help="Tensor ranks that hold one model together.")] = 1,
+    pipeline: Annotated[int, typer.Option(metavar="N", min=1, help="Pipeline stages of one model.")] = 1,
+    explain: Annotated[bool, typer.Option("--explain", help="Print how many drafts are made, and why.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
     from recycle_ds.checkpoint.portable.folders import check_folder
-    from recycle_ds.inference.parameters import SamplingParams, check_mode, check_runtime
+    from recycle_ds.inference.parameters import SamplingParams, check_batch, check_mode, check_runtime
 
     # what can be checked without torch, which takes seconds to import, is checked first
     many = _many(prompts, output, prompt, prompt_file)
     check_mode(mode)
     check_runtime(dtype, threads)
+    check_batch(max_batch, kv_memory_gib)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_biases(logit_bias or ()),
+        bad_tokens=tuple(bad_token or ()),
         seed=seed,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        n=n,
         draft_tokens=draft_tokens,
     )
     if many is None or not (many[1].exists() or many[1].with_name(f"{many[1].name}.parts").exists()):
         with errors_of_host():  # a file that is finished, or parts of one, may do without it
             check_folder(model)
     text = "" if many else _read_prompt(prompt, prompt_file)
-    from recycle_ds.parallel.rendezvous import quiet_libraries
+    if many is None:
+        _check_one_prompt(n, tensor * pipeline)
+    from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
 
     quiet_libraries()  # before anything is imported that warns
-    if many is None:
-        _check_single_process()
+    from recycle_ds.inference.batch.job import BatchSettings, run_batch
     from recycle_ds.inference.console import private_stdout
+    from recycle_ds.inference.ranks import join, lost_ranks_end_the_job
     from recycle_ds.inference.request import Request
 
+    interrupted = False
     try:
-        with private_stdout() as out:
+        with private_stdout() as out, lost_ranks_end_the_job():
             request = Request(model, text, mode, dtype, params, threads)
+            ranks = join(detect_launch(os.environ), tensor, pipeline)
             if many is not None:
-                _run_many(request, *many)
-                return
-            interrupted = request.run(out, as_json)
+                run_batch(request, BatchSettings(*many, max_batch, kv_memory_gib, explain), ranks)
+            else:
+                interrupted = request.run(out, as_json, ranks, kv_memory_gib, explain)
     except BrokenPipeError:
         sys.exit(_BROKEN_PIPE)
+    ranks.leave()
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+def _biases(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
+    """The pairs of --logit-bias ID:NUMBER. Raises DecodingError for anything else."""
+    from recycle_ds.inference.errors import DecodingError
+
+    pairs = []
+    for text in texts:
+        token, _, value = text.partition(":")
+        try:
+            pairs.append((int(token), float(value)))
+        except ValueError:
+            raise DecodingError(f"--logit-bias {text!r}: must be a token id and a number, such as 42:-1.5") from None
+    return tuple(pairs)
 
 
 def _many(
@@ -129,60 +177,18 @@ def _many(
     return Path(prompts), Path(output)
 
 
-def _run_many(request: Request, prompts: Path, output: Path) -> None:
-    """Continues this process's share of a file of prompts, until all are done or the job must end.
-
-    Raises RecycleError. An error in a prompt of this process is printed here, on whichever rank.
-    """
-    from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
-    from recycle_ds.inference.loading import load
-    from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, job_of
-    from recycle_ds.parallel.rendezvous import detect_launch, own_device
-    from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
-
-    launch, job = detect_launch(os.environ), job_of(os.environ)
-    index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
-    share = PromptFile(prompts, output, launch.rank, launch.world_size, request.model, request.settings)
-    longest = start = 0.0
-    with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping:
-        with errors_of_host():
-            loaded = share.settle(lambda path: load(path, request.dtype, request.threads, index))
-
-        def generate(index: int, text: str) -> dict[str, object]:
-            nonlocal longest, start
-            start = time.monotonic()
-            assert loaded is not None
-            record = request.record_of_one(loaded, text, index)
-            longest = max(longest, time.monotonic() - start)
-            return record
-
-        def progress(done: int, of: int) -> None:
-            print(f"rank {launch.rank}: {done} of {of} prompts", file=sys.stderr, flush=True)
-            job.write_note("progress", f"rank {launch.rank}: {done}")
-
-        try:
-            complete = loaded is None or share.work(
-                generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress
-            )
-        except PromptError:
-            with user_errors(on_error=job.fail):  # the other ranks do not have this error
-                raise
-        if complete:
-            job.write_note("outcome", FINISHED)
-            print(f"{output}: all prompts are done", file=sys.stderr, flush=True)
-        elif stopping.reason:
-            print(f"rank {launch.rank}: stopped ({stopping.reason}); the same command resumes", file=sys.stderr)
-            if not job.write_note("outcome", SAVED_FOR_RESTART):
-                sys.exit(REQUEUE_EXIT_CODE)
-
-
-def _check_single_process() -> None:
+def _check_one_prompt(n: int, team: int) -> None:
+    """Raises DecodingError for options of many prompts, and for more ranks than one model is split over."""
     from recycle_ds.inference.errors import DecodingError
     from recycle_ds.parallel.rendezvous import detect_launch
 
-    if detect_launch(os.environ).world_size > 1:
+    if n > 1:
+        raise DecodingError(f"--n {n}: several answers need --prompts FILE and --output FILE, which hold them all")
+    ranks = detect_launch(os.environ).world_size
+    if ranks != team:
         raise DecodingError(
-            "one prompt over several ranks is not available yet: run one process, or split a file of them: --prompts"
+            f"{ranks} ranks for one prompt, but --tensor x --pipeline = {team}: start {team}, raise the degrees, or decode a "
+            "file of prompts (--prompts)"
         )
 
 
@@ -213,9 +219,8 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv`, by default the process's own arguments.
 
-    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then does not
-    requeue the job.
-    """
+    If all ranks have the same error, the first one prints it; each writes it for the shell of a batch job, which then
+    does not requeue the job."""
     from recycle_ds.parallel.job import is_error_reporter, job_of
 
     run_command(app, argv, print_error=is_error_reporter(os.environ), on_error=job_of(os.environ).fail)

@@ -46,10 +46,9 @@ def publish(temporary: Path, path: Path) -> None:
 def publish_together(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Gives several temporary files their final names, as nearly at once as a file system allows.
 
-    pairs: temporary and final path of each file, all in one folder. The last file vouches for the others: its older version is
-    removed first and the new one arrives last, so files that do not belong together are never vouched for. If this fails
-    midway, the new files that arrived are removed. Raises OSError.
-    """
+    pairs: temporary and final path of each file, all in one folder. The last file vouches for the others: its older
+    version is removed first and the new one arrives last, so files that do not belong together are never vouched for.
+    If this fails midway, the new files that arrived are removed. Raises OSError."""
     for temporary, _ in pairs:
         fsync(temporary)
     arrived: list[Path] = []

@@ -27,9 +27,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | None = None) -> Iterator[None]:
     """Turns a RecycleError into `error: ...` on stderr and exit code 2, Ctrl-C into exit code 130.
 
-    print_error: False prints nothing (of ranks that share an error, one prints it). on_error: called with the error's text on
-    every rank: the first rank to exit may take the others down before they can report.
-    """
+    print_error: False prints nothing (of ranks that share an error, one prints it). on_error: called with the error's
+    text on every rank: the first rank to exit may take the others down before they can report."""
     try:
         yield
     except RecycleError as error:

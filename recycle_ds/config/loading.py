@@ -61,10 +61,9 @@ def load_config(
 ) -> RunConfig:
     """Reads a YAML file, applies `section.key=value` overrides in order and validates the result.
 
-    path: a file, or the name of a shipped configuration (`demo`). defaults: called with the tree of settings before it is
-    validated; returns settings that hold where the tree has none. Raises ConfigError for an unreadable file, broken YAML, an
-    unknown key or a value that does not fit, and whatever `defaults` raises.
-    """
+    path: a file, or the name of a shipped configuration (`demo`). defaults: called with the tree of settings before it
+    is validated; returns settings that hold where the tree has none. Raises ConfigError for an unreadable file, broken
+    YAML, an unknown key or a value that does not fit, and whatever `defaults` raises."""
     file = find_config(path, RUNS)
     try:
         text = file.read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
 """The configuration tree of a run.
 
-Every section is frozen and rejects unknown keys. Checks that need only the configuration are validators here; checks that
-need the world size are in `recycle_ds.parallel.mesh`, those that need data in `recycle_ds.data`.
-"""
+Every section is frozen and rejects unknown keys. Checks that need only the configuration are validators here; checks
+that need the world size are in `recycle_ds.parallel.mesh`, those that need data in `recycle_ds.data`."""
 
 from __future__ import annotations
 
@@ -98,9 +97,10 @@ class TrainingConfig(Section):
     dry_run: bool = True
     """One forward and backward pass before step 1 that changes no state, so that an out-of-memory error comes at once."""
     nonfinite: Policy = "stop"
-    """What all ranks do when a loss or the gradient norm is not finite on any of them. `stop`: save the state before the step
-    and exit. `skip`: skip the step and its data. `retry`: repeat the step with the same data once, then skip. `rollback`:
-    restore the newest intact checkpoint and skip all data read since, at most `faults.max_rollbacks` times."""
+    """What all ranks do when a loss or the gradient norm is not finite on any of them. `stop`: save the state before the
+    step and exit. `skip`: skip the step and its data. `retry`: repeat the step with the same data once, then skip.
+    `rollback`: restore the newest intact checkpoint and skip all data read since, at most `faults.max_rollbacks`
+    times."""
     max_skipped_in_a_row: Positive = 20
     """Consecutive skipped steps allowed before the run stops."""
     log_every: Positive = 10
@@ -110,7 +110,8 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
     save_buffer_gib: Annotated[float, Field(ge=0)] = 8.0
-    """GiB of host memory per rank for copies of a checkpoint that is written while training continues; 0 waits for the disk."""
+    """GiB of host memory per rank for copies of a checkpoint that is written while training continues; 0 waits for the
+disk."""
     eval_every: NonNegative = 0
     """Steps between evaluations, the last step included; 0 never evaluates."""
     eval_batches: Positive = 8

@@ -122,7 +122,8 @@ def prepare(
 
 
 def check_output(output: Path, validation_fraction: float, *, overwrite: bool) -> None:
-    """Raises DataError for a wrong fraction, and for token files that `prepare` would write, unless they may be overwritten."""
+    """Raises DataError for a wrong fraction, and for token files that `prepare` would write, unless they may be
+    overwritten."""
     _check_fraction(validation_fraction)
     names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
     found = [path for name in names for path in pair_paths(output / name) if path.exists()]

@@ -199,9 +199,8 @@ class Tokenizer:
 class TextStream:
     """Decodes a growing sequence of tokens into pieces of text that can be printed immediately.
 
-    The concatenated pieces equal `decode` of all ids. Ids are decoded together with those of the previous piece, because
-    decoders treat the first token of their input differently (SentencePiece drops its leading space).
-    """
+    The concatenated pieces equal `decode` of all ids. Ids are decoded together with those of the previous piece,
+    because decoders treat the first token of their input differently (SentencePiece drops its leading space)."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recycle_ds.inference.api import Answer, Engine
+    from recycle_ds.inference.answers import Answer
+    from recycle_ds.inference.api import Engine
     from recycle_ds.inference.decoder import Decoder
     from recycle_ds.inference.errors import DecodingError
     from recycle_ds.inference.generation import DecodingInterrupted, Generation
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "MODES": "parameters",
-    "Answer": "api",
+    "Answer": "answers",
     "Engine": "api",
     "SamplingParams": "parameters",
     "Decoder": "decoder",

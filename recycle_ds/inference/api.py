@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.data.tokenizer import TextStream
-from recycle_ds.inference.console import TokenPrinter
-from recycle_ds.inference.decoder import Decoder
+from recycle_ds.inference.answers import Answer, Job, answer_all
+from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.generation import Generation
-from recycle_ds.inference.loading import decoder_of, load
-from recycle_ds.inference.parameters import SamplingParams, check_mode
-
-
-@dataclass(frozen=True)
-class Answer(Generation):
-    """A `Generation` with its prompt and its text. The text is cut before a stop string."""
-
-    prompt: str
-    text: str
+from recycle_ds.inference.loading import engine_of, load
+from recycle_ds.inference.parameters import SamplingParams, check_batch, check_mode
 
 
 class Engine:
-    """Decodes prompts with one model, in this process. Statistics for the draft length carry over to later prompts."""
+    """Decodes prompts with one model, in this process, many at once. Statistics of drafts carry over to later prompts."""
 
-    def __init__(self, loaded: LoadedModel, max_batch: int = 8) -> None:
-        """max_batch: maximum prompts decoded at once; currently they are decoded one by one. Raises DecodingError."""
-        if max_batch < 1:
-            raise DecodingError(f"max_batch={max_batch}: must be at least 1")
+    def __init__(self, loaded: LoadedModel, max_batch: int = 8, kv_memory_gib: float | None = None) -> None:
+        """See `from_folder`."""
+        check_batch(max_batch, kv_memory_gib)
         self.max_batch = max_batch
-        self._loaded, self._decoder = loaded, decoder_of(loaded)
+        self._loaded = loaded
+        self._engine = engine_of(loaded, max_batch, kv_memory_gib)
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, dtype: str = "fp32", max_batch: int = 8, threads: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "fp32",
+        max_batch: int = 8,
+        threads: int | None = None,
+        kv_memory_gib: float | None = None,
     ) -> Engine:
         """Loads the newest complete checkpoint of a run folder, a checkpoint, or a model folder of another known format.
 
-        dtype: "fp32" or "bf16". threads: CPU threads; None keeps PyTorch's default. Raises DecodingError for an argument out of
-        range and CheckpointError for a folder that cannot be loaded.
-        """
-        return cls(load(str(folder), dtype, threads), max_batch)
+        dtype: "fp32" or "bf16". max_batch: prompts decoded at once. threads: CPU threads; None keeps PyTorch's default.
+        kv_memory_gib: memory of the KV cache, allocated once; None: enough for max_batch prompts of the longest
+        context, but at most half of the free memory. Raises DecodingError for an argument out of range and
+        CheckpointError for a folder that cannot be loaded."""
+        check_batch(max_batch, kv_memory_gib)
+        return cls(load(str(folder), dtype, threads), max_batch, kv_memory_gib)
 
     @property
     def path(self) -> Path:
@@ -51,35 +48,32 @@ class Engine:
         return self._loaded.path
 
     @property
-    def decoder(self) -> Decoder:
-        """The decoder, for callers that work with token ids."""
-        return self._decoder
+    def engine(self) -> DecodingEngine:
+        """The engine itself, for callers that work with token ids, priorities or single steps."""
+        return self._engine
 
     def generate(
         self, prompts: str | Sequence[str], params: SamplingParams | None = None, mode: str = "verified"
     ) -> Iterator[Answer]:
-        """Continues the prompts in order. Each one is decoded when the iterator is advanced.
+        """Continues the prompts together, `max_batch` at once, and yields the answers in the order of the prompts.
 
-        prompts: one raw text or several. params: None means `SamplingParams()`. mode: "autoregressive", "alternate" or
-        "verified". With a seed, equal prompts give equal answers. Raises DecodingError: immediately for an unknown mode, and
-        during iteration for a prompt that cannot be continued.
-        """
+        prompts: one raw text or several. params: None means `SamplingParams()`; with n > 1 each prompt has n answers.
+        mode: "autoregressive", "alternate" or "verified". An answer depends on its prompt and parameters alone, not on
+        what is decoded beside it; with a seed, equal prompts give equal answers. Raises DecodingError: immediately for
+        an unknown mode, and during iteration for a prompt that cannot be continued."""
         check_mode(mode)
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        chosen = params or SamplingParams()
-        return (self._answer(text, chosen, mode) for text in texts)
+        return self._answers(texts, params or SamplingParams(), mode)
 
-    def _answer(self, prompt: str, params: SamplingParams, mode: str) -> Answer:
-        tokenizer = self._loaded.tokenizer
-        printer = TokenPrinter(TextStream(tokenizer), params.stop, frozenset({tokenizer.eos_id}), mode, None)
-        generation = self._decoder.generate(
-            tokenizer.encode(prompt),
-            mode,
-            params,
-            max_new_tokens=params.max_new_tokens,
-            draft_tokens=params.draft_tokens,
-            stop=params.stop,
-            on_tokens=printer.feed,
-        )
-        printer.finish()
-        return Answer(**vars(generation), prompt=prompt, text=printer.text)
+    def _answers(self, texts: Sequence[str], params: SamplingParams, mode: str) -> Iterator[Answer]:
+        jobs = (Job(index, text, params, mode) for index, text in enumerate(texts))
+        complete: dict[int, list[Answer] | DecodingError] = {}
+        next_index = 0
+        for index, answers in answer_all(self._engine, self._loaded.tokenizer, jobs):
+            complete[index] = answers
+            while next_index in complete:
+                found = complete.pop(next_index)
+                next_index += 1
+                if isinstance(found, DecodingError):
+                    raise found
+                yield from found

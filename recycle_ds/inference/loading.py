@@ -1,4 +1,4 @@
-"""Loads a model folder and builds its decoder. Shared by all decoding commands."""
+"""Loads a model folder and builds its decoder or engine. Shared by all decoding commands."""
 
 from __future__ import annotations
 
@@ -7,20 +7,50 @@ import torch
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
 from recycle_ds.data.tokenizer import TextStream
 from recycle_ds.inference.decoder import Decoder
+from recycle_ds.inference.engine.build import local_engine, team_engine
+from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.parameters import check_runtime
+from recycle_ds.parallel.mesh import Mesh
 
 
-def load(path: str, dtype: str, threads: int | None, local_rank: int = 0) -> LoadedModel:
-    """Loads a model for decoding in this process. threads: CPU threads; None keeps PyTorch's default. local_rank: device index.
+def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: Mesh | None = None) -> LoadedModel:
+    """Loads a model for decoding. threads: CPU threads; None keeps PyTorch's default. local_rank: device index. mesh: of
+    the ranks that hold the model together; None for this process alone.
 
     Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded.
     """
     check_runtime(dtype, threads)
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(path, dtype=dtype, local_rank=local_rank)
+    return load_model(path, dtype=dtype, local_rank=local_rank, mesh=mesh)
 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:
     """A decoder that stops at the tokenizer's end-of-text token and supports stop strings."""
     return Decoder(loaded.model, loaded.tokenizer.eos_id, lambda: TextStream(loaded.tokenizer))
+
+
+def engine_of(loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None) -> DecodingEngine:
+    """An engine that stops at the tokenizer's end-of-text token and supports stop strings."""
+    return local_engine(
+        loaded.model,
+        max_batch=max_batch,
+        kv_memory_gib=kv_memory_gib,
+        eos_ids=(loaded.tokenizer.eos_id,),
+        text_source=lambda: TextStream(loaded.tokenizer),
+    )
+
+
+def team_engine_of(
+    loaded: LoadedModel, team: Team, max_batch: int, kv_memory_gib: float | None
+) -> DecodingEngine | None:
+    """The same over a team of ranks: the engine on its owner, None on the others, once the owner has closed its engine."""
+    return team_engine(
+        loaded.model,
+        team,
+        max_batch=max_batch,
+        kv_memory_gib=kv_memory_gib,
+        eos_ids=(loaded.tokenizer.eos_id,),
+        text_source=lambda: TextStream(loaded.tokenizer),
+    )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import TextIO
 
-from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.data.tokenizer import TextStream
+from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.inference.answers import Job, answer_all
 from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colour
+from recycle_ds.inference.decoder import decode_one
+from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
-from recycle_ds.inference.loading import decoder_of, load
-from recycle_ds.inference.parameters import SamplingParams, check_mode, check_runtime
+from recycle_ds.inference.loading import engine_of, load, team_engine_of
+from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode, check_runtime
+from recycle_ds.inference.ranks import Ranks
 
 
 class Request:
-    """A decoding request of the command line. prompt: the text to continue; "" for many prompts, see `record_of_one`."""
+    """A decoding request of the command line. prompt: the text to continue; "" for many prompts, see `records`."""
 
     def __init__(
         self, model: str, prompt: str, mode: str, dtype: str, params: SamplingParams, threads: int | None
@@ -27,66 +32,76 @@ class Request:
         self.model, self.prompt, self.mode, self.dtype, self.threads = model, prompt, mode, dtype, threads
         self.params = params
 
-    def run(self, out: TextIO, as_json: bool) -> bool:
-        """Decodes and prints. Returns whether Ctrl-C interrupted it."""
-        loaded = load(self.model, self.dtype, self.threads)
-        tokenizer = loaded.tokenizer
+    def run(self, out: TextIO, as_json: bool, ranks: Ranks, kv_memory_gib: float | None, explain: bool) -> bool:
+        """Decodes and prints. Returns whether Ctrl-C interrupted it. Ranks that do not own their team's requests print
+        nothing."""
+        loaded = load(self.model, self.dtype, self.threads, ranks.device_index, ranks.mesh)
+        if ranks.team is None:
+            engine = engine_of(loaded, self.params.n, kv_memory_gib)
+        else:
+            found = team_engine_of(loaded, ranks.team, self.params.n, kv_memory_gib)
+            if found is None:
+                return False
+            engine = found
+        try:
+            return self._print(engine, loaded.tokenizer, out, as_json, explain)
+        finally:
+            engine.close()
+
+    def _print(self, engine: DecodingEngine, tokenizer: Tokenizer, out: TextIO, as_json: bool, explain: bool) -> bool:
         colour = not as_json and wants_colour(out)
-        eos_ids = frozenset({tokenizer.eos_id})
-        printer = TokenPrinter(
-            TextStream(tokenizer), self.params.stop, eos_ids, self.mode, None if as_json else out, colour
-        )
+        hidden = frozenset({tokenizer.eos_id, *self.params.stop_tokens})
+        target = None if as_json else out
+        printer = TokenPrinter(TextStream(tokenizer), self.params.stop, hidden, self.mode, target, colour)
         interrupted = False
         try:
-            generation = decoder_of(loaded).generate(
-                tokenizer.encode(self.prompt),
-                self.mode,
-                self.params,
-                max_new_tokens=self.params.max_new_tokens,
-                draft_tokens=self.params.draft_tokens,
-                stop=self.params.stop,
-                on_tokens=printer.feed,
-            )
+            prompt_ids = tokenizer.encode(self.prompt)
+            generation = decode_one(engine, prompt_ids, self.params, self.mode, printer.feed)
         except DecodingInterrupted as interrupt:
             generation, interrupted = interrupt.generation, True
         printer.finish()
         if as_json:
-            out.write(json.dumps(self._record(generation, printer), ensure_ascii=False) + "\n")
+            out.write(json.dumps(self._record(generation, printer.text), ensure_ascii=False) + "\n")
         elif out.isatty():
             out.write("\n")
         out.flush()
         print(figures_line(generation, self.mode, colour), file=sys.stderr, flush=True)
+        if explain:
+            print(engine.scheduler.budget.explanation, file=sys.stderr, flush=True)
         return interrupted
 
-    def record_of_one(self, loaded: LoadedModel, prompt: str, seed_offset: int) -> dict[str, object]:
-        """Decodes a prompt without printing. `seed_offset` is added to the seed (modulo 2^63), so that every prompt has its own
-        random numbers, independent of the order of the prompts."""
-        tokenizer, seed = loaded.tokenizer, self.params.seed
-        params = self.params if seed is None else replace(self.params, seed=(seed + seed_offset) % 2**63)
-        printer = TokenPrinter(TextStream(tokenizer), self.params.stop, frozenset({tokenizer.eos_id}), self.mode, None)
-        generation = decoder_of(loaded).generate(
-            tokenizer.encode(prompt),
-            self.mode,
-            params,
-            max_new_tokens=self.params.max_new_tokens,
-            draft_tokens=self.params.draft_tokens,
-            stop=self.params.stop,
-            on_tokens=printer.feed,
-        )
-        printer.finish()
-        return self._record(generation, printer)
+    def records(
+        self, engine: DecodingEngine, tokenizer: Tokenizer, prompts: Iterable[tuple[int, str]]
+    ) -> Iterator[tuple[int, dict[str, object] | DecodingError]]:
+        """Continues indexed prompts together, without printing; yields a record or an error for each, in any order.
+
+        The index is added to the seed (modulo 2^63), so that every prompt has its own random numbers, independent of
+        the order of the prompts. With n > 1, a record has the other answers under "others"."""
+
+        def job(index: int, prompt: str) -> Job[int]:
+            seed = self.params.seed
+            params = self.params if seed is None else replace(self.params, seed=(seed + index) % SEED_LIMIT)
+            return Job(index, prompt, params, self.mode)
+
+        for index, answers in answer_all(engine, tokenizer, (job(*one) for one in prompts)):
+            if isinstance(answers, DecodingError):
+                yield index, answers
+                continue
+            first, *others = (self._record(answer, answer.text) for answer in answers)
+            yield index, first | ({"others": others} if others else {})
 
     @property
     def settings(self) -> dict[str, object]:
         """Everything that determines a continuation, apart from the prompt and the model."""
         return {"mode": self.mode, "dtype": self.dtype, **asdict(self.params)}
 
-    def _record(self, generation: Generation, printer: TokenPrinter) -> dict[str, object]:
+    def _record(self, generation: Generation, text: str) -> dict[str, object]:
         return {
-            "text": printer.text,
+            "text": text,
             "token_ids": list(generation.token_ids),
             "recycled": list(generation.recycled),
             "mode": self.mode,
             "dtype": self.dtype,
+            **({"logprobs": generation.logprobs} if generation.logprobs else {}),
             **generation.figures(),
         }

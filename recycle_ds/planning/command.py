@@ -76,9 +76,10 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
 def run(
     config: RunConfig, cluster: Cluster, *, offload: bool, as_json: bool, top: int, verify: bool, ulysses: bool = False
 ) -> int:
-    """Prints the plans and returns the exit code, 1 if nothing fits. Raises PlanningError if a verified layout does not tile.
+    """Prints the plans and returns the exit code, 1 if nothing fits. Raises PlanningError if a verified layout does not
+    tile.
 
-    ulysses: whether to consider Ulysses layouts; they are also considered if the run itself has one.
+        ulysses: whether to consider Ulysses layouts; they are also considered if the run itself has one.
     """
     from recycle_ds.planning.plan import make_plans
     from recycle_ds.planning.report import print_plans

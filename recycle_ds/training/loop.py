@@ -80,8 +80,8 @@ class Trainer:
 
     def run(self, state: TrainingState, stop: StopRequest) -> str:
         """Trains from `state`. Returns why it ended, the same on all ranks: "finished", "stop_at" or a stop request's reason.
-        Raises TrainingError on a bad step that the run must stop at, and if the last checkpoint cannot be written; TakenOver,
-        without writing anything more, if a later start of the job has taken over the run."""
+        Raises TrainingError on a bad step that the run must stop at, and if the last checkpoint cannot be written;
+        TakenOver, without writing anything more, if a later start of the job has taken over the run."""
         training = self.config.training
         self.state = state
         self._saver.start(state.step)
@@ -203,8 +203,8 @@ class Trainer:
         """Sums of the global batch, the reason to stop ("" for none), and whether any rank is still writing a checkpoint.
         One collective over all ranks.
 
-        One of two host synchronisations in a step (the other reads the gradient norms): ranks must agree before the update.
-        """
+        One of two host synchronisations in a step (the other reads the gradient norms): ranks must agree before the
+        update."""
         mesh = self.engine.mesh
         flags = [*(reason == name for name in REASONS), not self._saver.ended()]
         votes = torch.tensor(flags, dtype=torch.float64, device=self.device)

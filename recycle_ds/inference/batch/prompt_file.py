@@ -1,9 +1,9 @@
 """Continues all prompts of a file, split over processes that share only a folder.
 
-Process r of n takes prompts r, r + n, r + 2n, ... and appends each continuation to its own part file, flushed line by line,
-so that completed prompts survive a kill. A later start, with any number of processes, continues the missing prompts with the
-checkpoint that the parts were created with. The process that finds all prompts completed writes the output atomically.
-"""
+Process r of n takes prompts r, r + n, r + 2n, ... and appends each continuation to its own part file, flushed line by
+line, so that completed prompts survive a kill. A later start, with any number of processes, continues the missing
+prompts with the checkpoint that the parts were created with. The process that finds all prompts completed writes the
+output atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ from recycle_ds.inference.batch.prompts import read_lines
 from recycle_ds.inference.errors import DecodingError
 
 GENERATED_BY = "generated_by"
-"""Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes from."""
+"""Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes
+from."""
 
 
 class PromptError(DecodingError):
@@ -82,12 +83,12 @@ class PromptFile:
     def settle(self, load: Callable[[str], _L]) -> _L | None:
         """Loads the model and claims the parts folder. Returns None if the output is already complete.
 
-        If the parts exist, from an earlier start or a faster process, the checkpoint that they were created with is loaded;
-        otherwise the one that --model names now, and the parts folder is created.
+        If the parts exist, from an earlier start or a faster process, the checkpoint that they were created with is
+        loaded; otherwise the one that --model names now, and the parts folder is created.
 
-        Prompts, output and parts are checked before the model is loaded, which may take long. Raises DecodingError for files
-        that cannot be used, and for parts created with other prompts, other settings or a checkpoint that no longer exists.
-        """
+        Prompts, output and parts are checked before the model is loaded, which may take long. Raises DecodingError for
+        files that cannot be used, and for parts created with other prompts, other settings or a checkpoint that no
+        longer exists."""
         self._check_output()
         if self._is_complete():
             return None
@@ -124,16 +125,16 @@ class PromptFile:
 
     def work(
         self,
-        generate: Callable[[int, str], dict[str, Any]],
+        generate: Callable[[Iterator[tuple[int, str]]], Iterator[tuple[int, dict[str, Any] | RecycleError]]],
         stop: Callable[[], bool],
         progress: Callable[[int, int], None],
     ) -> bool:
         """Continues this process's missing prompts, until `stop`, which is called before each prompt, returns True.
 
-        generate: maps a prompt's index and text to the fields of its output line. progress: called with the number of this
-        process's completed prompts and their total. Returns whether all prompts, including those of other processes, are
-        completed; the output is then written and the parts are removed. Raises PromptError for a prompt that cannot be
-        continued.
+        generate: maps prompts (index and text), read as needed, to the fields of their output lines or to errors, in
+        any order. progress: called with the number of this process's completed prompts and their total. Returns whether
+        all prompts, including those of other processes, are completed; the output is then written and the parts are
+        removed. Raises PromptError for a prompt that cannot be continued, after the prompts that were begun before it.
         """
         try:
             self._continue_missing(generate, stop, progress)
@@ -145,7 +146,7 @@ class PromptFile:
 
     def _continue_missing(
         self,
-        generate: Callable[[int, str], dict[str, Any]],
+        generate: Callable[[Iterator[tuple[int, str]]], Iterator[tuple[int, dict[str, Any] | RecycleError]]],
         stop: Callable[[], bool],
         progress: Callable[[int, int], None],
     ) -> None:
@@ -154,19 +155,29 @@ class PromptFile:
         part = self.parts / f"part-{self.rank:05d}-of-{self.world_size:05d}.jsonl"
         if not missing:
             return
+        failed: tuple[int, RecycleError] | None = None
+
+        def wanted() -> Iterator[tuple[int, str]]:
+            for index in missing:
+                if failed is not None or stop():
+                    return
+                yield index, lines[index][1]["prompt"]
+
         _drop_partial_line(part)
         with part.open("a", encoding="utf-8") as file:
-            for count, index in enumerate(missing, start=1):
-                if stop():
-                    break
-                number, record = lines[index]
-                try:
-                    continuation = generate(index, record["prompt"])
-                except RecycleError as error:
-                    raise PromptError(f"{self.prompts}:{number}: {error}") from None
-                file.write(json.dumps(record | continuation | {"index": index}, ensure_ascii=False) + "\n")
+            count = 0
+            for index, continuation in generate(wanted()):
+                if isinstance(continuation, RecycleError):
+                    failed = (
+                        min(failed, (index, continuation), key=lambda one: one[0]) if failed else (index, continuation)
+                    )
+                    continue
+                file.write(json.dumps(lines[index][1] | continuation | {"index": index}, ensure_ascii=False) + "\n")
                 file.flush()
+                count += 1
                 progress(count, len(missing))
+        if failed is not None:
+            raise PromptError(f"{self.prompts}:{lines[failed[0]][0]}: {failed[1]}")
 
     def _check_output(self) -> None:
         """Creates the output's folder. Raises DecodingError if it is not writable, before any prompt is decoded."""

@@ -114,8 +114,8 @@ def run_bench(
 ) -> BenchResult:
     """Decodes every prompt (token ids) in every mode, greedily, `settings.repeats` times.
 
-    model, dtype: recorded in the report as given. on_progress: called with the numbers of completed and of all generations.
-    """
+    model, dtype: recorded in the report as given. on_progress: called with the numbers of completed and of all
+    generations."""
     runs = {mode: _Runs() for mode in settings.modes}
     for mode in settings.modes:
         decoder.generate(
@@ -148,7 +148,7 @@ def run_bench(
     notes: list[str] = []
     if "verified" in runs:
         notes = notes_on_verified(
-            decoder.model,
+            decoder,
             prompts,
             settings.draft_tokens,
             [one.token_ids for one in runs[REFERENCE].first],

@@ -53,7 +53,7 @@ def test_the_report_has_the_structure_of_decoding_json(tmp_path: Path) -> None:
 
 
 def _notes(figures: dict[str, Any], found: list[tuple[int, ...]]) -> list[str]:
-    return notes_on_verified(random_model(6, 1), PROMPTS[:1], 3, [(1, 2, 3)], [found], figures)
+    return notes_on_verified(Decoder(random_model(6, 1)), PROMPTS[:1], 3, [(1, 2, 3)], [found], figures)
 
 
 def test_a_slower_verified_is_explained_in_numbers() -> None:

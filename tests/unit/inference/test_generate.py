@@ -183,7 +183,8 @@ def test_several_ranks_are_refused_once(generate: Generate, monkeypatch: pytest.
     for rank, expected in (
         (
             "0",
-            "error: one prompt over several ranks is not available yet: run one process, or split a file of them: --prompts\n",
+            "error: 2 ranks for one prompt, but --tensor x --pipeline = 1: start 1, raise the degrees, or decode a file of "
+            "prompts (--prompts)\n",
         ),
         ("1", ""),
     ):

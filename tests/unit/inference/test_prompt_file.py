@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import write_manifest
+from recycle_ds.config import RecycleError
 from recycle_ds.inference.batch.parts_record import checkpoint_digest
 from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
 from recycle_ds.inference.batch.prompts import read_prompt_file
@@ -46,8 +48,9 @@ def share(prompts: Path, rank: int, size: int, **settings: Any) -> PromptFile:
     return PromptFile(prompts, prompts.with_name("out.jsonl"), rank, size, model, {"mode": "verified"} | settings)
 
 
-def continuation(index: int, text: str) -> dict[str, Any]:
-    return {"text": f"{text}!", "number": index}
+def continuation(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | RecycleError]]:
+    for index, text in prompts:
+        yield index, {"text": f"{text}!", "number": index}
 
 
 def work(one: PromptFile, most: int = 1000) -> bool:
@@ -203,10 +206,12 @@ def test_the_parts_are_removed_while_a_rank_starts(prompts: Path) -> None:
 def test_a_prompt_that_cannot_be_continued_is_named(prompts: Path) -> None:
     """Prevents an error message that does not name the prompt that caused it."""
 
-    def refuse(index: int, text: str) -> dict[str, Any]:
-        if text == "p3":
-            raise DecodingError("the prompt has 9 tokens, the model's context holds 8")
-        return continuation(index, text)
+    def refuse(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | RecycleError]]:
+        for index, text in prompts:
+            if text == "p3":
+                yield index, DecodingError("the prompt has 9 tokens, the model's context holds 8")
+            else:
+                yield from continuation(iter([(index, text)]))
 
     prompts.write_text("\n\n" + prompts.read_text())
     one = share(prompts, 1, 2)

@@ -1,0 +1,123 @@
+"""Continues a file of prompts as a job of one or many ranks, until all are done or the job must end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from recycle_ds.checkpoint.loading import LoadedModel
+from recycle_ds.config.command import user_errors
+from recycle_ds.inference.batch.progress import Progress
+from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
+from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.loading import engine_of, load, team_engine_of
+from recycle_ds.inference.ranks import Ranks
+from recycle_ds.inference.request import Request
+from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
+from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
+
+# No prompt is started this many seconds before the end of the job, plus twice the longest time that a prompt took.
+_MARGIN = 10.0
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """prompts, output: jsonl files. max_batch: prompts decoded at once. kv_memory_gib: memory of the KV cache of a rank;
+    None: see `Engine.from_folder`. explain: print how the draft budget was chosen."""
+
+    prompts: Path
+    output: Path
+    max_batch: int
+    kv_memory_gib: float | None
+    explain: bool = False
+
+
+def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
+    """Continues this team's share of the prompts. Ranks of one team (tensor x pipeline) hold one model together.
+
+    Raises RecycleError. An error in a prompt of this team is printed here, on whichever rank.
+    """
+    job = job_of(os.environ)
+    files = (settings.prompts, settings.output)
+    share = PromptFile(*files, ranks.team_rank, ranks.teams, request.model, request.settings)
+    with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping, ExitStack() as stack:
+        with errors_of_host():
+            loaded = _settle(share, request, ranks)
+        engine = None if loaded is None else _engine(loaded, settings, ranks, stack)
+        if not ranks.owns:
+            return
+        name = f"rank {ranks.rank}"
+        progress = Progress(name, lambda text: job.write_note("progress", text))
+        started: dict[int, float] = {}
+        longest = 0.0
+
+        def generate(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, object] | DecodingError]]:
+            nonlocal longest
+            assert engine is not None and loaded is not None
+
+            def timed() -> Iterator[tuple[int, str]]:
+                for index, text in prompts:
+                    started[index] = time.monotonic()
+                    yield index, text
+
+            for index, record in request.records(engine, loaded.tokenizer, timed()):
+                longest = max(longest, time.monotonic() - started.pop(index))
+                if not isinstance(record, DecodingError):
+                    progress.add(record)
+                yield index, record
+
+        try:
+            complete = engine is None or share.work(
+                generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress.show
+            )
+        except PromptError:
+            with user_errors(on_error=job.fail):  # the other ranks do not have this error
+                raise
+        finally:
+            progress.close()
+        if settings.explain and engine is not None:
+            print(f"{name}: {engine.scheduler.budget.explanation}", file=sys.stderr)
+        if complete:
+            job.write_note("outcome", FINISHED)
+            print(f"{settings.output}: all prompts are done", file=sys.stderr, flush=True)
+        elif stopping.reason:
+            print(f"{name}: stopped ({stopping.reason}); the same command resumes", file=sys.stderr)
+            if not job.write_note("outcome", SAVED_FOR_RESTART):
+                stack.close()  # the other ranks of the team end too
+                sys.exit(REQUEUE_EXIT_CODE)
+
+
+def _settle(share: PromptFile, request: Request, ranks: Ranks) -> LoadedModel | None:
+    """Loads this rank's part of the model that the share is decoded with; None if the output is complete.
+
+    The owner of a team decides which checkpoint that is; the others wait for it.
+    """
+
+    def load_part(path: str) -> LoadedModel:
+        return load(path, request.dtype, request.threads, ranks.device_index, ranks.mesh)
+
+    if not ranks.owns:
+        path = ranks.hear()
+        return None if path is None else load_part(path)
+    loaded = None
+    try:
+        loaded = share.settle(load_part)
+    finally:
+        ranks.tell(None if loaded is None else str(loaded.path))
+    return loaded
+
+
+def _engine(loaded: LoadedModel, settings: BatchSettings, ranks: Ranks, stack: ExitStack) -> DecodingEngine | None:
+    """This rank's engine; None on a rank that has followed the owner of its team to the end."""
+    if ranks.team is None:
+        return engine_of(loaded, settings.max_batch, settings.kv_memory_gib)
+    engine = team_engine_of(loaded, ranks.team, settings.max_batch, settings.kv_memory_gib)
+    if engine is not None:
+        stack.callback(engine.close)
+    return engine

@@ -1,0 +1,102 @@
+"""Which part of the work a rank has: teams of tensor x pipeline ranks hold one model together and share requests with
+nobody."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from recycle_ds.inference.engine.liveness import PATIENCE, Liveness, own_store, print_and_exit
+from recycle_ds.inference.engine.team import Team, build_team
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.parallel.peers import PEER_LOST, PeerLost, lost_peer
+from recycle_ds.parallel.rendezvous import Launch, own_device, start, stop
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place. team: None if every rank has a model of its own."""
+
+    rank: int
+    world_size: int
+    device_index: int
+    team: Team | None = None
+    liveness: Liveness | None = None
+
+    @property
+    def owns(self) -> bool:
+        """Whether this rank takes requests: it is alone, or has its team's scheduler."""
+        return self.team is None or self.team.owns
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of the team; None for a model of this rank alone."""
+        return None if self.team is None else self.team.mesh
+
+    @property
+    def team_rank(self) -> int:
+        """Number of this rank's team."""
+        return self.rank if self.team is None else self.team.mesh.data.rank
+
+    @property
+    def teams(self) -> int:
+        """Number of teams."""
+        return self.world_size if self.team is None else self.team.mesh.data.size
+
+    def leave(self) -> None:
+        """Ends this rank's part, when its work is done."""
+        if self.liveness is not None:
+            self.liveness.stop()
+            stop()
+
+    def tell(self, text: str | None) -> None:
+        """Sends a text from the owner to the other ranks of the team."""
+        if self.team is not None:
+            dist.broadcast_object_list([text], src=self.team.owner, group=self.team.control)
+
+    def hear(self) -> str | None:
+        """Receives what the owner tells."""
+        assert self.team is not None
+        message: list[str | None] = [None]
+        dist.broadcast_object_list(message, src=self.team.owner, group=self.team.control)
+        return message[0]
+
+
+def join(launch: Launch, tensor: int, pipeline: int) -> Ranks:
+    """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
+
+    Raises LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of
+    ranks."""
+    index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
+    if tensor * pipeline == 1:
+        return Ranks(launch.rank, launch.world_size, index)
+    start(launch)
+    team = build_team(tensor, pipeline)
+    members = dist.get_process_group_ranks(team.control)
+    liveness = Liveness(own_store(), members, launch.rank, print_and_exit(PEER_LOST))
+    liveness.start()
+    return Ranks(launch.rank, launch.world_size, index, team, liveness)
+
+
+@contextmanager
+def lost_ranks_end_the_job() -> Iterator[None]:
+    """Turns an error of a collective that has lost a rank into the end of this process, with one message that names the
+    rank.
+
+        gloo does not know which rank it has lost. The liveness thread finds out, prints the message and ends the
+        process; if it does not within its patience, the error itself is printed."""
+    try:
+        yield
+    except (PeerLost, RuntimeError) as error:
+        lost = error if isinstance(error, PeerLost) else lost_peer(error)
+        if lost is None:
+            raise
+        time.sleep(PATIENCE + 4)
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        os._exit(PEER_LOST)
