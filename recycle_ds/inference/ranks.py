@@ -52,7 +52,7 @@ class Ranks:
     def leave(self) -> None:
         """Ends this rank's part, when its work is done."""
         if self.liveness is not None:
-            self.liveness.stop()
+            self.liveness.stop(self.world_size)
             stop()
 
     def tell(self, text: str | None) -> None:

@@ -73,7 +73,9 @@ class BlockTables:
     def register(self, sequence: Sequence) -> None:
         """Offers the sequence's full blocks to others."""
         size = self.pool.size
-        while (sequence.registered + 1) * size <= sequence.cached:
+        # accepted drafts after the end of a sequence are in the cache, but no tokens of it
+        known = min(sequence.cached, len(sequence.tokens))
+        while (sequence.registered + 1) * size <= known:
             first = sequence.registered * size
             tokens = tuple(sequence.tokens[first : first + size])
             sequence.content = self.pool.register(sequence.blocks[sequence.registered], sequence.content, tokens)

@@ -32,6 +32,7 @@ class TeamExecutor:
         self.depth = team.mesh.pipeline.size
         self._outcomes: deque[Outcome] = deque()
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._broken = False
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
@@ -47,11 +48,13 @@ class TeamExecutor:
         return _decode(self._receive(self._team.chooser, torch.float64))
 
     def discard(self) -> None:
-        """See `Executor`."""
-        raise RuntimeError("an exception in the middle of a step leaves the ranks out of step: end the job")
+        """See `Executor`. An exception in the middle of a step leaves the ranks out of step: no plan can follow."""
+        self._broken = True
 
     def close(self) -> None:
         """See `Executor`."""
+        if self._broken:  # after Ctrl-C, for example, which the other ranks have got too
+            return
         self._tell([_END])
         while self._sending:
             self._sending.popleft()[0].wait()

@@ -6,11 +6,12 @@ thread that counts up in the job's store, whatever its main thread computes, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -46,14 +47,34 @@ class Liveness:
         self._store.set(self._key(self._own), "0")
         self._thread.start()
 
-    def stop(self) -> None:
-        """Says that this rank ends as planned, and stops watching."""
+    def stop(self, world_size: int) -> None:
+        """Says that this rank ends as planned, and stops watching.
+
+        Rank 0 has the store, which ranks of other teams may need longer: it waits until every rank of the world has ended, or
+        shows no sign of life any more.
+        """
         self._stopped.set()
         self._thread.join()
-        try:
+        with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone
             self._store.set(self._key(self._own), "end")
-        except dist.DistError:  # the rank with the store has ended already
-            return
+            if self._own == 0:
+                self._wait_for(range(1, world_size))
+
+    def _wait_for(self, ranks: Iterable[int]) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in ranks}
+        while seen:
+            for rank, (value, since) in list(seen.items()):
+                found = self._look(rank)
+                if found == "end" or (found == value and time.monotonic() - since > self._patience):
+                    del seen[rank]
+                elif found != value:
+                    seen[rank] = found, time.monotonic()
+            time.sleep(_INTERVAL / 4 if seen else 0)
+
+    def _look(self, rank: int) -> str:
+        """The latest sign of life of a rank; "" before the first one."""
+        key = self._key(rank)
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -67,7 +88,7 @@ class Liveness:
             try:
                 self._store.set(self._key(self._own), str(count))
                 for rank, (value, since) in list(seen.items()):
-                    found = self._store.get(self._key(rank)).decode() if self._store.check([self._key(rank)]) else ""
+                    found = self._look(rank)
                     if found == "end":
                         del seen[rank]
                     elif found != value:

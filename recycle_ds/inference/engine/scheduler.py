@@ -111,14 +111,16 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, part: Part, mine: Chosen | None) -> None:
         """Records what a step did for one sequence."""
+        if sequence.cancelled:
+            return
         tokens = () if mine is None else mine.tokens
-        sequence.full_calls += 1
+        sequence.full_calls += part.samples
         sequence.cached = part.known + max(len(tokens) - 1, 0)
         read = part.module_slots(tokens, sequence.rules.end_ids)
         if read:
             sequence.module_read = read.stop
             sequence.module_calls += 1 if mine is None else max(len(mine.drafts), 1)
-        if mine is not None and not sequence.cancelled:
+        if mine is not None:
             if sequence.first_token_at is None:
                 sequence.first_token_at = self.clock()
             self._keep(sequence, part, mine)
@@ -247,8 +249,9 @@ class Scheduler:
 
     @staticmethod
     def _awaits(source: Sequence) -> bool:
-        """Whether a sequence that others fork has not read its prompt yet."""
-        return source.ended_at is None and source.cached < source.prompt_tokens
+        """Whether a sequence that others fork has not read its prompt yet. For one that was preempted nobody waits: it may
+        have been preempted for one of them."""
+        return source.ended_at is None and source.preemptions == 0 and source.cached < source.prompt_tokens
 
     def _preempt_below(self, sequence: Sequence) -> bool:
         """Takes the blocks of the last in rank. Returns False if that is the sequence itself, or nothing can be taken."""

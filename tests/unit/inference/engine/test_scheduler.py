@@ -23,8 +23,9 @@ def sequence(
     number: int, prompt: list[int], new_tokens: int = 8, mode: str = "autoregressive", **rest: object
 ) -> Sequence:
     params = SamplingParams(max_new_tokens=new_tokens, draft_tokens=rest.pop("drafts", None))  # type: ignore[arg-type]
-    rules = Rules(params.token_sampling, 0)
-    stopping = StopCondition(frozenset(), new_tokens, "length")
+    ends = (4,) if rest.pop("ends", False) else ()
+    rules = Rules(params.token_sampling, 0, ends)
+    stopping = StopCondition(frozenset(ends), new_tokens, "length")
     return Sequence(number, list(prompt), len(prompt), mode, params, rules, stopping, **rest)  # type: ignore[arg-type]
 
 
@@ -122,17 +123,27 @@ def test_every_request_ends_and_no_block_is_lost(
         if source is not None:
             prompt, mode = source.tokens[: source.prompt_tokens], source.mode
         new_tokens = draw.randint(1, 16)
-        one = sequence(number, prompt, new_tokens, mode, drafts=drafts, priority=draw.randint(0, 2), fork_of=source)
+        one = sequence(
+            number,
+            prompt,
+            new_tokens,
+            mode,
+            drafts=drafts,
+            priority=draw.randint(0, 2),
+            fork_of=source,
+            ends=draw.random() < 0.4,
+        )
         machine.scheduler.add(one)
         added.append(one)
         for _ in range(draw.randint(0, 3)):
             machine.step()
-        if draw.random() < 0.1:
+        if draw.random() < 0.2:
             machine.scheduler.cancel(draw.choice(added))
     machine.run()
     assert machine.scheduler.pool.free == blocks
     for one in added:
-        assert one.cancelled or len(one.tokens) - one.prompt_tokens == one.params.max_new_tokens
+        new = one.tokens[one.prompt_tokens :]
+        assert one.cancelled or len(new) == one.params.max_new_tokens or (one.rules.end_ids and new[-1] == 4)
 
 
 def test_the_state_can_be_compared() -> None:
