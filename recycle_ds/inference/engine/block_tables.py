@@ -28,7 +28,7 @@ class BlockTables:
         Returns False, with nothing changed, if there are not enough blocks.
         """
         size, source = self.pool.size, sequence.fork_of
-        if source is not None and source in running:
+        if source is not None and source in running and source.cached >= source.prompt_tokens:
             shared, content, registered = source.blocks[: -(-sequence.prompt_tokens // size)], 0, 0
             # the last token of the prompt is read again: its state gives the first new token
             cached, module_read = sequence.prompt_tokens - 1, min(source.module_read, sequence.prompt_tokens)

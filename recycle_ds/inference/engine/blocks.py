@@ -93,6 +93,8 @@ class BlockPool:
         known = self._contents.get((before, tokens))
         if known is not None:
             return self._content_of[known]
+        if block in self._key_of:  # shared, and registered behind a block that has been evicted since
+            del self._contents[self._key_of[block]]
         content, self._next_content = self._next_content, self._next_content + 1
         self._contents[before, tokens], self._key_of[block], self._content_of[block] = block, (before, tokens), content
         return content

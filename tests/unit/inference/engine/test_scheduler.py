@@ -112,6 +112,18 @@ def test_every_request_ends_and_no_block_is_lost(
 ) -> None:
     """Prevents a leaked block, one used twice, a position overwritten by another sequence, and a request that never
     ends."""
+    check_random_requests(seed, blocks, batch, chunk, ways, count)
+
+
+@pytest.mark.parametrize("case", [(712054, 23, 6, 4, 2, 11), (705728, 13, 5, 6, 3, 11)])
+def test_cases_that_once_failed(case: tuple[int, int, int, int, int, int]) -> None:
+    """Prevents a block that is registered twice because the block before it was evicted and read again, and an answer that
+    shares a prompt that was given up and is being read again."""
+    check_random_requests(*case)
+
+
+def check_random_requests(seed: int, blocks: int, batch: int, chunk: int, ways: int, count: int) -> None:
+    """Runs random requests, forks and cancellations until all have ended."""
     draw = random.Random(seed)
     machine = Machine(blocks, batch, chunk, ways, seed)
     added: list[Sequence] = []
