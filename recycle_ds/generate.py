@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from recycle_ds.config import RecycleError
 from recycle_ds.config.command import INTERRUPTED, run_command
 from recycle_ds.parallel.job import errors_of_host
 
@@ -139,13 +140,18 @@ def generate(
         with private_stdout() as out, lost_ranks_end_the_job():
             request = Request(model, text, mode, dtype, params, threads)
             ranks = join(detect_launch(os.environ), tensor, pipeline)
-            if many is not None:
-                run_batch(request, BatchSettings(*many, max_batch, kv_memory_gib, explain), ranks)
-            else:
-                interrupted = request.run(out, as_json, ranks, kv_memory_gib, explain)
+            try:
+                if many is not None:
+                    run_batch(request, BatchSettings(*many, max_batch, kv_memory_gib, explain), ranks)
+                else:
+                    interrupted = request.run(out, as_json, ranks, kv_memory_gib, explain)
+            except (SystemExit, RecycleError):  # planned; after anything else the others must take this rank for lost
+                ranks.leave()
+                raise
+            if not interrupted:
+                ranks.leave()
     except BrokenPipeError:
         sys.exit(_BROKEN_PIPE)
-    ranks.leave()
     if interrupted:
         sys.exit(INTERRUPTED)
 

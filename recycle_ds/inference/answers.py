@@ -48,7 +48,9 @@ def answer_all(
     exhausted = False
     try:
         while True:
-            while not exhausted and len(running) < engine.scheduler.max_batch + ahead:
+            while (
+                not exhausted and sum(job.params.n for job, _ in running.values()) < engine.scheduler.max_batch + ahead
+            ):
                 job = next(source, None)
                 if job is None:
                     exhausted = True

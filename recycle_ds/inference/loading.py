@@ -31,19 +31,22 @@ def decoder_of(loaded: LoadedModel) -> Decoder:
     return Decoder(loaded.model, loaded.tokenizer.eos_id, lambda: TextStream(loaded.tokenizer))
 
 
-def engine_of(loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None) -> DecodingEngine:
+def engine_of(
+    loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
+) -> DecodingEngine:
     """An engine that stops at the tokenizer's end-of-text token and supports stop strings."""
     return local_engine(
         loaded.model,
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
+        ranks_on_host=ranks_on_host,
         eos_ids=(loaded.tokenizer.eos_id,),
         text_source=lambda: TextStream(loaded.tokenizer),
     )
 
 
 def team_engine_of(
-    loaded: LoadedModel, team: Team, max_batch: int, kv_memory_gib: float | None
+    loaded: LoadedModel, team: Team, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
 ) -> DecodingEngine | None:
     """The same over a team of ranks: the engine on its owner, None on the others, once the owner has closed its engine."""
     return team_engine(
@@ -51,6 +54,7 @@ def team_engine_of(
         team,
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
+        ranks_on_host=ranks_on_host,
         eos_ids=(loaded.tokenizer.eos_id,),
         text_source=lambda: TextStream(loaded.tokenizer),
     )

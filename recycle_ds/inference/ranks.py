@@ -26,6 +26,8 @@ class Ranks:
     rank: int
     world_size: int
     device_index: int
+    on_host: int = 1
+    """Ranks on this host."""
     team: Team | None = None
     liveness: Liveness | None = None
 
@@ -74,14 +76,15 @@ def join(launch: Launch, tensor: int, pipeline: int) -> Ranks:
     Raises LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of
     ranks."""
     index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
+    on_host = max(launch.local_world_size, 1)
     if tensor * pipeline == 1:
-        return Ranks(launch.rank, launch.world_size, index)
+        return Ranks(launch.rank, launch.world_size, index, on_host)
     start(launch)
     team = build_team(tensor, pipeline)
     members = dist.get_process_group_ranks(team.control)
     liveness = Liveness(own_store(), members, launch.rank, print_and_exit(PEER_LOST))
     liveness.start()
-    return Ranks(launch.rank, launch.world_size, index, team, liveness)
+    return Ranks(launch.rank, launch.world_size, index, on_host, team, liveness)
 
 
 @contextmanager

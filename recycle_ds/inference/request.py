@@ -37,9 +37,9 @@ class Request:
         nothing."""
         loaded = load(self.model, self.dtype, self.threads, ranks.device_index, ranks.mesh)
         if ranks.team is None:
-            engine = engine_of(loaded, self.params.n, kv_memory_gib)
+            engine = engine_of(loaded, self.params.n, kv_memory_gib, ranks.on_host)
         else:
-            found = team_engine_of(loaded, ranks.team, self.params.n, kv_memory_gib)
+            found = team_engine_of(loaded, ranks.team, self.params.n, kv_memory_gib, ranks.on_host)
             if found is None:
                 return False
             engine = found
@@ -75,12 +75,14 @@ class Request:
     ) -> Iterator[tuple[int, dict[str, object] | DecodingError]]:
         """Continues indexed prompts together, without printing; yields a record or an error for each, in any order.
 
-        The index is added to the seed (modulo 2^63), so that every prompt has its own random numbers, independent of
-        the order of the prompts. With n > 1, a record has the other answers under "others"."""
+        The index, times n, is added to the seed (modulo 2^63), so that every prompt has its own random numbers,
+        independent of the order of the prompts. With n > 1, a record has the other answers under "others"."""
 
         def job(index: int, prompt: str) -> Job[int]:
             seed = self.params.seed
-            params = self.params if seed is None else replace(self.params, seed=(seed + index) % SEED_LIMIT)
+            params = (
+                self.params if seed is None else replace(self.params, seed=(seed + index * self.params.n) % SEED_LIMIT)
+            )
             return Job(index, prompt, params, self.mode)
 
         for index, answers in answer_all(engine, tokenizer, (job(*one) for one in prompts)):

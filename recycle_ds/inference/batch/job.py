@@ -116,8 +116,8 @@ def _settle(share: PromptFile, request: Request, ranks: Ranks) -> LoadedModel | 
 def _engine(loaded: LoadedModel, settings: BatchSettings, ranks: Ranks, stack: ExitStack) -> DecodingEngine | None:
     """This rank's engine; None on a rank that has followed the owner of its team to the end."""
     if ranks.team is None:
-        return engine_of(loaded, settings.max_batch, settings.kv_memory_gib)
-    engine = team_engine_of(loaded, ranks.team, settings.max_batch, settings.kv_memory_gib)
+        return engine_of(loaded, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
+    engine = team_engine_of(loaded, ranks.team, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
     if engine is not None:
         stack.callback(engine.close)
     return engine

@@ -28,22 +28,28 @@ _SHARE_OF_FREE_MEMORY = 0.5
 
 
 def cache_blocks(
-    weights: StageWeights, max_positions: int, max_batch: int, kv_memory_gib: float | None, block_size: int = BLOCK_SIZE
+    weights: StageWeights, max_positions: int, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
 ) -> int:
     """How many blocks the cache gets on this rank.
 
-    By default enough for `max_batch` sequences of the longest context, but at most half of the memory that is free now.
-    Raises DecodingError if that is less than one block."""
-    per_block = Cache.bytes_per_block(weights, block_size)
-    wanted = max_batch * (-(-(max_positions + MAX_DRAFT + 1) // block_size) + 1)
-    room = kv_memory_gib * 2**30 if kv_memory_gib is not None else _SHARE_OF_FREE_MEMORY * free_memory(weights.device)
-    blocks = min(wanted, int(room // per_block))
+    By default enough for `max_batch` sequences of the longest context, but at most half of the memory that is free now,
+    which the ranks of a host share if they run on its processors."""
+    wanted = max_batch * (-(-(max_positions + MAX_DRAFT + 1) // BLOCK_SIZE) + 1)
+    sharers = ranks_on_host if weights.device.type == "cpu" else 1
+    room = _SHARE_OF_FREE_MEMORY * free_memory(weights.device) / sharers
+    if kv_memory_gib is not None:
+        room = kv_memory_gib * 2**30
+    return min(wanted, int(room // Cache.bytes_per_block(weights, BLOCK_SIZE)))
+
+
+def check_blocks(blocks: int, weights: StageWeights) -> None:
+    """Raises DecodingError for a cache that is too small for any sequence."""
     if blocks < 2:
+        needed = 2 * Cache.bytes_per_block(weights, BLOCK_SIZE) / 2**30
         raise DecodingError(
-            f"kv_memory_gib={room / 2**30:.3g}: two blocks of {block_size} positions need {2 * per_block / 2**30:.3g} GiB; "
-            "give more"
+            f"too little memory for a KV cache: two blocks of {BLOCK_SIZE} positions need {needed:.3g} GiB on this rank; "
+            "raise --kv-memory-gib, or free memory"
         )
-    return blocks
 
 
 def local_engine(
@@ -51,13 +57,15 @@ def local_engine(
     *,
     max_batch: int = 8,
     kv_memory_gib: float | None = None,
+    ranks_on_host: int = 1,
     eos_ids: Iterable[int] = (),
     text_source: Callable[[], TextSource] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodingEngine:
     """An engine in this process. The model's weights are packed, and the model itself is not changed."""
     weights = StageWeights(model)
-    blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib)
+    blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
+    check_blocks(blocks, weights)
     executor = LocalExecutor(Runner(weights, Cache(weights, blocks, BLOCK_SIZE), Vocabulary(0, model.vocab_size)))
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock)
 
@@ -68,6 +76,7 @@ def team_engine(
     *,
     max_batch: int = 8,
     kv_memory_gib: float | None = None,
+    ranks_on_host: int = 1,
     eos_ids: Iterable[int] = (),
     text_source: Callable[[], TextSource] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -78,10 +87,11 @@ def team_engine(
     plans, and returns None when the owner has closed its engine."""
     own = collectives(team.mesh.tensor, next(model.parameters()).device)
     weights = StageWeights(model, own)
-    blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib)
+    blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
     fewest = torch.tensor(blocks)
     dist.all_reduce(fewest, dist.ReduceOp.MIN, group=team.control)
     blocks = int(fewest)
+    check_blocks(blocks, weights)  # on all ranks or on none
     shards = own if own.size > 1 else None
     vocabulary = Vocabulary(model.shard.first, max(model.shard.valid, 1), shards)
     runner = Runner(weights, Cache(weights, blocks, BLOCK_SIZE), vocabulary)

@@ -32,6 +32,7 @@ class TeamExecutor:
         self.depth = team.mesh.pipeline.size
         self._outcomes: deque[Outcome] = deque()
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._most_sending = 8 * team.mesh.pipeline.size * team.mesh.tensor.size
         self._broken = False
 
     def submit(self, plan: Plan) -> None:
@@ -72,8 +73,8 @@ class TeamExecutor:
             received = torch.empty(plan.tokens, self._width, dtype=self._dtype, device=self._device)
             dist.recv(received, group_src=mesh.pipeline.rank - 1, group=mesh.pipeline.group)
         result = self._runner.run(plan, received)
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+        while len(self._sending) > self._most_sending:  # received long ago; only waiting for them frees them
+            self._sending.popleft()[0].wait()
         if isinstance(result, Tensor):
             work = dist.isend(result, group_dst=mesh.pipeline.rank + 1, group=mesh.pipeline.group)
             assert work is not None

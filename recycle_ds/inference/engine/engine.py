@@ -53,12 +53,19 @@ class DecodingEngine:
         self._next_number = 0
 
     def step(self) -> list[Sequence]:
-        """Computes one step. Returns the sequences that ended with it."""
+        """Computes one step. Returns the sequences that ended with it. Any exception ends all sequences."""
+        try:
+            return self._step()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _step(self) -> list[Sequence]:
         while len(self._under_way) < self._executor.depth and (plan := self.scheduler.next()) is not None:
             self._under_way.append((plan, time.perf_counter()))
             self._executor.submit(plan)
         if not self._under_way:
-            assert not self.scheduler.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
+            assert not self.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
             return []
         plan, start = self._under_way.popleft()
         outcome = self._executor.collect()
@@ -76,7 +83,7 @@ class DecodingEngine:
     @property
     def unfinished(self) -> bool:
         """Whether any request is waiting or running."""
-        return self.scheduler.unfinished or bool(self._under_way)
+        return bool(self.scheduler.waiting or self.scheduler.running or self._under_way)
 
     def add(
         self,
@@ -99,7 +106,7 @@ class DecodingEngine:
         for index in range(params.n):
             seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else (params.seed + index) % SEED_LIMIT
             own = params if params.seed is None else replace(params, seed=seed)
-            end_ids = params.stop_tokens if params.ignore_eos else (*self._eos_ids, *params.stop_tokens)
+            end_ids = self._end_ids(params)
             sequence = Sequence(
                 self._next_number,
                 list(prompt),
@@ -156,6 +163,11 @@ class DecodingEngine:
         wrong = [token for token in (*params.named_tokens, *params.stop_tokens) if not 0 <= token < self.vocab_size]
         if wrong:
             raise DecodingError(f"token id {wrong[0]}: the model's vocabulary has {self.vocab_size} tokens, from 0 on")
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise DecodingError(f"logprobs={params.logprobs}: the model's vocabulary has {self.vocab_size} tokens")
+        barred = {*params.bad_tokens, *(self._end_ids(params) if params.min_new_tokens else ())}
+        if len(barred) >= self.vocab_size or (params.allowed_tokens and not set(params.allowed_tokens) - barred):
+            raise DecodingError("no token is left to choose: bad_tokens and min_new_tokens bar all allowed ones")
         if params.stop and self._text_source is None:
             raise DecodingError(
                 f"stop={list(params.stop)!r}: stop strings need a tokenizer, and this decoder was built without one"
@@ -169,6 +181,9 @@ class DecodingEngine:
                 f"{pool.count * pool.size}: raise --kv-memory-gib, or lower max_new_tokens={params.max_new_tokens}"
             )
 
+    def _end_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        return params.stop_tokens if params.ignore_eos else (*self._eos_ids, *params.stop_tokens)
+
     def _stopping(self, prompt_tokens: int, params: SamplingParams, end_ids: tuple[int, ...]) -> StopCondition:
         room = self.max_positions - prompt_tokens
         reason: FinishReason = "length" if params.max_new_tokens <= room else "context"
@@ -178,10 +193,14 @@ class DecodingEngine:
     def measure_costs(self) -> CostModel:
         """Measures what calls cost, once, if nothing is under way. Returns what the draft budget counts with."""
         if not self._costs_are_measured and not self.unfinished:
+            self.scheduler.forget_prefixes()  # their blocks are about to be written
             pool = self.scheduler.pool
-            arguments = (pool.count, pool.size, self.scheduler.max_batch, self.has_module)
-            self.use_costs(costs.measure(self._executor, *arguments))
-            self.scheduler.forget_prefixes()
+            try:
+                arguments = (pool.count, pool.size, self.scheduler.max_batch, self.has_module)
+                self.use_costs(costs.measure(self._executor, *arguments))
+            except BaseException:
+                self._executor.discard()
+                raise
         return self.scheduler.budget.costs
 
     def use_costs(self, known: CostModel) -> None:

@@ -50,9 +50,8 @@ class Liveness:
     def stop(self, world_size: int) -> None:
         """Says that this rank ends as planned, and stops watching.
 
-        Rank 0 has the store, which ranks of other teams may need longer: it waits until every rank of the world has ended, or
-        shows no sign of life any more.
-        """
+        Rank 0 has the store, which ranks of other teams may need longer: it waits until every rank of the world has
+        ended, or shows no sign of life any more."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone

@@ -1,13 +1,16 @@
-"""Runs plans on tensors: the backbone over a step's tokens, the choice of tokens, the verification of drafts, and new
+"""Runs plans on tensors: the backbone over a step's tokens, the choice of tokens, the verification of drafts, new
 drafts.
 
-One step of a sequence that drafts, with N known tokens x_0..x_{N-1} of which the backbone has read all but the last,
-and D drafts:
+One step of a sequence that drafts, with N known tokens of which the backbone has read all but the last, and D drafts:
 
-    backbone   reads x_{N-1} and the drafts at positions N-1..N-1+D choice     the full model's token after each of
-    them; the longest agreeing prefix of the drafts is accepted module     reads (h_{q-1}, E x_q) into the slots q that
-    have become known; its last state gives draft 1 after the new token chain      one call for each further draft, from
-    (r, E draft); the slots are overwritten when the true tokens are known
+    backbone   reads the last known token and the drafts, at positions N - 1 to N - 1 + D
+
+    choice     the full model's token after each of them; the longest agreeing prefix of the drafts is accepted
+
+    module     reads (h_{q-1}, E x_q) into the slots q that are now known; its last state gives draft 1 after the new
+    token
+
+    chain      one call for each further draft, from (r, E draft); true tokens overwrite these slots later
 
 Every tensor rank of a stage computes the same; only the last stage chooses tokens. Shapes as in cache.py; R rows with
 logits."""

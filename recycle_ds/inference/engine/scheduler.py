@@ -66,11 +66,6 @@ class Scheduler:
         if not sequence.in_flight and sequence.ended_at is None:
             self._end(sequence)
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether any sequence is waiting or running."""
-        return bool(self.waiting or self.running)
-
     def next(self) -> Plan | None:
         """The next step, of sequences that are in no step under way; None if there is nothing to do."""
         self.step += 1
@@ -102,8 +97,8 @@ class Scheduler:
         done = []
         for part in plan.parts:
             sequence = by_number[part.sequence]
-            sequence.in_flight = False
             self._advance(sequence, part, chosen.get(part.sequence))
+            sequence.in_flight = False
             if sequence.reason is not None:
                 self._end(sequence)
                 done.append(sequence)
@@ -138,6 +133,7 @@ class Scheduler:
             sequence.tally.add(part.judged, tested, accepted)
             self.budget.observe(sequence.number, sequence.confidences, tested, accepted)
         sequence.drafts, sequence.confidences = (), ()
+        sequence.ordered = part.drafts_after(mine.tokens) if part.module_start else 0
         if sequence.reason is not None or not mine.drafts:
             return
         if sequence.mode == "alternate":
@@ -149,16 +145,15 @@ class Scheduler:
     def _candidate(self, sequence: Sequence) -> Candidate:
         left = sequence.stopping.remaining
         drafts = sequence.fixed_drafts if sequence.uses_drafts else 0
-        return Candidate(sequence.number, sequence.confidences, drafts, max(left - 1, 0))
+        return Candidate(sequence.number, sequence.confidences, drafts, max(left - 1, 0), sequence.ordered)
 
     def _decode(self, sequence: Sequence, judged: int) -> Part | None:
         """The part of a sequence that decodes, or None if it was preempted or must wait for memory."""
         while True:
             tokens = (*sequence.tokens[sequence.cached :], *sequence.drafts[:judged])
             drafts = self._drafts_to_make(sequence)
-            end = sequence.cached + len(tokens) + 1 + drafts
             try:
-                self.tables.reserve(sequence, sequence.cached, end)
+                self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), drafts))
             except OutOfBlocks:
                 if not self._preempt_below(sequence):
                     return None
@@ -213,7 +208,7 @@ class Scheduler:
         tokens = tuple(sequence.tokens[sequence.cached : sequence.cached + most])
         drafts = self._drafts_to_make(sequence) if sequence.cached + len(tokens) == len(sequence.tokens) else 0
         try:
-            self.tables.reserve(sequence, sequence.cached, sequence.cached + len(tokens) + 1 + drafts)
+            self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), drafts))
         except OutOfBlocks:
             assert sequence.mode != "alternate"
             drafts = 0  # the prompt's own blocks were reserved when it was admitted
@@ -245,6 +240,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self.reused_tokens += sequence.cached
+        sequence.fork_of = None  # it has its blocks, and need not keep the other answer
         return sequence
 
     @staticmethod

@@ -44,6 +44,8 @@ class Sequence:
     drafts: tuple[int, ...] = ()
     """Drafts after the last token, to be verified."""
     confidences: tuple[float, ...] = ()
+    ordered: int = 0
+    """Drafts that the latest step was to make."""
     introduced: bool = False
     """Whether the runner knows its rules."""
     in_flight: bool = False
@@ -88,6 +90,10 @@ class Sequence:
         if self.params.draft_tokens is None and self.mode == "alternate":
             return 1
         return self.params.draft_tokens
+
+    def end_of_step(self, tokens: int, drafts: int) -> int:
+        """First position that a step does not write: the tokens it reads, a new one and drafts, within the longest text."""
+        return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
 
     def summary(self) -> dict[str, object]:
         """Its state for the scheduler, to print or compare."""

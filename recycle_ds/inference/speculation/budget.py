@@ -54,6 +54,8 @@ class Candidate:
     confidences: tuple[float, ...]
     fixed: int | None
     room: int
+    made: int = 0
+    """Drafts that were ordered. What was drawn may have cut the chain short, and must not decide what is verified."""
 
 
 @dataclass
@@ -143,7 +145,7 @@ class DraftBudget:
             for i in adaptive
             for position, chance in enumerate(self._chances(candidates[i])[: candidates[i].room])
         }
-        made = max((len(candidates[i].confidences) for i in adaptive), default=0)
+        made = max((candidates[i].made for i in adaptive), default=0)
         overhead = made * self.costs.module_call(len(adaptive))
         speed = expected / (self.costs.full_call(tokens) + overhead)
         probed = START if self._probe > 0 else 0  # drafts of a probe that are verified at a loss, over the batch

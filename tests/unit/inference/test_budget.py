@@ -25,7 +25,7 @@ def simulate(
     made = [0] * len(rates)
     verified, tokens, seconds = [], 0, 0.0
     for step in range(steps):
-        candidates = [Candidate(i, tuple(rates[i][: made[i]]), None, 1000) for i in range(len(rates))]
+        candidates = [Candidate(i, tuple(rates[i][: made[i]]), None, 1000, made[i]) for i in range(len(rates))]
         counts = budget.verify(candidates)
         verified.append(counts)
         kept = len(rates)
@@ -120,6 +120,19 @@ def test_fixed_numbers_of_drafts_are_kept() -> None:
     candidates = [Candidate(0, (0.1,) * 3, 3, 100), Candidate(1, (0.9,) * 8, 8, 2), Candidate(2, (), 0, 9)]
     assert budget.verify(candidates) == [3, 2, 0]
     assert budget.active, "nothing was decided about adaptive ones"
+
+
+def test_what_was_drawn_does_not_decide_what_is_verified() -> None:
+    """Prevents a biased text: a drafted end cuts a chain short, and must not make its last draft more likely to be
+    verified."""
+    for made in (1, 4):
+        budget = DraftBudget(CostModel(((1, 1.0), (2, 1.3), (8, 3.0)), ((1, 0.1),)))
+        budget._probe = 0
+        cut = budget.verify([Candidate(0, (0.3,), None, 100, made)])
+        budget = DraftBudget(CostModel(((1, 1.0), (2, 1.3), (8, 3.0)), ((1, 0.1),)))
+        budget._probe = 0
+        complete = budget.verify([Candidate(0, (0.3,) * made, None, 100, made)])
+        assert min(cut[0], 1) == min(complete[0], 1)
 
 
 def test_the_first_steps_draft_without_knowledge() -> None:

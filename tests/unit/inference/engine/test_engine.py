@@ -8,9 +8,10 @@ import pytest
 
 from recycle_ds.inference import Decoder, DecodingError, SamplingParams
 from recycle_ds.inference.engine.build import local_engine
+from recycle_ds.inference.engine.plan import Plan
 from recycle_ds.inference.parameters import TokenSampling
 from tests.unit.inference.engine.requests import check_answers, decode_alone, decode_together, memory_of, requests
-from tests.unit.inference.models import drafts_from_scratch, random_model
+from tests.unit.inference.models import Letters, drafts_from_scratch, overfitted_model, random_model
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -68,7 +69,7 @@ def test_a_request_larger_than_the_cache_is_refused() -> None:
         DecodingError, match=r"need 96 positions of KV cache, which holds 64: raise --kv-memory-gib, or"
     ):
         engine.add([1] * 60, SamplingParams(max_new_tokens=15), "autoregressive")
-    with pytest.raises(DecodingError, match="two blocks of 16 positions need"):
+    with pytest.raises(DecodingError, match="too little memory for a KV cache: two blocks of 16 positions need"):
         local_engine(model, kv_memory_gib=1e-9)
 
 
@@ -78,6 +79,8 @@ def test_a_request_larger_than_the_cache_is_refused() -> None:
         ({"bad_tokens": (7,)}, "verified", "token id 7: the model's vocabulary has 7 tokens"),
         ({"stop_tokens": (-1,)}, "verified", "token id -1"),
         ({"logprobs": 1}, "alternate", "does not score recycled tokens"),
+        ({"logprobs": 8}, "verified", "the model's vocabulary has 7 tokens"),
+        ({"allowed_tokens": (3,), "stop_tokens": (3,), "min_new_tokens": 1}, "verified", "no token is left"),
     ],
 )
 def test_parameters_that_the_model_cannot_serve_are_refused(changes: dict[str, Any], mode: str, words: str) -> None:
@@ -86,3 +89,62 @@ def test_parameters_that_the_model_cannot_serve_are_refused(changes: dict[str, A
     with pytest.raises(DecodingError, match=words):
         engine.add([1], SamplingParams(**changes), mode)
     assert not engine.unfinished
+
+
+def test_an_exception_in_a_step_leaves_the_engine_usable() -> None:
+    """Prevents Ctrl-C in the middle of a batch from breaking the engine for later requests, and from keeping their
+    memory."""
+    model = random_model(7, 1, max_positions=96)
+    engine = local_engine(model, max_batch=4)
+    params = SamplingParams(max_new_tokens=20, draft_tokens=2)
+    run = engine._executor.submit
+
+    def interrupt(plan: Plan) -> None:
+        raise KeyboardInterrupt
+
+    engine.add([1, 2], params)
+    engine.step()
+    engine.add([1, 3], params)
+    engine._executor.submit = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine._executor.submit = run  # type: ignore[method-assign]
+    assert not engine.unfinished and engine.scheduler.pool.free == engine.scheduler.pool.count
+    (answer,) = engine.add([1, 2], params)
+    engine.finish([answer])
+    expected = Decoder(model).generate([1, 2], "autoregressive", max_new_tokens=20)
+    assert tuple(answer.tokens[2:]) == expected.token_ids
+
+
+def test_a_request_may_be_cancelled_by_its_own_callback() -> None:
+    """Prevents an error when a client that reads the tokens goes away: that is where its request is cancelled."""
+    engine = local_engine(random_model(7, 1, max_positions=96), max_batch=4)
+    params = SamplingParams(max_new_tokens=20, draft_tokens=2)
+    answers = engine.add([1, 2], params, on_tokens=lambda ids, recycled: engine.cancel(answers[0]))
+    answers += engine.add([1, 3], params)
+    engine.finish(answers)
+    assert [answer.reason for answer in answers] == ["interrupted", "length"]
+    assert engine.scheduler.pool.free == engine.scheduler.pool.count
+
+
+@pytest.mark.parametrize("draft_tokens", [50, 200])
+def test_many_drafts_fit_into_the_cache_of_one_request(draft_tokens: int) -> None:
+    """Prevents a request that can never go on, because its drafts need more memory than its longest text."""
+    model = random_model(7, 1, max_positions=96)
+    found = Decoder(model).generate([1] * 6, "verified", max_new_tokens=90, draft_tokens=draft_tokens)
+    expected = Decoder(model).generate([1] * 6, "autoregressive", max_new_tokens=90)
+    assert found.token_ids == expected.token_ids
+
+
+def test_stop_strings_inside_accepted_drafts() -> None:
+    """Prevents a block from being offered to others with tokens that a stop string has cut off."""
+    model = overfitted_model([1, 2, 3, 4, 5, 6], vocab_size=8, steps=60)
+    for length in range(1, 20):
+        engine = local_engine(model, max_batch=2, text_source=Letters)
+        prompt = ([1, 2, 3, 4, 5, 6] * 4)[:length]
+        params = SamplingParams(max_new_tokens=30, draft_tokens=7, stop=("gb",))
+        (answer,) = engine.add(prompt, params)
+        engine.finish([answer])
+        expected = Decoder(model, None, Letters).generate(prompt, "autoregressive", max_new_tokens=30, stop=["gb"])
+        assert tuple(answer.tokens[length:]) == expected.token_ids
+        engine.scheduler.check()

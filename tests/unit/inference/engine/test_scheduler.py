@@ -87,13 +87,14 @@ class Machine:
             for at, token in enumerate(part.tokens, start=part.start):
                 self.written[part.blocks[at // SIZE] * SIZE + at % SIZE] = token
             assert part.known == len(tokens) or not part.samples
-            last = part.start + len(part.tokens) + (part.drafts if part.samples else 0)
-            assert len(part.blocks) * SIZE >= last + part.samples, "no room for what the step writes"
+            last = part.start + len(part.tokens) + part.samples + (part.drafts if part.samples else 0)
+            longest = len(tokens) + by_number[part.sequence].stopping.remaining
+            assert len(part.blocks) * SIZE >= min(last, longest), "no room for what the step writes"
 
     def run(self, limit: int = 4000) -> None:
         """Runs until all sequences have ended."""
         for _ in range(limit):
-            if not self.scheduler.unfinished and not self.under_way:
+            if not self.scheduler.waiting and not self.scheduler.running and not self.under_way:
                 return
             self.step()
         raise AssertionError(f"sequences do not end: {self.scheduler.state()}")
