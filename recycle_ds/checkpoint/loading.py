@@ -44,7 +44,8 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     reads only its shard of its pipeline stage; None reads the full model.
 
     Checksums, names and shapes are compared before a weight is read. Raises CheckpointError, and ConfigError for a
-    model that cannot be split over the mesh."""
+    model that cannot be split over the mesh.
+    """
     source = _open(Path(path))
     if mesh is not None:
         check_degree(source.model, mesh.tensor.size)

@@ -42,7 +42,8 @@ def answer_all(
     """Continues prompts together, and yields the answers to each one as soon as they are complete, in any order.
 
     jobs: read only as far as the batch has room, and `ahead` more. A prompt that cannot be continued yields its error.
-    Prompts that are still running when the iterator is closed are cancelled."""
+    Prompts that are still running when the iterator is closed are cancelled.
+    """
     source = iter(jobs)
     running: dict[Key, tuple[Job[Key], list[Sequence]]] = {}
     exhausted = False

@@ -38,7 +38,8 @@ class Engine:
         dtype: "fp32" or "bf16". max_batch: prompts decoded at once. threads: CPU threads; None keeps PyTorch's default.
         kv_memory_gib: memory of the KV cache, allocated once; None: enough for max_batch prompts of the longest
         context, but at most half of the free memory. Raises DecodingError for an argument out of range and
-        CheckpointError for a folder that cannot be loaded."""
+        CheckpointError for a folder that cannot be loaded.
+        """
         check_batch(max_batch, kv_memory_gib)
         return cls(load(str(folder), dtype, threads), max_batch, kv_memory_gib)
 
@@ -60,7 +61,8 @@ class Engine:
         prompts: one raw text or several. params: None means `SamplingParams()`; with n > 1 each prompt has n answers.
         mode: "autoregressive", "alternate" or "verified". An answer depends on its prompt and parameters alone, not on
         what is decoded beside it; with a seed, equal prompts give equal answers. Raises DecodingError: immediately for
-        an unknown mode, and during iteration for a prompt that cannot be continued."""
+        an unknown mode, and during iteration for a prompt that cannot be continued.
+        """
         check_mode(mode)
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         return self._answers(texts, params or SamplingParams(), mode)

@@ -13,7 +13,8 @@ class Generation:
 
     Speeds exclude the prefill, which ends with the first token: `tokens_per_second` is the number of tokens *after the
     first* divided by `decode_seconds`, in every mode (0 for a single token). `tokens_per_full_call` counts all tokens
-    and all full calls, including the prefill: exactly 1 for `autoregressive`."""
+    and all full calls, including the prefill: exactly 1 for `autoregressive`.
+    """
 
     token_ids: tuple[int, ...]
     """New tokens, including a final end-of-sequence token and the tokens that completed a stop string."""

@@ -34,7 +34,8 @@ class TokenSampling:
     parameters above.
 
     The order is: repetition, presence and frequency penalty, bias, forbidden tokens, temperature, top-k, top-p, min-p.
-    A draft of the recycle module is chosen by the same rules. Raises DecodingError for a value outside its range."""
+    A draft of the recycle module is chosen by the same rules. Raises DecodingError for a value outside its range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0

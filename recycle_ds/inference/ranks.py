@@ -74,7 +74,8 @@ def join(launch: Launch, tensor: int, pipeline: int) -> Ranks:
     """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
 
     Raises LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of
-    ranks."""
+    ranks.
+    """
     index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
     on_host = max(launch.local_world_size, 1)
     if tensor * pipeline == 1:
@@ -93,7 +94,8 @@ def lost_ranks_end_the_job() -> Iterator[None]:
     rank.
 
         gloo does not know which rank it has lost. The liveness thread finds out, prints the message and ends the
-        process; if it does not within its patience, the error itself is printed."""
+        process; if it does not within its patience, the error itself is printed.
+    """
     try:
         yield
     except (PeerLost, RuntimeError) as error:

@@ -76,7 +76,8 @@ class Request:
         """Continues indexed prompts together, without printing; yields a record or an error for each, in any order.
 
         The index, times n, is added to the seed (modulo 2^63), so that every prompt has its own random numbers,
-        independent of the order of the prompts. With n > 1, a record has the other answers under "others"."""
+        independent of the order of the prompts. With n > 1, a record has the other answers under "others".
+        """
 
         def job(index: int, prompt: str) -> Job[int]:
             seed = self.params.seed

@@ -3,7 +3,8 @@
 Process r of n takes prompts r, r + n, r + 2n, ... and appends each continuation to its own part file, flushed line by
 line, so that completed prompts survive a kill. A later start, with any number of processes, continues the missing
 prompts with the checkpoint that the parts were created with. The process that finds all prompts completed writes the
-output atomically."""
+output atomically.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ class PromptFile:
 
         Prompts, output and parts are checked before the model is loaded, which may take long. Raises DecodingError for
         files that cannot be used, and for parts created with other prompts, other settings or a checkpoint that no
-        longer exists."""
+        longer exists.
+        """
         self._check_output()
         if self._is_complete():
             return None

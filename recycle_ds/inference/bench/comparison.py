@@ -115,7 +115,8 @@ def run_bench(
     """Decodes every prompt (token ids) in every mode, greedily, `settings.repeats` times.
 
     model, dtype: recorded in the report as given. on_progress: called with the numbers of completed and of all
-    generations."""
+    generations.
+    """
     runs = {mode: _Runs() for mode in settings.modes}
     for mode in settings.modes:
         decoder.generate(

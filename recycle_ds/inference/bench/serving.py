@@ -2,7 +2,8 @@
 
 Batches and modes are interleaved, and their order rotates from repeat to repeat, so that a slowdown of the machine
 affects all of them. Each measurement decodes the same prompts: `batch` at once, refilled as they end, until each has
-been decoded once. Speeds are medians over repeats."""
+been decoded once. Speeds are medians over repeats.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def measure(
     """The "batches" of the report: batch size, mode, figures. prompts: token ids; repeated if a batch needs more.
 
     Tokens per second are those of full batches: all new tokens from the moment in which the first requests have their
-    first token until the last prompt has been added. They include the reading of the prompts added in between."""
+    first token until the last prompt has been added. They include the reading of the prompts added in between.
+    """
     runs = {(batch, mode): _Runs() for batch in settings.batches for mode in settings.modes}
     order = list(runs)
     most = engine.scheduler.max_batch

@@ -4,7 +4,8 @@ A block holds the keys and values of `size` consecutive positions of a sequence,
 the recycle module. Full blocks are registered by their content, so that a later sequence that begins with the same
 tokens shares them (as in vLLM's automatic prefix caching). Their key is (key of the block before, the block's tokens):
 equal keys mean equal positions and equal tokens from the first one on, without hash collisions. Blocks that only the
-registry refers to are evicted when memory is needed, the least recently used first."""
+registry refers to are evicted when memory is needed, the least recently used first.
+"""
 
 from __future__ import annotations
 

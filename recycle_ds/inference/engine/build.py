@@ -33,7 +33,8 @@ def cache_blocks(
     """How many blocks the cache gets on this rank.
 
     By default enough for `max_batch` sequences of the longest context, but at most half of the memory that is free now,
-    which the ranks of a host share if they run on its processors."""
+    which the ranks of a host share if they run on its processors.
+    """
     wanted = max_batch * (-(-(max_positions + MAX_DRAFT + 1) // BLOCK_SIZE) + 1)
     sharers = ranks_on_host if weights.device.type == "cpu" else 1
     room = _SHARE_OF_FREE_MEMORY * free_memory(weights.device) / sharers
@@ -84,7 +85,8 @@ def team_engine(
     """This rank's part of an engine over a team of ranks. Collective over the team.
 
     model: this rank's shard of its stage. Returns the engine on the owner. On the other ranks it runs the owner's
-    plans, and returns None when the owner has closed its engine."""
+    plans, and returns None when the owner has closed its engine.
+    """
     own = collectives(team.mesh.tensor, next(model.parameters()).device)
     weights = StageWeights(model, own)
     blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)

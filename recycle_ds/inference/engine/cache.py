@@ -3,7 +3,8 @@
 A slot is a position in the cache: block * block size + offset. Besides keys and values it holds the token and, for the
 recycle module, the backbone's state. Keys and values of a sequence are read in place where its blocks are adjacent, and
 gathered (one copy into a padded batch) elsewhere. Shapes: T tokens of a step, N sequences, W tokens per sequence, L
-cached positions, G query heads per key/value head, H_kv key/value heads, C channels of a head, D width."""
+cached positions, G query heads per key/value head, H_kv key/value heads, C channels of a head, D width.
+"""
 
 from __future__ import annotations
 

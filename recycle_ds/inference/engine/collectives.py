@@ -3,7 +3,8 @@
 Through a process group, or on one x86 host through shared memory. gloo needs 0.3 to 2 ms for a few kilobytes, which is
 longer than the products of a small layer; two ranks that spin on a counter in shared memory need about 20 microseconds.
 DeepSpeed's shared-memory operation is faster still, but has to be compiled, ignores groups, and is slow where ranks are
-not bound to cores."""
+not bound to cores.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ class SharedMemoryCollectives:
 
     Every rank writes its tensor into its own place and then counts up; when all have, it reads those of all. There are
     two places of each rank, used in turn: who counts up has read what was exchanged before. x86 processors make stores
-    visible in the order in which they were made; elsewhere this class must not be used."""
+    visible in the order in which they were made; elsewhere this class must not be used.
+    """
 
     def __init__(self, axis: Axis, timeout: float = 120.0) -> None:
         """timeout: seconds to wait for another rank, which may do a long step. A dead rank is noticed earlier, see

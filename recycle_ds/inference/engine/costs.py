@@ -21,8 +21,9 @@ def measure(executor: Executor, blocks: int, block_size: int, max_batch: int, wi
     """Times full calls and module calls of several sizes. Nothing may be under way or in the cache: its first blocks are
     written.
 
-        Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
-        sequences costs more than that of one."""
+    Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
+    sequences costs more than that of one.
+    """
     most = max(2, min(blocks, 2 * max_batch * 4))
     sizes = [size for size in _SIZES if size <= most]
     full = tuple((size, _shortest(partial(_run, executor, size, 0))) for size in sizes)

@@ -3,7 +3,8 @@
 The owner (the first tensor rank of the first stage) has the scheduler, and sends every plan to each other rank as one
 message of integers. States go from stage to stage; the last one chooses tokens and sends ids back, never logits. A rank
 receives its next plan while others still compute, so with as many plans under way as there are stages, all stages are
-busy."""
+busy.
+"""
 
 from __future__ import annotations
 

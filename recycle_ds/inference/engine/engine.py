@@ -1,7 +1,8 @@
 """The engine: requests in, answers out. One decode path for one stream and for many.
 
 A step is `plan = scheduler.next()`, `outcome = run(plan)`, `scheduler.apply(plan, outcome)`. The scheduler is pure
-Python and the runner knows nothing of requests; the executor between them runs plans here or on many ranks."""
+Python and the runner knows nothing of requests; the executor between them runs plans here or on many ranks.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class DecodingEngine:
         """Queues a request and returns its `params.n` answers. Raises DecodingError for one that cannot be decoded.
 
         priority: higher ones run first. on_tokens: called with an answer's new ids and, for each, whether it was
-        recycled."""
+        recycled.
+        """
         prompt = list(prompt_ids)
         self.check(prompt, params, mode)
         if mode == "verified" and params.draft_tokens is None:

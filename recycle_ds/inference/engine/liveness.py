@@ -2,7 +2,8 @@
 message.
 
 A rank that waits for another one in a collective cannot tell a long step from a dead peer. Every rank therefore has a
-thread that counts up in the job's store, whatever its main thread computes, and watches the counts of the others."""
+thread that counts up in the job's store, whatever its main thread computes, and watches the counts of the others.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Liveness:
     """Watches the ranks of a team from `start` to `stop`.
 
     ranks: global ranks of the team; own: this one. patience: seconds without a sign of life after which a rank is lost.
-    on_loss: called in a thread with a message, empty on all ranks but one; it should end the process."""
+    on_loss: called in a thread with a message, empty on all ranks but one; it should end the process.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,8 @@ class Liveness:
         """Says that this rank ends as planned, and stops watching.
 
         Rank 0 has the store, which ranks of other teams may need longer: it waits until every rank of the world has
-        ended, or shows no sign of life any more."""
+        ended, or shows no sign of life any more.
+        """
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone

@@ -3,7 +3,8 @@
 Positions count from 0. The backbone reads the `tokens` of each part at positions start, start + 1, ...; nothing is
 padded. The last `judged` tokens are drafts that this pass verifies. Slot q of the recycle module's cache is made from
 (h_{q-1}, E x_q), so that everything stored at a position depends only on the tokens up to that position, and a shared
-prefix is complete."""
+prefix is complete.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,15 @@
-"""Runs plans on tensors: the backbone over a step's tokens, the choice of tokens, the verification of drafts, new
-drafts.
+"""Runs plans on tensors: the backbone over a step's tokens, choice and verification of tokens, new drafts.
 
 One step of a sequence that drafts, with N known tokens of which the backbone has read all but the last, and D drafts:
 
-    backbone   reads the last known token and the drafts, at positions N - 1 to N - 1 + D
-
-    choice     the full model's token after each of them; the longest agreeing prefix of the drafts is accepted
-
-    module     reads (h_{q-1}, E x_q) into the slots q that are now known; its last state gives draft 1 after the new
-    token
-
-    chain      one call for each further draft, from (r, E draft); true tokens overwrite these slots later
+    backbone  reads the last known token and the drafts, at positions N - 1 to N - 1 + D
+    choice    the full model's token after each; the longest agreeing prefix of the drafts is accepted
+    module    reads (h_{q-1}, E x_q) into the slots q that are now known; its last state gives the first draft
+    chain     one call for each further draft, from (r, E draft); true tokens overwrite these slots later
 
 Every tensor rank of a stage computes the same; only the last stage chooses tokens. Shapes as in cache.py; R rows with
-logits."""
+logits.
+"""
 
 from __future__ import annotations
 

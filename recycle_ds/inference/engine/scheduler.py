@@ -29,7 +29,8 @@ class Scheduler:
     """Schedules sequences over a pool of blocks.
 
     max_batch: sequences that run at once. chunk: tokens of prompts in a step. ways: plans under way at once; the
-    sequences that decode are divided among them. clock: in seconds, for the figures."""
+    sequences that decode are divided among them. clock: in seconds, for the figures.
+    """
 
     pool: BlockPool
     max_batch: int

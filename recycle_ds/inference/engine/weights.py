@@ -2,7 +2,8 @@
 
 oneDNN can keep a weight in the order in which its kernel for few rows reads it, which takes half the time of the plain
 call on products of one to sixteen rows. Under tensor parallelism every rank holds its shard; outputs of row-parallel
-products are summed over the axis."""
+products are summed over the axis.
+"""
 
 from __future__ import annotations
 

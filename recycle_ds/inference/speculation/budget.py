@@ -12,7 +12,8 @@ sequences costs F(N + verified drafts) + (longest chain) M(N), and yields N toke
   Leviathan et al., arXiv 2211.17192, theorem 3.8, for one sequence).
 
 With a length of 0 the module does not run at all. Short probes then try drafts again, at increasing intervals while
-they fail."""
+they fail.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +194,8 @@ class DraftBudget:
         """Probability that a sequence's draft at each position is accepted, given that all before it were.
 
         The prior of a position is the estimate of the position before it; a sequence's own record counts on top of all
-        others'."""
+        others'.
+        """
         own = self._own.get(sequence, _Acceptance())
         estimates, estimate, ratio = [], _PRIOR, 1.0
         for position in range(MAX_DRAFT):
@@ -209,6 +211,7 @@ class DraftBudget:
     def _chances(self, candidate: Candidate) -> list[float]:
         """Probability that each draft of a sequence is reached and accepted; never more than that of the one before."""
         reached, found = 1.0, []
+        # not strict: a chain is shorter than the longest one that has an estimate
         for confidence, prior in zip(candidate.confidences, self.acceptance(candidate.sequence), strict=False):
             number = _class_of(confidence)
             tested, accepted = self._class_tested[number], self._class_accepted[number]
@@ -220,7 +223,8 @@ class DraftBudget:
         """Decides how many drafts each sequence makes next, if `others` do not draft adaptively.
 
         Drafts are considered in order of their probability to be reached and accepted; the best number is the one with
-        the most expected tokens per second. The longest chain decides how often the module is called."""
+        the most expected tokens per second. The longest chain decides how often the module is called.
+        """
         self._step += 1
         if self._probe > 1:
             self._probe -= 1

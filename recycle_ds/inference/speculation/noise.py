@@ -2,7 +2,8 @@
 
 Neither the batch, the order of requests, preemption nor the layout can therefore change a sampled text. The numbers are
 those of the generator SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): its output function applied to a key plus a
-multiple of its increment. Integers are 64 bits wide and wrap around. Shapes: R rows, V token ids."""
+multiple of its increment. Integers are 64 bits wide and wrap around. Shapes: R rows, V token ids.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def exponentials(keys_R: Tensor, ids_V: Tensor) -> Tensor:
     """Exponentially distributed fp32 numbers [R, V] with mean 1, one for every key and token id.
 
     The token with the largest weight / exponential is a sample from the weights: the race of exponential clocks, the
-    same thing as the Gumbel-max trick without its second logarithm. The smallest number is 2^-33."""
+    same thing as the Gumbel-max trick without its second logarithm. The smallest number is 2^-33.
+    """
     z = keys_R[:, None] + (ids_V + 1) * _signed(_INCREMENT)
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         # >> keeps the sign of a signed integer: the mask makes it the logical shift

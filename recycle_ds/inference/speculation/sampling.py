@@ -3,7 +3,8 @@
 The parameters have the same meaning and order as in Hugging Face transformers: repetition penalty (Keskar et al., arXiv
 1909.05858), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p (Nguyen et al., arXiv 2407.01082);
 presence and frequency penalties and the bias are those of OpenAI's API. Tokens are chosen with counter-based random
-numbers (see noise.py), from any shard of the vocabulary. Shapes: R positions, V token ids of this rank's shard."""
+numbers (see noise.py), from any shard of the vocabulary. Shapes: R positions, V token ids of this rank's shard.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def _nucleus_limit(probs_RV: Tensor, top_p_R1: Tensor, vocabulary: Vocabulary) -
     """The largest probability [R, 1] such that all tokens of at least this probability reach top_p together.
 
     It is mostly found among the few most likely tokens, without sorting the vocabulary. Otherwise it is found by
-    bisection over the bit patterns of the (positive) fp32 numbers, which are ordered like the numbers."""
+    bisection over the bit patterns of the (positive) fp32 numbers, which are ordered like the numbers.
+    """
     best_RN = vocabulary.largest(probs_RV, _CANDIDATES)
     reached_RN = best_RN.cumsum(-1) >= top_p_R1
     limit_R1 = best_RN.gather(-1, reached_RN.int().argmax(-1, keepdim=True))

@@ -4,7 +4,8 @@ Greedy, and sampled with the request's own seed: accepts the longest prefix on w
 the text does not depend on the drafts. Sampled without a seed: speculative sampling (Leviathan et al., arXiv
 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2), which accepts more; its output has the full
 model's distribution for any drafts. Shapes: N drafts, W = N + 1 positions scored by the full call, V token ids of this
-rank's shard of the vocabulary."""
+rank's shard of the vocabulary.
+"""
 
 from __future__ import annotations
 
