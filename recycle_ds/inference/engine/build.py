@@ -21,7 +21,7 @@ from recycle_ds.inference.protocol import TextSource
 from recycle_ds.inference.speculation.budget import MAX_DRAFT
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT
-from recycle_ds.parallel.device import free_memory
+from recycle_ds.parallel.device import free_memory, keep_freed_memory
 
 BLOCK_SIZE = 16
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -68,6 +68,8 @@ def local_engine(
     blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
     check_blocks(blocks, weights)
     executor = LocalExecutor(Runner(weights, Cache(weights, blocks, BLOCK_SIZE), Vocabulary(0, model.vocab_size)))
+    # else every gathered batch is page-faulted anew: 3.0 instead of 0.7 ms a layer at 16 sequences of 512 positions
+    keep_freed_memory()
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock)
 
 
