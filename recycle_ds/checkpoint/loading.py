@@ -16,6 +16,7 @@ from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ConfigError, ModelConfig
+from recycle_ds.data.token_ranking import RANKING, read_ranking
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.build import whole_shapes
@@ -65,6 +66,9 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     model = build_model(source.model, source.recycle, mesh, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
     load_weights(model, source)
     device = local_device(local_rank)
+    if source.recycle.draft_vocabulary is not None:
+        ranking = read_ranking(source.tokenizer.with_name(RANKING), source.model.vocab_size)
+        model.draft_ids = torch.tensor(sorted(ranking[: source.recycle.draft_vocabulary]), device=device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(device)

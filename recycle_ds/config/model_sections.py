@@ -105,6 +105,9 @@ class RecycleConfig(Section):
     """Lambda: weight of the mean recycle loss relative to the backbone's."""
     depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Depth k has weight depth_decay^(k-1), normalised over depths."""
+    draft_vocabulary: Positive | None = None
+    """When decoding, drafts are chosen among this many of the most frequent tokens of the training data, which makes them
+    cheaper; `null`: among all tokens. The text of `verified` does not depend on it."""
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
     """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
     the module trains."""

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from recycle_ds.config import ModelConfig, RecycleConfig
@@ -34,6 +35,8 @@ CONFIG = ModelConfig(
     layers=3, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, vocab_multiple=4, max_positions=96, init_std=0.6
 )
 RECYCLE = RecycleConfig(layers=1)
+DRAFT_IDS = [0, 1, 2, 4, 5]
+"""All on the first of two tensor ranks."""
 LAYOUTS = {"TP2": (2, 1, 2), "PP2": (1, 2, 2), "TP2 x PP2": (2, 2, 4), "DP2": (1, 1, 2)}
 
 
@@ -41,6 +44,7 @@ def _serve(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[A
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     team = build_team(tensor, pipeline)
     model = build_model(CONFIG, RECYCLE, team.mesh, seed=5).eval()
+    model.draft_ids = torch.tensor(DRAFT_IDS)
     engine = team_engine(model, team, max_batch=12, kv_memory_gib=memory_of(model, 9))
     if engine is None:
         return None
@@ -56,6 +60,7 @@ def test_answers_do_not_depend_on_the_layout(layout: str) -> None:
     tensor, pipeline, ranks = LAYOUTS[layout]
     asked = requests(64, vocabulary=11, seed=3)
     model = build_model(CONFIG, RECYCLE, seed=5).eval()
+    model.draft_ids = torch.tensor(DRAFT_IDS)
     expected = decode_alone(model, asked)
     found = [answers for answers in run_ranks(_serve, ranks, tensor, pipeline, asked) if answers is not None]
     for data, part in enumerate(found):

@@ -58,10 +58,22 @@ def convert_checkpoint(
         int | None,
         typer.Option(metavar="SEED", min=0, help="Seed of its weights, as training.seed of a run."),
     ] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Draft among the N most frequent tokens only: faster; 0 drafts among all."),
+    ] = None,
+    rank_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX", help="Token files to count them in; repeatable. By default the model's ranking."
+        ),
+    ] = None,
 ) -> None:
     """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
     # checks that do not import torch, which takes seconds, come first
-    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, recycle_layers, recycle_depth, seed)
+    new_module = (recycle_layers, recycle_depth, seed)
+    drafts = (draft_vocabulary, tuple(rank_tokens or ()))
+    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, *new_module, *drafts)
     conversion.check()
     check_folder(source)
     check_target(target)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from recycle_ds.checkpoint.conversion.draft_vocabulary import set_draft_vocabulary
 from recycle_ds.checkpoint.conversion.fresh_module import FreshModule
 from recycle_ds.checkpoint.conversion.options import DTYPES, Conversion
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -42,7 +44,9 @@ def convert(
             note(text)
     count = len(source.shapes)
     progress = step or (lambda *_: None)
-    with new_folder(target_path) as folder:
+    with TemporaryDirectory() as staging, new_folder(target_path) as folder:
+        if conversion.draft_vocabulary is not None:
+            set_draft_vocabulary(source, conversion.draft_vocabulary, conversion.rank_tokens, Path(staging))
         _write(source, folder, conversion, lambda _: progress("writing", count))
         if conversion.verify:
             _verify(source, open_source(str(folder)), conversion, lambda _: progress("checking", count))

@@ -34,6 +34,10 @@ class Conversion:
     """Unrolled steps of the new module in training; None is 1."""
     seed: int | None = None
     """Seed of the new module's weights, as training.seed of a run. None is the default of training.seed."""
+    draft_vocabulary: int | None = None
+    """Tokens of the recycle module's draft vocabulary; 0 removes it, None keeps it."""
+    rank_tokens: tuple[str, ...] = ()
+    """Prefixes of token files that say which tokens are the most frequent; by default the source's own ranking does."""
 
     @property
     def shard_bytes(self) -> int:
@@ -54,6 +58,10 @@ class Conversion:
             raise CheckpointError(
                 f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the other formats load at any"
             )
+        if self.draft_vocabulary is not None and self.draft_vocabulary < 0:
+            raise CheckpointError(f"--draft-vocabulary {self.draft_vocabulary}: must be at least 0, which removes it")
+        if self.rank_tokens and not self.draft_vocabulary:
+            raise CheckpointError(f"--rank-tokens {self.rank_tokens[0]}: only with --draft-vocabulary N")
         for option, value, least in (
             ("--recycle-layers", self.recycle_layers, 0),
             ("--recycle-depth", self.recycle_depth, 1),

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from recycle_ds.config.atomic_files import fsync
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.token_ranking import RANKING
 from recycle_ds.data.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", RANKING)
 
 
 def copy_tokenizer(source_tokenizer: Path, folder: Path) -> list[str]:

@@ -44,7 +44,7 @@ _FREE = (
     "training.keep_checkpoints", "training.save_buffer_gib", "training.tensorboard", "training.profile", "training.dry_run",
     "model.vocab_multiple",
     "training.compile", "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
-    "training.max_skipped_in_a_row",
+    "training.max_skipped_in_a_row", "recycle.draft_vocabulary",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from recycle_ds.checkpoint.run.resume import newest_of_run, restore
 from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
 from recycle_ds.config import RunConfig
 from recycle_ds.config.atomic_files import TEMPORARY, fsync, write_atomically
+from recycle_ds.data.token_files import open_token_file
+from recycle_ds.data.token_ranking import RANKING, rank_tokens, write_ranking
 from recycle_ds.model.sharding import is_copy, pieces
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.peers import TakenOver
@@ -114,6 +117,13 @@ class PortableCheckpointer:
         folder, manifest = found
         return restore(self._engine, folder, manifest, self._device), folder
 
+    @cached_property
+    def _ranking(self) -> list[int]:
+        """The tokens by frequency in the training data."""
+        vocab_size = self._config.model.vocab_size
+        assert vocab_size is not None, "the vocabulary is set before the engine is built"
+        return rank_tokens([open_token_file(source.path, None) for source in self._config.data.train], vocab_size)
+
     def _report(self, text: str) -> None:
         if self._engine.mesh.is_first:
             print(text, flush=True)
@@ -146,7 +156,11 @@ class PortableCheckpointer:
             part.unlink()
         tokenizer = Path(self._config.data.tokenizer)
         tokenizer = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
-        files |= {name: describe(temporary / name).model_dump() for name in copy_tokenizer(tokenizer, temporary)}
+        names = copy_tokenizer(tokenizer, temporary)
+        if self._config.recycle.draft_vocabulary is not None and RANKING not in names:
+            write_ranking(temporary, self._ranking)
+            names.append(RANKING)
+        files |= {name: describe(temporary / name).model_dump() for name in names}
         manifest = {
             "step": state.step,
             "next_sample": state.next_sample,

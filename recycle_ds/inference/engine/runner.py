@@ -54,6 +54,9 @@ class Runner:
 
     def __init__(self, weights: StageWeights, cache: Cache, vocabulary: Vocabulary) -> None:
         self._weights, self._cache, self._vocabulary = weights, cache, vocabulary
+        self._draft_vocabulary = vocabulary
+        if weights.draft_ids is not None:
+            self._draft_vocabulary = replace(vocabulary, count=len(weights.draft_ids), selected=weights.draft_ids)
         self._rules: dict[int, Rules] = {}
         self._draft_probs: dict[int, Tensor] = {}
 
@@ -97,7 +100,8 @@ class Runner:
         rows = [row for part, end in sampling for row in range(end - part.judged - 1, end)]
         every_row = len(rows) == len(states_TD)
         states_RD = states_TD if every_row else states_TD[torch.tensor(rows, device=states_TD.device)]
-        raw_RV = self._weights.logits(states_RD)
+        assert self._weights.head is not None, "only the last stage chooses tokens"
+        raw_RV = self._weights.head(states_RD)
         positions = [self._position(part, part.known + i) for part, _ in sampling for i in range(part.judged + 1)]
         logits_RV = adjust(raw_RV, positions, self._vocabulary)
         ids_R, probs_RV = choose(logits_RV, positions, self._vocabulary)
@@ -198,16 +202,17 @@ class Runner:
 
     def _chain(self, drafting: Sequence[_Draft], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
-        live = list(drafting)
+        live, vocabulary = list(drafting), self._draft_vocabulary
+        assert self._weights.draft_head is not None, "only the last stage drafts"
         while True:
             at = [draft.index + len(draft.ids) + 1 for draft in live]
             positions = [self._position(draft.part, index) for draft, index in zip(live, at, strict=True)]
-            logits_NV = adjust(self._weights.logits(states_ND), positions, self._vocabulary)
+            logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
             coupled = all(self._is_coupled(self._rules[draft.part.sequence]) for draft in live)
             ids_N, probs_NV = self._choose_drafts(logits_NV, positions, live, coupled)
             # of the distribution, not of the token drawn: which drafts are verified must not depend on what was drawn
-            highest_N = self._vocabulary.max(logits_NV.amax(-1))
-            confidence_N = (highest_N - self._vocabulary.logsumexp(logits_NV)).exp()
+            highest_N = vocabulary.max(logits_NV.amax(-1))
+            confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
             slots_N = self._cache.slots(
                 [Span(draft.part.blocks, index, 1) for draft, index in zip(live, at, strict=True)]
             )
@@ -216,7 +221,7 @@ class Runner:
                 draft.ids.append(token)
                 draft.confidences.append(value)
                 if probs_NV is not None and not self._is_coupled(self._rules[draft.part.sequence]):
-                    draft.probs.append(probs_NV[i])
+                    draft.probs.append(self._spread(probs_NV[i], token))
             kept = [i for i, draft in enumerate(live) if self._drafts_on(draft)]
             if not kept:
                 return
@@ -232,12 +237,24 @@ class Runner:
     ) -> tuple[Tensor, Tensor | None]:
         """Drafts with the full model's random numbers, or with their own for sequences whose drafts are verified by
         rejection."""
-        ids_N, probs_NV = choose(logits_NV, positions, self._vocabulary)
+        ids_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary)
         if coupled:
             return ids_N, probs_NV
-        own_N, probs_NV = choose(logits_NV, positions, self._vocabulary, noise.DRAFT)
+        own_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary, noise.DRAFT)
         follows = [self._is_coupled(self._rules[draft.part.sequence]) for draft in live]
         return torch.where(torch.tensor(follows, device=ids_N.device), ids_N, own_N), probs_NV
+
+    def _spread(self, probs_V: Tensor, token: int) -> Tensor:
+        """The distribution that a draft was drawn from, over this shard of the complete vocabulary.
+
+        Where a request forbids all of the draft vocabulary, it is the token itself: it was not drawn at random.
+        """
+        full = self._vocabulary
+        ids = self._draft_vocabulary.ids(probs_V.device)
+        probs_V = torch.where(probs_V.isnan(), (ids == token).float(), probs_V)
+        if self._draft_vocabulary is full:
+            return probs_V
+        return probs_V.new_zeros(full.count).index_copy_(0, ids - full.first, probs_V)
 
     def _drafts_on(self, draft: _Draft) -> bool:
         """Whether a sequence drafts another token: not after a drafted end, which nothing can follow."""

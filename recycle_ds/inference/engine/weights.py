@@ -138,8 +138,21 @@ class Module:
         return self._final_norm(x_TD)
 
 
+class Head:
+    """The rows of the output head for some token ids of this rank's shard."""
+
+    def __init__(self, weight_VD: Tensor, valid: bool) -> None:
+        """valid: False for a single row that stands for an empty shard, and is never chosen."""
+        self._product, self._valid = Product(weight_VD), valid
+
+    def __call__(self, states_RD: Tensor) -> Tensor:
+        """fp32 logits [R, V]."""
+        logits_RV = self._product(states_RD).float()
+        return logits_RV if self._valid else logits_RV.fill_(-torch.inf)
+
+
 class StageWeights:
-    """The weights of this rank: its shard of its pipeline stage."""
+    """The weights of this rank: its shard of its pipeline stage. Only the last stage has heads."""
 
     def __init__(self, model: RecycleGPT, ranks: Collectives | None = None) -> None:
         """Packs the weights of a model, which is not changed. ranks: that hold it together by tensor parallelism."""
@@ -148,9 +161,17 @@ class StageWeights:
         self._embedding, self._ranks = model.embedding, ranks
         self._layers = [Layer(block, ranks) for block in model.blocks.values()]
         self.final_norm = None if model.final_norm is None else Norm(model.final_norm)
-        self._own_tokens = model.shard.valid
-        self._head = Product(model.head_weight[: max(model.shard.valid, 1)]) if self.final_norm else None
-        self.module = None if model.recycle is None else Module(model, ranks)
+        self.head: Head | None = None
+        self.draft_head: Head | None = None
+        self.draft_ids: Tensor | None = None
+        """The token ids of `draft_head`, ascending; None for those of `head`."""
+        self.module: Module | None = None
+        if self.final_norm is not None:
+            self.head = self.draft_head = Head(model.head_weight[: max(model.shard.valid, 1)], model.shard.valid > 0)
+        if model.recycle is not None:
+            self.module = Module(model, ranks)
+            if model.draft_ids is not None:
+                self.draft_ids, self.draft_head = _draft_head(model, model.draft_ids)
         attention = _any_block(model).attention
         self.layers = len(self._layers)
         self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
@@ -181,11 +202,15 @@ class StageWeights:
         cosine, sine = self.rotary(positions_T[:, None], self.dtype)
         return cosine[:, 0], sine[:, 0]
 
-    def logits(self, states_RD: Tensor) -> Tensor:
-        """fp32 logits [R, V] over this rank's shard of the vocabulary, without padding. Only on the last stage."""
-        assert self._head is not None, "only the last pipeline stage has a head"
-        logits_RV = self._head(states_RD).float()
-        return logits_RV if self._own_tokens else logits_RV.fill_(-torch.inf)  # a shard of padding only
+
+def _draft_head(model: RecycleGPT, ids: Tensor) -> tuple[Tensor, Head]:
+    """This shard's part of the draft vocabulary: its token ids, and their rows of the head."""
+    first, weight = model.shard.first, model.head_weight
+    own = ids[(ids >= first) & (ids < first + model.shard.valid)].to(weight.device)
+    empty = len(own) == 0
+    if empty:
+        own = torch.tensor([first], device=weight.device)
+    return own, Head(weight[own - first], not empty)
 
 
 def _any_block(model: RecycleGPT) -> Block:

@@ -105,12 +105,13 @@ def choose(
 
 
 def _adjust(logits_V: Tensor, position: Position, vocabulary: Vocabulary) -> Tensor:
-    params, first, count = position.params, vocabulary.first, vocabulary.count
+    params = position.params
     logits_V = logits_V.clone()
 
     def own(ids: Tensor) -> Tensor:
         """Indices of those ids that are on this shard."""
-        return ids[(ids >= first) & (ids < first + count)] - first
+        index, is_own = vocabulary.local(ids)
+        return index[is_own]
 
     def own_of(ids: Sequence[int]) -> Tensor:
         return own(torch.tensor(ids, dtype=torch.int64, device=logits_V.device))
@@ -121,11 +122,10 @@ def _adjust(logits_V: Tensor, position: Position, vocabulary: Vocabulary) -> Ten
         if params.repetition_penalty != 1:
             logits_V = penalise(logits_V, params.repetition_penalty, own(history))
         output = own(history[len(history) - position.new_tokens :])
-        times_V = torch.bincount(output, minlength=count)
+        times_V = torch.bincount(output, minlength=vocabulary.count)
         logits_V -= params.frequency_penalty * times_V + params.presence_penalty * (times_V > 0)
     for token, value in params.logit_bias:
-        if first <= token < first + count:
-            logits_V[token - first] += value
+        logits_V[own_of((token,))] += value
     if params.allowed_tokens is not None:
         allowed = own_of(params.allowed_tokens)
         kept = logits_V[allowed]

@@ -24,16 +24,33 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """This rank's token ids, `first` to `first + count - 1` (at least one). Every method is collective over the ranks."""
+    """This rank's token ids (at least one): `first` to `first + count - 1`, or those of `selected`. Every method but `ids` and
+    `local` is collective over the ranks."""
 
     first: int
     count: int
     ranks: Ranks | None = None
     """The ranks that hold the other shards; None if this one has the complete vocabulary."""
+    selected: Tensor | None = None
+    """The shard's `count` ids in ascending order [V], int64, if they are not consecutive."""
 
     def ids(self, device: torch.device) -> Tensor:
         """The token ids of the shard [V]."""
+        if self.selected is not None:
+            return self.selected
         return torch.arange(self.first, self.first + self.count, device=device)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where token ids are in the shard: indices, and whether they are in it at all. Both have the shape of `ids`."""
+        if self.selected is None:
+            index = ids - self.first
+            return index.clamp(0, self.count - 1), (index >= 0) & (index < self.count)
+        index = torch.searchsorted(self.selected, ids).clamp_max(self.count - 1)
+        return index, self.selected[index] == ids
+
+    def _global(self, local: Tensor) -> Tensor:
+        """The token ids at indices of the shard."""
+        return local + self.first if self.selected is None else self.selected[local]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all shards of a per-shard value."""
@@ -46,7 +63,7 @@ class Vocabulary:
     def argmax(self, scores_RV: Tensor) -> Tensor:
         """The id of the highest score of each row [R], int64; among equal ones the lowest."""
         best_R, local_R = scores_RV.max(-1)
-        ids_R = local_R + self.first
+        ids_R = self._global(local_R)
         if self.ranks is None:
             return ids_R
         pairs = self.ranks.gather(torch.stack((best_R.double(), ids_R.double())))  # ids are exact in fp64
@@ -65,7 +82,7 @@ class Vocabulary:
     def likeliest(self, logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` highest logits of each row over all shards and their ids, [R, N] each."""
         values_RN, local_RN = logits_RV.topk(min(count, self.count), dim=-1)
-        ids_RN = local_RN + self.first
+        ids_RN = self._global(local_RN)
         if self.ranks is None:
             return values_RN, ids_RN
         room = values_RN.new_full((2, len(values_RN), count), -torch.inf, dtype=torch.float64)
@@ -77,9 +94,8 @@ class Vocabulary:
 
     def at(self, values_RV: Tensor, ids_R: Tensor) -> Tensor:
         """The value of one token id in each row [R], whichever shard it is on."""
-        local_R = ids_R - self.first
-        own_R = (local_R >= 0) & (local_R < self.count)
-        found_R = values_RV.gather(-1, local_R.clamp(0, self.count - 1)[:, None])[:, 0]
+        local_R, own_R = self.local(ids_R)
+        found_R = values_RV.gather(-1, local_R[:, None])[:, 0]
         return self.sum(torch.where(own_R, found_R, torch.zeros_like(found_R)))
 
     def softmax(self, logits_RV: Tensor) -> Tensor:

@@ -12,12 +12,15 @@ from tests.parallel.ranks import run_all
 from tests.runs import make_corpus, tiny_run
 from tests.unit.inference.command import Generate, Outcome
 
+DRAFT_VOCABULARY = 30
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of a model with a long context, after three steps of training."""
+    """Run folder of a model with a long context and a draft vocabulary, after three steps of training."""
     root = tmp_path_factory.mktemp("generate")
-    run = tiny_run(make_corpus(root / "corpus"), root / "run", training__steps=3, model__max_positions=4096)
+    changes = {"training__steps": 3, "model__max_positions": 4096, "recycle__draft_vocabulary": DRAFT_VOCABULARY}
+    run = tiny_run(make_corpus(root / "corpus"), root / "run", **changes)
     assert run_ranks(run_all, 1, [run], timeout=300) == [["finished"]]
     return root / "run"
 

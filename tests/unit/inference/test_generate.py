@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from recycle_ds.checkpoint.loading import load_model
+from recycle_ds.data.token_files import open_token_file
 from recycle_ds.data.tokenizer import Tokenizer
 from tests.runs import ROOT
 from tests.unit.inference.command import PROMPT, Generate
+from tests.unit.inference.conftest import DRAFT_VOCABULARY
 
 
 def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None:
@@ -36,6 +40,17 @@ def test_stdout_is_the_continuation_and_nothing_else(generate: Generate) -> None
         assert words in plain.err and words in as_json.err
     for key in ("acceptance", "tokens_per_second", "full_calls", "module_calls", "finish_reason", "recycled"):
         assert key in record
+
+
+def test_a_run_ranks_the_tokens_of_its_data(model: Path) -> None:
+    """Prevents a draft vocabulary that is not that of the run's training data, and one that is lost when decoding."""
+    loaded = load_model(str(model))
+    tokens = open_token_file(model.parent / "corpus" / "train", loaded.tokenizer)
+    counts = torch.bincount(torch.from_numpy(tokens.read(0, tokens.tokens)[0]), minlength=loaded.tokenizer.vocab_size)
+    ids = loaded.model.draft_ids
+    assert ids is not None and len(ids) == DRAFT_VOCABULARY
+    others = torch.ones(len(counts), dtype=torch.bool).index_fill_(0, ids, False)
+    assert counts[ids].min() >= counts[others].max() and counts[ids].min() > 0
 
 
 def test_modes_agree_on_the_command_line(generate: Generate) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from recycle_ds.inference.engine import runner
 from recycle_ds.inference.engine.build import local_engine
@@ -16,11 +18,12 @@ from tests.unit.inference.models import agreement, joint_distribution, random_mo
 TRIALS, COUNT = 900, 4
 
 
-def _p_value(monkeypatch: pytest.MonkeyPatch) -> float:
+def _p_value(monkeypatch: pytest.MonkeyPatch, draft_ids: list[int] | None = None) -> float:
     """Chi-squared p-value of many sampled continuations, decoded sixteen at a time with different numbers of drafts."""
     seeds = iter(range(TRIALS))
     monkeypatch.setattr("recycle_ds.inference.engine.engine.secrets.randbelow", lambda _: next(seeds))
-    model = random_model(3, 0, layers=1, std=0.2)
+    model = copy.copy(random_model(3, 0, layers=1, std=0.2))
+    model.draft_ids = None if draft_ids is None else torch.tensor(draft_ids)
     engine = local_engine(model, max_batch=16)
     answers = []
     for trial in range(TRIALS):
@@ -38,6 +41,11 @@ def _p_value(monkeypatch: pytest.MonkeyPatch) -> float:
 def test_a_batch_keeps_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents drafts, of different numbers for each sequence of a batch, from changing what is sampled."""
     assert _p_value(monkeypatch) > 1e-4
+
+
+def test_a_draft_vocabulary_keeps_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents drafts of a part of the vocabulary from being verified against another distribution than their own."""
+    assert _p_value(monkeypatch, [0, 2]) > 1e-4
 
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
