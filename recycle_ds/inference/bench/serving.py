@@ -111,7 +111,7 @@ def _run(
     engine: DecodingEngine, prompts: Sequence[Sequence[int]], batch: int, mode: str, params: SamplingParams, runs: _Runs
 ) -> None:
     engine.scheduler.forget_prefixes()  # else a later run would find the prompts of an earlier one in the cache
-    count = max(len(prompts), 2 * batch)
+    count = max(len(prompts), 3 * batch)
     left = [prompts[index % len(prompts)] for index in range(count)]
     answers: list[Answer] = []
     clock = engine.scheduler.clock

@@ -9,7 +9,7 @@ from functools import partial
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Part, Plan, Rules
 from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation.budget import CostModel
+from recycle_ds.inference.speculation.cost_model import CostModel
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3

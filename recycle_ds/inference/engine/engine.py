@@ -21,7 +21,7 @@ from recycle_ds.inference.engine.sequence import OnTokens, Sequence
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode
 from recycle_ds.inference.protocol import TextSource
-from recycle_ds.inference.speculation.budget import CostModel
+from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
 
 

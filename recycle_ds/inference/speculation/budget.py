@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+
+from recycle_ds.inference.speculation.cost_model import CostModel
 
 MAX_DRAFT = 8
 """Most drafts of a sequence in a step."""
@@ -35,15 +36,15 @@ _OWN_WEIGHT = 8.0
 # Classes of confidence: acceptance is counted for each of them.
 _CLASSES = 10
 # Steps of a probe, steps without drafts before the first one, and the most after failed ones.
-_PROBE, _FIRST_PATIENCE, _MOST_PATIENCE = 3, 32, 512
-# Cost model before anything is measured: each further token of a full call, and a module call, in full calls.
-_NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
-# Weight of a new measurement in the correction of the cost model.
-_CORRECTION = 0.1
+_PROBE, _FIRST_PATIENCE, _MOST_PATIENCE = 3, 64, 1024
+# Sizes of a probe, in order of preference: sequences, and drafts of each. Share of a step that it may cost.
+_PROBES, _PROBE_SHARE = ((4, 4), (4, 2), (4, 1), (2, 1), (1, 1)), 0.25
+# Steps between two estimates of whether drafting pays, while it is off and the batch stays the same.
+_ESTIMATED = 8
+# Steps after which a sequence without drafts, in a batch with drafts, tries one.
+_RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
-_LEAST_GAIN = 1.03
-# Sequences that take part in a probe.
-_PROBED = 4
+_LEAST_GAIN = 1.06
 
 
 @dataclass(frozen=True)
@@ -57,42 +58,6 @@ class Candidate:
     room: int
     made: int = 0
     """Drafts that were ordered. What was drawn may have cut the chain short, and must not decide what is verified."""
-
-
-@dataclass
-class CostModel:
-    """Seconds of calls: measured at some sizes, interpolated between them, and scaled as calls get dearer or cheaper."""
-
-    full: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 1.0 + _NOMINAL_SLOPE))
-    """(tokens, seconds), ascending."""
-    module: tuple[tuple[int, float], ...] = ((1, _NOMINAL_MODULE),)
-    """(sequences, seconds), ascending."""
-    full_scale: float = 1.0
-    """Measured time of recent steps without drafts over the predicted one."""
-    module_scale: float = 1.0
-    """The same for what drafting added to recent steps."""
-
-    def full_call(self, tokens: int) -> float:
-        """Seconds of a full call over a number of tokens."""
-        return self.full_scale * _interpolate(self.full, tokens)
-
-    def module_call(self, sequences: int) -> float:
-        """Seconds of a module call over a number of sequences."""
-        return self.module_scale * _interpolate(self.module, sequences)
-
-    def correct(self, tokens: int, drafting: int, longest: int, seconds: float) -> None:
-        """Follows the machine: contexts grow, other programs come and go.
-
-        tokens: of the full call. drafting, longest: sequences that drafted, and the longest chain.
-        """
-        if tokens > self.full[-1][0]:
-            return
-        full = self.full_call(tokens)
-        if not drafting:
-            self.full_scale *= 1 + _CORRECTION * (_bounded(seconds / full) - 1)
-        else:
-            added = longest * self.module_call(drafting)
-            self.module_scale *= 1 + _CORRECTION * (_bounded((seconds - full) / added) - 1)
 
 
 @dataclass
@@ -122,12 +87,30 @@ class DraftBudget:
     """Drafts of a sequence that has not decoded yet."""
     _step: int = 0
     _probe: int = _PROBE
+    _probed: int = START
+    """Drafts that each step of a probe verifies, over the batch."""
     _idle: int = 0
     _good: int = 0
     """Steps in a row with drafts."""
     _patience: int = _FIRST_PATIENCE
-    explanation: str = ""
-    """What was decided in the latest step, and why."""
+    _idle_size: int = 0
+    """Sequences of the step in which drafting was last found not to pay."""
+    _decided: tuple[int, int, int, int, float] | None = None
+    """Of the latest step: sequences, adaptive ones, drafts that could be verified, tokens of the full call, those
+    expected."""
+
+    @property
+    def explanation(self) -> str:
+        """What was decided in the latest step, and why."""
+        if self._decided is None:
+            return "no step has budgeted drafts"
+        count, adaptive, drafts, tokens, expected = self._decided
+        full = self.costs.full_call
+        return (
+            f"{count} sequences: {tokens - count} of {drafts} drafts verified, at most {self._for_new} made next. Full call "
+            f"over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; module call "
+            f"{1e3 * self.costs.module_call(adaptive):.1f} ms; expected tokens {expected:.2f}"
+        )
 
     @property
     def active(self) -> bool:
@@ -149,7 +132,7 @@ class DraftBudget:
         made = max((candidates[i].made for i in adaptive), default=0)
         overhead = made * self.costs.module_call(len(adaptive))
         speed = expected / (self.costs.full_call(tokens) + overhead)
-        probed = START if self._probe > 0 else 0  # drafts of a probe that are verified at a loss, over the batch
+        probed = self._probed if self._probe > 0 else 0  # drafts of a probe that are verified at a loss, over the batch
         # a stable sort: of equal chances, earlier drafts first
         for (i, _), chance in sorted(chances.items(), key=lambda item: -item[1]):
             faster = (expected + chance) / (self.costs.full_call(tokens + 1) + overhead)
@@ -160,12 +143,7 @@ class DraftBudget:
             expected, tokens, speed = expected + chance, tokens + 1, faster
             counts[i] += 1
         self._choose_lengths([candidates[i].sequence for i in adaptive], len(candidates) - len(adaptive))
-        self.explanation = (
-            f"{len(candidates)} sequences: {sum(counts)} of {len(chances)} drafts verified, at most {self._for_new} made next. "
-            f"Full call over {tokens} tokens {1e3 * self.costs.full_call(tokens):.1f} ms, over {len(candidates)} "
-            f"{1e3 * self.costs.full_call(len(candidates)):.1f} ms; module call "
-            f"{1e3 * self.costs.module_call(len(adaptive)):.1f} ms; expected tokens {expected:.2f}"
-        )
+        self._decided = len(candidates), len(adaptive), len(chances), tokens, expected
         return counts
 
     def draft(self, sequence: int) -> int:
@@ -210,6 +188,8 @@ class DraftBudget:
 
     def _chances(self, candidate: Candidate) -> list[float]:
         """Probability that each draft of a sequence is reached and accepted; never more than that of the one before."""
+        if not candidate.confidences:
+            return []
         reached, found = 1.0, []
         # not strict: a chain is shorter than the longest one that has an estimate
         for confidence, prior in zip(candidate.confidences, self.acceptance(candidate.sequence), strict=False):
@@ -230,13 +210,16 @@ class DraftBudget:
             self._probe -= 1
             return
         self._probe = 0
+        tokens = len(sequences) + others
+        if self._for_new == 0 and tokens == self._idle_size and self._idle % _ESTIMATED and self._idle < self._patience:
+            self._idle += 1
+            return
         items: list[tuple[float, int, int]] = []
         for sequence in sequences:
             reached = 1.0
             for length, rate in enumerate(self.acceptance(sequence), start=1):
                 reached *= rate
                 items.append((-reached, length, sequence))
-        tokens = len(sequences) + others
         expected, longest, module = float(tokens), 0, self.costs.module_call(len(sequences))
         best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
         items.sort()
@@ -246,38 +229,34 @@ class DraftBudget:
             if speed > best_speed:
                 best, best_speed = count, speed
         # a sequence without drafts tries one from time to time: its text may have become easier
-        lengths = {one: int((self._step + one) % _FIRST_PATIENCE == 0) for one in sequences} if best else {}
+        lengths = {one: int((self._step + one) % _RETRY == 0) for one in sequences} if best else {}
         for _, length, sequence in items[:best]:
             lengths[sequence] = length
         if best == 0:
-            self._idle += 1
-            if self._idle >= self._patience:
+            self._idle, self._idle_size = self._idle + 1, tokens
+            if self._idle > self._patience:
                 first = self._step % len(sequences)  # not always the same ones
-                lengths = dict.fromkeys((*sequences[first:], *sequences[:first])[:_PROBED], START)
-                self._idle, self._probe = 0, _PROBE
+                probed, depth = self._size_of_probe(len(sequences), tokens)
+                lengths = dict.fromkeys((*sequences[first:], *sequences[:first])[:probed], depth)
+                self._idle, self._probe, self._probed = 0, _PROBE, probed * depth
                 self._patience = min(2 * self._patience, _MOST_PATIENCE)
         else:
             self._idle = 0
-            self._patience = _FIRST_PATIENCE if self._good >= _FIRST_PATIENCE else self._patience
+            self._patience = _FIRST_PATIENCE if self._good >= _RETRY else self._patience
         self._good = self._good + 1 if best else 0
         self._lengths = lengths
         self._for_new = min(max(lengths.values(), default=0), START) if self._probe == 0 else 0
 
-
-def _bounded(ratio: float) -> float:
-    """A ratio of times, bounded: a single step may be slowed down by other programs."""
-    return min(max(ratio, 0.2), 3.0)
+    def _size_of_probe(self, sequences: int, tokens: int) -> tuple[int, int]:
+        """Sequences that take part in a probe and drafts of each: the first of `_PROBES` that is cheap enough."""
+        plain = self.costs.full_call(tokens)
+        for most, depth in _PROBES:
+            count = min(most, sequences)
+            added = self.costs.full_call(tokens + count * depth) - plain + depth * self.costs.module_call(count)
+            if added <= _PROBE_SHARE * plain:
+                return count, depth
+        return 1, 1
 
 
 def _class_of(confidence: float) -> int:
     return min(int(confidence * _CLASSES), _CLASSES - 1)
-
-
-def _interpolate(points: Sequence[tuple[int, float]], size: int) -> float:
-    """Linear between measurements; beyond the last one with the slope of the last two, before the first one constant."""
-    if size <= points[0][0] or len(points) == 1:
-        return points[0][1]
-    for (left, low), (right, high) in pairwise(points):
-        if size <= right or right == points[-1][0]:
-            return low + max(high - low, 0.0) / (right - left) * (size - left)
-    raise AssertionError("measurements are in ascending order")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, CostModel, DraftBudget
+from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, DraftBudget
+from recycle_ds.inference.speculation.cost_model import CostModel
 
 
 def costs(slope: float, module: float, module_slope: float = 0.0) -> CostModel:
@@ -111,7 +113,8 @@ def test_a_larger_batch_gets_fewer_drafts() -> None:
         verified, speed = simulate(DraftBudget(model), [[0.7] * 8] * batch, 300)
         means.append(sum(sum(counts) for counts in verified[150:]) / 150 / batch)
         assert speed > 0.97 * batch / model.full_call(batch)
-    assert means == sorted(means, reverse=True) and means[0] > 2 > 0.5 > means[-1]
+    assert all(more > fewer - 0.01 for more, fewer in pairwise(means)), "apart from probes"
+    assert means[0] > 2 > 0.5 > means[-1]
 
 
 def test_fixed_numbers_of_drafts_are_kept() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from recycle_ds.inference import Decoder, SamplingParams
 from recycle_ds.inference.engine.sequence import Sequence
-from recycle_ds.inference.speculation.budget import CostModel
+from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
 from tests.unit.inference.models import drafts_from_scratch, next_logits, overfitted_model, random_model
 
