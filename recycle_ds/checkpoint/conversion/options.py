@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from recycle_ds.checkpoint.errors import CheckpointError
 
-TARGETS = ("hf", "portable", "megatron")
+TARGETS = ("hf", "portable", "megatron", "vllm")
 DTYPES = ("fp32", "bf16", "fp16")
 _GIB = 2**30
 
@@ -34,11 +34,22 @@ class Conversion:
     """Unrolled steps of the new module in training; None is 1."""
     seed: int | None = None
     """Seed of the new module's weights, as training.seed of a run. None is the default of training.seed."""
+    before_norm: bool = False
+    """vllm: fold the final norm's weight into the module, for states before that norm."""
 
     @property
     def shard_bytes(self) -> int:
         """Maximum file size in bytes."""
         return int(self.shard_gib * _GIB)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user on the chosen options."""
+        if self.target != "vllm":
+            return ()
+        if self.before_norm:
+            return ("an MTP head for vLLM only; for SGLang, and to convert it back, omit --before-norm",)
+        return ("an MTP head for SGLang; for vLLM, whose drafts it would make worse, add --before-norm",)
 
     def check(self) -> None:
         """Raises CheckpointError for invalid options."""
@@ -54,6 +65,8 @@ class Conversion:
             raise CheckpointError(
                 f"--tp {self.tensor} --pp {self.pipeline}: only --to megatron has a layout; the other formats load at any"
             )
+        if self.before_norm and self.target != "vllm":
+            raise CheckpointError(f"--before-norm --to {self.target}: only with --to vllm")
         for option, value, least in (
             ("--recycle-layers", self.recycle_layers, 0),
             ("--recycle-depth", self.recycle_depth, 1),
