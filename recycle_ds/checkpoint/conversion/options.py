@@ -48,8 +48,8 @@ class Conversion:
         if self.target != "vllm":
             return ()
         if self.before_norm:
-            return ("an MTP head for vLLM only; for SGLang, and to convert it back, omit --before-norm",)
-        return ("an MTP head for SGLang; for vLLM, whose drafts it would make worse, add --before-norm",)
+            return ("for vLLM only; for SGLang, and to read the folder back, omit --before-norm",)
+        return ("vLLM needs --before-norm, or the base model in a folder of its own: docs/checkpoints.md",)
 
     def check(self) -> None:
         """Raises CheckpointError for invalid options."""
