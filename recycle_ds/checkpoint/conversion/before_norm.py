@@ -5,8 +5,8 @@ With g the weight of the final norm, w that of norm_h and u = x / rms(x) the sta
     ours, after the norm     norm_h(g u) = w g u / rms(g u)
     before the norm          w' u        with w' = w g / rms(g)
 
-They differ by rms(g u) / rms(g), one number per token near 1, and not at all if g is constant. From the second draft on, a
-head is fed its own states, for which w' has a factor of g / rms(g) too much. Drafts only: the text does not depend on it.
+They differ by rms(g u) / rms(g), one number per token near 1, and not at all if g is constant. From the second draft
+on, a head is fed its own states, for which w' has a factor of g / rms(g) too much. Only drafts change, not the text.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def describe_head(source: Source, before_norm: bool) -> dict[str, Any]:
 def read_head(folder: Path, config: Mapping[str, Any]) -> Head | None:
     """Returns the head of a folder in the MiMo layout, None for a folder in another one. config: its config.json.
 
-    Without recycle.json, it is a module of depth 1 with biases. Raises CheckpointError for an invalid recycle.json, and for
-    more than one head.
+    Without recycle.json, it is a module of depth 1 with biases. Raises CheckpointError for an invalid recycle.json, and
+    for more than one head.
     """
     if config.get("architectures") != [ARCHITECTURE]:
         return None

@@ -35,8 +35,8 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, *, verify: bool = True, before_norm: bool = False) -> None:
         """Opens a folder with config.json and safetensors, plain or in the MiMo layout.
 
-        verify: whether to compare the module's checksums; the model's files have none. before_norm: whether to open a folder
-        converted with --before-norm, whose module is not ours. Raises CheckpointError that lists all mismatches.
+        verify: whether to compare the module's checksums; the model's files have none. before_norm: whether to open a
+        folder converted with --before-norm, whose module is not ours. Raises CheckpointError that lists all mismatches.
         """
         self.folder = folder
         tree = read_json(folder / CONFIG)

@@ -1,4 +1,4 @@
-"""Writes a folder that transformers' AutoModelForCausalLM loads as the plain base model, with the module beside or in it."""
+"""Writes a folder that transformers loads as the plain base model, with the recycle module beside it or in it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def write_mimo(
 ) -> None:
     """Fills an empty folder in the MiMo layout; the arguments are those of `write_hugging_face`.
 
-    before_norm: whether the source is a `conversion.before_norm.BeforeNorm`. Raises CheckpointError for a source that the
-    layout cannot express.
+    before_norm: whether the source is a `conversion.before_norm.BeforeNorm`. Raises CheckpointError for a source that
+    the layout cannot express.
     """
     check_fits(source)
     model = source.model

@@ -1,4 +1,4 @@
-"""The equations of the MiMo layout (Qwen2 backbone and MTP head), from the files of a folder, by the layout's names only.
+"""The equations of the MiMo layout (Qwen2 backbone and MTP head), from a folder's files, by the layout's names.
 
 Independent of the package: it shares no code with it. One sequence, fp32, no cache.
 """
@@ -48,7 +48,7 @@ class MimoReference:
     def second_draft(self, states: Tensor, following: Tensor, second: Tensor) -> Tensor:
         """States of the draft after that, at every position: the head is fed its own state and the token `second`.
 
-        Its cache then contains the entries of all positions so far, made from the backbone's states, and one of its own.
+        Its cache then contains the entries of all positions so far, made of the backbone's states, and its own entry.
         """
         first = self.head(states, following, zero_first=False)
         entries = self._joined(states, following, False)

@@ -1,4 +1,4 @@
-"""Export for vLLM and SGLang: the MiMo layout's equations give our logits and drafts; what it cannot express is refused."""
+"""Export for vLLM and SGLang: the MiMo layout's equations give our logits and drafts; the rest is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FITTING = ("llama", "smollm2", "llama3_rope", "linear_rope", "mistral", "qwen2",
 
 
 def with_module(folder: Path, name: str, *, layers: int = 1, depth: int = 2) -> RecycleGPT:
-    """Writes folder/portable: a model with a module. Norms and biases are random: ones and zeros would hide swapped ones."""
+    """Writes folder/portable: a model with a module. Norms and biases are random, so that swapped ones are found."""
     save(name, folder / "base")
     conversion = Conversion("portable", recycle_layers=layers, recycle_depth=depth)
     fresh = convert(str(folder / "base"), str(folder / "fresh"), conversion)
@@ -68,7 +68,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", FITTING)
 def test_the_layouts_equations_give_our_logits_and_drafts(tmp_path: Path, name: str) -> None:
-    """Prevents a head that loads in vLLM or SGLang and drafts noise: swapped norms or halves, wrong biases or positions."""
+    """Prevents a head that loads and drafts noise: swapped norms or halves, wrong biases or positions."""
     model = with_module(tmp_path, name)
     convert(str(tmp_path / "portable"), str(tmp_path / "out"), Conversion("vllm"))
     reference, ids = MimoReference(tmp_path / "out"), tokens()
@@ -113,7 +113,7 @@ def test_position_0_is_the_only_difference_in_the_heads_input(tmp_path: Path) ->
 
 
 def test_states_before_the_norm(tmp_path: Path) -> None:
-    """Prevents vLLM, which gives the head the states before the final norm, from drafting without that norm's weight."""
+    """Prevents vLLM, which gives the head the states before the final norm, from drafting without its weight."""
     model = with_module(tmp_path, "smollm2", depth=1)
     ids = tokens()
     for name in ("uneven", "even"):
@@ -169,7 +169,7 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
 
 
 def test_dtypes_and_the_tokenizer(tmp_path: Path) -> None:
-    """Prevents fp32 biases in a bf16 model, which an engine refuses, and a folder without its tokenizer or chat template."""
+    """Prevents fp32 biases in a bf16 model, and a folder without its tokenizer or chat template."""
     source = model_folder(tmp_path / "base", "llama_tied")
     out = tmp_path / "out"
     convert(str(source), str(out), Conversion("vllm", dtype="bf16", recycle_layers=1))
