@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": ("recycle_ds.evaluate", "Perplexity and draft acceptance of a model on a text file."),
     "convert": (
         "recycle_ds.checkpoint.conversion.command",
-        "Convert a model between Hugging Face, portable and Megatron.",
+        "Convert a model between Hugging Face, portable, Megatron and vLLM/SGLang.",
     ),
     "inspect": ("recycle_ds.checkpoint.conversion.inspect_command", "Show what a model folder holds, or compare two."),
     "plan": ("recycle_ds.planning.command", "Rank the layouts of a run that fit a cluster."),

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_configs" / "README.md")
-PROGRAMS = ("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git")
+PROGRAMS = ("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git", "vllm")
 CLUSTER = ("srun", "sbatch")
 
 # Commands that these tests do not run, by prefix, with the reason or the test that runs them.
@@ -18,6 +18,8 @@ ELSEWHERE = {
     "git clone": "needs a network; the tests are run from a clone",
     "make demo": "tests/end_to_end/test_demo.py",
     "make test": "runs these tests",
+    "vllm serve": "needs vLLM, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",
+    "python -m sglang": "needs SGLang, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",
     "python tools/fetch_smollm2.py": "tests/end_to_end/test_smollm2.py; these tests use a small model instead",
 }
 _PRETRAIN = (

@@ -78,7 +78,11 @@ WRONG = {
         "a/b: no such folder; if this is a Hugging Face repository",
     ),
     "convert": ("convert", ["nowhere", "there", "--to", "hf"], "nowhere: no such folder"),
-    "format": ("convert", ["ds_configs", "there", "--to", "gguf"], "--to gguf: must be one of hf, portable, megatron"),
+    "format": (
+        "convert",
+        ["ds_configs", "there", "--to", "gguf"],
+        "--to gguf: must be one of hf, portable, megatron, vllm",
+    ),
     "stored": (
         "convert",
         ["ds_configs", "there", "--to", "hf", "--dtype", "int8"],

@@ -25,12 +25,12 @@ def convert_checkpoint(
         str, typer.Argument(metavar="SRC", help="Run, checkpoint or model folder; its format is detected.")
     ],
     target: Annotated[str, typer.Argument(metavar="DST", help="Folder to create; it must not exist, or be empty.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, portable or megatron.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, portable, megatron or vllm (vLLM, SGLang).")],
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16; by default each tensor keeps its dtype.")
     ] = None,
     shard_gib: Annotated[
-        float, typer.Option(metavar="GIB", help="hf, portable: maximum file size, and roughly the memory used.")
+        float, typer.Option(metavar="GIB", help="All but megatron: maximum file size, and roughly the memory used.")
     ] = 1.0,
     tp: Annotated[
         int,
@@ -68,12 +68,18 @@ def convert_checkpoint(
             metavar="PREFIX", help="Token files to count them in; repeatable. By default the model's ranking."
         ),
     ] = None,
+    before_norm: Annotated[
+        bool,
+        typer.Option(
+            "--before-norm", help="vllm: for vLLM itself, which gives the module the states before the final norm."
+        ),
+    ] = False,
 ) -> None:
     """Convert a model. The result is written under a temporary name, compared with the source, and then renamed."""
     # checks that do not import torch, which takes seconds, come first
     new_module = (recycle_layers, recycle_depth, seed)
     drafts = (draft_vocabulary, tuple(rank_tokens or ()))
-    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, *new_module, *drafts)
+    conversion = Conversion(to, dtype, shard_gib, tp, pp, verify, config, *new_module, *drafts, before_norm)
     conversion.check()
     check_folder(source)
     check_target(target)

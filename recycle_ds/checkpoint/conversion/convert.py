@@ -8,12 +8,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from recycle_ds.checkpoint.conversion.before_norm import BeforeNorm
 from recycle_ds.checkpoint.conversion.draft_vocabulary import set_draft_vocabulary
 from recycle_ds.checkpoint.conversion.fresh_module import FreshModule
 from recycle_ds.checkpoint.conversion.options import DTYPES, Conversion
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.new_folder import check_target, new_folder
-from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
+from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
+from recycle_ds.checkpoint.huggingface.writing import write_hugging_face, write_mimo
 from recycle_ds.checkpoint.megatron.writing import write_megatron
 from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
@@ -34,13 +36,13 @@ def convert(
     """Converts into a new folder, which is written under a temporary name and renamed once it is complete.
 
     step: called for each tensor written or checked, with the name of the phase and the number of tensors. note: called
-    with each of the source's notes. Returns the result, opened. Raises CheckpointError; nothing is left at the target
-    then."""
+    with each note on the source and on the options. Returns the result, opened. Raises CheckpointError; nothing is left
+    at the target then."""
     conversion.check()
     target = check_target(target_path)
     source = _open(source_path, conversion)
     if note is not None:
-        for text in source.notes:
+        for text in (*source.notes, *conversion.notes):
             note(text)
     count = len(source.shapes)
     progress = step or (lambda *_: None)
@@ -49,18 +51,24 @@ def convert(
             set_draft_vocabulary(source, conversion.draft_vocabulary, conversion.rank_tokens, Path(staging))
         _write(source, folder, conversion, lambda _: progress("writing", count))
         if conversion.verify:
-            _verify(source, open_source(str(folder)), conversion, lambda _: progress("checking", count))
-    return open_source(str(target))
+            _verify(source, _reopen(folder, conversion), conversion, lambda _: progress("checking", count))
+    return _reopen(target, conversion)
 
 
 def _open(path: str, conversion: Conversion) -> Source:
-    """Opens the source, and adds a recycle module if requested."""
+    """Opens the source, and adds or changes a recycle module if requested."""
     source = open_source(path, config=conversion.config)
-    if not conversion.recycle_layers:
-        return source
-    recycle = RecycleConfig(layers=conversion.recycle_layers, depth=conversion.recycle_depth or 1)
-    seed = TrainingConfig.model_fields["seed"].default if conversion.seed is None else conversion.seed
-    return FreshModule(source, recycle, seed)
+    if conversion.recycle_layers:
+        recycle = RecycleConfig(layers=conversion.recycle_layers, depth=conversion.recycle_depth or 1)
+        seed = TrainingConfig.model_fields["seed"].default if conversion.seed is None else conversion.seed
+        source = FreshModule(source, recycle, seed)
+    return BeforeNorm(source) if conversion.before_norm else source
+
+
+def _reopen(folder: Path, conversion: Conversion) -> Source:
+    if conversion.target == "vllm":
+        return HuggingFaceSource(folder, before_norm=conversion.before_norm)
+    return open_source(str(folder))
 
 
 def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[[str], None]) -> None:
@@ -69,6 +77,8 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
         write_portable(source, folder, dtype, conversion.shard_bytes, step)
     elif conversion.target == "megatron":
         write_megatron(source, folder, dtype, conversion.tensor, conversion.pipeline, step)
+    elif conversion.target == "vllm":
+        write_mimo(source, folder, dtype, conversion.shard_bytes, step, before_norm=conversion.before_norm)
     else:
         write_hugging_face(source, folder, dtype, conversion.shard_bytes, step)
 

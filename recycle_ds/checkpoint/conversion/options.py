@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from recycle_ds.checkpoint.errors import CheckpointError
 
-TARGETS = ("hf", "portable", "megatron")
+TARGETS = ("hf", "portable", "megatron", "vllm")
 DTYPES = ("fp32", "bf16", "fp16")
 _GIB = 2**30
 
@@ -38,11 +38,22 @@ class Conversion:
     """Tokens of the recycle module's draft vocabulary; 0 removes it, None keeps it."""
     rank_tokens: tuple[str, ...] = ()
     """Prefixes of token files that say which tokens are the most frequent; by default the source's own ranking does."""
+    before_norm: bool = False
+    """vllm: fold the final norm's weight into the module, for states before that norm."""
 
     @property
     def shard_bytes(self) -> int:
         """Maximum file size in bytes."""
         return int(self.shard_gib * _GIB)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user on the chosen options."""
+        if self.target != "vllm":
+            return ()
+        if self.before_norm:
+            return ("for vLLM only; for SGLang, and to read the folder back, omit --before-norm",)
+        return ("vLLM needs --before-norm, or the base model in a folder of its own: docs/checkpoints.md",)
 
     def check(self) -> None:
         """Raises CheckpointError for invalid options."""
@@ -62,6 +73,8 @@ class Conversion:
             raise CheckpointError(f"--draft-vocabulary {self.draft_vocabulary}: must be at least 0, which removes it")
         if self.rank_tokens and not self.draft_vocabulary:
             raise CheckpointError(f"--rank-tokens {self.rank_tokens[0]}: only with --draft-vocabulary N")
+        if self.before_norm and self.target != "vllm":
+            raise CheckpointError(f"--before-norm --to {self.target}: only with --to vllm")
         for option, value, least in (
             ("--recycle-layers", self.recycle_layers, 0),
             ("--recycle-depth", self.recycle_depth, 1),

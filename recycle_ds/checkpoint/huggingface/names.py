@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_BLOCK = {
+BLOCK = {
     "attention_norm": "input_layernorm",
     "attention.query": "self_attn.q_proj",
     "attention.key": "self_attn.k_proj",
@@ -27,6 +27,6 @@ def hugging_face_name(canonical: str) -> str:
     match = _IN_BLOCK.match(canonical)
     if match:
         layer, part, suffix = match.groups()
-        return f"model.layers.{layer}.{_BLOCK[part]}.{suffix}"
+        return f"model.layers.{layer}.{BLOCK[part]}.{suffix}"
     part, _, suffix = canonical.rpartition(".")
     return f"{_ENDS[part]}.{suffix}"

@@ -13,6 +13,7 @@ from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.checksums import read_json, verify_all
 from recycle_ds.checkpoint.files.safetensors_reader import ShardFiles
 from recycle_ds.checkpoint.huggingface.families import read_model
+from recycle_ds.checkpoint.huggingface.mimo import mimo_name, read_head, zero_biases
 from recycle_ds.checkpoint.huggingface.module import read_module
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
 from recycle_ds.checkpoint.sequence_length import default_window
@@ -31,14 +32,28 @@ class HuggingFaceSource:
     kind = "huggingface"
     step = 0
 
-    def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        """Opens a folder with config.json and safetensors. verify: whether to compare the module's checksums; the model's files
-        have none. Raises CheckpointError that lists all mismatches.
+    def __init__(self, folder: Path, *, verify: bool = True, before_norm: bool = False) -> None:
+        """Opens a folder with config.json and safetensors, plain or in the MiMo layout.
+
+        verify: whether to compare the module's checksums; the model's files have none. before_norm: whether to open a
+        folder converted with --before-norm, whose module is not ours. Raises CheckpointError that lists all mismatches.
         """
         self.folder = folder
         tree = read_json(folder / CONFIG)
         self.model, notes = read_model(tree, str(folder / CONFIG))
-        self.recycle, self._module_files = read_module(folder)
+        head = read_head(folder, tree)
+        self._name = hugging_face_name if head is None else mimo_name
+        self._zero: Mapping[str, tuple[int, ...]] = {}
+        if head is None:
+            self.recycle, self._module_files = read_module(folder)
+        else:
+            if head.before_norm and not before_norm:
+                raise CheckpointError(
+                    f"{folder}: converted with --before-norm, only for vLLM: use the folder that it was converted from"
+                )
+            self.recycle, self._module_files = head.recycle, {}
+            self.model = self.model.model_copy(update={"qkv_bias": head.qkv_bias})
+            self._zero = zero_biases(self.model, self.recycle)
         if verify:
             self.verify()
         self.notes = tuple(notes)
@@ -61,13 +76,13 @@ class HuggingFaceSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""
-        key = hugging_face_name(name)
+        key = self._name(name)
         return self._files.dtype(self._file_of[key], key)
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
         """See `Source`."""
         assert self.has(name, kind), f"{kind} of {name}"
-        key = hugging_face_name(name)
+        key = self._name(name)
         return self._files.read(self._file_of[key], key, axis, start, length)
 
     def _locate(self) -> dict[str, str]:
@@ -107,7 +122,7 @@ class HuggingFaceSource:
 
     def _check(self) -> None:
         """Raises CheckpointError unless the folder has exactly the model's tensors, in their shapes."""
-        expected = {hugging_face_name(name): shape for name, shape in self.shapes.items()}
+        expected = {self._name(name): shape for name, shape in (*self.shapes.items(), *self._zero.items())}
         redundant = {"lm_head.weight"} if self.model.tied_embeddings else set()
         missing = sorted(expected.keys() - self._file_of.keys())
         extra = sorted(key for key in self._file_of.keys() - expected.keys() - redundant if not _IGNORED.match(key))
@@ -124,3 +139,6 @@ class HuggingFaceSource:
         ]
         if problems:
             raise CheckpointError(f"{self.folder}: tensors do not match {CONFIG}: {'; '.join(problems)}")
+        for key in map(self._name, self._zero):
+            if self._files.read(self._file_of[key], key, 0, 0, None).any():
+                raise CheckpointError(f"{self.folder}: {key} is not zero, but recycle.json says qkv_bias=false")

@@ -54,7 +54,8 @@ def test_with_a_new_module(original: Path, tmp_path: Path) -> None:
 def test_a_full_disk(original: Path, tmp_path: Path, target: str) -> None:
     """Prevents a traceback from safetensors or torch, and an incomplete folder, on a full disk."""
     with full_disk(40_000):
-        done = run_tool("convert_checkpoint", original, tmp_path / "out", "--to", target)
+        module = ("--recycle-layers", 1) if target == "vllm" else ()
+        done = run_tool("convert_checkpoint", original, tmp_path / "out", "--to", target, *module)
     assert one_line_error(done) == (
         f"error: {tmp_path / 'out'}: cannot be written (File too large); nothing is left there"
     )
@@ -74,7 +75,7 @@ def test_invalid_arguments(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     for arguments, message in (
         ((original, tmp_path / "file" / "out", "--to", "hf"), "cannot be written (Not a directory)"),
-        ((original, tmp_path / "out", "--to", "gguf"), "--to gguf: must be one of hf, portable, megatron"),
+        ((original, tmp_path / "out", "--to", "gguf"), "--to gguf: must be one of hf, portable, megatron, vllm"),
         ((original, tmp_path / "out", "--to", "hf", "--shard-gib", "nan"), "--shard-gib nan: must be above 0"),
         ((original, tmp_path / "out", "--to", "hf", "--seed", "1"), "--seed 1: only with --recycle-layers"),
         ((original, tmp_path / "out"), "Missing option '--to'"),

@@ -213,7 +213,7 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("conversion", "message"),
     [
-        (Conversion("gguf"), "--to gguf: must be one of hf, portable, megatron"),
+        (Conversion("gguf"), "--to gguf: must be one of hf, portable, megatron, vllm"),
         (Conversion("hf", dtype="int8"), "--dtype int8: must be one of fp32, bf16, fp16"),
         (Conversion("hf", shard_gib=0), "--shard-gib 0: must be above 0"),
         (Conversion("hf", tensor=2), "--tp 2 --pp 1: only --to megatron has a layout"),
