@@ -67,7 +67,7 @@ class Request:
         out.flush()
         print(figures_line(generation, self.mode, colour), file=sys.stderr, flush=True)
         if explain:
-            print(engine.scheduler.budget.explanation, file=sys.stderr, flush=True)
+            print(engine.explanation(), file=sys.stderr, flush=True)
         return interrupted
 
     def records(

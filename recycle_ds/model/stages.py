@@ -10,6 +10,9 @@ from __future__ import annotations
 from recycle_ds.config import ConfigError, ModelConfig, RecycleConfig
 from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token
 
+# Measured on a CPU, 135 M weights, 8 sequences: a head of 8 blocks' weights took the time of 5.7 blocks.
+_HEAD_SHARE = 0.7
+
 
 def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stages: int) -> tuple[range, ...]:
     """Blocks of each stage. Minimises the training FLOPs of the most expensive stage.
@@ -21,13 +24,13 @@ def partition(config: ModelConfig, recycle: RecycleConfig, seq_length: int, stag
 
 
 def decoding_partition(config: ModelConfig, recycle: RecycleConfig, stages: int) -> tuple[range, ...]:
-    """The same for decoding, where reading the weights costs more than multiplying by them: stages of equal weight.
+    """The same for decoding a batch that keeps all stages busy, where reading weights costs more than multiplying by them.
 
-    The last stage reads the head and the recycle module once for each token. Drafts that need more calls hold up the
-    other stages; they are made as far as they pay."""
+    The recycle module counts as free: such a batch gets few or no drafts. A weight of the head costs less than one of a
+    block, which also attends and computes much in small operations (`_HEAD_SHARE`)."""
     block = block_flops_per_token(config, 0)
     head = tail_flops_per_token(config, recycle.model_copy(update={"layers": 0}), 0)
-    return _balance(config.layers, stages, block, head + recycle.layers * block)
+    return _balance(config.layers, stages, block, _HEAD_SHARE * head)
 
 
 def _balance(layers: int, stages: int, block: float, tail: float) -> tuple[range, ...]:

@@ -82,7 +82,7 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
         finally:
             progress.close()
         if settings.explain and engine is not None:
-            print(f"{name}: {engine.scheduler.budget.explanation}", file=sys.stderr)
+            print(f"{name}: {engine.explanation()}", file=sys.stderr)
         if complete:
             job.write_note("outcome", FINISHED)
             print(f"{settings.output}: all prompts are done", file=sys.stderr, flush=True)

@@ -8,8 +8,10 @@ busy.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,31 @@ from recycle_ds.inference.engine.team import Team
 
 # Numbers that a message's first part has room for. Longer ones take a second part.
 _ROOM = 2048
-_END = -1
+_END, _REPORT = -1, -2
+
+
+class _Clock:
+    """The share of the time in which a rank computes."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._busy = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time inside as busy. The first one starts the clock."""
+        start = time.perf_counter()
+        self._start = start if self._start is None else self._start
+        yield
+        self._busy += time.perf_counter() - start
+
+    def idle_share(self) -> float:
+        """The rest of the time since the clock was started, as a share; starts over."""
+        if self._start is None:
+            return 0.0
+        idle = 1 - self._busy / (time.perf_counter() - self._start)
+        self._start, self._busy = None, 0.0
+        return idle
 
 
 class TeamExecutor:
@@ -35,6 +61,7 @@ class TeamExecutor:
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         self._most_sending = 8 * team.mesh.pipeline.size * team.mesh.tensor.size
         self._broken = False
+        self._clock = _Clock()
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
@@ -53,6 +80,15 @@ class TeamExecutor:
         """See `Executor`. An exception in the middle of a step leaves the ranks out of step: no plan can follow."""
         self._broken = True
 
+    def explanation(self) -> str:
+        """See `Executor`."""
+        self._tell([_REPORT])
+        shares = {self._team.owner: self._clock.idle_share()}
+        for rank in dist.get_process_group_ranks(self._team.control):
+            if rank != self._team.owner:
+                (shares[rank],) = self._receive(rank, torch.float64)
+        return "idle: " + ", ".join(f"rank {rank} {100 * share:.0f} %" for rank, share in shares.items())
+
     def close(self) -> None:
         """See `Executor`."""
         if self._broken:  # after Ctrl-C, for example, which the other ranks have got too
@@ -64,7 +100,10 @@ class TeamExecutor:
     def follow(self) -> None:
         """What every rank but the owner does: runs the owner's plans until it closes."""
         while (numbers := self._receive(self._team.owner, torch.int64)) != [_END]:
-            self._run(decode_plan(numbers))
+            if numbers == [_REPORT]:
+                self._send(torch.tensor([self._clock.idle_share()], dtype=torch.float64), self._team.owner)
+            else:
+                self._run(decode_plan(numbers))
 
     def _run(self, plan: Plan) -> Outcome:
         """Runs this rank's part of a plan. Returns the outcome on the last stage."""
@@ -73,7 +112,8 @@ class TeamExecutor:
         if not mesh.first_stage and plan.parts:
             received = torch.empty(plan.tokens, self._width, dtype=self._dtype, device=self._device)
             dist.recv(received, group_src=mesh.pipeline.rank - 1, group=mesh.pipeline.group)
-        result = self._runner.run(plan, received)
+        with self._clock.running():
+            result = self._runner.run(plan, received)
         while len(self._sending) > self._most_sending:  # received long ago; only waiting for them frees them
             self._sending.popleft()[0].wait()
         if isinstance(result, Tensor):

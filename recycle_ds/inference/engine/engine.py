@@ -210,6 +210,11 @@ class DecodingEngine:
         self.scheduler.budget.costs = known
         self._costs_are_measured = True
 
+    def explanation(self) -> str:
+        """The latest decision of the draft budget and, if no step is under way, how busy the ranks were."""
+        ranks = "" if self._under_way else self._executor.explanation()
+        return "; ".join(part for part in (self.scheduler.budget.explanation, ranks) if part)
+
     def close(self) -> None:
         """Ends the other ranks' part."""
         self._executor.close()

@@ -25,6 +25,9 @@ class Executor(Protocol):
     def discard(self) -> None:
         """Forgets all plans under way, after an exception."""
 
+    def explanation(self) -> str:
+        """How busy the ranks were since the last call; empty for a single one. No plan may be under way."""
+
     def close(self) -> None:
         """Ends the other ranks' part. No plan may follow."""
 
@@ -51,6 +54,10 @@ class LocalExecutor:
     def discard(self) -> None:
         """See `Executor`."""
         self._outcomes.clear()
+
+    def explanation(self) -> str:
+        """See `Executor`."""
+        return ""
 
     def close(self) -> None:
         """See `Executor`."""

@@ -49,12 +49,12 @@ def test_a_large_head_leaves_fewer_blocks() -> None:
     assert [len(part) for part in even] == [6, 6]
 
 
-def test_stages_of_decoding_read_equal_weights() -> None:
+def test_stages_of_decoding_take_equal_time() -> None:
     """Prevents a first stage that waits for the last one, whose head is read once in decoding and trained several times."""
     config = ModelConfig(layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, vocab_size=49152)
     recycle = RecycleConfig(layers=1, depth=5)
     first, last = decoding_partition(config, recycle, 2)
     head_in_blocks = 576 * 49152 / (576 * 64 * (2 * 9 + 2 * 3) + 3 * 576 * 1536)
-    assert abs(len(first) - (len(last) + 1 + head_in_blocks)) <= 1
+    assert abs(len(first) - (len(last) + 0.7 * head_in_blocks)) <= 1
     assert [*first, *last] == list(range(30))
     assert len(partition(config, recycle, 1024, 2)[1]) < len(last), "training is divided in another way"
