@@ -98,7 +98,10 @@ class RecycleGPT(nn.Module):
             self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
         # named by their index in the full model, on every stage
-        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in blocks})
+        unrotated = config.rope.unrotated_layers
+        self.blocks = nn.ModuleDict(
+            {str(index): Block(config, mesh, megatron, dtype, rotated=index not in unrotated) for index in blocks}
+        )
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype) if last else None
         self.head: OutputHead | None = None
         if last and not config.tied_embeddings:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from recycle_ds.checkpoint.files.safetensors_writer import Named, split, write_shards
-from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
+from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.huggingface.families import write_model
 from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, describe_module, module_file
 from recycle_ds.checkpoint.huggingface.names import RECYCLE, hugging_face_name
@@ -16,6 +17,7 @@ from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
 from recycle_ds.config.atomic_files import write_json_atomically
+from recycle_ds.data.special_ids import merge_into, read_special_ids
 from recycle_ds.data.tokenizer import Tokenizer
 
 
@@ -38,8 +40,7 @@ def write_hugging_face(
         table = {key: file for file, keys in files.items() for key in keys}
         write_json_atomically(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
     tree = write_model(source.model, str(base[0][2]).removeprefix("torch."))
-    if source.tokenizer is not None:
-        tree |= _write_tokenizer(source.tokenizer, folder)
+    tree |= _write_tokenizer(source, folder)
     write_json_atomically(folder / CONFIG, tree)
     if module:
         shards = split(module, shard_bytes)
@@ -49,9 +50,17 @@ def write_hugging_face(
         )
 
 
-def _write_tokenizer(path: Path, folder: Path) -> dict[str, int]:
-    """Copies the tokenizer's files; returns the special-token ids for config.json."""
+def _write_tokenizer(source: Source, folder: Path) -> dict[str, int | list[int] | None]:
+    """Copies the files of the tokenizer and of generation; returns the special-token ids for config.json.
+
+    Ids that nothing names are null: transformers would take the family's defaults, which are ids of another vocabulary.
+    """
+    path = source.tokenizer or source.folder / TOKENIZER
+    copy_tokenizer(path, folder, name_ids=False)
+    ids = read_special_ids(path.parent)
+    found = {"bos_token_id": ids.bos, "eos_token_id": None, "pad_token_id": ids.pad}
+    if source.tokenizer is None:
+        return found | merge_into({}, ids)
     tokenizer = Tokenizer.load(path)
-    copy_tokenizer(path, folder)
-    found = {"eos_token_id": tokenizer.eos_id}
-    return found | ({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {})
+    bos = tokenizer.bos_id if ids.bos is None else ids.bos
+    return found | {"bos_token_id": bos} | merge_into({}, replace(ids, bos=bos), sorted(tokenizer.end_ids))

@@ -101,6 +101,9 @@ class Layer:
         self._attention_norm, self._mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
         projection = attention.query_key_value
         self._query_key_value = Product(projection.weight, projection.bias)
+        self._rotated = attention.rotated
+        norms = (attention.query_norm, attention.key_norm)
+        self._head_norms = [Norm(norm) for norm in norms if norm is not None]
         self._output = RowProduct(attention.output.weight, ranks)
         self._gate_up = Product(mlp.gate_up.weight)
         self._down = RowProduct(mlp.down.weight, ranks)
@@ -109,7 +112,12 @@ class Layer:
         """[T, D] to [T, D]."""
         mixed = self._query_key_value(self._attention_norm(x_TD))
         mixed = mixed.view(len(x_TD), self._heads + 2 * self._kv_heads, self._channels)
-        rotated = rotate(mixed[:, : self._heads + self._kv_heads], rotary)
+        rotated = mixed[:, : self._heads + self._kv_heads]
+        if self._head_norms:
+            parts = rotated.split((self._heads, self._kv_heads), dim=1)
+            rotated = torch.cat([norm(part) for norm, part in zip(self._head_norms, parts, strict=True)], dim=1)
+        if self._rotated:
+            rotated = rotate(rotated, rotary)
         keys_values = torch.cat((rotated[:, self._heads :], mixed[:, self._heads + self._kv_heads :]), dim=1)
         x_TD = self._output(attend(layer, rotated[:, : self._heads], keys_values), x_TD)
         gate, up = self._gate_up(self._mlp_norm(x_TD)).chunk(2, dim=-1)
