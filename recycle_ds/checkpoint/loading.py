@@ -64,6 +64,8 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
         blocks = decoding_partition(source.model, source.recycle, mesh.pipeline.size)[mesh.pipeline.rank]
     model = build_model(source.model, source.recycle, mesh, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
     load_weights(model, source)
+    # a padded vocabulary has rows that were never trained
+    model.unnamed_ids = tuple(one for one in range(source.model.vocab_size) if one not in tokenizer.token_ids)
     device = local_device(local_rank)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

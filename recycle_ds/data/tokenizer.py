@@ -57,8 +57,10 @@ class Tokenizer:
         tokenizer.no_padding()
         self.name = name
         self._json, self._config, self._tokenizer = tokenizer_json, dict(config or {}), tokenizer
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        """Ids range from 0 to this minus one, including added tokens."""
+        self.token_ids = frozenset(tokenizer.get_vocab(with_added_tokens=True).values())
+        """Ids that have a token, added tokens included."""
+        self.vocab_size = max(self.token_ids, default=-1) + 1
+        """Ids range from 0 to this minus one. Not all of them need have a token."""
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         """Ids of special tokens (end of text, chat roles), which are not text."""
         special = special or SpecialIds()

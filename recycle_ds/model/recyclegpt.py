@@ -84,6 +84,8 @@ class RecycleGPT(nn.Module):
         self.config, self.recycle_config = config, recycle
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.recycle_layers = recycle.layers
+        self.unnamed_ids: tuple[int, ...] = ()
+        """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
         self.mesh = mesh
         megatron = parallel_config(mesh, dtype)

@@ -71,13 +71,16 @@ def rename_tensors(folder: Path, prefix: str) -> None:
     save_file({prefix + key: value for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
-def byte_tokenizer(folder: Path, *special: str) -> Tokenizer:
-    """Writes a tokenizer of 256 bytes, an end of text (256) and special tokens (from 257 on), and returns it."""
+def byte_tokenizer(folder: Path, *special: str, hole: int | None = None) -> Tokenizer:
+    """Writes a tokenizer of 256 bytes, an end of text (256) and special tokens (from 257 on), and returns it.
+
+    hole: an id below 256 that has no token.
+    """
     alphabet = Tokenizer.train(["a b c d"], 257)
     tree = json.loads(alphabet.to_json())
     model = tree["model"]
     bytes_only = sorted(token for token in model["vocab"] if token != _END)
-    model["vocab"] = {token: number for number, token in enumerate(bytes_only)}
+    model["vocab"] = {token: number for number, token in enumerate(bytes_only) if number != hole}
     model["vocab"][_END] = 256
     model["merges"] = []
     tree["added_tokens"] = [

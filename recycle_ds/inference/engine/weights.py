@@ -157,6 +157,7 @@ class StageWeights:
         self._layers = [Layer(block, ranks) for block in model.blocks.values()]
         self.final_norm = None if model.final_norm is None else Norm(model.final_norm)
         self._own_tokens = model.shard.valid
+        self._unnamed = _local_ids(model)
         self._head = Product(model.head_weight[: max(model.shard.valid, 1)]) if self.final_norm else None
         self.module = None if model.recycle is None else Module(model, ranks)
         attention = _any_block(model).attention
@@ -190,10 +191,23 @@ class StageWeights:
         return cosine[:, 0], sine[:, 0]
 
     def logits(self, states_RD: Tensor) -> Tensor:
-        """fp32 logits [R, V] over this rank's shard of the vocabulary, without padding. Only on the last stage."""
+        """fp32 logits [R, V] over this rank's shard of the vocabulary, without padding. Only on the last stage.
+
+        Ids without a token get minus infinity, in the full model's distribution and in the module's, so that neither samples
+        them and verification stays exact.
+        """
         assert self._head is not None, "only the last pipeline stage has a head"
         logits_RV = self._head(states_RD).float()
+        if self._unnamed is not None:
+            logits_RV.index_fill_(-1, self._unnamed, -torch.inf)
         return logits_RV if self._own_tokens else logits_RV.fill_(-torch.inf)  # a shard of padding only
+
+
+def _local_ids(model: RecycleGPT) -> Tensor | None:
+    """The ids without a token as indices of this rank's shard; None if there are none."""
+    first, count = model.shard.first, model.shard.valid
+    local = [one - first for one in model.unnamed_ids if first <= one < first + count]
+    return torch.tensor(local, device=next(model.parameters()).device) if local else None
 
 
 def _any_block(model: RecycleGPT) -> Block:
