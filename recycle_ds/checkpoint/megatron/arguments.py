@@ -190,8 +190,8 @@ def write_arguments(
     unrotated = model.rope.unrotated_layers
     if unrotated and recycle.layers:
         raise CheckpointError(
-            f"model.rope.unrotated_layers={list(unrotated)} with a module: Megatron's option for these layers does not cover an "
-            "MTP layer; convert to portable or hf instead"
+            f"model.rope.unrotated_layers={list(unrotated)} with a module: Megatron's option for these layers does not cover "
+            "an MTP layer; convert to portable or hf instead"
         )
     return {
         **{key: getattr(model, field) for field, key in _SIZES.items()},
