@@ -16,6 +16,7 @@ from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ConfigError, ModelConfig
+from recycle_ds.data.other_tokenizers import advice
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.build import whole_shapes
@@ -52,7 +53,9 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     for note in source.notes:
         print(f"note: {path}: {note}", file=sys.stderr)
     if source.tokenizer is None:
-        raise CheckpointError(f"{source.folder}: no tokenizer.json; copy the model's own file into this folder")
+        raise CheckpointError(
+            advice(source.folder) or f"{source.folder}: no tokenizer.json; copy the model's own file into this folder"
+        )
     tokenizer = Tokenizer.load(source.tokenizer)
     if source.model.vocab_size is None or tokenizer.vocab_size > source.model.vocab_size:
         raise CheckpointError(

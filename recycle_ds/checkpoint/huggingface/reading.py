@@ -102,13 +102,22 @@ class HuggingFaceSource:
             return files
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
-        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
-        why = (
-            f"; {pickled[0]} is a pickle, which is never loaded: save it with safe_serialization=True"
-            if pickled
-            else ""
-        )
-        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{why}")
+        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{self._advice()}")
+
+    def _advice(self) -> str:
+        """How to make safetensors of the weights that the folder has in another format."""
+        pickled = sorted(path.name for kind in ("*.bin", "*.pth", "*.pt") for path in self.folder.glob(kind))
+        if "pytorch_model.bin" in pickled or "pytorch_model.bin.index.json" in {p.name for p in self.folder.iterdir()}:
+            return (
+                "; pytorch_model.bin is a pickle, which is never loaded here; transformers 5 reads it without running code and "
+                'writes safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained({str(self.folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\", then copy the "
+                "tokenizer's files"
+            )
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if others:
+            return f"; {others[0]} is not a name that transformers reads"
+        return f"; {pickled[0]} is a pickle, which is never loaded: save the model as safetensors" if pickled else ""
 
     def _check(self) -> None:
         """Raises CheckpointError unless the folder has exactly the model's tensors, in their shapes."""
