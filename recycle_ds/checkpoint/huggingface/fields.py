@@ -32,7 +32,7 @@ HONOURED = {
     "pad_token_id": "all",
     "sliding_window": "mistral, qwen2, qwen3, smollm3",
     "use_sliding_window": "qwen2, qwen3, smollm3",
-    "max_window_layers": "qwen2, qwen3",
+    "max_window_layers": "qwen2, qwen3, smollm3",
     "layer_types": "mistral, qwen2, qwen3, smollm3",
     "no_rope_layers": "smollm3",
     "no_rope_layer_interval": "smollm3",
