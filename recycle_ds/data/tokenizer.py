@@ -107,7 +107,7 @@ class Tokenizer:
         config, mapped = read_tree(folder / "tokenizer_config.json"), read_tree(folder / TOKEN_MAP)
         named = {key: mapped[key] for key in ("eos_token", "bos_token") if token_named(mapped, key) is not None}
         found = cls(text, {**named, **config}, name=str(file), special=read_special_ids(folder))
-        also = found._tokenizer.token_to_id(token_named(named, "eos_token") or "")
+        also = found._id_of(token_named(named, "eos_token") or "")
         found.end_ids |= set() if also is None else {also}
         return found
 
@@ -198,19 +198,27 @@ class Tokenizer:
                 with contextlib.suppress(OSError):  # no folder, or a broken disk
                     file.unlink(missing_ok=True)
 
+    def _id_of(self, token: str) -> int | None:
+        try:
+            found: int | None = self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain and no vocabulary can
+            return None
+        return found
+
     def _special(self, key: str, known: Sequence[str], ids: Sequence[int]) -> int | None:
         """Id of the token named in the configuration, else the first of `ids`, else of the first well-known one; None if there
         is none of these."""
         token = token_named(self._config, key)
         if token is not None:
-            found = self._tokenizer.token_to_id(token)
+            found = self._id_of(token)
             if found is None:
-                raise DataError(f"{self.name}: its tokenizer_config.json names {key} {token!r}, not in the vocabulary")
-            return int(found)
+                shown = repr(token[:60])
+                raise DataError(f"{self.name}: its tokenizer_config.json names {key} {shown}, not in the vocabulary")
+            return found
         if key in self._config and key == "bos_token":
             return None  # explicitly configured: documents have no start token
-        named = (one for one in ids if self._tokenizer.id_to_token(one) is not None)
-        well_known = (self._tokenizer.token_to_id(token) for token in known)
+        named = (one for one in ids if one in self.token_ids)
+        well_known = (self._id_of(token) for token in known)
         return next((one for one in (*named, *well_known) if one is not None), None)
 
 

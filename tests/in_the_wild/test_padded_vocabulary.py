@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
-from recycle_ds.config import ModelConfig, RecycleConfig
+from recycle_ds.config import ModelConfig, RecycleConfig, RopeConfig
 from recycle_ds.inference import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -151,14 +151,15 @@ def _decode(engine: DecodingEngine) -> list[tuple[int, ...]]:
 
 
 CONFIG = ModelConfig(
-    layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, vocab_multiple=4, max_positions=96, init_std=0.6
-)
+    layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, vocab_multiple=4, max_positions=96, init_std=0.6,
+    head_dim=8, qk_norm=True, rope=RopeConfig(unrotated_layers=(1,)),
+)  # fmt: skip
 UNNAMED = (3, *range(8, 11))
 """All ids of the second tensor rank, and one of the first."""
 
 
 def test_tensor_ranks_agree() -> None:
-    """Prevents a rank whose ids have no tokens from winning, and indices of the wrong shard."""
+    """Prevents a rank whose ids have no tokens from winning, indices of the wrong shard, and norms of the wrong heads."""
     model = build_model(CONFIG, RecycleConfig(layers=1), seed=5).eval()
     free = _decode(local_engine(model, max_batch=4))
     assert any(set(UNNAMED) & set(tokens) for tokens in free), "the test needs ids without a token that would win"

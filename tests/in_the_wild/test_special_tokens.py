@@ -12,6 +12,7 @@ from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.loading import load_model
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.loading import engine_of
 from recycle_ds.inference.parameters import SamplingParams
 from tests.in_the_wild.folders import byte_tokenizer, edit_json
@@ -45,6 +46,15 @@ def test_decoding_stops_at_the_union(tmp_path: Path) -> None:
         assert answer.ended_at is not None
         found = answer.generation(answer.ended_at)
         assert (found.token_ids, found.finish_reason) == ((end,), "eos")
+
+
+def test_an_end_token_is_not_part_of_the_text(tmp_path: Path) -> None:
+    """Prevents the text of an answer from ending in an end token that only generation_config.json names."""
+    folder = chat_folder(tmp_path)
+    letter = load_model(str(folder)).tokenizer.encode("z")[0]
+    edit_json(folder / GENERATION, eos_token_id=letter)
+    loaded = load_model(str(folder))
+    assert text_of(loaded.tokenizer, SamplingParams(), [*loaded.tokenizer.encode("ab"), letter]) == "ab"
 
 
 @pytest.mark.parametrize("middle", ["portable", "megatron", "hf"])
