@@ -24,7 +24,7 @@ from tests.in_the_wild.folders import CLOSE, TOKENS, byte_tokenizer, edit_json, 
 from tests.unit.checkpoint.families import make
 from tests.unit.checkpoint.test_fuzz import nodes
 
-INPUTS = 300 if TEST_ALL else 100
+INPUTS = 1500 if TEST_ALL else 300
 FAMILIES = ("llama_tied", "llama3_rope", "qwen2", "qwen3", "smollm3")
 JUNK: list[Any] = [
     None, -1, 0, 1, 2, 7, 1e9, 0.5, 1e-30, "", "7", "llama", "qwen3", "../../etc/passwd", [], [1], {}, {"a": 1}, True, False,
