@@ -20,7 +20,7 @@ from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.tokenizer import Tokenizer
 from tests.in_the_wild.folders import CLOSE, byte_tokenizer, edit_json, edit_tensors, gap, ours, rename_tensors, theirs
-from tests.unit.checkpoint.families import save
+from tests.unit.checkpoint.families import make, save
 
 
 def run_advice(message: str, new_folder: Path | None = None) -> None:
@@ -69,6 +69,31 @@ def test_a_prefix_of_some_names(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     edit_tensors(tmp_path, {f"module.{name}": value + 1 for name, value in tensors.items()})
     with pytest.raises(CheckpointError, match=r"not supported: module\.lm_head\.weight"):
+        open_source(tmp_path)
+
+
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
+    """Prevents the weights of an earlier save, whose shards were left in the folder, from being read."""
+    make("llama", seed=1).save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    index = (tmp_path / "model.safetensors.index.json").read_bytes()
+    kept = {path: path.read_bytes() for path in shards}
+    save("llama", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    source = open_source(tmp_path)
+    assert source.notes == (
+        "model.safetensors is read, and model.safetensors.index.json ignored, as transformers does",
+    )
+    assert gap(ours(source), theirs(tmp_path)) < CLOSE
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    """Prevents a fine-tuned model from being read without what it was tuned to."""
+    save("llama", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: the folder has an adapter \(LoRA\)"):
         open_source(tmp_path)
 
 

@@ -47,6 +47,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
     "compression_config": (None,),
+    "transformers_weights": (None,),
 }
 """A field that is present must have one of these values: any other value changes the computation."""
 

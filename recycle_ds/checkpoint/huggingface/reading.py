@@ -21,6 +21,7 @@ from recycle_ds.checkpoint.sources import shorten
 from recycle_ds.model.build import whole_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
 
 
@@ -71,7 +72,10 @@ class HuggingFaceSource:
 
     def _locate(self) -> tuple[dict[str, Place], list[str]]:
         """Returns the place of every stored tensor, by its Hugging Face name, and notes. Unties a head that differs."""
-        places, notes = locate(self._files, self._weight_files())
+        names = self._weight_files()
+        places, notes = locate(self._files, names)
+        if names == [SINGLE] and (self.folder / INDEX).is_file():
+            notes.append(f"{SINGLE} is read, and {INDEX} ignored, as transformers does")
         if self.model.tied_embeddings:
             places, tied = resolve_head(self._files, places)
             if not tied:
@@ -86,6 +90,14 @@ class HuggingFaceSource:
         return places | module, notes
 
     def _weight_files(self) -> list[str]:
+        """Names of the weight files; as in transformers, a single file counts before an index. Raises CheckpointError."""
+        if (self.folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{self.folder}: {ADAPTER}: the folder has an adapter (LoRA), which is not applied: merge it into its base "
+                "model with peft (merge_and_unload) and save the result"
+            )
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
         if (self.folder / INDEX).is_file():
             table = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(table, dict) or not table:
@@ -100,8 +112,6 @@ class HuggingFaceSource:
             if absent:
                 raise CheckpointError(f"{self.folder}: missing: {shorten(absent)}")
             return files
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
         raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{self._advice()}")
 
     def _advice(self) -> str:
