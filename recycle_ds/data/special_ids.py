@@ -54,7 +54,8 @@ def merge_into(tree: dict[str, Any], ids: SpecialIds, more: Iterable[int] = ()) 
     own = tree.get("eos_token_id")
     listed = own if isinstance(own, list) else [] if own is None else [own]
     eos = list(dict.fromkeys((*listed, *ids.eos, *more)))
-    found = {**tree, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    written = eos[0] if len(eos) == 1 else eos or None
+    found = {**tree, "eos_token_id": own if listed and eos == listed else written}
     for key, value in (("bos_token_id", ids.bos), ("pad_token_id", ids.pad)):
         if value is not None and found.get(key) is None:
             found[key] = value

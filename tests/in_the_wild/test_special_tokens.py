@@ -78,6 +78,18 @@ def test_conversions_keep_ids_and_files(tmp_path: Path, middle: str) -> None:
     assert set(GenerationConfig.from_pretrained(back).eos_token_id) >= {EOM, LAST}
 
 
+def test_generation_settings_that_name_everything_keep_their_bytes(tmp_path: Path) -> None:
+    """Prevents a file from being rewritten, in another order or notation, for ids that it names already."""
+    source = chat_folder(tmp_path / "source")
+    text = f'{{"eos_token_id":\n [{EOT}], "bos_token_id": {BEGIN}, "pad_token_id": {PAD}, "top_p": 0.9}}'
+    (source / GENERATION).write_text(text)
+    edit_json(source / CONFIG, eos_token_id=EOT)
+    for target in ("portable", "megatron", "hf"):
+        convert(str(source), str(tmp_path / target), Conversion(target))
+        (written,) = (tmp_path / target).rglob(GENERATION)
+        assert written.read_text() == text
+
+
 def test_ids_that_nothing_names_are_null(tmp_path: Path) -> None:
     """Prevents transformers from taking a family's default ids, which are other tokens, or beyond the vocabulary."""
     save("smollm3", tmp_path / "source")
