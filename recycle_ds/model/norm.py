@@ -24,8 +24,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         weight: Tensor = self.weight
-        if (
-            self.group is not None
-        ):  # a tensor rank has part of the sequence or of the heads: its gradient is a partial sum
+        if self.group is not None:
+            # a tensor rank has part of the sequence or of the heads: its gradient is a partial sum
             weight = copy_to_tensor_model_parallel_region(weight, self.group)
         return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
