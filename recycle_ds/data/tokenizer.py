@@ -70,6 +70,10 @@ class Tokenizer:
                 f"{name} has no end-of-document token: name it as eos_token in a tokenizer_config.json beside it, "
                 f"or add one of {', '.join(_KNOWN_EOS)}"
             )
+        if (
+            token_named(self._config, "eos_token") is None
+        ):  # a copy built from `to_json` and `config` must have the same
+            self._config["eos_token"] = tokenizer.id_to_token(eos_id)
         self.eos_id: int = eos_id
         """Token that ends a document."""
         self.end_ids = frozenset({eos_id, *(one for one in special.eos if one < self.vocab_size)})
