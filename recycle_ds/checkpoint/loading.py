@@ -16,6 +16,7 @@ from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import is_hugging_face, open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ConfigError, ModelConfig
+from recycle_ds.data.other_tokenizers import advice
 from recycle_ds.data.token_ranking import RANKING, read_ranking
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.model import RecycleGPT, build_model
@@ -53,7 +54,9 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     for note in source.notes:
         print(f"note: {path}: {note}", file=sys.stderr)
     if source.tokenizer is None:
-        raise CheckpointError(f"{source.folder}: no tokenizer.json; copy the model's own file into this folder")
+        raise CheckpointError(
+            advice(source.folder) or f"{source.folder}: no tokenizer.json; copy the model's own file into this folder"
+        )
     tokenizer = Tokenizer.load(source.tokenizer)
     if source.model.vocab_size is None or tokenizer.vocab_size > source.model.vocab_size:
         raise CheckpointError(
@@ -65,6 +68,8 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
         blocks = decoding_partition(source.model, source.recycle, mesh.pipeline.size)[mesh.pipeline.rank]
     model = build_model(source.model, source.recycle, mesh, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
     load_weights(model, source)
+    # a padded vocabulary has rows that were never trained
+    model.unnamed_ids = tuple(one for one in range(source.model.vocab_size) if one not in tokenizer.token_ids)
     device = local_device(local_rank)
     if source.recycle.draft_vocabulary is not None:
         ranking = read_ranking(source.tokenizer.with_name(RANKING), source.model.vocab_size)

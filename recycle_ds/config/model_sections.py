@@ -40,6 +40,8 @@ class RopeConfig(Section):
     """Base of the geometric series of wavelengths."""
     scaling: RopeScaling | None = None
     """Context extension, none by default."""
+    unrotated_layers: tuple[NonNegative, ...] = ()
+    """Blocks of the backbone, counted from 0, whose queries and keys are not rotated (SmolLM3)."""
 
 
 class ModelConfig(Section):
@@ -71,6 +73,8 @@ class ModelConfig(Section):
     """Whether the output head shares the embedding's weight."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over the channels of each query and key head, before the rotation (Qwen3)."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get init_std / sqrt(2 layers)."""
 
@@ -91,6 +95,9 @@ class ModelConfig(Section):
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})")
+        wrong = [layer for layer in self.rope.unrotated_layers if layer >= self.layers]
+        if wrong:
+            raise ValueError(f"rope.unrotated_layers: {wrong[0]}: must be below layers ({self.layers})")
         return self
 
 

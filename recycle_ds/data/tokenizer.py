@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import tokenizers
 from recycle_ds.config.atomic_files import publish_together, temporary_name
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.interruptible import call_interruptibly
+from recycle_ds.data.other_tokenizers import advice
+from recycle_ds.data.special_ids import TOKEN_MAP, SpecialIds, read_special_ids, read_tree, token_named
 
 END_OF_TEXT = "<|endoftext|>"
 """End-of-document token of the tokenizers trained here."""
@@ -27,13 +29,21 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 class Tokenizer:
     """A Hugging Face fast tokenizer: vocabulary, merges, and the ids that start and end a document."""
 
-    def __init__(self, tokenizer_json: str, config: dict[str, Any] | None = None, *, name: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        tokenizer_json: str,
+        config: dict[str, Any] | None = None,
+        *,
+        name: str = "tokenizer",
+        special: SpecialIds | None = None,
+    ) -> None:
         """Build from the content of a tokenizer.json and, if there is one, of the tokenizer_config.json beside it.
 
         Args:
             tokenizer_json: the file's text. It is kept, and `save` writes it back unchanged.
             config: names the end and start tokens (`eos_token`, `bos_token`); other keys are kept unchanged.
             name: name of this tokenizer in error messages.
+            special: ids in other files of its model; further end tokens, and the first of them if no token is named.
 
         Raises:
             DataError: it is not a tokenizer, or has no end-of-document token.
@@ -47,19 +57,28 @@ class Tokenizer:
         tokenizer.no_padding()
         self.name = name
         self._json, self._config, self._tokenizer = tokenizer_json, dict(config or {}), tokenizer
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        """Ids range from 0 to this minus one, including added tokens."""
+        self.token_ids = frozenset(tokenizer.get_vocab(with_added_tokens=True).values())
+        """Ids that have a token, added tokens included."""
+        self.vocab_size = max(self.token_ids, default=-1) + 1
+        """Ids range from 0 to this minus one. Not all of them need have a token."""
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         """Ids of special tokens (end of text, chat roles), which are not text."""
-        eos_id = self._special("eos_token", _KNOWN_EOS)
+        special = special or SpecialIds()
+        eos_id = self._special("eos_token", _KNOWN_EOS, special.eos)
         if eos_id is None:
             raise DataError(
                 f"{name} has no end-of-document token: name it as eos_token in a tokenizer_config.json beside it, "
                 f"or add one of {', '.join(_KNOWN_EOS)}"
             )
+        if (
+            token_named(self._config, "eos_token") is None
+        ):  # a copy built from `to_json` and `config` must have the same
+            self._config["eos_token"] = tokenizer.id_to_token(eos_id)
         self.eos_id: int = eos_id
         """Token that ends a document."""
-        self.bos_id = self._special("bos_token", _KNOWN_BOS)
+        self.end_ids = frozenset({eos_id, *(one for one in special.eos if one < self.vocab_size)})
+        """Tokens that end a text in decoding."""
+        self.bos_id = self._special("bos_token", _KNOWN_BOS, () if special.bos is None else (special.bos,))
         """Token that starts a document, or None."""
         # Truncation and padding change no id, so the fingerprint ignores them.
         identity = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
@@ -69,7 +88,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or the one in a folder, and the tokenizer_config.json beside it if there is one.
+        """Read a tokenizer.json, or the one in a folder, and what the files beside it say about its special tokens.
+
+        These are tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json, if they exist.
 
         Raises:
             DataError: there is no such file, or it cannot be read.
@@ -78,18 +99,21 @@ class Tokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
-            raise DataError(f"no such tokenizer: {file}; make one with `recycle-ds tokenizer`, or give its path")
-        config_file = file.with_name("tokenizer_config.json")
+            other = advice(file.parent)
+            raise DataError(
+                other or f"no such tokenizer: {file}; make one with `recycle-ds tokenizer`, or give its path"
+            )
+        folder = file.parent
         try:
             text = file.read_text(encoding="utf-8")
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"cannot read the tokenizer {file} and its tokenizer_config.json: {_one_line(error)}"
-            ) from error
-        if not isinstance(config, dict):
-            raise DataError(f"{config_file} must contain a JSON object, not a {type(config).__name__}")
-        return cls(text, config, name=str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the tokenizer {file}: {_one_line(error)}") from error
+        config, mapped = read_tree(folder / "tokenizer_config.json"), read_tree(folder / TOKEN_MAP)
+        named = {key: mapped[key] for key in ("eos_token", "bos_token") if token_named(mapped, key) is not None}
+        found = cls(text, {**named, **config}, name=str(file), special=read_special_ids(folder))
+        also = found._id_of(token_named(named, "eos_token") or "")
+        found.end_ids |= set() if also is None else {also}
+        return found
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -178,22 +202,28 @@ class Tokenizer:
                 with contextlib.suppress(OSError):  # no folder, or a broken disk
                     file.unlink(missing_ok=True)
 
-    def _special(self, key: str, known: Sequence[str]) -> int | None:
-        """Id of the token named in the configuration, else of the first well-known one; None if there is neither."""
-        if key in self._config:
-            entry = self._config[key]
-            token = entry.get("content") if isinstance(entry, dict) else entry
-            if token is None and key == "bos_token":
-                return None  # explicitly configured: documents have no start token
-            if token is not None:
-                found = self._tokenizer.token_to_id(str(token))
-                if found is None:
-                    raise DataError(
-                        f"{self.name}: its tokenizer_config.json names {key} {token!r}, not in the vocabulary"
-                    )
-                return int(found)
-        ids: Iterator[int | None] = (self._tokenizer.token_to_id(token) for token in known)
-        return next((token_id for token_id in ids if token_id is not None), None)
+    def _id_of(self, token: str) -> int | None:
+        try:
+            found: int | None = self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain and no vocabulary can
+            return None
+        return found
+
+    def _special(self, key: str, known: Sequence[str], ids: Sequence[int]) -> int | None:
+        """Id of the token named in the configuration, else the first of `ids`, else of the first well-known one; None if there
+        is none of these."""
+        token = token_named(self._config, key)
+        if token is not None:
+            found = self._id_of(token)
+            if found is None:
+                shown = repr(token[:60])
+                raise DataError(f"{self.name}: its tokenizer_config.json names {key} {shown}, not in the vocabulary")
+            return found
+        if key in self._config and key == "bos_token":
+            return None  # explicitly configured: documents have no start token
+        named = (one for one in ids if one in self.token_ids)
+        well_known = (self._id_of(token) for token in known)
+        return next((one for one in (*named, *well_known) if one is not None), None)
 
 
 class TextStream:

@@ -77,7 +77,7 @@ def answer_all(
 
 def text_of(tokenizer: Tokenizer, params: SamplingParams, token_ids: Iterable[int]) -> str:
     """The text of new tokens, cut before the first stop string, without tokens that end it."""
-    hidden = frozenset({tokenizer.eos_id, *params.stop_tokens})
+    hidden = tokenizer.end_ids | set(params.stop_tokens)
     printer = TokenPrinter(TextStream(tokenizer), params.stop, hidden, "", None)
     ids = list(token_ids)
     printer.feed(ids, [False] * len(ids))

@@ -27,20 +27,20 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:
-    """A decoder that stops at the tokenizer's end-of-text token and supports stop strings."""
-    return Decoder(loaded.model, loaded.tokenizer.eos_id, lambda: TextStream(loaded.tokenizer))
+    """A decoder that stops at the tokenizer's end tokens and supports stop strings."""
+    return Decoder(loaded.model, loaded.tokenizer.end_ids, lambda: TextStream(loaded.tokenizer))
 
 
 def engine_of(
     loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
 ) -> DecodingEngine:
-    """An engine that stops at the tokenizer's end-of-text token and supports stop strings."""
+    """An engine that stops at the tokenizer's end tokens and supports stop strings."""
     return local_engine(
         loaded.model,
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
         ranks_on_host=ranks_on_host,
-        eos_ids=(loaded.tokenizer.eos_id,),
+        eos_ids=loaded.tokenizer.end_ids,
         text_source=lambda: TextStream(loaded.tokenizer),
     )
 
@@ -55,6 +55,6 @@ def team_engine_of(
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
         ranks_on_host=ranks_on_host,
-        eos_ids=(loaded.tokenizer.eos_id,),
+        eos_ids=loaded.tokenizer.end_ids,
         text_source=lambda: TextStream(loaded.tokenizer),
     )

@@ -50,7 +50,7 @@ class Request:
 
     def _print(self, engine: DecodingEngine, tokenizer: Tokenizer, out: TextIO, as_json: bool, explain: bool) -> bool:
         colour = not as_json and wants_colour(out)
-        hidden = frozenset({tokenizer.eos_id, *self.params.stop_tokens})
+        hidden = tokenizer.end_ids | set(self.params.stop_tokens)
         target = None if as_json else out
         printer = TokenPrinter(TextStream(tokenizer), self.params.stop, hidden, self.mode, target, colour)
         interrupted = False

@@ -14,6 +14,7 @@ from recycle_ds.config import ModelConfig
 from recycle_ds.model import cpu_attention
 from recycle_ds.model.layers import ColumnLinear, RowLinear
 from recycle_ds.model.masks import AttentionMask
+from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import CosineSine, rotate
 from recycle_ds.model.ulysses import to_heads, to_sequence
 from recycle_ds.parallel.mesh import Mesh
@@ -23,10 +24,16 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with fewer key/value heads than query heads (Ainslie et al., arXiv 2305.13245)."""
+    """Multi-head attention with fewer key/value heads than query heads (Ainslie et al., arXiv 2305.13245).
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig) -> None:
+    With `qk_norm`, each query and key head is normalised first (Henry et al., arXiv 2010.04245; RMSNorm as in Qwen3)."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype, *, rotated: bool = True
+    ) -> None:
+        """rotated: whether queries and keys get the rotary embedding."""
         super().__init__()
+        self.rotated = rotated
         self.channels = config.dim_per_head
         self.ulysses = mesh.ulysses
         self.heads = config.heads // mesh.tensor.size
@@ -35,6 +42,11 @@ class Attention(nn.Module):
         self.query_key_value = ColumnLinear(
             config.hidden, {"query": query, "key": kv, "value": kv}, mesh, megatron, bias=config.qkv_bias
         )
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.query_norm = RMSNorm(self.channels, config.norm_epsilon, mesh, dtype, of_heads=True)
+            self.key_norm = RMSNorm(self.channels, config.norm_epsilon, mesh, dtype, of_heads=True)
         self.output = RowLinear(query, config.hidden, mesh, megatron)
 
     def forward(
@@ -50,12 +62,15 @@ class Attention(nn.Module):
         return self._merge(attend(query, keys, values, mask)), (key, value)
 
     def _project(self, x_SBD: Tensor, rotary: CosineSine) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, S, C], keys and values [B, H_kv, S, C]. Queries and keys are rotated."""
+        """Queries [B, H, S, C], keys and values [B, H_kv, S, C]. Queries and keys are normalised and rotated."""
         heads, kv_heads = self.heads, self.kv_heads
         mixed = self.query_key_value(x_SBD)
         mixed = mixed.view(*mixed.shape[:2], heads + 2 * kv_heads, self.channels)
-        unrotated, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
-        query, key = rotate(unrotated, rotary).split((heads, kv_heads), dim=2)
+        both, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = both.split((heads, kv_heads), dim=2)
+            both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2)
+        query, key = (rotate(both, rotary) if self.rotated else both).split((heads, kv_heads), dim=2)
         if self.ulysses.size > 1:
             query, key, value = to_heads((query, key, value), self.ulysses)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)

@@ -18,10 +18,13 @@ from recycle_ds.parallel.mesh import Mesh
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, megatron: MegatronConfig, dtype: torch.dtype, *, rotated: bool = True
+    ) -> None:
+        """rotated: whether its attention has the rotary embedding."""
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
-        self.attention = Attention(config, mesh, megatron)
+        self.attention = Attention(config, mesh, megatron, dtype, rotated=rotated)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
         self.mlp = MLP(config, mesh, megatron)
 

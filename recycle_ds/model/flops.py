@@ -60,7 +60,8 @@ def _block_matrices(config: ModelConfig) -> int:
 
 def _block(config: ModelConfig) -> int:
     bias = (config.heads + 2 * config.kv_heads) * config.dim_per_head if config.qkv_bias else 0
-    return _block_matrices(config) + 2 * config.hidden + bias
+    norms = 2 * config.hidden + (2 * config.dim_per_head if config.qk_norm else 0)
+    return _block_matrices(config) + norms + bias
 
 
 def _attention(config: ModelConfig, keys: float) -> float:

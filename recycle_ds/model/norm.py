@@ -13,15 +13,18 @@ from recycle_ds.parallel.mesh import Mesh
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square taken in fp32."""
 
-    def __init__(self, width: int, epsilon: float, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, epsilon: float, mesh: Mesh, dtype: torch.dtype, *, of_heads: bool = False) -> None:
+        """of_heads: whether each tensor rank normalises its own heads, with the same weight."""
         super().__init__()
-        self.group = mesh.tensor.group if mesh.sequence else None
+        split = mesh.sequence or (of_heads and mesh.tensor.size > 1)
+        self.group = mesh.tensor.group if split else None
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         weight: Tensor = self.weight
-        if self.group is not None:  # a tensor rank has part of the sequence: its gradient is a partial sum
+        if self.group is not None:
+            # a tensor rank has part of the sequence or of the heads: its gradient is a partial sum
             weight = copy_to_tensor_model_parallel_region(weight, self.group)
         return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)

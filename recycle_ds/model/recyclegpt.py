@@ -86,6 +86,8 @@ class RecycleGPT(nn.Module):
         self.recycle_layers = recycle.layers
         self.draft_ids: Tensor | None = None
         """The draft vocabulary when decoding, ascending token ids; None for the complete vocabulary."""
+        self.unnamed_ids: tuple[int, ...] = ()
+        """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
         self.mesh = mesh
         megatron = parallel_config(mesh, dtype)
@@ -100,7 +102,10 @@ class RecycleGPT(nn.Module):
             self.embedding = VocabEmbedding(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.rotary = Rotary(config.dim_per_head, config.max_positions, config.rope)
         # named by their index in the full model, on every stage
-        self.blocks = nn.ModuleDict({str(index): Block(config, mesh, megatron, dtype) for index in blocks})
+        unrotated = config.rope.unrotated_layers
+        self.blocks = nn.ModuleDict(
+            {str(index): Block(config, mesh, megatron, dtype, rotated=index not in unrotated) for index in blocks}
+        )
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype) if last else None
         self.head: OutputHead | None = None
         if last and not config.tied_embeddings:

@@ -80,9 +80,25 @@ class Activations:
         rows = 4 * n * self.config.heads // self.tensor
         unrolled = 2 * el * n * kv * steps if steps > 1 else 0
         fused = el * n * (query + 2 * kv)  # one tensor; the values are a view of it
+        norms = self.head_norms(steps)
         if self.ulysses > 1:  # the all-to-all's result; the rotated tensors before it are not kept
-            return fused + el * n * query + rows + unrolled
-        return el * n * (query + kv) + el * n * query + rows + (unrolled or fused)
+            return fused + el * n * query + rows + unrolled + norms
+        return el * n * (query + kv) + el * n * query + rows + (unrolled or fused) + norms
+
+    def head_norms(self, steps: int = 1) -> int:
+        """The norms of queries and keys: one scale per head, and their input if nothing else keeps it; with the unfused kernel
+        the normalised heads in fp32, and a copy of a bf16 input instead of it."""
+        config = self.config
+        if not config.qk_norm:
+            return 0
+        query, kv, _ = self._widths
+        rows = 4 * self.tokens * (config.heads + config.kv_heads) // self.tensor
+        kept_elsewhere = steps == 1 and self.ulysses == 1
+        inputs = 0 if kept_elsewhere else self.element * self.tokens * (query + 2 * kv)
+        normalised = 4 * self.tokens * (query + kv)
+        if self.kernels.fused_norm:
+            return rows + inputs
+        return rows + normalised + (inputs if self.element == 4 else normalised)
 
     def block(self, steps: int = 1) -> int:
         """One block without recomputation: two norms, the inputs of four products, attention, SwiGLU."""

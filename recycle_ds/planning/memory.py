@@ -76,6 +76,7 @@ def local_weights(
     query, kv = config.heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     block = (config.hidden * (2 * query + 2 * kv) + 3 * config.hidden * config.ffn) // tensor
     small = 2 * config.hidden + ((query + 2 * kv) // tensor if config.qkv_bias else 0)
+    small += 2 * config.dim_per_head if config.qk_norm else 0
     embedding = padded_rows(config, tensor) * config.hidden
     large_total, small_total = blocks * block, blocks * small
     if first or (last and (config.tied_embeddings or recycle.layers)):

@@ -47,6 +47,7 @@ def make(model: ModelConfig, recycle: RecycleConfig, tensor: int) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     assert model.vocab_size is not None
+    unrotated = model.rope.unrotated_layers
     config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -60,6 +61,8 @@ def make(model: ModelConfig, recycle: RecycleConfig, tensor: int) -> Any:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        no_rope_freq=[int(layer in unrotated) for layer in range(model.layers)] if unrotated else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mtp_num_layers=recycle.layers or None,
@@ -69,7 +72,7 @@ def make(model: ModelConfig, recycle: RecycleConfig, tensor: int) -> Any:
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=tensor,
     )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
     scaling = model.rope.scaling
     return GPTModel(
         config,

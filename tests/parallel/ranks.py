@@ -189,7 +189,7 @@ def run_taken_over(rank: int, world_size: int, config: RunConfig, moment: str) -
             setattr(owner, name, original)
 
 
-BREAKAGES = ("norm_gradients", "tied_embedding", "recycle_scale")
+BREAKAGES = ("norm_gradients", "head_norm_gradients", "tied_embedding", "recycle_scale")
 
 
 def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> str:
@@ -212,6 +212,7 @@ def run_broken(rank: int, world_size: int, config: RunConfig, breakage: str) -> 
 
     owner, name, broken = {
         "norm_gradients": (norm, "copy_to_tensor_model_parallel_region", unreduced),
+        "head_norm_gradients": (norm, "copy_to_tensor_model_parallel_region", unreduced),
         "tied_embedding": (pipeline.RecyclePipeline, "get_tied_weights_and_groups", untied),
         "recycle_scale": (batches.StepBatches, "scales", unscaled),
     }[breakage]

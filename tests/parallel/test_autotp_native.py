@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero0": ("mistral", {"zero_optimization": {"stage": 0}}),
     "zero1": ("llama", {"zero_optimization": {"stage": 1}}),
     "zero2_tied": ("llama_tied", {"zero_optimization": {"stage": 2}}),
+    "zero1_head_norms": ("qwen3", {"zero_optimization": {"stage": 1}}),
     "zero1_bias": ("qwen2", {"zero_optimization": {"stage": 1}}),
 }
 

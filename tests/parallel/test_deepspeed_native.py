@@ -31,6 +31,10 @@ CASES: dict[str, tuple[int, Change]] = {
     "zero3_bf16": (2, {"deepspeed": zero(3)} | BF16),
     "tp2_zero1": (2, {"deepspeed": zero(1), "parallel__tensor": 2}),
     "tp2_sp_zero3": (2, {"deepspeed": zero(3), "parallel__tensor": 2, "parallel__sequence": True}),
+    "tp2_head_norms": (
+        2,
+        {"deepspeed": zero(1), "parallel__tensor": 2, "model__qk_norm": True, "model__head_dim": 16},
+    ),
     "ulysses2_zero2": (2, {"deepspeed": zero(2), "parallel__ulysses": 2}),
     "pp2": (2, STAGES),
     "pp2_bf16": (2, STAGES | BF16),
@@ -105,6 +109,8 @@ def test_frozen_bf16_weights_are_reported(root: Path) -> None:
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2": ("llama_tied", {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}),
     "zero3": ("qwen2", {"zero_optimization": {"stage": 3, "sub_group_size": 5000}}),
+    "zero1_head_norms": ("qwen3", {"zero_optimization": {"stage": 1}}),
+    "zero2_unrotated": ("smollm3", {"zero_optimization": {"stage": 2}}),
     "zero3_bf16": ("llama", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}),
 }
 

@@ -17,7 +17,7 @@ from tests.parallel.megatron_core import Case, Gap, compare, exchange, our_logit
 from tests.unit.checkpoint.megatron_cases import CASES, arguments_of, source_of
 
 CLOSE, FAR = 1e-4, 0.1
-LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True}, {}, {})
+LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True}, {}, {}, {}, {})
 
 
 @dataclass(frozen=True)

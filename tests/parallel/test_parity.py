@@ -70,6 +70,12 @@ SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
         "tp2_sp_small_chunk": (
             "tied3", {"parallel__tensor": 2, "parallel__sequence": True, "training__loss_chunk": 50},
         ),
+        "tp2_head_norms": ("head_norms", {"parallel__tensor": 2}),
+        "tp2_sp_head_norms_zero3": (
+            "head_norms", {"parallel__tensor": 2, "parallel__sequence": True, "deepspeed": zero(3)},
+        ),
+        "pp2_head_norms": ("head_norms", {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
+        "ulysses2_head_norms": ("head_norms", {"parallel__ulysses": 2}),
         "tp2_odd_hidden": ("odd_hidden", {"parallel__tensor": 2}),
         "tp2_sp_frozen": (
             "frozen", {"parallel__tensor": 2, "parallel__sequence": True, "deepspeed": zero(3)},
@@ -78,6 +84,10 @@ SPECIAL: dict[int, dict[str, tuple[str, Change]]] = {
     4: {
         "pp4": (
             "four_layers", {"parallel__pipeline": 4, "deepspeed": PIPELINE, "training__micro_batch_size": 1},
+        ),
+        "tp2_dp2_head_norms": ("head_norms", {"parallel__tensor": 2, "deepspeed": zero(2)}),
+        "pp2_tp2_head_norms": (
+            "head_norms", {"parallel__pipeline": 2, "parallel__tensor": 2, "deepspeed": PIPELINE},
         ),
         "tp2_dp2_micro1": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(2), "training__micro_batch_size": 1}),
         "tp2_dp2_micro2": ("tied3", {"parallel__tensor": 2, "deepspeed": zero(3), "training__micro_batch_size": 2}),
@@ -102,19 +112,25 @@ EXTRA_SHAPES: dict[str, Change] = {
     "detached": {"recycle__depth": 2, "recycle__gradient": "detached"},
     "untied_detached": {"recycle__depth": 2, "recycle__gradient": "detached", "model__tied_embeddings": False},
     "plain_lm": {"recycle__layers": 0},
+    # Qwen3's norms of queries and keys, wide heads, and a layer without rotary embedding
+    "head_norms": {
+        "recycle__depth": 2, "model__qk_norm": True, "model__head_dim": 16, "model__rope__unrotated_layers": [1],
+        "training__activation_checkpointing": "full",
+    },
     "frozen": {"recycle__depth": 2, "recycle__gradient": "frozen_backbone"},
     # without a recycle module, the hidden width is not split
     "odd_hidden": {"recycle__layers": 0, "model__hidden": 45, "model__head_dim": 12},
     "four_layers": {"recycle__depth": 2, "model__layers": 4},
     "four_layers_untied": {"recycle__depth": 2, "model__layers": 4, "model__tied_embeddings": False},
     "four_kv_heads": {"recycle__depth": 2, "model__kv_heads": 4},
-}
+}  # fmt: skip
 BF16: Change = {"training__dtype": "bf16"}
-# The layout in which each breakage occurs.
-BROKEN: dict[str, Change] = {
-    "norm_gradients": {"parallel__tensor": 2, "parallel__sequence": True},
-    "tied_embedding": {"parallel__pipeline": 2, "deepspeed": PIPELINE},
-    "recycle_scale": {"parallel__ulysses": 2},
+# The shape and the layout in which each breakage occurs.
+BROKEN: dict[str, tuple[str, Change]] = {
+    "norm_gradients": ("tied3", {"parallel__tensor": 2, "parallel__sequence": True}),
+    "head_norm_gradients": ("head_norms", {"parallel__tensor": 2}),
+    "tied_embedding": ("tied3", {"parallel__pipeline": 2, "deepspeed": PIPELINE}),
+    "recycle_scale": ("tied3", {"parallel__ulysses": 2}),
 }
 
 
@@ -196,11 +212,12 @@ def test_run_json_has_the_layout(curves: dict[str, Curve], root: Path, name: str
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_reduction_fails_the_suite(curves: dict[str, Curve], corpus: Path, root: Path, breakage: str) -> None:
     """Prevents parity tests that pass with a wrong reduction."""
-    config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | SHAPES["tied3"] | BROKEN[breakage]))
+    shape, change = BROKEN[breakage]
+    config = tiny_run(corpus, root / f"broken_{breakage}", **(BASE | (SHAPES | EXTRA_SHAPES)[shape] | change))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
     broken = curves_of(root, [f"broken_{breakage}"])[f"broken_{breakage}"]
     with pytest.raises(AssertionError, match="step"):
-        assert_equal(broken, curves["tied3"])
+        assert_equal(broken, curves[shape])
 
 
 @pytest.mark.parametrize("breakage", ["tied_embedding", "recycle_scale"])
@@ -211,7 +228,7 @@ def test_a_broken_reduction_fails_in_bf16_too(
 
     The norms' gradients are checked in fp32 only, because they change the total norm by 0.2 %, like bf16's rounding.
     """
-    config = tiny_run(corpus, root / f"bf16_{breakage}", **(BASE | SHAPES["tied3"] | BF16 | BROKEN[breakage]))
+    config = tiny_run(corpus, root / f"bf16_{breakage}", **(BASE | SHAPES["tied3"] | BF16 | BROKEN[breakage][1]))
     assert run_ranks(run_broken, 2, config, breakage) == ["finished"] * 2
     with pytest.raises(AssertionError):
         assert_rounded(curves_of(root, [f"bf16_{breakage}"])[f"bf16_{breakage}"], curves["bf16"])

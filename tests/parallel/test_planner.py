@@ -44,6 +44,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "TP 2": (2, 1, TP2),
     "TP 2 + SP, recompute, depth 3": (2, 1, TP2 | SP | FULL | {"recycle__depth": 3}),
     "TP 2 + SP, bf16": (2, 1, TP2 | SP | BF16),
+    "TP 2, norms of queries and keys": (2, 1, TP2 | {"model__qk_norm": True, "recycle__depth": 2}),
+    "Ulysses 2, norms of queries and keys, bf16": (2, 1, BF16 | {"parallel__ulysses": 2, "model__qk_norm": True}),
     "PP 2": (2, 1, PP2),
     "PP 2, bf16, untied": (2, 1, PP2 | BF16 | {"model__tied_embeddings": False}),
     "Ulysses 2": (2, 1, {"parallel__ulysses": 2}),

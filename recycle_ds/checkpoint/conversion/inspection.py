@@ -90,7 +90,7 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if not isinstance(value, dict):
         return str(value) if not isinstance(value, list) else "\n".join(_wrapped(str(one)) for one in value)
-    settings = [f"{key}={_setting(one)}" for key, one in _flat(value).items() if one is not None]
+    settings = [f"{key}={_setting(one)}" for key, one in _flat(value).items() if one not in (None, [])]
     return _wrapped(", ".join(settings))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from recycle_ds.checkpoint.deepspeed_native.plain_optimizer import with_optimize
 from recycle_ds.checkpoint.deepspeed_native.ranks import Stored, read_rank
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.torch_archives import one_line
+from recycle_ds.checkpoint.huggingface.tensors import EMBEDDING
 from recycle_ds.checkpoint.sources import shorten
 
 _TOKENIZER = "tokenizer.json"
@@ -49,6 +51,8 @@ class DeepSpeedSource:
                 for rank, stored in enumerate(ranks)
             ]
         _check(inventory, ranks, described)
+        for stored in ranks:
+            _check_redundant(self._files, stored, described.redundant)
         check_order(self._files, inventory, described.shards)
         self._ranks, self._shards = ranks, described.shards
         self.model, self.recycle, self.seq_length = described.model, described.recycle, described.seq_length
@@ -187,6 +191,22 @@ def _check(inventory: Inventory, ranks: list[dict[str, Stored]], described: Desc
             f"{inventory.folder}: parameters (tensor ranks {inventory.tensor}, stages {inventory.pipeline}) do not match the "
             f"configuration: {'; '.join(problems)}"
         )
+
+
+def _check_redundant(files: PtFiles, stored: Mapping[str, Stored], redundant: frozenset[str]) -> None:
+    """Raises CheckpointError for a head of its own in a model whose configuration ties it to the embedding."""
+    for name in redundant & stored.keys():
+        head, embedding = stored[name], stored[EMBEDDING]
+        if head is embedding or head.shape != embedding.shape:
+            continue
+        count = math.prod(head.shape)
+        left, right = (files.read(one.spans["weight"], 0, count) for one in (head, embedding))
+        rounded = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)  # one may be a master weight
+        if not torch.equal(left.to(rounded), right.to(rounded)):
+            raise CheckpointError(
+                f"{files.folder}: {name} differs from the embedding, but the configuration has tie_word_embeddings=true: "
+                "set it to false there"
+            )
 
 
 def _tokenizer(folder: Path, configured: Path | None) -> Path | None:

@@ -73,6 +73,9 @@ def check_fits(source: Source) -> None:
         raise CheckpointError(f"{where}: no recycle module, which --to vllm writes as the MTP head: use --to hf")
     if recycle.layers > 1:
         raise CheckpointError(f"{where}: recycle.layers={recycle.layers}: the MTP head has one block: {other}")
+    if model.qk_norm or model.rope.unrotated_layers:
+        setting = "qk_norm" if model.qk_norm else "rope.unrotated_layers"
+        raise CheckpointError(f"{where}: model.{setting}: a Qwen2 block has no such setting: {other}")
     if model.dim_per_head * model.heads != model.hidden:
         raise CheckpointError(
             f"{where}: model.head_dim={model.dim_per_head}: a Qwen2 block has hidden / heads "

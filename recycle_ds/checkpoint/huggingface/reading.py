@@ -16,14 +16,14 @@ from recycle_ds.checkpoint.huggingface.families import read_model
 from recycle_ds.checkpoint.huggingface.mimo import mimo_name, read_head, zero_biases
 from recycle_ds.checkpoint.huggingface.module import read_module
 from recycle_ds.checkpoint.huggingface.names import hugging_face_name
+from recycle_ds.checkpoint.huggingface.tensors import HEAD, Place, locate, resolve_head
 from recycle_ds.checkpoint.sequence_length import default_window
 from recycle_ds.checkpoint.sources import shorten
 from recycle_ds.model.build import whole_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
-# Buffers that old releases of transformers saved; they are recomputed.
-_IGNORED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 
 class HuggingFaceSource:
@@ -56,13 +56,13 @@ class HuggingFaceSource:
             self._zero = zero_biases(self.model, self.recycle)
         if verify:
             self.verify()
-        self.notes = tuple(notes)
         self.seq_length = default_window(self.model)
         tokenizer = folder / "tokenizer.json"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
-        self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
         self._files = ShardFiles(folder)
-        self._file_of = self._locate()
+        self._places, tensor_notes = self._locate()
+        self.notes = (*notes, *tensor_notes)
+        self.shapes: Mapping[str, tuple[int, ...]] = whole_shapes(self.model, self.recycle)
         self._check()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -76,26 +76,43 @@ class HuggingFaceSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""
-        key = self._name(name)
-        return self._files.dtype(self._file_of[key], key)
+        place = self._places[self._name(name)]
+        return self._files.dtype(place.file, place.key)
 
     def read(self, name: str, kind: str = "weight", axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
         """See `Source`."""
         assert self.has(name, kind), f"{kind} of {name}"
-        key = self._name(name)
-        return self._files.read(self._file_of[key], key, axis, start, length)
+        place = self._places[self._name(name)]
+        return self._files.read(place.file, place.key, axis, start, length)
 
-    def _locate(self) -> dict[str, str]:
-        """Returns the file of every stored tensor, by its Hugging Face name."""
-        file_of: dict[str, str] = {}
-        for file in (*self._weight_files(), *self._module_files):
-            for key in self._files.keys(file):
-                if key in file_of:
-                    raise CheckpointError(f"{self.folder}: {key} is in both {file_of[key]} and {file}")
-                file_of[key] = file
-        return file_of
+    def _locate(self) -> tuple[dict[str, Place], list[str]]:
+        """Returns the place of every stored tensor, by its Hugging Face name, and notes. Unties a head that differs."""
+        names = self._weight_files()
+        places, notes = locate(self._files, names)
+        if names == [SINGLE] and (self.folder / INDEX).is_file():
+            notes.append(f"{SINGLE} is read, and {INDEX} ignored, as transformers does")
+        if self.model.tied_embeddings:
+            places, tied = resolve_head(self._files, places)
+            if not tied:
+                self.model = self.model.model_copy(update={"tied_embeddings": False})
+                notes.append(f"{HEAD} differs from the embedding: kept, although {CONFIG} has tie_word_embeddings=true")
+        module, _ = locate(self._files, self._module_files)
+        twice = sorted(places.keys() & module.keys())
+        if twice:
+            raise CheckpointError(
+                f"{self.folder}: {twice[0]} is in both {places[twice[0]].file} and {module[twice[0]].file}"
+            )
+        return places | module, notes
 
     def _weight_files(self) -> list[str]:
+        """Names of the weight files; as in transformers, a single file counts before an index. Raises CheckpointError."""
+        if (self.folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{self.folder}: {ADAPTER}: the folder has an adapter (LoRA), which is not applied: merge it into its base "
+                "model with peft (merge_and_unload) and save the result"
+            )
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
         if (self.folder / INDEX).is_file():
             table = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(table, dict) or not table:
@@ -110,26 +127,33 @@ class HuggingFaceSource:
             if absent:
                 raise CheckpointError(f"{self.folder}: missing: {shorten(absent)}")
             return files
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
-        why = (
-            f"; {pickled[0]} is a pickle, which is never loaded: save it with safe_serialization=True"
-            if pickled
-            else ""
-        )
-        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{why}")
+        raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{self._advice()}")
+
+    def _advice(self) -> str:
+        """How to make safetensors of the weights that the folder has in another format."""
+        pickled = sorted(path.name for kind in ("*.bin", "*.pth", "*.pt") for path in self.folder.glob(kind))
+        if "pytorch_model.bin" in pickled or "pytorch_model.bin.index.json" in {p.name for p in self.folder.iterdir()}:
+            return (
+                "; pytorch_model.bin is a pickle, which is never loaded here; transformers 5 reads it without running code and "
+                'writes safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained({str(self.folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\", then copy the "
+                "tokenizer's files"
+            )
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if others:
+            return f"; {others[0]} is not a name that transformers reads"
+        return f"; {pickled[0]} is a pickle, which is never loaded: save the model as safetensors" if pickled else ""
 
     def _check(self) -> None:
         """Raises CheckpointError unless the folder has exactly the model's tensors, in their shapes."""
         expected = {self._name(name): shape for name, shape in (*self.shapes.items(), *self._zero.items())}
-        redundant = {"lm_head.weight"} if self.model.tied_embeddings else set()
-        missing = sorted(expected.keys() - self._file_of.keys())
-        extra = sorted(key for key in self._file_of.keys() - expected.keys() - redundant if not _IGNORED.match(key))
+        missing = sorted(expected.keys() - self._places.keys())
+        extra = sorted(self._places.keys() - expected.keys())
         wrong = []
-        for key in sorted(expected.keys() & self._file_of.keys()):
-            self._files.dtype(self._file_of[key], key)
-            found = self._files.shape(self._file_of[key], key)
+        for key in sorted(expected.keys() & self._places.keys()):
+            place = self._places[key]
+            self._files.dtype(place.file, place.key)
+            found = self._files.shape(place.file, place.key)
             if found != tuple(expected[key]):
                 wrong.append(f"{key} {list(found)} instead of {list(expected[key])}")
         problems = [
@@ -137,8 +161,10 @@ class HuggingFaceSource:
             for title, names in (("missing", missing), ("not supported", extra), ("wrong shape", wrong))
             if names
         ]
+        if missing == [HEAD]:
+            problems.append("if the head is the embedding, set tie_word_embeddings to true")
         if problems:
             raise CheckpointError(f"{self.folder}: tensors do not match {CONFIG}: {'; '.join(problems)}")
         for key in map(self._name, self._zero):
-            if self._files.read(self._file_of[key], key, 0, 0, None).any():
+            if self._files.read(self._places[key].file, self._places[key].key, 0, 0, None).any():
                 raise CheckpointError(f"{self.folder}: {key} is not zero, but recycle.json says qkv_bias=false")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from recycle_ds.checkpoint.files.safetensors_writer import Named, split, write_shards
-from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
+from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.huggingface.families import write_model
 from recycle_ds.checkpoint.huggingface.mimo import check_fits, describe_head, mimo_name, write_config, zero_biases
 from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, describe_module, module_file
@@ -18,6 +19,7 @@ from recycle_ds.checkpoint.huggingface.reading import CONFIG, INDEX, SINGLE
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
 from recycle_ds.config.atomic_files import write_json_atomically
+from recycle_ds.data.special_ids import merge_into, read_special_ids
 from recycle_ds.data.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
@@ -36,7 +38,7 @@ def write_hugging_face(
     # without an index, vLLM and SGLang would read every *.safetensors, the module's too, and fail on its names
     _write_weights(folder, base, shard_bytes, step, index=bool(module))
     tree = write_model(source.model, _dtype_name(base))
-    write_json_atomically(folder / CONFIG, tree | _write_tokenizer(source.tokenizer, folder))
+    write_json_atomically(folder / CONFIG, tree | _write_tokenizer(source, folder))
     if module:
         shards = split(module, shard_bytes)
         files = write_shards(folder, shards, module_file, step)
@@ -76,7 +78,7 @@ def write_mimo(
     read = {mimo_name(name) for name in source.shapes}  # tensors that the layout adds are not counted as steps
     _write_weights(folder, tensors, shard_bytes, lambda key: step(key) if key in read else None, index=False)
     tree = write_config(model, _dtype_name(tensors))
-    write_json_atomically(folder / CONFIG, tree | _write_tokenizer(source.tokenizer, folder))
+    write_json_atomically(folder / CONFIG, tree | _write_tokenizer(source, folder))
     write_json_atomically(folder / MODULE_CONFIG, describe_head(source, before_norm))
 
 
@@ -100,11 +102,17 @@ def _dtype_name(tensors: list[Named]) -> str:
     return str(tensors[0][2]).removeprefix("torch.")
 
 
-def _write_tokenizer(path: Path | None, folder: Path) -> dict[str, int]:
-    """Copies the tokenizer's files, if there is one; returns the special-token ids for config.json."""
-    if path is None:
-        return {}
+def _write_tokenizer(source: Source, folder: Path) -> dict[str, int | list[int] | None]:
+    """Copies the files of the tokenizer and of generation; returns the special-token ids for config.json.
+
+    Ids that nothing names are null: transformers would take the family's defaults, which are ids of another vocabulary.
+    """
+    path = source.tokenizer or source.folder / TOKENIZER
+    copy_tokenizer(path, folder, name_ids=False)
+    ids = read_special_ids(path.parent)
+    found = {"bos_token_id": ids.bos, "eos_token_id": None, "pad_token_id": ids.pad}
+    if source.tokenizer is None:
+        return found | merge_into({}, ids)
     tokenizer = Tokenizer.load(path)
-    copy_tokenizer(path, folder)
-    found = {"eos_token_id": tokenizer.eos_id}
-    return found | ({"bos_token_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {})
+    bos = tokenizer.bos_id if ids.bos is None else ids.bos
+    return found | {"bos_token_id": bos} | merge_into({}, replace(ids, bos=bos), sorted(tokenizer.end_ids))

@@ -25,12 +25,12 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 _ABSENT = (
     "activation_func_clamp_value", "experimental_attention_variant", "heterogeneous_layers_config_encoded_json",
     "heterogeneous_layers_config_path", "hybrid_layer_pattern", "hybrid_override_pattern", "linear_attention_freq",
-    "linear_attention_type", "no_rope_freq", "num_experts", "num_moe_experts", "softmax_scale", "spec", "window_size",
+    "linear_attention_type", "num_experts", "num_moe_experts", "softmax_scale", "spec", "window_size",
 )  # fmt: skip
 _OFF = (
     "apply_layernorm_1p", "apply_residual_connection_post_layernorm", "attention_output_gate", "heterogeneous_block_specs",
     "is_hybrid_model", "layernorm_zero_centered_gamma", "mtp_use_repeated_layer", "multi_latent_attention", "qk_l2_norm",
-    "qk_layernorm", "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
+    "quick_geglu", "rotary_interleaved", "squared_relu", "use_mup",
 )  # fmt: skip
 # Must have one of these values if present.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -48,13 +48,14 @@ _SIZES = {
     "max_positions": "max_position_embeddings",
 }
 _PADDED, _GROUPED, _GROUPS = "padded_vocab_size", "group_query_attention", "num_query_groups"
-_UNTIED, _BIAS, _SCALED, _DEPTH = (
+_UNTIED, _BIAS, _NORMS, _SCALED, _DEPTH = (
     "untie_embeddings_and_output_weights",
     "add_qkv_bias",
+    "qk_layernorm",
     "use_rope_scaling",
     "mtp_num_layers",
 )
-_FLAGS = (_GROUPED, _UNTIED, _BIAS, _SCALED)
+_FLAGS = (_GROUPED, _UNTIED, _BIAS, _NORMS, _SCALED)
 # Read as numbers: booleans are refused, because Python would accept them as 1 and 0.
 _NUMBERS = (
     *_SIZES.values(), _PADDED, _GROUPS, _DEPTH, "init_method_std", "kv_channels", "layernorm_epsilon",
@@ -63,6 +64,7 @@ _NUMBERS = (
 )  # fmt: skip
 _LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_positions": 8192}
 """Constants of Megatron's RotaryEmbedding."""
+_UNROTATED = "no_rope_freq"
 _EPSILON = 1e-5
 """Default of Megatron-LM."""
 SEPARATE_DEPTHS = (
@@ -88,17 +90,41 @@ def read_arguments(
         "norm_epsilon": _first(args, ("norm_epsilon", "layernorm_epsilon"), _EPSILON),
         "tied_embeddings": not args.get(_UNTIED),
         "qkv_bias": bool(args.get(_BIAS)),
+        "qk_norm": bool(args.get(_NORMS)),
         "init_std": _first(args, ("init_method_std",), 0.02),
     }
     depth = _first(args, (_DEPTH,), 0)
     if type(depth) is not int or depth not in (0, 1):
         raise CheckpointError(f"{where}: mtp_num_layers={depth!r}: {SEPARATE_DEPTHS}")
+    model = _build(fields, where)
+    check_sizes(model, where)
+    unrotated = _read_unrotated(args, model.layers, where)
+    if unrotated and depth:
+        raise CheckpointError(f"{where}: {_UNROTATED}={args[_UNROTATED]!r} together with an MTP layer is not supported")
+    if unrotated:
+        model = _build(fields | {"rope": fields["rope"] | {"unrotated_layers": unrotated}}, where)
+    return model, RecycleConfig(layers=depth), notes
+
+
+def _build(fields: dict[str, Any], where: str) -> ModelConfig:
     try:
-        model = build_section(ModelConfig, fields)
+        return build_section(ModelConfig, fields)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    check_sizes(model, where)
-    return model, RecycleConfig(layers=depth), notes
+
+
+def _read_unrotated(args: Mapping[str, Any], layers: int, where: str) -> list[int]:
+    """Returns the layers without rotary embedding: every n-th one, or those listed as 1."""
+    found = args.get(_UNROTATED)
+    if found is None:
+        return []
+    if type(found) is int and found > 0 and layers % found == 0:
+        return list(range(found - 1, layers, found))
+    if isinstance(found, list) and len(found) == layers and all(one in (0, 1) for one in found):
+        return [layer for layer, skipped in enumerate(found) if skipped]
+    raise CheckpointError(
+        f"{where}: {_UNROTATED}={str(found)[:60]}: must divide the {layers} layers, or be a list with a 0 or 1 for each"
+    )
 
 
 def _check(args: Mapping[str, Any], where: str) -> None:
@@ -159,8 +185,14 @@ def write_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments that --use-checkpoint-args reads and that its checks compare. layout: tensor and pipeline ranks.
 
-    Raises CheckpointError for a RoPE scaling that Megatron does not support.
+    Raises CheckpointError for a rotary embedding that Megatron does not support.
     """
+    unrotated = model.rope.unrotated_layers
+    if unrotated and recycle.layers:
+        raise CheckpointError(
+            f"model.rope.unrotated_layers={list(unrotated)} with a module: Megatron's option for these layers does not cover "
+            "an MTP layer; convert to portable or hf instead"
+        )
     return {
         **{key: getattr(model, field) for field, key in _SIZES.items()},
         "seq_length": seq_length,
@@ -178,6 +210,7 @@ def write_arguments(
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         **_write_scaling(model),
+        _UNROTATED: [int(layer in unrotated) for layer in range(model.layers)] if unrotated else None,
         "add_bias_linear": False,
         "add_qkv_bias": model.qkv_bias,
         "swiglu": True,
@@ -186,7 +219,7 @@ def write_arguments(
         "norm_epsilon": model.norm_epsilon,
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
-        "qk_layernorm": False,
+        _NORMS: model.qk_norm,
         "multi_latent_attention": False,
         "num_experts": None,
         "untie_embeddings_and_output_weights": not model.tied_embeddings,
@@ -226,6 +259,11 @@ def _write_scaling(model: ModelConfig) -> dict[str, Any]:
 def unrestored(model: ModelConfig) -> list[str]:
     """Returns the Megatron-LM options that this model needs and --use-checkpoint-args does not set."""
     found = [] if model.norm_epsilon == _EPSILON else [f"--norm-epsilon {model.norm_epsilon:g}"]
+    if model.qk_norm:
+        found.append("--qk-layernorm")
+    unrotated = model.rope.unrotated_layers
+    if unrotated:
+        found.append(f"--no-rope-freq [{','.join(str(int(one in unrotated)) for one in range(model.layers))}]")
     scaling = model.rope.scaling
     if scaling is not None and scaling.kind == "llama3":
         found.append(f"--use-rope-scaling --rope-scaling-factor {scaling.factor:g}")

@@ -28,6 +28,7 @@ _BLOCK_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_HEAD_NORM_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _MODULE_STATES = ("enorm", "hnorm", "eh_proj", "final_layernorm")
 
 
@@ -56,6 +57,7 @@ class _Names:
 
     shapes: dict[str, tuple[int, ...]]
     qkv_bias: bool
+    qk_norm: bool
 
     def entry(
         self, key: str, parts: tuple[str, ...], kind: Kind = "plain", axis: int | None = None, layer: int | None = None
@@ -77,6 +79,8 @@ class _Names:
         for suffix in ("weight", "bias") if self.qkv_bias else ("weight",):
             members = parts("attention", heads, suffix)
             yield self.entry(f"{attention}linear_qkv.{suffix}", members, "query_key_value", 0, layer)
+        for name, key in (("query_norm", "q_layernorm"), ("key_norm", "k_layernorm")) if self.qk_norm else ():
+            yield self.entry(f"{attention}{key}.weight", (f"{canonical}attention.{name}.weight",), layer=layer)
         yield self.entry(
             f"{attention}linear_proj.weight", (f"{canonical}attention.output.weight",), axis=1, layer=layer
         )
@@ -88,7 +92,7 @@ class _Names:
 def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
     """Returns all tensors of Megatron's model, in its order. Raises CheckpointError for a module with several blocks."""
     check_module(recycle)
-    names = _Names(whole_shapes(model, recycle), model.qkv_bias)
+    names = _Names(whole_shapes(model, recycle), model.qkv_bias, model.qk_norm)
     found = [names.entry("embedding.word_embeddings.weight", ("embedding.weight",), "vocabulary", 0)]
     for layer in range(model.layers):
         found += names.block(f"blocks.{layer}.", f"{DECODER}{layer}.", layer)
@@ -115,12 +119,11 @@ def check_module(recycle: RecycleConfig) -> None:
 def extra_states(model: ModelConfig, recycle: RecycleConfig) -> list[tuple[int | None, str]]:
     """Returns layer (None for those after the decoder) and key of the empty states that loading stacked layers requires."""
     count = model.layers
+    of_block = (*_BLOCK_STATES, *(_HEAD_NORM_STATES if model.qk_norm else ()))
     found: list[tuple[int | None, str]] = [
-        (layer, f"{DECODER}{name}._extra_state/shard_{layer}_{count}")
-        for layer in range(count)
-        for name in _BLOCK_STATES
+        (layer, f"{DECODER}{name}._extra_state/shard_{layer}_{count}") for layer in range(count) for name in of_block
     ]
     names = ["decoder.final_layernorm"]
     if recycle.layers:
-        names += [f"{MODULE}{name}" for name in _MODULE_STATES] + [f"{RENAMED[0]}{name}" for name in _BLOCK_STATES]
+        names += [f"{MODULE}{name}" for name in _MODULE_STATES] + [f"{RENAMED[0]}{name}" for name in of_block]
     return found + [(None, f"{name}._extra_state/shard_0_1") for name in names]

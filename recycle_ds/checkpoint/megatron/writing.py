@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from recycle_ds.checkpoint.errors import CheckpointError
-from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
+from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.megatron.arguments import write_arguments
 from recycle_ds.checkpoint.megatron.fusing import fuse
 from recycle_ds.checkpoint.megatron.names import Entry, entries, extra_states
@@ -229,6 +229,5 @@ def _write_rest(source: Source, checkpoint: Path, args: dict[str, Any], layout: 
         "provenance": provenance() | {"converted_from": {"kind": source.kind, "folder": source.folder.name}},
     }
     write_json_atomically(checkpoint / OURS, description)
-    if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, checkpoint)
+    copy_tokenizer(source.tokenizer or source.folder / TOKENIZER, checkpoint)
     fsync(checkpoint)

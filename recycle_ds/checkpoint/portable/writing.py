@@ -10,7 +10,7 @@ import torch
 
 from recycle_ds.checkpoint.files.checksums import describe
 from recycle_ds.checkpoint.files.safetensors_writer import Named, split, write_shards
-from recycle_ds.checkpoint.files.tokenizer_files import copy_tokenizer
+from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.portable.manifest import write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sequence_length import CONVERTED
@@ -34,7 +34,7 @@ def write_portable(
     files = list(written)
     if source.tokenizer is not None:
         fingerprint = Tokenizer.load(source.tokenizer).fingerprint
-        files += copy_tokenizer(source.tokenizer, folder)
+    files += copy_tokenizer(source.tokenizer or source.folder / TOKENIZER, folder)
     tensors: dict[str, Any] = {}
     for name, shape in source.shapes.items():
         key = f"{name}/weight/0"

@@ -124,6 +124,7 @@ def _engine(
         block_size=BLOCK_SIZE,
         max_batch=max_batch,
         eos_ids=eos_ids,
+        unnamed_ids=model.unnamed_ids,
         text_source=text_source,
         clock=clock,
     )

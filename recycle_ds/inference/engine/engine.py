@@ -39,14 +39,16 @@ class DecodingEngine:
         block_size: int = 16,
         max_batch: int = 8,
         eos_ids: Iterable[int] = (),
+        unnamed_ids: Iterable[int] = (),
         text_source: Callable[[], TextSource] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """eos_ids: end-of-sequence tokens. text_source: creates a new detokeniser; needed for stop strings only. clock: in
-        seconds, for the figures of an answer."""
+        """eos_ids: end-of-sequence tokens. unnamed_ids: ids without a token, never sampled. text_source: creates a new
+        detokeniser; needed for stop strings only. clock: in seconds, for the figures of an answer."""
         self._executor = executor
         self.vocab_size, self.max_positions, self.has_module = vocab_size, max_positions, has_module
         self._eos_ids = tuple(sorted(set(eos_ids)))
+        self._unnamed_ids = frozenset(unnamed_ids)
         self._text_source = text_source
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
         self._under_way: deque[tuple[Plan, float]] = deque()
@@ -165,9 +167,10 @@ class DecodingEngine:
         wrong = [token for token in (*params.named_tokens, *params.stop_tokens) if not 0 <= token < self.vocab_size]
         if wrong:
             raise DecodingError(f"token id {wrong[0]}: the model's vocabulary has {self.vocab_size} tokens, from 0 on")
-        if params.logprobs is not None and params.logprobs > self.vocab_size:
-            raise DecodingError(f"logprobs={params.logprobs}: the model's vocabulary has {self.vocab_size} tokens")
-        barred = {*params.bad_tokens, *(self._end_ids(params) if params.min_new_tokens else ())}
+        tokens = self.vocab_size - len(self._unnamed_ids)
+        if params.logprobs is not None and params.logprobs > tokens:
+            raise DecodingError(f"logprobs={params.logprobs}: the model's vocabulary has {tokens} tokens")
+        barred = {*self._unnamed_ids, *params.bad_tokens, *(self._end_ids(params) if params.min_new_tokens else ())}
         if len(barred) >= self.vocab_size or (params.allowed_tokens and not set(params.allowed_tokens) - barred):
             raise DecodingError("no token is left to choose: bad_tokens and min_new_tokens bar all allowed ones")
         if params.stop and self._text_source is None:

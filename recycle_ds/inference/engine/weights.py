@@ -92,7 +92,7 @@ class Norm:
         if self._doubled is None:
             return F.rms_norm(x, (self._width,), self._weight, self._epsilon)
         pair = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * self._width,), self._doubled, None, self._epsilon)
-        return pair[:, : self._width].contiguous()
+        return pair[..., : self._width].contiguous()
 
 
 class Layer:
@@ -106,6 +106,9 @@ class Layer:
         self._attention_norm, self._mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
         projection = attention.query_key_value
         self._query_key_value = Product(projection.weight, projection.bias)
+        self._rotated = attention.rotated
+        norms = (attention.query_norm, attention.key_norm)
+        self._head_norms = [Norm(norm) for norm in norms if norm is not None]
         self._output = RowProduct(attention.output.weight, ranks)
         self._gate_up = Product(mlp.gate_up.weight)
         self._down = RowProduct(mlp.down.weight, ranks)
@@ -114,7 +117,12 @@ class Layer:
         """[T, D] to [T, D]."""
         mixed = self._query_key_value(self._attention_norm(x_TD))
         mixed = mixed.view(len(x_TD), self._heads + 2 * self._kv_heads, self._channels)
-        rotated = rotate(mixed[:, : self._heads + self._kv_heads], rotary)
+        rotated = mixed[:, : self._heads + self._kv_heads]
+        if self._head_norms:
+            parts = rotated.split((self._heads, self._kv_heads), dim=1)
+            rotated = torch.cat([norm(part) for norm, part in zip(self._head_norms, parts, strict=True)], dim=1)
+        if self._rotated:
+            rotated = rotate(rotated, rotary)
         keys_values = torch.cat((rotated[:, self._heads :], mixed[:, self._heads + self._kv_heads :]), dim=1)
         x_TD = self._output(attend(layer, rotated[:, : self._heads], keys_values), x_TD)
         gate, up = self._gate_up(self._mlp_norm(x_TD)).chunk(2, dim=-1)
@@ -146,14 +154,14 @@ class Module:
 class Head:
     """The rows of the output head for some token ids of this rank's shard."""
 
-    def __init__(self, weight_VD: Tensor, valid: bool) -> None:
-        """valid: False for a single row that stands for an empty shard, and is never chosen."""
-        self._product, self._valid = Product(weight_VD), valid
+    def __init__(self, weight_VD: Tensor, barred: Tensor | None) -> None:
+        """barred: rows that are never chosen, int64; None for none."""
+        self._product, self._barred = Product(weight_VD), barred
 
     def __call__(self, states_RD: Tensor) -> Tensor:
         """fp32 logits [R, V]."""
         logits_RV = self._product(states_RD).float()
-        return logits_RV if self._valid else logits_RV.fill_(-torch.inf)
+        return logits_RV if self._barred is None else logits_RV.index_fill_(-1, self._barred, -torch.inf)
 
 
 class StageWeights:
@@ -172,11 +180,11 @@ class StageWeights:
         """The token ids of `draft_head`, ascending; None for those of `head`."""
         self.module: Module | None = None
         if self.final_norm is not None:
-            self.head = self.draft_head = Head(model.head_weight[: max(model.shard.valid, 1)], model.shard.valid > 0)
+            self.head = self.draft_head = _head(model)[1]
         if model.recycle is not None:
             self.module = Module(model, ranks)
             if model.draft_ids is not None:
-                self.draft_ids, self.draft_head = _draft_head(model, model.draft_ids)
+                self.draft_ids, self.draft_head = _head(model, model.draft_ids)
         attention = _any_block(model).attention
         self.layers = len(self._layers)
         self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
@@ -208,14 +216,21 @@ class StageWeights:
         return cosine[:, 0], sine[:, 0]
 
 
-def _draft_head(model: RecycleGPT, ids: Tensor) -> tuple[Tensor, Head]:
-    """This shard's part of the draft vocabulary: its token ids, and their rows of the head."""
-    first, weight = model.shard.first, model.head_weight
-    own = ids[(ids >= first) & (ids < first + model.shard.valid)].to(weight.device)
-    empty = len(own) == 0
-    if empty:
-        own = torch.tensor([first], device=weight.device)
-    return own, Head(weight[own - first], not empty)
+def _head(model: RecycleGPT, ids: Tensor | None = None) -> tuple[Tensor, Head]:
+    """This shard's part of the vocabulary, or of the given ids: token ids, and their rows of the head.
+
+    Ids without a token (of a padded vocabulary) are never chosen: not by the full model and not by the module, so that
+    verification stays exact. Nor is the single row that stands for an empty shard.
+    """
+    weight, first = model.head_weight, model.shard.first
+    own = torch.arange(first, first + model.shard.valid) if ids is None else ids.cpu()
+    own = own[(own >= first) & (own < first + model.shard.valid)]
+    barred = torch.isin(own, torch.tensor(model.unnamed_ids, dtype=torch.int64))
+    if len(own) == 0:
+        own, barred = torch.tensor([first]), torch.tensor([True])
+    own = own.to(weight.device)
+    rows = weight[: len(own)] if ids is None else weight[own - first]
+    return own, Head(rows, barred.nonzero()[:, 0].to(weight.device) if barred.any() else None)
 
 
 def _any_block(model: RecycleGPT) -> Block:

@@ -128,6 +128,11 @@ def build_subjects(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[
             f"parallel.tensor={parallel.tensor}, pipeline={parallel.pipeline}, ulysses={parallel.ulysses}: the comparison "
             "with Hugging Face runs data-parallel; set all three to 1"
         )
+    if config.model.qk_norm or config.model.rope.unrotated_layers:
+        raise TrainingError(
+            "model.qk_norm, model.rope.unrotated_layers: the comparison builds Hugging Face's LLaMA, which has neither: "
+            "remove both"
+        )
     if not config.recycle.layers:
         raise TrainingError("recycle.layers=0: there is no module to measure; set it to 1 or more")
     plain = config.model_copy(update={"recycle": RecycleConfig(layers=0)})

@@ -34,6 +34,8 @@ CASES: dict[str, tuple[ModelConfig, RecycleConfig]] = {
         MODEL.model_copy(update={"rope": RopeConfig(scaling=RopeScaling(kind="linear", factor=4.0))}),
         RecycleConfig(layers=1, depth=3),
     ),
+    "head_norms_wide": (MODEL.model_copy(update={"qk_norm": True, "head_dim": 16, "tied_embeddings": False}), MODULE),
+    "some_layers_unrotated": (MODEL.model_copy(update={"rope": RopeConfig(unrotated_layers=(1, 3))}), NONE),
     "bias_llama3_rope": (MODEL.model_copy(update={"qkv_bias": True, "rope": LLAMA3, "tied_embeddings": False}), NONE),
 }
 TOKENS = torch.randint(107, (2, 24), generator=torch.Generator().manual_seed(4))

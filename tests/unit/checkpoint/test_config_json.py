@@ -9,13 +9,17 @@ import pytest
 
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.files.checksums import read_json
-from recycle_ds.checkpoint.huggingface.families import read_model
+from recycle_ds.checkpoint.huggingface.families import FAMILIES, read_model
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model.build import whole_shapes
 from tests.unit.checkpoint.families import LLAMA3, SHAPE
 
 BASE: dict[str, Any] = SHAPE | {"head_dim": 12, "tie_word_embeddings": True, "rope_theta": 1e4}
 KEYS = [*SHAPE, "head_dim", "tie_word_embeddings", "rope_theta", "sliding_window"]
+LAYER_KEYS = [
+    "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "no_rope_layer_interval",
+    "partial_rotary_factor", "original_max_position_embeddings",
+]  # fmt: skip
 ROPE_KEYS = [
     "factor",
     "low_freq_factor",
@@ -40,7 +44,7 @@ def read(tree: dict[str, Any]) -> tuple[ModelConfig, str]:
     return model, ""
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("key", KEYS)
 def test_values_of_a_wrong_type(family: str, key: str) -> None:
     """Prevents a stack trace from comparing a string with a number, and a model of one head for `true`."""
@@ -56,6 +60,19 @@ def test_values_of_a_wrong_type(family: str, key: str) -> None:
             assert value in ("32", 4.0) or (key, value) == ("head_dim", None), (key, value)
         if not refusal and key == "tie_word_embeddings":
             assert model.tied_embeddings is value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", LAYER_KEYS)
+def test_layer_settings_of_a_wrong_type(family: str, key: str) -> None:
+    """Prevents a stack trace for settings that differ by layer, and a window or a layer that is read as another one."""
+    for used in (True, False, None):
+        for value in [*JUNK, [1, 0, 1], [1, 0], ["full_attention"] * 3, ["sliding_attention"] * 3, [None] * 3]:
+            tree = BASE | {"model_type": family, "use_sliding_window": used, "sliding_window": 32, key: value}
+            model, refusal = read({name: one for name, one in tree.items() if one is not None or name == key})
+            if not refusal:
+                assert model.max_positions in (32, 128)
+                assert family == "smollm3" or not model.rope.unrotated_layers
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])

@@ -136,6 +136,24 @@ def test_hugging_face_names(tmp_path: Path) -> None:
     assert "tensor ranks (2) x stages (1) of a Hugging Face model" in refusal(tag)
 
 
+def test_a_tied_head_that_differs(tmp_path: Path) -> None:
+    """Prevents a trained head from being dropped because the configuration says that it is the embedding."""
+    model = make("llama_tied")
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    model.config.save_pretrained(tmp_path)
+    write_folder(tmp_path, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    assert open_source(tmp_path).model.tied_embeddings
+    shutil.rmtree(tmp_path / "global_step5")
+    write_folder(tmp_path, weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1})
+    assert "lm_head.weight differs from the embedding, but the configuration has tie_word_embeddings" in refusal(
+        tmp_path
+    )
+    model.config.tie_word_embeddings = False
+    model.config.save_pretrained(tmp_path)
+    head = open_source(tmp_path).read("head.weight")
+    assert torch.equal(head, weights["model.embed_tokens.weight"] + 1)
+
+
 def test_other_names(tmp_path: Path) -> None:
     """Prevents weights of an unknown model from being reported as missing one by one."""
     write_folder(tmp_path / "native", {"encoder.layer.weight": torch.rand(3, 3), "encoder.layer.bias": torch.rand(3)})

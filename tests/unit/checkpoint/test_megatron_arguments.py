@@ -18,8 +18,15 @@ READ = (
     "group_query_attention", "num_query_groups", "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "tokenizer_type",
     "norm_epsilon", "layernorm_epsilon", "untie_embeddings_and_output_weights", "add_qkv_bias", "init_method_std",
     "mtp_num_layers", "rotary_base", "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
+    "qk_layernorm", "no_rope_freq",
 )  # fmt: skip
-FLAGS = ("group_query_attention", "untie_embeddings_and_output_weights", "add_qkv_bias", "use_rope_scaling")
+FLAGS = (
+    "group_query_attention",
+    "untie_embeddings_and_output_weights",
+    "add_qkv_bias",
+    "use_rope_scaling",
+    "qk_layernorm",
+)
 JUNK: list[Any] = [
     ...,
     None,
@@ -91,10 +98,8 @@ def test_zero_is_not_the_default(key: str) -> None:
         ("layernorm_zero_centered_gamma", True),
         ("apply_layernorm_1p", True),
         ("attention_output_gate", True),
-        ("qk_layernorm", True),
         ("qk_l2_norm", True),
         ("window_size", (128, 0)),
-        ("no_rope_freq", 4),
         ("rotary_interleaved", True),
         ("rotary_percent", 0.5),
         ("activation_func_clamp_value", 7.0),
@@ -108,6 +113,16 @@ def test_zero_is_not_the_default(key: str) -> None:
 def test_settings_that_change_the_computation(key: str, value: Any) -> None:
     """Prevents ignored settings that change the model's results but not the names and shapes of its tensors."""
     assert f"{key}={value!r} is not supported, only " in read(**{key: value})[2]
+
+
+def test_layers_without_rotary_embedding() -> None:
+    """Prevents a layer that is rotated although Megatron skips it, and settings that Megatron refuses."""
+    for given, expected in ((2, (1, 3)), (4, (3,)), ([0, 1, 1, 0], (1, 2)), (None, ()), ([0, 0, 0, 0], ())):
+        model, _, refusal = read(no_rope_freq=given, mtp_num_layers=None)
+        assert not refusal and model is not None and model.rope.unrotated_layers == expected
+    for wrong in (3, 0, True, "2", [1, 0], [2, 0, 0, 0]):
+        assert f"no_rope_freq={wrong}: must divide the 4 layers" in read(no_rope_freq=wrong, mtp_num_layers=None)[2]
+    assert "together with an MTP layer" in read(no_rope_freq=2, mtp_num_layers=1)[2]
 
 
 def test_the_list_covers_megatrons_configuration() -> None:

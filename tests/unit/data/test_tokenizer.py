@@ -179,7 +179,7 @@ def test_a_tokenizer_without_an_end_token() -> None:
         (b"{}", None, "is not a valid tokenizer.json"),
         (b"\xff\xfe", None, "cannot read the tokenizer"),
         (b"{}", b"[]", "must contain a JSON object"),
-        (b"{}", b"{", "cannot read the tokenizer"),
+        (b"{}", b"{", "tokenizer_config.json: cannot be read"),
     ],
 )
 def test_files_that_are_not_a_tokenizer(
