@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -15,7 +16,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Run folder or checkpoint.")],
-    data: Annotated[str, typer.Option(help="Text, jsonl or parquet file, a folder of them, or a dataset's name.")],
+    data: Annotated[
+        str, typer.Option(help="Text, json, jsonl or parquet file, a folder of them, or a dataset's name.")
+    ],
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     seq_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")
@@ -38,6 +41,7 @@ def evaluate(
 
     quiet_libraries()  # before what warns on import
     from recycle_ds.checkpoint.loading import load_model
+    from recycle_ds.data.reading.report import ReadReport
     from recycle_ds.data.sources import read_documents
     from recycle_ds.evaluation.perplexity import evaluate_documents
 
@@ -45,9 +49,12 @@ def evaluate(
     length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:
         raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
-    texts = islice(read_documents(data, text_column), limit)
-    documents = (loaded.tokenizer.encode(text) for text in texts)
+    report = ReadReport()
+    texts = islice(read_documents(data, text_column, report=report), limit)
+    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in texts)
     result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
+    for line in report.lines(read=False):
+        print(line, file=sys.stderr)
     if as_json:
         record = {"model": str(loaded.path), "data": data, "tokens": result.tokens, "loss": result.loss}
         record |= {

@@ -118,7 +118,9 @@ def _prepare(config: RunConfig, job: Job) -> RunLock:
     from recycle_ds.data.prepare import prepare_if_missing
     from recycle_ds.training.faults.job_end import STOP
 
-    prepare_if_missing(config.data, progress=sys.stderr.isatty())
+    report = prepare_if_missing(config.data, progress=sys.stderr.isatty())
+    for line in report.lines(read=False) if report is not None else ():
+        print(f"data: {line}", flush=True)
     run_dir = make_run_dir(config.run_dir)
     lock = RunLock(run_dir, job)
     remove_unfinished(run_dir)

@@ -1,0 +1,1 @@
+"""Files and settings as users have them: read rightly, or refused by name."""
