@@ -38,12 +38,13 @@ class Rows:
         """
         try:
             value = self._value(row, where)
-            if value is _MISSING or value is _NULL_OBJECT or value is None:
+            document: str | None = None
+            if not (value is _MISSING or value is _NULL_OBJECT or value is None):
+                chat = self._chat
+                document = chat.render(value, where, self.column) if chat else _checked(value, where, self.column)
+            if document is None:
                 self.report.without_text.add(where)
-                return None
-            if self._chat is not None:
-                return self._chat.render(value, where, self.column)
-            return _checked(value, where, self.column)
+            return document
         except InvalidRow as error:
             self.invalid(error, where)
             return None
