@@ -70,7 +70,11 @@ def run(config: RunConfig) -> str:
 
     started = time.time()
     with errors_of_host():  # before torch, which takes seconds to import
-        load_deepspeed_json(config.deepspeed)
+        notes: list[str] = []
+        load_deepspeed_json(config.deepspeed, notes)
+        if is_error_reporter(os.environ):
+            for note in notes:
+                print(note, flush=True)
         check_run_dir(config.run_dir)
         check_data(config.data)
 

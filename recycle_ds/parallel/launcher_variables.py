@@ -43,9 +43,9 @@ def contradiction(environment: Mapping[str, str], started_by_srun: bool) -> str 
             if tasks in (1, int(environment[name])):
                 return None
             return (
-                f"{name}={environment[name]} of {launcher} contradicts {outer[1]}={tasks}: each task would be a run of its own. "
-                f"Start {launcher} for {tasks} nodes (torchrun --nnodes={tasks}), or start independent runs one by one; if "
-                f"{launcher} was not started here, unset {name}, RANK, WORLD_SIZE and LOCAL_RANK"
+                f"{name}={environment[name]} of {launcher} contradicts {outer[1]}={tasks}: each task would be a run of "
+                f"its own. Start {launcher} for {tasks} nodes (torchrun --nnodes={tasks}), or independent runs one by one; "
+                f"if {launcher} was not started here, unset {name}, RANK, WORLD_SIZE and LOCAL_RANK"
             )
     if tasks > 1 and _numbers(environment, _OWN_VARIABLES) != _numbers(environment, outer):
         return _left_over(environment, _OWN_VARIABLES, outer)

@@ -19,7 +19,7 @@ from recycle_ds.config import RecycleError
 from recycle_ds.parallel.device import backend, keep_freed_memory, local_device
 from recycle_ds.parallel.launcher_variables import MPI_VARIABLES, SRUN_VARIABLES, contradiction
 from recycle_ds.parallel.peers import MachineFault
-from recycle_ds.parallel.slurm import master_endpoint, started_by_srun, tasks_on_host
+from recycle_ds.parallel.slurm import has_own_gpus, master_endpoint, started_by_srun, tasks_on_host
 
 # Number of ranks on this host: torchrun, deepspeed, Open MPI, MPICH.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -66,8 +66,12 @@ def detect_launch(environment: Mapping[str, str]) -> Launch:
             return _launch(environment, "mpi", rank, size, local)
     if srun:
         found = _launch(environment, "srun", *SRUN_VARIABLES)
-        own = bool(environment.get("SLURM_GPUS_PER_TASK"))
-        return replace(found, local_world_size=tasks_on_host(environment), own_gpus=own)
+        sharing = environment.get("SLURM_NTASKS_PER_GPU", "1")
+        if sharing != "1":
+            raise LaunchError(
+                f"SLURM_NTASKS_PER_GPU={sharing}: ranks would share a GPU: submit with --ntasks-per-gpu=1"
+            )
+        return replace(found, local_world_size=tasks_on_host(environment), own_gpus=has_own_gpus(environment))
     return Launch("single", 0, 1, 0)
 
 

@@ -63,7 +63,10 @@ def test_a_contradiction_names_both(environment: dict[str, str], words: list[str
         (MPI | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "deepspeed", 3, 8),
         # proxies of mpirun on two nodes, whose processes export their own numbers under the usual names
         (
-            TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"} | MPI | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
+            TASK
+            | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+            | MPI
+            | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
             "deepspeed", 3, 8,
         ),
         # one task: a shell on a node, in which torchrun was started

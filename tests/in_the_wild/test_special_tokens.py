@@ -241,5 +241,5 @@ def test_chats_that_cannot_be_rendered(
         assert not (tmp_path / "out").exists()
     else:
         assert prepared(source, tmp_path / "out", made, text_column="messages", chat=template).train.documents == 2
-    with pytest.raises(DataError, match="has no chat template: put a chat_template.jinja beside it"):
+    with pytest.raises(DataError, match=r"has no chat template: put a chat_template\.jinja beside it"):
         ChatTemplate.load(tmp_path, tokenizer)
