@@ -44,7 +44,7 @@ ZERO: Table = {
     "reduce_bucket_size": Annotated[int, Field(gt=0)], "use_multi_rank_bucket_allreduce": bool,
     "allgather_partitions": bool, "allgather_bucket_size": Whole, "overlap_comm": bool | None,
     "round_robin_gradients": bool, "ignore_unused_parameters": bool, "sub_group_size": Whole,
-    "cpu_offload_pin_memory": bool, "elastic_checkpoint": bool,
+    "elastic_checkpoint": bool,
     "stage3_max_live_parameters": Whole, "stage3_max_reuse_distance": Whole, "stage3_prefetch_bucket_size": Whole,
     "stage3_param_persistence_threshold": Whole, "stage3_model_persistence_threshold": Whole,
     "stage3_gather_16bit_weights_on_model_save": bool, "stage3_module_granularity_threshold": int,

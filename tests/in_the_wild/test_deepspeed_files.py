@@ -10,8 +10,6 @@ from typing import Any
 
 import hjson
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from recycle_ds.config import ConfigError, load_config, load_deepspeed_json, resolve_deepspeed
 from recycle_ds.config.deepspeed_keys import BF16_DEFAULTS, OFFLOAD_DEFAULTS, TOP, ZERO, ZERO_DEFAULTS
@@ -219,36 +217,34 @@ def leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 LEAVES = [path for path, kind in leaves(TOP) if kind is not Any]
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 3), st.floats(-2, 5e9), st.text(max_size=3),
-    st.sampled_from(["auto", "cpu", "none", "nvme", "fp32", "bf16", "fp16", "true", "no", "5", "1.5", "info", "z1"]),
-    st.lists(st.sampled_from(["z1", "all_reduce", 3]), max_size=2), st.dictionaries(st.sampled_from(["a", "stage"]), st.none()),
-)  # fmt: skip
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 3, 5e8, 0.5, float("inf"), float("nan"), "", "auto", "cpu", "none", "nvme", "fp32", "fp16"),
+    *("true", "no", "5", "1.5", "info", "z1", [], ["z1"], ["all_reduce"], {}, {"a": 1}),
+]  # fmt: skip
 
 
-@given(changes=st.dictionaries(st.sampled_from(LEAVES), VALUES, max_size=4), stage=st.integers(0, 3))
-def test_what_is_accepted_here_is_accepted_by_deepspeed(
-    tmp_path_factory: pytest.TempPathFactory, changes: dict[tuple[str, ...], Any], stage: int
-) -> None:
+def test_what_is_accepted_here_is_accepted_by_deepspeed(tmp_path: Path) -> None:
     """Prevents a value that passes here and ends the run later, with a traceback of DeepSpeed on every rank."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    tree: dict[str, Any] = {"zero_optimization": {"stage": stage}}
-    for path, value in changes.items():
-        section = tree
-        for part in path[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                return
-        section[path[-1]] = value
-    file = written(tmp_path_factory.getbasetemp() / "ds.json", tree)
-    try:
-        config = load_config(RUNS / "demo.yaml", [f"deepspeed={file}", "training.dtype=bf16"])
-        resolved = resolve_deepspeed(config, 1)
-    except ConfigError as error:
-        assert "\n" not in str(error)
-        return
-    DeepSpeedConfig(resolved)
+    config = load_config(RUNS / "demo.yaml", [f"deepspeed={tmp_path / 'ds.json'}", "training.dtype=bf16"])
+    accepted = 0
+    for path in LEAVES:
+        for value in VALUES:
+            tree: dict[str, Any] = {"zero_optimization": {"stage": 3 if "offload_param" in path else 1}}
+            section = tree
+            for part in path[:-1]:
+                section = section.setdefault(part, {})
+            section[path[-1]] = value
+            written(tmp_path / "ds.json", tree)
+            try:
+                resolved = resolve_deepspeed(config, 1)
+            except ConfigError as error:
+                assert "\n" not in str(error)
+                continue
+            accepted += 1
+            DeepSpeedConfig(resolved)
+    assert accepted > len(LEAVES)
 
 
 def test_the_tables_have_all_keys_of_deepspeed() -> None:
@@ -270,7 +266,7 @@ def test_the_tables_have_all_keys_of_deepspeed() -> None:
             if not (field.json_schema_extra or {}).get("deprecated")
         }
 
-    removed = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param", "cpu_offload_pin_memory"}
+    removed = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
     assert keys(DeepSpeedZeroConfig) == (set(ZERO) | set(ZERO_DEFAULTS)) - removed
     assert keys(DeepSpeedZeroOffloadOptimizerConfig) == set(ZERO["offload_optimizer"]) | set(OFFLOAD_DEFAULTS)
     assert keys(DeepSpeedZeroOffloadParamConfig) == set(ZERO["offload_param"])
