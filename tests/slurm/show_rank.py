@@ -6,12 +6,11 @@ import os
 import socket
 
 if __name__ == "__main__":
-    variables = os.environ
-    rank = variables.get("RANK", variables.get("SLURM_PROCID"))
-    size = variables.get("WORLD_SIZE", variables.get("SLURM_STEP_NUM_TASKS"))
-    local = variables.get("LOCAL_RANK", variables.get("SLURM_LOCALID"))
-    gpus = variables.get("CUDA_VISIBLE_DEVICES", "")
-    print(
-        f"\nrank {rank} of {size}, {local} on {socket.gethostname()}, CPUs {variables['OMP_NUM_THREADS']}, GPUs {gpus}\n",
-        end="",
+    given = os.environ
+    rank, size = (
+        given.get("RANK", given.get("SLURM_PROCID")),
+        given.get("WORLD_SIZE", given.get("SLURM_STEP_NUM_TASKS")),
     )
+    place = f"{given.get('LOCAL_RANK', given.get('SLURM_LOCALID'))} on {socket.gethostname()}"
+    devices = f"CPUs {given.get('SLURM_CPUS_PER_TASK')}, GPUs {given.get('CUDA_VISIBLE_DEVICES', '')}"
+    print(f"\nrank {rank} of {size}, {place}, {devices}\n", end="")

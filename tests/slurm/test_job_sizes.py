@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,45 +29,36 @@ class Case:
     nodes: tuple[int, ...]
     """Ranks on each node."""
     cpus: int = 1
+    """CPUs of a task of the step: of a rank, or with torchrun of a launcher, which has those of its ranks."""
     gpus: str = ""
-    """GPUs that the ranks of a node see, in order, separated by blanks; "all" for all four."""
+    """GPUs that the ranks of a node see, one after the other; of all ranks, if they see the same."""
     launcher: str = "srun"
 
 
+ALL = "0,1,2,3"
 CASES = [
     Case("--nodes=2 --ntasks=16", (8, 8)),
     Case("--ntasks=3", (3,)),
     Case("--nodes=2 --ntasks-per-node=3", (3, 3)),
-    Case("--nodes=2 --ntasks=5 --exclusive", (3, 2), cpus=2, gpus="all"),
+    Case("--nodes=2 --ntasks=5 --exclusive", (3, 2), cpus=2),
     Case("--nodes=2 --ntasks=12 --ntasks-per-node=8", (6, 6)),
-    Case("--nodes=2 --ntasks=4 --exclusive", (2, 2), cpus=4, gpus="all"),
-    Case("--nodes=2 --ntasks=4 --cpus-per-task=2", (2, 2), cpus=2),
+    Case("--nodes=2 --ntasks=4 --exclusive", (2, 2), cpus=4),
+    Case("--nodes=2 --ntasks=8 --cpus-per-task=2", (4, 4), cpus=2),
     Case("--nodes=2 --ntasks=8 --gpus-per-task=1", (4, 4), gpus="0 1 2 3"),
     Case("--nodes=2 --gpus-per-node=4 --ntasks-per-gpu=1", (4, 4), gpus="0 1 2 3"),
-    Case("--nodes=2 --gpus-per-node=4 --ntasks=8 --cpus-per-gpu=2", (4, 4), cpus=2, gpus="all"),
+    Case("--nodes=2 --gpus-per-node=4 --ntasks=8 --cpus-per-gpu=2", (4, 4), cpus=2, gpus=ALL),
     Case("--nodes=2", (1, 1)),
-    Case("--nodes=2 --ntasks=4 --gpus-per-task=2", (2, 2), gpus="all", launcher="torchrun"),
-    Case(
-        "--nodes=2 --gpus-per-node=4 --ntasks-per-gpu=1 --cpus-per-gpu=2",
-        (4, 4),
-        cpus=2,
-        gpus="all",
-        launcher="torchrun",
-    ),
+    Case("--nodes=2 --ntasks=4 --gpus-per-task=2", (2, 2), cpus=2, gpus=ALL, launcher="torchrun"),
+    Case("--nodes=2 --gpus-per-node=4 --ntasks-per-gpu=1 --cpus-per-gpu=2", (4, 4), 8, ALL, "torchrun"),
 ]
 
 
 def submit(jobs: Jobs, batch: Path, options: str, launcher: str) -> str:
+    """Submits a batch file and returns the job's number."""
     exports = f"--export=ALL,LAUNCHER={launcher},JOBS_DIR={jobs.root}/jobs"
-    command = (
-        "sbatch",
-        "--parsable",
-        f"--chdir={ROOT}",
-        f"--output={jobs.root}/logs/%j.out",
-        exports,
-        *options.split(),
-    )
-    return jobs.cluster.run(*command, str(batch), PWD=str(ROOT)).strip()
+    log = f"--output={jobs.root}/logs/%j.out"
+    command = ("sbatch", "--parsable", f"--chdir={ROOT}", log, exports, *options.split(), str(batch))
+    return jobs.cluster.run(*command, PWD=str(ROOT)).strip()
 
 
 def test_jobs_have_the_ranks_that_were_requested(jobs: Jobs, tmp_path: Path) -> None:
@@ -78,21 +68,15 @@ def test_jobs_have_the_ranks_that_were_requested(jobs: Jobs, tmp_path: Path) -> 
     numbers = [submit(jobs, batch, case.options, case.launcher) for case in CASES]
     for case, job in zip(CASES, numbers, strict=True):
         assert jobs.wait(job) == "COMPLETED", f"{case}:\n{jobs.log(job)}"
-        pattern = r"^rank (\d+) of (\d+), (\d+) on (\S+), CPUs (\d+), GPUs (\S*)$"
-        found = sorted((int(row[0]), *row[1:]) for row in re.findall(pattern, jobs.log(job), re.MULTILINE))
-        places = [(node, local) for node, count in enumerate(case.nodes, start=1) for local in range(count)]
-        seen = case.gpus.split() if case.gpus not in ("", "all") else []
-        expected = [
-            (
-                rank,
-                str(len(places)),
-                str(local),
-                f"node{node}",
-                str(case.cpus),
-                seen[local] if seen else "0,1,2,3" * bool(case.gpus),
-            )
-            for rank, (node, local) in enumerate(places)
-        ]
+        found = {line for line in jobs.log(job).splitlines() if line.startswith("rank ")}
+        expected = set()
+        for node, count in enumerate(case.nodes):
+            for local in range(count):
+                rank, gpus = sum(case.nodes[:node]) + local, case.gpus.split(" ")
+                seen = gpus[local] if len(gpus) > 1 else case.gpus
+                expected.add(
+                    f"rank {rank} of {sum(case.nodes)}, {local} on node{node + 1}, CPUs {case.cpus}, GPUs {seen}"
+                )
         assert found == expected, f"{case}:\n{jobs.log(job)}"
 
 
