@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recycle_ds.data.encoding import SpecialTokenCounts, encode_in_order, usable_cores
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.prepare_report import PrepareReport, SplitReport
 from recycle_ds.data.progress_bar import PrepareBar
 from recycle_ds.data.reading.chat import ChatTemplate
 from recycle_ds.data.reading.report import ReadingOptions, ReadReport
@@ -23,49 +23,6 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION = "train", "validation"
 """Prefixes of the two token files in the output folder."""
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """One token file that was written."""
-
-    prefix: str
-    """Its path, without the suffix."""
-    documents: int
-    """Documents in it."""
-    tokens: int
-    """Tokens in it, end-of-document tokens included."""
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` made."""
-
-    source: str
-    """What was tokenised."""
-    train: SplitReport
-    """Documents to train on."""
-    validation: SplitReport | None
-    """Documents held out; None if the fraction is 0."""
-    blank: int
-    """Documents without text, which were left out."""
-    reading: ReadReport = field(default_factory=ReadReport)
-    """What was read of the source, and what was left out."""
-    special: SpecialTokenCounts = field(default_factory=SpecialTokenCounts)
-    """Special tokens that are written in documents."""
-    parse_special: bool = False
-    """Whether these stand for themselves in the token files; else they are text there."""
-
-    def lines(self, *, read: bool = True) -> Iterator[str]:
-        """What a user must know of the source, one fact per line. read: whether to list what was read."""
-        yield from self.reading.lines(read=read)
-        if self.blank:
-            yield f"left out: {self.blank:,} blank document{'s' * (self.blank != 1)}"
-        if self.special.documents:
-            tokens = ", ".join(f"{token} ({count:,})" for token, count in self.special.tokens.most_common(5))
-            more = ", ..." if len(self.special.tokens) > 5 else ""
-            meaning = "stand for themselves" if self.parse_special else "encoded as text; --parse-special changes that"
-            yield f"special tokens written in {self.special.documents:,} documents, {meaning}: {tokens}{more}"
 
 
 def is_validation(number: int, fraction: float, seed: int) -> bool:
@@ -118,7 +75,9 @@ def prepare(
     _check_fraction(validation_fraction)
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; at least 1 process has to tokenise")
-    recipe = _recipe(text_column, chat is not None, parse_special, validation_fraction) | {"seed": seed, "split": split}
+    options = options or ReadingOptions()
+    recipe = _recipe(text_column, chat is not None, parse_special, validation_fraction, options)
+    recipe |= {"seed": seed, "split": split}
     reading, special = ReadReport(), SpecialTokenCounts()
     names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
     documents = blank = tokens = 0
@@ -254,13 +213,13 @@ def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
         recipe.chat_column is not None,
         recipe.parse_special,
         recipe.validation_fraction,
+        _options(recipe),
     )
     for source in (*config.train, *config.validation):
         if pair_paths(source.path)[0].resolve() not in made:
             continue
         sidecar = read_sidecar(source.path)
-        # files of older versions do not record the newer settings, which then had these values
-        found = {"chat": False, "parse_special": False, "source": sidecar.source, **sidecar.recipe}
+        found = {**_OLD_RECIPE, "source": sidecar.source, **sidecar.recipe}
         for key, value in wanted.items():
             if found.get(key) != value:
                 raise DataError(
@@ -277,14 +236,20 @@ def _command(path: Path, config: DataConfig) -> str:
     return f"`recycle-ds prepare SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
 
 
-def _recipe(text_column: str, chat: bool, parse_special: bool, validation_fraction: float) -> dict[str, Any]:
+def _recipe(
+    text_column: str, chat: bool, parse_special: bool, validation_fraction: float, options: ReadingOptions
+) -> dict[str, Any]:
     """The settings of `data.prepare`, besides the source, that decide what a token file holds."""
-    return {
-        "text_column": text_column,
-        "chat": chat,
-        "parse_special": parse_special,
-        "validation_fraction": validation_fraction,
-    }
+    decisive = {"text_column": text_column, "validation_fraction": validation_fraction}
+    return decisive | _OLD_RECIPE | {"chat": chat, "parse_special": parse_special} | _as_json(options)
+
+
+def _as_json(options: ReadingOptions) -> dict[str, Any]:
+    return asdict(options) | {"exclude": list(options.exclude)}
+
+
+# For files of older versions, which do not record these settings. (Special tokens in their documents were parsed.)
+_OLD_RECIPE = {"chat": False, "parse_special": False, **_as_json(ReadingOptions())}
 
 
 def _check_sides(source: str, documents: int, fraction: float) -> None:
