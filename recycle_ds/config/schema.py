@@ -143,6 +143,8 @@ class PrepareConfig(Section):
     """Vocabulary size of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
     text_column: str = "text"
     """Column that contains the document, in jsonl, parquet and datasets; `data.text` also inside an object."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
     chat_column: Text | None = None
     """Column with lists of messages, which the tokenizer's chat template renders; replaces `text_column`."""
     parse_special: bool = False

@@ -146,7 +146,7 @@ def prepare_if_missing(
         return None
     if not tokenizer_file.is_file():
         assert recipe.tokenizer_vocab is not None  # else its absence was refused above
-        texts = read_documents(recipe.source, recipe.text_column, options=_options(recipe))
+        texts = read_documents(recipe.source, recipe.text_column, split=recipe.split, options=_options(recipe))
         tokenizer = Tokenizer.train(texts, recipe.tokenizer_vocab)
         tokenizer.save(recipe.output)
     return prepare(
@@ -158,6 +158,7 @@ def prepare_if_missing(
         parse_special=recipe.parse_special,
         validation_fraction=recipe.validation_fraction,
         workers=workers,
+        split=recipe.split,
         options=_options(recipe),
         progress=progress,
     )
@@ -208,12 +209,16 @@ def _made_by(recipe: PrepareConfig) -> set[Path]:
 def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
     """Refuse files that `data.prepare` would have made otherwise: a run must not ignore what its configuration says."""
     made = _made_by(recipe)
-    wanted = {"source": recipe.source} | _recipe(
-        recipe.chat_column or recipe.text_column,
-        recipe.chat_column is not None,
-        recipe.parse_special,
-        recipe.validation_fraction,
-        _options(recipe),
+    wanted = (
+        {"source": recipe.source}
+        | _recipe(
+            recipe.chat_column or recipe.text_column,
+            recipe.chat_column is not None,
+            recipe.parse_special,
+            recipe.validation_fraction,
+            _options(recipe),
+        )
+        | {"split": recipe.split}
     )
     for source in (*config.train, *config.validation):
         if pair_paths(source.path)[0].resolve() not in made:

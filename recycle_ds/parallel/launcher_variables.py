@@ -35,6 +35,9 @@ def contradiction(environment: Mapping[str, str], started_by_srun: bool) -> str 
         if size < tasks:  # mpirun starts at most one proxy per process
             return _left_over(environment, mpi[0], outer)
     outer = mpi[0] if mpi else outer
+    wrong = _half_set(environment, outer) or _wrong_master(environment, outer)
+    if wrong is not None:
+        return wrong
     if outer is None or not all(environment.get(name, "").isdigit() for name in (*_OWN_VARIABLES[:2], *outer[:2])):
         return None
     tasks = _numbers(environment, outer)[1]
@@ -50,6 +53,31 @@ def contradiction(environment: Mapping[str, str], started_by_srun: bool) -> str 
     if tasks > 1 and _numbers(environment, _OWN_VARIABLES) != _numbers(environment, outer):
         return _left_over(environment, _OWN_VARIABLES, outer)
     return None
+
+
+def _half_set(environment: Mapping[str, str], outer: tuple[str, str, str] | None) -> str | None:
+    """What is wrong if only one of RANK and WORLD_SIZE is set, which is then not used."""
+    if ("RANK" in environment) == ("WORLD_SIZE" in environment):
+        return None
+    place = 0 if "RANK" in environment else 1
+    name, other = _OWN_VARIABLES[place], _OWN_VARIABLES[1 - place]
+    used = environment.get(outer[place], "") if outer is not None else str(place)  # of one process: rank 0 of 1
+    if environment[name] == used:
+        return None
+    against = f"{outer[place]}={used}" if outer is not None else f"{other} is not set"
+    return f"{name}={environment[name]}, but {against}: set both, or unset {name} if it is left over"
+
+
+def _wrong_master(environment: Mapping[str, str], outer: tuple[str, str, str] | None) -> str | None:
+    """What is wrong if ranks of several nodes would look for rank 0 on their own node, and wait for hours."""
+    address, nodes = environment.get("MASTER_ADDR", ""), environment.get("SLURM_STEP_NUM_NODES", "1")
+    if outer != SRUN_VARIABLES or "RANK" in environment or nodes == "1":
+        return None
+    if address not in ("localhost", "::1") and not address.startswith("127."):
+        return None
+    return (
+        f"MASTER_ADDR={address} contradicts SLURM_STEP_NUM_NODES={nodes}: unset it, or set it to the first node's name"
+    )
 
 
 def _numbers(environment: Mapping[str, str], names: tuple[str, str, str]) -> tuple[int, int]:

@@ -205,3 +205,22 @@ def test_names_with_line_ends(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"training.a\\nb=3: unknown key"):
         parse_config(yaml.safe_load(RUN), ["training.a\nb=3"])
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_tokenizer_files(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Prevents a traceback for a damaged tokenizer, and one that encodes text as special tokens."""
+    folder = tmp_path_factory.getbasetemp() / "tokenizer"
+    tokenizer.save(folder)
+    name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.draw(damages(content[:600])) + content[600:])
+    try:
+        loaded = Tokenizer.load(folder)
+        ids = loaded.encode("we the people <|endoftext|>", parse_special=False)
+        loaded.encode("we the people <|endoftext|>")
+    except DataError as error:
+        assert is_one_line(error)
+    else:
+        assert loaded.eos_id not in ids

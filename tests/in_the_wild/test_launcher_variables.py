@@ -42,6 +42,14 @@ DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "
             TASK | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             ["OMPI_COMM_WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"],
         ),
+        (TASK | {"WORLD_SIZE": "4"}, ["WORLD_SIZE=4, but SLURM_STEP_NUM_TASKS=8: set both, or unset WORLD_SIZE"]),
+        (TASK | {"RANK": "0"}, ["RANK=0, but SLURM_PROCID=3"]),
+        ({"RANK": "3"}, ["RANK=3, but WORLD_SIZE is not set"]),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "0"}, ["WORLD_SIZE=8, but RANK is not set"]),
+        (
+            TASK | {"SLURM_STEP_NUM_NODES": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            ["MASTER_ADDR=127.0.0.1 contradicts SLURM_STEP_NUM_NODES=4"],
+        ),
     ],
 )
 def test_a_contradiction_names_both(environment: dict[str, str], words: list[str]) -> None:
@@ -56,6 +64,10 @@ def test_a_contradiction_names_both(environment: dict[str, str], words: list[str
     ("environment", "launcher", "rank", "size"),
     [
         (TASK, "srun", 3, 8),
+        (TASK | {"WORLD_SIZE": "8"}, "srun", 3, 8),
+        (TASK | {"SLURM_STEP_NUM_NODES": "4", "MASTER_ADDR": "node1"}, "srun", 3, 8),
+        (TASK | {"SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "localhost"}, "srun", 3, 8),
+        ({"RANK": "0"}, "single", 0, 1),
         (TASK | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "deepspeed", 3, 8),
         (TASK | TORCHRUN | {"GROUP_WORLD_SIZE": "8"}, "torchrun", 5, 16),
         (TASK | DEEPSPEED | {"CROSS_SIZE": "8"}, "deepspeed", 5, 16),

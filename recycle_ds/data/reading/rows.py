@@ -52,7 +52,9 @@ class Rows:
     def invalid(self, error: InvalidRow, where: str) -> None:
         """Counts a row or file that cannot be used. Raises DataError unless it may be left out."""
         if not self._skip:
-            raise DataError(f"{error}, or leave out what cannot be used with --skip-invalid") from error
+            raise DataError(
+                f"{error}, or leave out such rows and files with --skip-invalid (data.prepare.skip_invalid)"
+            ) from error
         self.report.invalid.add(where)
 
     def end_file(self, where: str) -> None:
