@@ -135,8 +135,8 @@ class PrepareConfig(Section):
     """How pretrain creates missing token files. One rank creates them, the others wait."""
 
     source: Text
-    """`shipped` (the corpus in the package), a text, jsonl or parquet file, a folder of them, or a Hugging Face
-    dataset (OWNER/NAME)."""
+    """`shipped` (the corpus in the package), a text, json, jsonl or parquet file, a folder of them or of a saved
+    data set, or a Hugging Face dataset (OWNER/NAME)."""
     output: Text
     """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
     tokenizer_vocab: Positive | None = None

@@ -38,8 +38,12 @@ def special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -
 
 def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the tokens, the longest one first, as one group; nothing if there are none."""
-    ordered = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, ordered)) or '(?!)'})")
+    ordered = sorted(filter(None, tokens), key=len, reverse=True)
+    if not ordered:
+        return re.compile("((?!))")
+    # there may be hundreds of tokens: few places of a text have one of the few ways in which they begin
+    starts = "|".join(sorted({re.escape(token[:2]) for token in ordered}))
+    return re.compile(f"(?={starts})({'|'.join(map(re.escape, ordered))})")
 
 
 class TextEncoder:
