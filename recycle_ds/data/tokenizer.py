@@ -93,7 +93,7 @@ class Tokenizer:
         try:
             text = file.read_text(encoding="utf-8")
             config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"cannot read the tokenizer {file} and its tokenizer_config.json: {_one_line(error)}"
             ) from error

@@ -15,14 +15,22 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recycle_ds.config import ConfigError, RecycleError, load_config, load_deepspeed_json, resolve_deepspeed
+from recycle_ds.config import (
+    ConfigError,
+    RecycleError,
+    load_config,
+    load_deepspeed_json,
+    resolve_deepspeed,
+    save_config,
+)
 from recycle_ds.config.loading import parse_config
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.prepare import prepare
 from recycle_ds.data.reading.report import ReadingOptions, ReadReport
 from recycle_ds.data.sources import read_documents
-from recycle_ds.data.token_files import open_token_file
+from recycle_ds.data.token_files import TokenFileWriter, open_token_file
 from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.batch.prompts import read_prompt_file
 from tests.runs import ROOT
 
 TEXTS = ["one", 'two "quoted" \\ é', "", "three\nlines <|endoftext|>", "😀" * 5, "six " * 30]
@@ -224,3 +232,56 @@ def test_tokenizer_files(tmp_path_factory: pytest.TempPathFactory, tokenizer: To
         assert is_one_line(error)
     else:
         assert loaded.eos_id not in ids
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_token_files(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Prevents a traceback, or tokens outside the vocabulary, of a damaged token file, index or sidecar."""
+    folder = tmp_path_factory.getbasetemp() / "tokens"
+    with TokenFileWriter(folder / "train", tokenizer, "texts") as writer:
+        for text in filter(None, TEXTS):
+            writer.add(tokenizer.encode(text))
+    path = folder / data.draw(st.sampled_from(["train.bin", "train.idx", "train.json"]))
+    path.write_bytes(data.draw(damages(path.read_bytes())))
+    try:
+        file = open_token_file(folder / "train", tokenizer)
+        tokens, starts = file.read(0, file.tokens)
+    except DataError as error:
+        assert is_one_line(error)
+    else:
+        assert tokens.max() < tokenizer.vocab_size and len(starts) <= len(tokens)
+
+
+def test_prompts_of_joined_files(tmp_path: Path) -> None:
+    """Prevents a byte-order mark or CR line ends from stopping a file of prompts."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\xef\xbb\xbf{"prompt": "b"}\r{"prompt": "c"}\n')
+    assert [record["prompt"] for record in read_prompt_file(tmp_path / "a.jsonl")] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 5000, "not valid YAML"),
+        ("a: &a [*a]", "nested too deeply, or a YAML alias contains itself"),
+        ("a: " + "1" * 5000, "not valid YAML: Exceeds the limit"),
+        ("training: {seed: 010}", "line 1: 010 would be read as octal: write it without leading zeros"),
+        ("training: {steps: 1:30}", "training.steps='1:30': must be a whole number"),
+    ],
+)
+def test_surprises_of_yaml(tmp_path: Path, text: str, message: str) -> None:
+    """Prevents tracebacks of the parser, and numbers that mean something else than what is written."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert message in str(caught.value) and is_one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", ["2024-02-28", "2024-02-30", "12:30:00", "run-1"])
+def test_names_that_yaml_takes_for_dates_and_times(tmp_path: Path, name: str) -> None:
+    """Prevents a run whose name is a date from being refused, or from a traceback if there is no such day."""
+    (tmp_path / "run.yaml").write_text(RUN.replace("run_dir: runs/demo", f"run_dir: {name}"))
+    config = load_config(tmp_path / "run.yaml")
+    assert config.run_dir == load_config(tmp_path / "run.yaml", [f"run_dir={name}"]).run_dir == name
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
