@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from recycle_ds.data.encoding import SpecialTokenCounts
-from recycle_ds.data.reading.report import ReadReport
+from recycle_ds.data.reading.report import ReadReport, counted
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class PrepareReport:
         """What a user must know of the source, one fact per line. read: whether to list what was read."""
         yield from self.reading.lines(read=read)
         if self.blank:
-            yield f"left out: {self.blank:,} blank document{'s' * (self.blank != 1)}"
+            yield f"left out: {counted(self.blank, 'blank document')}"
         if self.special.documents:
             tokens = ", ".join(f"{token} ({count:,})" for token, count in self.special.tokens.most_common(5))
             more = ", ..." if len(self.special.tokens) > 5 else ""
             meaning = "stand for themselves" if self.parse_special else "encoded as text; --parse-special changes that"
-            yield f"special tokens written in {self.special.documents:,} documents, {meaning}: {tokens}{more}"
+            documents = counted(self.special.documents, "document")
+            yield f"special tokens written in {documents}, {meaning}: {tokens}{more}"

@@ -93,6 +93,17 @@ def test_a_cloned_data_set_gives_its_documents_only(tmp_path: Path) -> None:
     assert read(tmp_path / "set", options=everything)[0] == ["a corpus of read-me files"]
 
 
+def test_evaluation_splits_are_pointed_out(tmp_path: Path) -> None:
+    """Prevents training on the test split of a data set's repository without a word about it."""
+    for name in ("train-0.jsonl", "test-0.jsonl", "validation/0.jsonl", "contest.jsonl", "latest.txt"):
+        write(tmp_path / "data" / name, lines(name))
+    (note,) = (line for line in read(tmp_path)[1].lines() if line.startswith("note:"))
+    assert "(2), unless --exclude is given: data/test-0.jsonl, data/validation/0.jsonl" in note
+    documents, report = read(tmp_path, options=ReadingOptions(exclude=("test-*", "*/validation/*")))
+    assert len(documents) == 3 and report.left_out["by --exclude"].count == 2
+    assert not [line for line in report.lines() if line.startswith("note:")]
+
+
 def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     """Prevents a part of a corpus from being left out silently because its packing or kind is not known."""
     write(tmp_path / "a.jsonl", lines("one"))
@@ -290,7 +301,7 @@ def test_the_command_lists_what_it_read_and_left_out(tmp_path: Path, tokenizer: 
         *("left out: 3 files, dataset cards and licences", "left out: 6 files, hidden: "),
         *("left out: 1 file, of a kind that is not read, .csv: data/part.csv", "left out: 1 blank document"),
         *("left out: 1 row without text: ", "left out: 1 invalid row or file: "),
-        "special tokens written in 1 documents, encoded as text; --parse-special changes that: <|endoftext|> (1)",
+        "special tokens written in 1 document, encoded as text; --parse-special changes that: <|endoftext|> (1)",
     ):
         assert line in done.stdout, line
     assert open_token_file(tmp_path / "out" / "train", tokenizer).documents == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from recycle_ds.data.errors import DataError
 
 _LISTED = 20  # files that are listed one by one; of more, only the first ones and counts
+_HELD_OUT = re.compile(r"(^|[/._-])(test|tests|dev|valid|validation|eval|heldout)([/._-]|$)", re.IGNORECASE)
 _NAMED = 3  # examples named for each reason
 
 
@@ -57,20 +59,24 @@ class ReadReport:
         """The report for a terminal, one fact per line. read: False for what was left out or changed only."""
         if read:
             yield from _files(self.files)
+        held_out = [name for name in self.files if _HELD_OUT.search(name)]
+        if held_out and len(held_out) < len(self.files):
+            first = ", ".join(held_out[:_NAMED])
+            yield f"note: evaluation splits, by their names, are read too ({len(held_out)}), unless --exclude is given: {first}"
         for reason, entry in self.left_out.items():
-            yield f"left out: {_many(entry.count, 'file')}, {reason}: {entry}"
+            yield f"left out: {counted(entry.count, 'file')}, {reason}: {entry}"
         yield from self.row_lines()
 
     def row_lines(self) -> Iterator[str]:
         """The part about rows and characters."""
         if self.without_text.count:
-            yield f"left out: {_many(self.without_text.count, 'row')} without text: {self.without_text}"
+            yield f"left out: {counted(self.without_text.count, 'row')} without text: {self.without_text}"
         if self.invalid.count:
-            yield f"left out: {_many(self.invalid.count, 'invalid row or file', 'invalid rows or files')}: {self.invalid}"
+            yield f"left out: {counted(self.invalid.count, 'invalid row or file', 'invalid rows or files')}: {self.invalid}"
         if self.byte_order_marks:
-            yield f"removed: {_many(self.byte_order_marks, 'byte-order mark')} inside files, where files were joined"
+            yield f"removed: {counted(self.byte_order_marks, 'byte-order mark')} inside files, where files were joined"
         if self.line_ends:
-            yield f"changed: line ends of {_many(self.line_ends, 'text file')}, from CR or CR LF to LF"
+            yield f"changed: line ends of {counted(self.line_ends, 'text file')}, from CR or CR LF to LF"
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class InvalidRow(DataError):
 def _files(files: dict[str, int]) -> Iterator[str]:
     if not files:
         return
-    documents = f"read: {_many(len(files), 'file')}, {_many(sum(files.values()), 'document')}"
+    documents = f"read: {counted(len(files), 'file')}, {counted(sum(files.values()), 'document')}"
     if len(files) <= _LISTED:
         yield documents + ": " + ", ".join(f"{name} ({count:,})" for name, count in files.items())
         return
@@ -109,5 +115,6 @@ def kind_of(name: str) -> str:
     return f"{kind}{packing}" or "no suffix"
 
 
-def _many(count: int, one: str, several: str = "") -> str:
+def counted(count: int, one: str, several: str = "") -> str:
+    """A number with what it counts."""
     return f"{count:,} {one if count == 1 else several or one + 's'}"

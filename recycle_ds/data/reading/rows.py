@@ -53,7 +53,7 @@ class Rows:
         """Counts a row or file that cannot be used. Raises DataError unless it may be left out."""
         if not self._skip:
             raise DataError(
-                f"{error}, or leave out such rows and files with --skip-invalid (data.prepare.skip_invalid)"
+                f"{error}; --skip-invalid (data.prepare.skip_invalid) leaves out such rows and files"
             ) from error
         self.report.invalid.add(where)
 
