@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -286,3 +288,13 @@ def test_the_tables_have_all_keys_of_deepspeed() -> None:
         if name not in removed and name != "leaf_module":
             assert fields[name].default == default, name
     assert typing.get_args(ZERO["stage"]) == (0, 1, 2, 3)
+
+
+def test_old_names_are_printed_by_a_run(tmp_path: Path) -> None:
+    """Prevents a translation that the user never hears of, and faults that are found after something was written."""
+    path = written(tmp_path / "ds.json", {"bfloat16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}})
+    command = [sys.executable, "-W", "ignore", "-m", "recycle_ds.pretrain", "--config", "demo", f"deepspeed={path}"]
+    command += [f"run_dir={tmp_path / 'run'}", f"data.tokenizer={tmp_path / 'absent.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert f"{path}: bfloat16 is an old name: read as bf16" in done.stdout
+    assert done.returncode == 2 and done.stderr.startswith("error: no such file") and not (tmp_path / "run").exists()
