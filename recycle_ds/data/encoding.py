@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.reading.chat import RenderedChat
+from recycle_ds.data.reading.chat import RenderedChat, encode_chat
 from recycle_ds.data.token_files import token_dtype
 from recycle_ds.data.tokenizer import Tokenizer
 
@@ -123,18 +123,7 @@ def _ids(tokenizer: Tokenizer, text: str, parse_special: bool, counts: SpecialTo
     counts.tokens.update(found)
     if not isinstance(text, RenderedChat):
         return tokenizer.encode(text, parse_special=parse_special)
-    if not found or parse_special:
-        ids = tokenizer.encode(text)
-    else:
-        pairs = itertools.zip_longest(text.parts[::2], text.parts[1::2])
-        ids = [
-            number
-            for part, special in pairs
-            for number in (
-                *(tokenizer.encode(part, parse_special=False) if part else ()),
-                *((tokenizer.special_tokens[special],) if special else ()),
-            )
-        ]
+    ids = tokenizer.encode(text) if parse_special else encode_chat(tokenizer, text)
     return ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
 
 

@@ -6,6 +6,7 @@ message are text: a rendered chat keeps the two apart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -70,8 +71,10 @@ class ChatTemplate:
             )
         return cls(found, tokenizer)
 
-    def render(self, messages: Any, where: str, column: str) -> RenderedChat | None:
-        """One chat, None without messages.
+    def render(
+        self, messages: Any, where: str, column: str, *, add_generation_prompt: bool = False
+    ) -> RenderedChat | None:
+        """One chat, None without messages. add_generation_prompt: end it with the start of the assistant's next message.
 
         messages: a list of {"role": ..., "content": ...}, or of {"from": ..., "value": ...}. Raises InvalidRow for other
         values and for chats that the template refuses.
@@ -88,14 +91,29 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: str = render_jinja_template([hidden.hide(chat)], chat_template=self._template, **self._tokens)[0][
-                0
-            ]
+            (rendered, *_), _ = render_jinja_template(
+                [hidden.hide(chat)],
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
         except Exception as error:  # of Jinja, or of a template that expects other messages
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidRow(f"{where}: the chat template refuses the messages: {reason}; repair the row") from error
         parts = self._special.split(checked_text(rendered, where, column))
         return RenderedChat(tuple(part if number % 2 else hidden.show(part) for number, part in enumerate(parts)))
+
+
+def encode_chat(tokenizer: Tokenizer, chat: RenderedChat) -> list[int]:
+    """Ids of a rendered chat: special tokens of the template stand for themselves, those inside messages are text."""
+    texts, special = chat.parts[::2], chat.parts[1::2]
+    if not any(tokenizer.special_pattern.search(text) for text in texts):
+        return tokenizer.encode(chat)
+    ids: list[int] = []
+    for text, token in itertools.zip_longest(texts, special):
+        ids += tokenizer.encode(text, parse_special=False) if text else []
+        ids += [tokenizer.special_tokens[token]] if token else []
+    return ids
 
 
 class _Hidden:

@@ -111,7 +111,9 @@ def outer_column(column: str, columns: Iterable[str]) -> str | None:
 def missing_column(where: str, column: str, columns: Iterable[str]) -> DataError:
     """The error for a file without the column, with those that it has."""
     found = ", ".join(map(str, columns)) or "none"
-    hint = "; chat rows are read with --chat-column" if column == "text" and "messages" in found else ""
+    hint = (
+        "; `recycle-ds prepare` reads chat rows with --chat-column" if column == "text" and "messages" in found else ""
+    )
     return DataError(f"{where} has no column {column!r}; its columns are: {found}; name one as the text column{hint}")
 
 
