@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -15,8 +16,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Run folder or checkpoint.")],
-    data: Annotated[str, typer.Option(help="Text, jsonl or parquet file, a folder of them, or a dataset's name.")],
+    data: Annotated[
+        str, typer.Option(help="Text, json, jsonl or parquet file, a folder of them, or a dataset's name.")
+    ],
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out and count rows and files that cannot be used.")
+    ] = False,
     seq_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")
     ] = None,
@@ -38,6 +45,7 @@ def evaluate(
 
     quiet_libraries()  # before what warns on import
     from recycle_ds.checkpoint.loading import load_model
+    from recycle_ds.data.reading.report import ReadingOptions, ReadReport
     from recycle_ds.data.sources import read_documents
     from recycle_ds.evaluation.perplexity import evaluate_documents
 
@@ -45,9 +53,13 @@ def evaluate(
     length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:
         raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
-    texts = islice(read_documents(data, text_column), limit)
-    documents = (loaded.tokenizer.encode(text) for text in texts)
+    report = ReadReport()
+    options = ReadingOptions(skip_invalid)
+    texts = islice(read_documents(data, text_column, split=split, options=options, report=report), limit)
+    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in texts)
     result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
+    for line in report.lines(read=False):
+        print(line, file=sys.stderr)
     if as_json:
         record = {"model": str(loaded.path), "data": data, "tokens": result.tokens, "loss": result.loss}
         record |= {

@@ -70,7 +70,11 @@ def run(config: RunConfig) -> str:
 
     started = time.time()
     with errors_of_host():  # before torch, which takes seconds to import
-        load_deepspeed_json(config.deepspeed)
+        notes: list[str] = []
+        load_deepspeed_json(config.deepspeed, notes)
+        if is_error_reporter(os.environ):
+            for note in notes:
+                print(note, flush=True)
         check_run_dir(config.run_dir)
         check_data(config.data)
 
@@ -118,7 +122,9 @@ def _prepare(config: RunConfig, job: Job) -> RunLock:
     from recycle_ds.data.prepare import prepare_if_missing
     from recycle_ds.training.faults.job_end import STOP
 
-    prepare_if_missing(config.data, progress=sys.stderr.isatty())
+    report = prepare_if_missing(config.data, progress=sys.stderr.isatty())
+    for line in report.lines(read=False) if report is not None else ():
+        print(f"data: {line}", flush=True)
     run_dir = make_run_dir(config.run_dir)
     lock = RunLock(run_dir, job)
     remove_unfinished(run_dir)

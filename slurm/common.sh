@@ -31,9 +31,9 @@ if [[ -z $PYTHON ]]; then
 fi
 [[ $JOBS_DIR == /* ]] || JOBS_DIR=$REPO/$JOBS_DIR
 JOB_DIR=$JOBS_DIR/$SLURM_JOB_ID
-TASKS=${SLURM_NTASKS_PER_NODE:-1}
-TASKS=${TASKS%%(*}
-CPUS=${SLURM_CPUS_PER_TASK:-1}
+# shellcheck source=tasks.sh
+source slurm/tasks.sh
+count_tasks
 HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
 # The first node is where the shell runs. Ports differ from job to job, and from start to start: the one before may linger.
 export MASTER_ADDR=${HOSTS%% *} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 8) % 20000))
@@ -62,16 +62,26 @@ case $LAUNCHER in
     srun | torchrun | deepspeed | mpirun) ;;
     *) fail "LAUNCHER=$LAUNCHER: must be srun, torchrun, deepspeed or mpirun" ;;
 esac
+case $LAUNCHER in
+    torchrun | deepspeed)
+        [[ -n $EVEN ]] || fail "$RANKS tasks on $SLURM_JOB_NUM_NODES nodes (${SLURM_TASKS_PER_NODE:-}): LAUNCHER=$LAUNCHER needs as many on every node: submit with --ntasks-per-node"
+        ;;
+esac
 
 # launch MODULE [ARGUMENT ...]: all ranks of the job. The GPUs that SLURM gave to a step stay as they are.
 launch() {
-    local ranks=(--ntasks="$((SLURM_JOB_NUM_NODES * TASKS))" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
-    local nodes=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))")
+    local ranks nodes
+    mapfile -t ranks < <(rank_options)
+    mapfile -t nodes < <(launcher_options)
+    unset SLURM_CPUS_PER_GPU # srun would take it for a second number of CPUs
+    case $LAUNCHER in
+        torchrun | deepspeed) unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND ;;
+    esac
     case $LAUNCHER in
         srun) exec "${SRUN[@]}" "${ranks[@]}" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
         torchrun | deepspeed) exec "${SRUN[@]}" "${nodes[@]}" ${WRAP[@]+"${WRAP[@]}"} bash slurm/node.sh "$LAUNCHER" "$@" ;;
         # shellcheck disable=SC2086 # a command with its options
-        mpirun) exec $MPIRUN -n "$((SLURM_JOB_NUM_NODES * TASKS))" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
+        mpirun) exec $MPIRUN -n "$RANKS" ${WRAP[@]+"${WRAP[@]}"} "$PYTHON" -m "$@" ;;
     esac
 }
 
@@ -92,7 +102,7 @@ run_and_requeue() {
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
-    say "$LAUNCHER, $SLURM_JOB_NUM_NODES node(s) x $TASKS task(s): $*"
+    say "$LAUNCHER, $RANKS rank(s) on $SLURM_JOB_NUM_NODES node(s): $*"
     launch "$@" &
     local child=$! code=0
     # a trap runs when `wait` is interrupted, never in the middle of a foreground command

@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     The SLURM tests run on one worker because they share the cluster; they wait most of the time. The tests that start
     several ranks or complete commands run on the other worker, so that no two of them compete for the cores. Files of
-    unit tests run on any free worker.
+    unit tests and of in_the_wild run on any free worker.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -74,7 +74,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             folder = file.split("/")[1]
-            return {"unit": file, "slurm": "cluster"}.get(folder, "ranks")
+            return {"unit": file, "in_the_wild": file, "slurm": "cluster"}.get(folder, "ranks")
 
     config.option.loadscopereorder = False  # keep the order of collection: long tests first
     return ByFolder(config, log)

@@ -1,174 +1,26 @@
-"""Reads DeepSpeed's JSON: a plain DeepSpeed file in which the values that the run config sets are "auto".
+"""The DeepSpeed JSON of a run: a plain DeepSpeed file in which the values that the run config sets are "auto".
 
 DeepSpeed itself ignores unknown top-level keys ("zero_optimisation" would run as ZeRO 0) and reads the same setting from
-several places. Here an unknown key, or a value that contradicts the run config, is an error.
+several places. Here an unknown key (see `deepspeed_file`), or a value that contradicts the run config, is an error.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from recycle_ds.config.deepspeed_file import load_deepspeed_json, offloads, zero_stage
+from recycle_ds.config.deepspeed_translation import AUTO
 from recycle_ds.config.errors import ConfigError
-from recycle_ds.config.schema import RunConfig
-from recycle_ds.config.shipped import DEEPSPEED, find_config, names
+from recycle_ds.config.schema import RunConfig, TrainingConfig
 
-AUTO = "auto"
+__all__ = ["accumulates_in_fp32", "load_deepspeed_json", "offloads", "resolve_deepspeed", "zero_stage"]
 
 OFFLOAD_IN_PIPELINE = (
     "in bf16 DeepSpeed then does not sum the tied embedding's gradients of the first and the last stage"
 )
 # At ZeRO 1, gradients of up to this many micro-batches per step are accumulated in bf16.
 _MAX_BF16_MICRO_BATCHES = 8
-
-# Top-level keys that DeepSpeed 0.19 reads and that make sense for pretraining.
-_KNOWN = frozenset(
-    {
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-        *("bf16", "data_types", "communication_data_type", "seq_parallel_communication_data_type"),
-        *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio"),
-        *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather"),
-        *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
-        *("comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet"),
-        *("compile", "disable_python_gc_on_step"),
-    }
-)
-
-_ZERO_KEYS = frozenset(
-    {
-        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
-        *(
-            "allgather_partitions",
-            "allgather_bucket_size",
-            "overlap_comm",
-            "round_robin_gradients",
-            "ignore_unused_parameters",
-        ),
-        *("offload_param", "offload_optimizer", "sub_group_size", "cpu_offload_pin_memory", "elastic_checkpoint"),
-        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
-        *(
-            "stage3_param_persistence_threshold",
-            "stage3_model_persistence_threshold",
-            "stage3_gather_16bit_weights_on_model_save",
-        ),
-        *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings"),
-    }
-)
-_UNSUPPORTED_ZERO = frozenset(
-    {
-        *(
-            "zenflow",
-            "zero_hpz_partition_size",
-            "zero_quantized_weights",
-            "zero_quantized_gradients",
-            "mics_shard_size",
-        ),
-        *(
-            "zero_quantized_nontrainable_weights",
-            "mics_hierarchical_params_gather",
-            "compute_grad_norm",
-            "legacy_stage1",
-        ),
-        *(
-            "zeropp_loco_param",
-            "cpu_offload",
-            "cpu_offload_param",
-            "cpu_offload_use_pin_memory",
-            "load_from_fp32_weights",
-        ),
-    }
-)
-_EXAMPLES = {
-    "zero_optimization": '{"stage": 1}',
-    "bf16": '{"enabled": "auto"}',
-    "data_types": '{"grad_accum_dtype": "fp32"}',
-}
-
-# DeepSpeed keys that the file may not contain, each with the reason or the setting to use instead.
-_ELSEWHERE = {
-    "optimizer": "the optimizer is AdamW from training.learning_rate, beta1, beta2, epsilon and weight_decay",
-    "scheduler": "the schedule is training.schedule with training.warmup_steps",
-    "fp16": "half precision is bf16: set training.dtype",
-    "amp": "mixed precision is training.dtype",
-    "torch_autocast": "it conflicts with megatron's linear layers: set training.dtype",
-    "sequence_parallel_size": "set parallel.ulysses",
-    "tensor_parallel": "set parallel.tensor",
-    "activation_checkpointing": "set training.activation_checkpointing",
-    "pipeline": "set parallel.pipeline",
-    "elasticity": "DeepSpeed 0.19 has removed it; portable checkpoints resume at any number of ranks",
-    "curriculum_learning": "not part of recycle_ds",
-    "data_efficiency": "not part of recycle_ds",
-    "checkpoint_engine": "checkpoints are written by recycle_ds",
-}
-
-
-def load_deepspeed_json(path: str) -> dict[str, Any]:
-    """Reads the file and checks its keys. Raises ConfigError."""
-    try:
-        text = find_config(path, DEEPSPEED).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"deepspeed={path!r}: no such file; shipped ones are {', '.join(names(DEEPSPEED))}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"deepspeed={path!r}: cannot be read ({error})") from None
-    try:
-        tree = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")
-    for key in ("zero_optimization", "bf16", "data_types"):
-        if not isinstance(tree.get(key, {}), dict):
-            raise ConfigError(f"{path}: {key}={tree[key]!r}: must be an object, such as {_EXAMPLES[key]}")
-    for key in tree:
-        if key in _ELSEWHERE:
-            raise ConfigError(f"{path}: {key!r} cannot be set here: {_ELSEWHERE[key]}")
-        if key not in _KNOWN:
-            near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.5)
-            raise ConfigError(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    stage = zero_stage(tree)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ConfigError(f"{path}: zero_optimization.stage={stage!r}: must be 0, 1, 2 or 3")
-    _check_nested(path, tree, stage)
-    return tree
-
-
-def _check_nested(path: str, tree: Mapping[str, Any], stage: int) -> None:
-    """Rejects settings that recycle_ds's clipping and checkpoints do not support. Raises ConfigError."""
-    zero = tree.get("zero_optimization", {})
-    for key in zero:
-        if key in _UNSUPPORTED_ZERO:
-            raise ConfigError(f"{path}: zero_optimization.{key} is not supported by recycle_ds; remove it")
-        if key not in _ZERO_KEYS:
-            near = difflib.get_close_matches(key, _ZERO_KEYS, n=1, cutoff=0.5)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: unknown key 'zero_optimization.{key}'{hint}")
-    for key in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
-            raise ConfigError(f'{path}: zero_optimization.{key}.device="nvme" is not supported; use "cpu"')
-    if tree.get("bf16", {}).get("check_grad_overflow"):
-        raise ConfigError(f"{path}: bf16.check_grad_overflow cannot be set here: set training.nonfinite instead")
-    if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" and stage == 0:
-        raise ConfigError(f'{path}: data_types.grad_accum_dtype="fp32" needs ZeRO 1, 2 or 3; use zero1.json')
-    for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        if stage < min_stage and offloads(tree, key):
-            raise ConfigError(
-                f"{path}: zero_optimization.{key} has no effect at ZeRO {stage}: remove it, or use zero{min_stage}_offload.json"
-            )
-
-
-def zero_stage(tree: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed tree; 0 if none is given, as in DeepSpeed."""
-    return (tree.get("zero_optimization") or {}).get("stage", 0)
-
-
-def offloads(tree: Mapping[str, Any], key: str) -> bool:
-    """Whether zero_optimization.offload_optimizer or offload_param (`key`) of a DeepSpeed tree moves anything to the host."""
-    section = (tree.get("zero_optimization") or {}).get(key)
-    return isinstance(section, dict) and section.get("device", "none") != "none"
 
 
 def accumulates_in_fp32(stage: int, dtype: str, pipeline: int, micro_batches: int) -> bool:
@@ -188,7 +40,7 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
 
     data_size: number of ranks that read different samples. DeepSpeed treats Ulysses ranks, which hold the same weights, as
     data-parallel too, so its train_batch_size counts a sample once for each of them. Clipping is done by recycle_ds (per part
-    under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for a value that contradicts the run config,
+    under detached gradients), so DeepSpeed's own is set to 0. Raises ConfigError for all values that contradict the run config,
     a batch that does not divide evenly, and settings that DeepSpeed does not support or computes wrongly in the run's layout.
     """
     tree = load_deepspeed_json(config.deepspeed)
@@ -207,15 +59,16 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": (micro_batches, "training.global_batch_size"),
         "gradient_clipping": (training.gradient_clipping, "training.gradient_clipping"),
     }
-    for key, (value, owner) in owned.items():
-        tree[key] = _own(config.deepspeed, key, tree.get(key, AUTO), value, owner)
+    bf16 = tree.get("bf16") or {}
+    faults = [_contradiction(key, tree.get(key, AUTO), value, owner) for key, (value, owner) in owned.items()]
+    faults.append(_contradiction("bf16.enabled", bf16.get("enabled", AUTO), training.dtype == "bf16", "training.dtype"))
+    faults += _contradictions_of_optimizer(tree.pop("optimizer", {}), training)
+    if any(faults):
+        raise ConfigError(f'{config.deepspeed}: {"; ".join(filter(None, faults))}; write "auto"')
+    tree |= {key: value for key, (value, _) in owned.items()}
     tree["train_batch_size"] *= config.parallel.ulysses
-    bf16 = dict(tree.get("bf16") or {})
-    bf16["enabled"] = _own(
-        config.deepspeed, "bf16.enabled", bf16.get("enabled", AUTO), training.dtype == "bf16", "training.dtype"
-    )
-    bf16["check_grad_overflow"] = False  # recycle_ds checks the norms itself, alike at every stage
-    tree["bf16"] = bf16
+    # recycle_ds checks the norms itself, alike at every stage
+    tree["bf16"] = {"enabled": training.dtype == "bf16", "check_grad_overflow": False}
     if accumulates_in_fp32(zero_stage(tree), training.dtype, config.parallel.pipeline, micro_batches):
         tree["data_types"] = {"grad_accum_dtype": "fp32"} | tree.get("data_types", {})
     tree["gradient_clipping"] = 0.0
@@ -261,15 +114,22 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
         )
 
 
-def _own(path: str, key: str, given: Any, value: Any, owner: str) -> Any:
-    if given != AUTO and given != value:
-        raise ConfigError(f'{path}: {key}={given!r} contradicts {owner}, which sets it to {value!r}; write "auto"')
-    return value
+def _contradiction(key: str, given: Any, value: Any, owner: str) -> str:
+    return "" if given in (AUTO, value) else f"{key}={given!r} contradicts {owner}, which sets it to {value!r}"
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ConfigError(f"the key {sorted(twice)[0]!r} is given twice")
-    return dict(pairs)
+def _contradictions_of_optimizer(block: Mapping[str, Any], training: TrainingConfig) -> list[str]:
+    """What an AdamW block of the file says otherwise than the run."""
+    values: dict[str, tuple[Any, str]] = {
+        "lr": (training.learning_rate, "training.learning_rate"),
+        "betas": ([training.beta1, training.beta2], "training.beta1 and beta2"),
+        "eps": (training.epsilon, "training.epsilon"),
+        "weight_decay": (training.weight_decay, "training.weight_decay"),
+        "adam_w_mode": (True, "AdamW"),
+    }
+    params = block.get("params", {})
+    return [
+        _contradiction(f"optimizer.params.{key}", params[key], value, owner)
+        for key, (value, owner) in values.items()
+        if key in params
+    ]

@@ -2,7 +2,14 @@
 
 
 class RecycleError(ValueError):
-    """Base of every error a user can cause. Entry points print it without a traceback and exit 2."""
+    """Base of every error a user can cause. Entry points print it without a traceback and exit 2.
+
+    Its text is one line whatever it quotes: line ends and control characters, of a key or a file's name, are escaped.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(RecycleError):

@@ -17,39 +17,9 @@ from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.schema import RunConfig
 from recycle_ds.config.shipped import RUNS, find_config, names
+from recycle_ds.config.yaml_values import UNREADABLE, Loader
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML 1.1 keeps the last silently) and reads 1e-4 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *defaults
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is no name of a setting")
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    """YAML 1.1 reads `3e-4` as a string; every person who types it means a number."""
-    text = loader.construct_scalar(node)
-    if node.style is None and text[:1] in "+-.0123456789":
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
 
 
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -78,7 +48,10 @@ def load_config(
 
 def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), defaults: Defaults | None = None) -> RunConfig:
     """Validates a mapping with overrides and defaults applied, see `load_config`. Raises ConfigError."""
-    merged = _copy(tree)
+    try:
+        merged = _copy(tree)
+    except RecursionError:
+        raise ConfigError("the settings are nested too deeply, or a YAML alias contains itself") from None
     for override in overrides:
         _apply(merged, override)
     if defaults is not None:
@@ -115,10 +88,10 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        tree = yaml.load(text, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected a mapping of sections, found {type(tree).__name__}")
@@ -147,8 +120,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
+        value = yaml.load(text, Loader=Loader) if text else ""  # noqa: S506 - Loader is a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{dotted}={text}: {error}") from None
+    except UNREADABLE:
         value = text
     *parents, last = dotted.split(".")
     node: Any = tree

@@ -135,14 +135,36 @@ class PrepareConfig(Section):
     """How pretrain creates missing token files. One rank creates them, the others wait."""
 
     source: Text
-    """`shipped` (the corpus in the package), a text, jsonl or parquet file, a folder of them, or a Hugging Face
-    dataset (OWNER/NAME)."""
+    """`shipped` (the corpus in the package), a text, json, jsonl or parquet file, a folder of them or of a saved
+    data set, or a Hugging Face dataset (OWNER/NAME)."""
     output: Text
     """Folder for train.bin/.idx, validation.bin/.idx and, when `tokenizer_vocab` is given, tokenizer.json."""
     tokenizer_vocab: Positive | None = None
     """Vocabulary size of a BPE tokenizer trained on the source; without it data.tokenizer must exist."""
     text_column: str = "text"
-    """Column that contains the document, in jsonl, parquet and datasets."""
+    """Column that contains the document, in jsonl, parquet and datasets; `data.text` also inside an object."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    chat_column: Text | None = None
+    """Column with lists of messages, which the tokenizer's chat template renders; replaces `text_column`."""
+    parse_special: bool = False
+    """Special tokens that are written in documents stand for themselves; otherwise they are text."""
+    skip_invalid: bool = False
+    """Leave out rows and files that cannot be used (broken JSON, other types than text, not UTF-8), and count them."""
+    all_files: bool = False
+    """Read hidden files and dataset cards (README.md and the like) of a folder too."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files of a folder that are left out, such as `*test*`."""
+
+    @model_validator(mode="after")
+    def _template(self) -> PrepareConfig:
+        if self.chat_column is not None and self.tokenizer_vocab is not None:
+            raise ValueError(
+                f"chat_column={self.chat_column!r} needs a tokenizer with a chat template, which tokenizer_vocab "
+                f"({self.tokenizer_vocab}) does not make: name one as data.tokenizer"
+            )
+        return self
+
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Fraction of documents held out for validation; each document is drawn on its own, so the share is approximate."""
 

@@ -11,7 +11,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.reading.chat import RenderedChat, encode_chat
 from recycle_ds.data.token_files import token_dtype
 from recycle_ds.data.tokenizer import Tokenizer
 
@@ -33,27 +36,54 @@ Ids = NDArray[Any]
 """[tokens] ids of one document, of the type that `token_dtype` names."""
 
 
-def encode_in_order(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Generator[Ids, None, None]:
+@dataclass
+class SpecialTokenCounts:
+    """Special tokens that are written in documents."""
+
+    documents: int = 0
+    """Documents with at least one."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """How often each is written."""
+
+    def add(self, other: SpecialTokenCounts) -> None:
+        self.documents += other.documents
+        self.tokens.update(other.tokens)
+
+
+def encode_in_order(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    workers: int,
+    *,
+    parse_special: bool = False,
+    counts: SpecialTokenCounts | None = None,
+) -> Generator[Ids, None, None]:
     """Yield the ids of each text, in the order of the texts; a text without tokens gives an empty array.
 
     If the generator is not exhausted, close it to terminate its workers.
 
     Args:
-        texts: documents, read slightly ahead of the yielded results.
+        texts: documents, read slightly ahead of the yielded results. The special tokens of a `RenderedChat` stand for
+            themselves; an end of the document at its end is dropped, because token files add one to every document.
         tokenizer: copied into the workers.
         workers: processes; with 1, or with little text, this process tokenises.
+        parse_special: whether special tokens that are written in a text stand for themselves; else they are text.
+        counts: incremented for special tokens that are written in texts (of a chat: in its messages).
 
     Raises:
         DataError: a text cannot be encoded, or a worker died.
     """
+    counts = counts if counts is not None else SpecialTokenCounts()
     chunks = _chunks(texts)
     first = list(itertools.islice(chunks, 2 if workers > 1 else 0))
     chunks = itertools.chain(first, chunks)
     if len(first) < 2:
         for chunk in chunks:
-            yield from _encode(tokenizer, chunk)
+            ids, found = _encode(tokenizer, chunk, parse_special)
+            counts.add(found)
+            yield from ids
         return
-    pool = _WorkerPool(tokenizer, workers)
+    pool = _WorkerPool(tokenizer, workers, parse_special, counts)
     try:
         yield from pool.encode(chunks)
     finally:
@@ -78,21 +108,36 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
+def _encode(tokenizer: Tokenizer, texts: list[str], parse_special: bool) -> tuple[list[Ids], SpecialTokenCounts]:
     dtype = token_dtype(tokenizer.vocab_size)
-    return [np.array(tokenizer.encode(text) if text.strip() else [], dtype=dtype) for text in texts]
+    counts = SpecialTokenCounts()
+    return [np.array(_ids(tokenizer, text, parse_special, counts), dtype=dtype) for text in texts], counts
+
+
+def _ids(tokenizer: Tokenizer, text: str, parse_special: bool, counts: SpecialTokenCounts) -> list[int]:
+    if not text.strip():
+        return []
+    written = text.parts[::2] if isinstance(text, RenderedChat) else (text,)
+    found = [token for part in written for token in tokenizer.special_pattern.findall(part)]
+    counts.documents += bool(found)
+    counts.tokens.update(found)
+    if not isinstance(text, RenderedChat):
+        return tokenizer.encode(text, parse_special=parse_special)
+    ids = tokenizer.encode(text) if parse_special else encode_chat(tokenizer, text)
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
 
 
 class _WorkerPool:
     """The worker processes and the chunk that each of them is processing."""
 
-    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, workers: int, parse_special: bool, counts: SpecialTokenCounts) -> None:
         # Spawned, not forked: the caller may have threads and locks (of the tokenizers library, torch, a launcher).
         context = multiprocessing.get_context("spawn")
         self._processes: list[SpawnProcess] = []
         self._busy: dict[Connection, int] = {}  # number of the current chunk
         self._idle: list[Connection] = []
-        copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name)
+        copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name, parse_special)
+        self._counts = counts
         # multiprocessing starts this helper with the first worker and unblocks the stop signals afterwards: the workers would
         # not inherit the mask, and each would answer Ctrl-C with its own traceback
         resource_tracker.ensure_running()
@@ -155,7 +200,8 @@ class _WorkerPool:
             number = self._busy.pop(connection)
             self._idle.append(connection)
             if number != _STARTING:
-                found[number] = result
+                found[number], counts = result
+                self._counts.add(counts)
         return found
 
     def _worker_died(self) -> DataError:
@@ -175,7 +221,9 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_worker(connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str) -> None:
+def _run_worker(
+    connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str, parse_special: bool
+) -> None:
     """Main function of a worker: reports its start, then encodes chunks of texts until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = Tokenizer(tokenizer_json, config, name=name)
@@ -184,7 +232,7 @@ def _run_worker(connection: Connection, tokenizer_json: str, config: dict[str, A
         while True:
             chunk = connection.recv()
             try:
-                result: list[Ids] | DataError = _encode(tokenizer, chunk)
+                result: tuple[list[Ids], SpecialTokenCounts] | DataError = _encode(tokenizer, chunk, parse_special)
             except DataError as error:
                 result = error
             connection.send(result)

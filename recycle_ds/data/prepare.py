@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycle_ds.config.console import output_console
-from recycle_ds.data.encoding import encode_in_order, usable_cores
+from recycle_ds.data.encoding import SpecialTokenCounts, encode_in_order, usable_cores
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.prepare_report import PrepareReport, SplitReport
+from recycle_ds.data.progress_bar import PrepareBar
+from recycle_ds.data.reading.chat import ChatTemplate
+from recycle_ds.data.reading.report import ReadingOptions, ReadReport
 from recycle_ds.data.sources import read_documents
 from recycle_ds.data.token_files import TokenFileWriter, pair_paths, read_sidecar
 from recycle_ds.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from recycle_ds.config.schema import DataConfig, PrepareConfig
 
 TRAIN, VALIDATION = "train", "validation"
 """Prefixes of the two token files in the output folder."""
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """One token file that was written."""
-
-    prefix: str
-    """Its path, without the suffix."""
-    documents: int
-    """Documents in it."""
-    tokens: int
-    """Tokens in it, end-of-document tokens included."""
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` made."""
-
-    source: str
-    """What was tokenised."""
-    train: SplitReport
-    """Documents to train on."""
-    validation: SplitReport | None
-    """Documents held out; None if the fraction is 0."""
-    blank: int
-    """Documents without text, which were left out."""
 
 
 def is_validation(number: int, fraction: float, seed: int) -> bool:
@@ -70,10 +43,13 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     text_column: str = "text",
+    chat: ChatTemplate | None = None,
+    parse_special: bool = False,
     validation_fraction: float = 0.02,
     workers: int | None = None,
     streaming: bool = False,
     split: str = "train",
+    options: ReadingOptions | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> PrepareReport:
@@ -82,7 +58,9 @@ def prepare(
     Each file appears whole or not at all, and is the same for every number of workers.
 
     Args:
-        source, text_column, streaming, split: as in `sources.read_documents`.
+        source, text_column, chat, streaming, split, options: as in `sources.read_documents`.
+        parse_special: whether special tokens that are written in a document (`<|endoftext|>`) stand for themselves; else they
+            are text. They are counted in both cases. Those of a chat template stand for themselves.
         output: folder, made if missing.
         tokenizer: whose ids are written.
         validation_fraction: share of documents held out, from 0 to below 1. Each is drawn on its own, so the share is
@@ -97,16 +75,24 @@ def prepare(
     _check_fraction(validation_fraction)
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; at least 1 process has to tokenise")
-    recipe = _recipe(text_column, validation_fraction) | {"seed": seed, "split": split}
+    options = options or ReadingOptions()
+    recipe = _recipe(text_column, chat is not None, parse_special, validation_fraction, options)
+    recipe |= {"seed": seed, "split": split}
+    reading, special = ReadReport(), SpecialTokenCounts()
     names = (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,)
     documents = blank = tokens = 0
     try:
-        with _Bar(source, progress) as bar, contextlib.ExitStack() as stack:
-            texts = read_documents(source, text_column, streaming=streaming, split=split, progress=bar.read)
+        with PrepareBar(source, progress) as bar, contextlib.ExitStack() as stack:
+            texts = read_documents(
+                source, text_column, chat=chat, streaming=streaming, split=split, options=options, report=reading,
+                progress=bar.read,
+            )  # fmt: skip
             writers = [
                 stack.enter_context(TokenFileWriter(Path(output) / name, tokenizer, source, recipe)) for name in names
             ]
-            encoded = encode_in_order(texts, tokenizer, workers or usable_cores())
+            encoded = encode_in_order(
+                texts, tokenizer, workers or usable_cores(), parse_special=parse_special, counts=special
+            )
             for ids in stack.enter_context(contextlib.closing(encoded)):
                 if len(ids):
                     writers[is_validation(documents, validation_fraction, seed)].add(ids)
@@ -118,7 +104,7 @@ def prepare(
     except OSError as error:
         raise DataError(f"cannot write to {output}: {error.strerror or error}; free or choose a folder") from error
     made = [SplitReport(str(Path(output) / n), w.documents, w.tokens) for n, w in zip(names, writers, strict=True)]
-    return PrepareReport(source, made[0], made[1] if len(made) > 1 else None, blank)
+    return PrepareReport(source, made[0], made[1] if len(made) > 1 else None, blank, reading, special, parse_special)
 
 
 def check_output(output: Path, validation_fraction: float, *, overwrite: bool) -> None:
@@ -160,17 +146,26 @@ def prepare_if_missing(
         return None
     if not tokenizer_file.is_file():
         assert recipe.tokenizer_vocab is not None  # else its absence was refused above
-        tokenizer = Tokenizer.train(read_documents(recipe.source, recipe.text_column), recipe.tokenizer_vocab)
+        texts = read_documents(recipe.source, recipe.text_column, split=recipe.split, options=_options(recipe))
+        tokenizer = Tokenizer.train(texts, recipe.tokenizer_vocab)
         tokenizer.save(recipe.output)
     return prepare(
         recipe.source,
         recipe.output,
         tokenizer,
-        text_column=recipe.text_column,
+        text_column=recipe.chat_column or recipe.text_column,
+        chat=ChatTemplate.load(tokenizer_file, tokenizer) if recipe.chat_column else None,
+        parse_special=recipe.parse_special,
         validation_fraction=recipe.validation_fraction,
         workers=workers,
+        split=recipe.split,
+        options=_options(recipe),
         progress=progress,
     )
+
+
+def _options(recipe: PrepareConfig) -> ReadingOptions:
+    return ReadingOptions(recipe.skip_invalid, recipe.all_files, recipe.exclude)
 
 
 def _check_fraction(fraction: float) -> None:
@@ -214,12 +209,22 @@ def _made_by(recipe: PrepareConfig) -> set[Path]:
 def _check_recipe(config: DataConfig, recipe: PrepareConfig) -> None:
     """Refuse files that `data.prepare` would have made otherwise: a run must not ignore what its configuration says."""
     made = _made_by(recipe)
-    wanted = {"source": recipe.source} | _recipe(recipe.text_column, recipe.validation_fraction)
+    wanted = (
+        {"source": recipe.source}
+        | _recipe(
+            recipe.chat_column or recipe.text_column,
+            recipe.chat_column is not None,
+            recipe.parse_special,
+            recipe.validation_fraction,
+            _options(recipe),
+        )
+        | {"split": recipe.split}
+    )
     for source in (*config.train, *config.validation):
         if pair_paths(source.path)[0].resolve() not in made:
             continue
         sidecar = read_sidecar(source.path)
-        found = {"source": sidecar.source, **sidecar.recipe}
+        found = {**_OLD_RECIPE, "source": sidecar.source, **sidecar.recipe}
         for key, value in wanted.items():
             if found.get(key) != value:
                 raise DataError(
@@ -236,9 +241,20 @@ def _command(path: Path, config: DataConfig) -> str:
     return f"`recycle-ds prepare SOURCE --output {path.parent} --tokenizer {config.tokenizer}`"
 
 
-def _recipe(text_column: str, validation_fraction: float) -> dict[str, Any]:
+def _recipe(
+    text_column: str, chat: bool, parse_special: bool, validation_fraction: float, options: ReadingOptions
+) -> dict[str, Any]:
     """The settings of `data.prepare`, besides the source, that decide what a token file holds."""
-    return {"text_column": text_column, "validation_fraction": validation_fraction}
+    decisive = {"text_column": text_column, "validation_fraction": validation_fraction}
+    return decisive | _OLD_RECIPE | {"chat": chat, "parse_special": parse_special} | _as_json(options)
+
+
+def _as_json(options: ReadingOptions) -> dict[str, Any]:
+    return asdict(options) | {"exclude": list(options.exclude)}
+
+
+# For files of older versions, which do not record these settings. (Special tokens in their documents were parsed.)
+_OLD_RECIPE = {"chat": False, "parse_special": False, **_as_json(ReadingOptions())}
 
 
 def _check_sides(source: str, documents: int, fraction: float) -> None:
@@ -249,47 +265,3 @@ def _check_sides(source: str, documents: int, fraction: float) -> None:
             f"{source} is a single document, which cannot be split into train and validation; "
             "set the validation fraction to 0 or give more documents"
         )
-
-
-class _Bar:
-    """A progress bar with counts of documents and tokens, redrawn a few times per second at most."""
-
-    def __init__(self, source: str, shown: bool) -> None:
-        self._source, self._shown = source, shown and sys.stderr.isatty()
-        self._fraction: float | None = None
-        self._next = 0.0
-
-    def __enter__(self) -> _Bar:
-        if self._shown:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._progress: Progress = Progress(
-                TextColumn("tokenising {task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
-                TimeElapsedColumn(),
-                console=output_console(stderr=True),
-            )
-            self._progress.start()
-            self._task: TaskID = self._progress.add_task(self._source, total=None, documents=0, tokens=0)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._shown:
-            if kind is None:
-                self._progress.update(self._task, total=1.0, completed=1.0)
-            self._progress.stop()
-
-    def read(self, fraction: float) -> None:
-        """Take note of the share of the source that has been read."""
-        self._fraction = fraction
-
-    def wrote(self, documents: int, tokens: int) -> None:
-        """Take note of what has been written, and draw."""
-        now = time.monotonic()
-        if self._shown and now >= self._next:
-            self._next = now + 0.2
-            total = None if self._fraction is None else 1.0
-            self._progress.update(
-                self._task, total=total, completed=self._fraction or 0.0, documents=documents, tokens=tokens
-            )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.reading import json_rows, packings
+from recycle_ds.data.reading.files import files_of, saved_splits
+from recycle_ds.data.reading.report import InvalidRow, ReadingOptions, ReadReport
+from recycle_ds.data.reading.rows import Rows
+from recycle_ds.data.reading.tables import read_dataset, read_parquet, read_saved
 
 if TYPE_CHECKING:
     import datasets
+
+    from recycle_ds.data.reading.chat import ChatTemplate
 
 SHIPPED = "shipped"
 """Name of the corpus inside the package."""
@@ -22,12 +25,6 @@ Progress = Callable[[float], None]
 """Called periodically with the fraction of the source read so far, 0 to 1."""
 
 _CORPUS = Path(__file__).parent / "corpus" / "presidential_addresses_1790_1928.jsonl.xz"
-_TEXT = (".txt", ".md")
-_KINDS = (*_TEXT, ".jsonl", ".parquet")
-_COMPRESSED = (".gz", ".xz")
-_COMPRESSED_SUFFIXES = tuple(kind + compression for kind in (*_TEXT, ".jsonl") for compression in _COMPRESSED)
-_READABLE = f"{', '.join(_KINDS)}, all but the last also as .gz or .xz"
-_PARQUET_ROWS = 256  # rows per batch: bounds memory for documents of usual length
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _HUB_SECONDS = 10  # wait for the hub's first answer
 
@@ -36,145 +33,123 @@ def read_documents(
     source: str,
     text_column: str = "text",
     *,
+    chat: ChatTemplate | None = None,
     streaming: bool = False,
     split: str = "train",
+    options: ReadingOptions | None = None,
+    report: ReadReport | None = None,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the documents of a source in a fixed order, with only a few in memory at once.
 
     Args:
-        source: `shipped`; a .txt or .md file (one document); a .jsonl or .parquet file (one per row); a folder of them,
-            read recursively in sorted order; or a Hugging Face dataset, `owner/name` or `owner/name:configuration`.
-        text_column: column that contains the text.
+        source: `shipped`; a .txt or .md file (one document, its line ends become LF); a .jsonl, .ndjson, .json or .parquet
+            file (one document per row); all but parquet also packed as .gz, .zst, .bz2 or .xz; a folder that
+            `Dataset.save_to_disk` wrote; a folder of all these, read recursively in sorted order without hidden files and
+            dataset cards; or a Hugging Face dataset, `owner/name` or `owner/name:configuration`.
+        text_column: column that contains the text; `data.text` also inside an object.
+        chat: renders the column, which then contains lists of messages.
         streaming: read a Hugging Face dataset while it downloads, without keeping it.
         split: split of a Hugging Face dataset.
+        options: which files and rows are left out.
+        report: filled with what is read and what is left out.
         progress: called with the fraction read; never called for a stream, whose length is unknown.
 
     Raises:
         DataError: the source does not exist, contains no documents, or cannot be read; the message names the place.
     """
+    options, report = options or ReadingOptions(), report if report is not None else ReadReport()
+    rows = Rows(text_column, chat, options.skip_invalid, report)
     path = _CORPUS if source == SHIPPED else Path(source).expanduser()
     if path.exists():
-        documents = _read_local(path, text_column, progress)
+        documents = _read_local(path, split, options, rows, progress)
     elif _looks_local(source):
         raise DataError(
-            f"no local file or folder {source}; give a file ({_READABLE}), a folder, '{SHIPPED}', or a Hugging Face dataset as "
-            "OWNER/NAME"
+            f"no local file or folder {source}; give a file ({packings.READABLE}), a folder, '{SHIPPED}', or a Hugging Face "
+            "dataset as OWNER/NAME"
         )
     else:
-        documents = _read_hub(source, text_column, split, streaming, progress)
+        documents = _read_hub(source, split, streaming, rows, progress)
     empty = True
     for document in documents:
         empty = False
         yield document
     if empty:
-        raise DataError(f"{source} contains no documents; give a source with text")
+        left_out = "; ".join(report.row_lines())
+        raise DataError(f"{source} contains no documents{left_out and f' ({left_out})'}; give a source with text")
 
 
 def _looks_local(source: str) -> bool:
-    return source.endswith(_KINDS + _COMPRESSED_SUFFIXES) or _HUB_NAME.fullmatch(source) is None
+    return packings.kind(source) is not None or _HUB_NAME.fullmatch(source) is None
 
 
-def _read_local(path: Path, text_column: str, progress: Progress | None) -> Iterator[str]:
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and _is_readable(f))
-    if path.is_file() and not _is_readable(path):
-        raise DataError(f"{path} has an unsupported file type; give {_READABLE}")
-    if not files:
-        raise DataError(f"the folder {path} contains no readable file; give {_READABLE}")
+def _read_local(
+    path: Path, split: str, options: ReadingOptions, rows: Rows, progress: Progress | None
+) -> Iterator[str]:
+    saved = path.is_dir() and saved_splits(path) is not None
+    files = [path] if path.is_file() or saved else files_of(path, options, rows.report)
+    if path.is_file() and packings.kind(path.name) is None:
+        raise DataError(f"{path} has an unsupported file type; give {packings.READABLE}")
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f"{path} is empty; remove it or fill it")
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes) or 1
-    for number, file in enumerate(files):
-        before = sum(sizes[:number]) if progress is not None else 0
-        for document, offset in _read_file(file, text_column):
-            yield document
-            if progress is not None:
-                progress((before + offset) / total)
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        rows.report.files[name] = 0
+        try:
+            for document, offset in _read_file(file, split, rows):
+                if document is None:
+                    continue
+                rows.report.files[name] += 1
+                yield document
+                if progress is not None:
+                    progress(min(1.0, (before + offset) / total))
+        except InvalidRow as error:  # an unreadable file, or what is left of it
+            rows.invalid(error, f"{file} (from where it cannot be read)")
+        before += size
 
 
-def _is_readable(path: Path) -> bool:
-    return path.name.endswith(_KINDS + _COMPRESSED_SUFFIXES)
-
-
-def _read_file(path: Path, text_column: str) -> Iterator[tuple[str, int]]:
-    """Documents of one file, each with the number of bytes of the file on disk read so far."""
-    if not path.stat().st_size:
-        raise DataError(f"{path} is empty; remove it or fill it")
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, text_column)
+def _read_file(path: Path, split: str, rows: Rows) -> Iterator[tuple[str | None, int]]:
+    """Documents of one file, None for a row without one, each with the number of bytes of the file on disk read so far."""
+    if path.is_dir():
+        yield from read_saved(path, split, rows)
+        return
+    kind = packings.kind(path.name)
+    if kind == packings.PARQUET:
+        yield from read_parquet(path, rows)
         return
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
-            if ".jsonl" in path.suffixes:
-                yield from _read_jsonl(path, raw, stream, text_column)
-            else:
-                yield _decode(stream.read(), path, 0), raw.tell()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; is it damaged?") from error
+        with packings.Packed(path) as packed:
+            if kind == packings.TEXT:
+                yield _read_text(path, packed.open(), rows), packed.position()
+                return
+            read = json_rows.read_array if kind == packings.ARRAY else json_rows.read_lines
+            for document in read(path, packed, rows):
+                yield document, packed.position()
+    except packings.UNREADABLE as error:
+        raise InvalidRow(f"cannot read {path}: {error}; is it damaged?") from error
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    return lzma.LZMAFile(raw) if path.suffix == ".xz" else raw
+def _read_text(path: Path, stream: IO[bytes], rows: Rows) -> str:
+    """A whole text file as one document, without byte-order marks and with LF as line ends."""
+    text = json_rows.decode(stream.read(), path, 0).removeprefix(json_rows.MARK)
+    rows.report.byte_order_marks += text.count(json_rows.MARK)
+    rows.report.line_ends += "\r" in text
+    return text.replace(json_rows.MARK, "").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _decode(content: bytes, path: Path, offset: int) -> str:
-    """Decode `content`, which starts at byte `offset` of the decompressed file, without a byte-order mark."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {offset + error.start}; "
-            "convert it to UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _read_jsonl(path: Path, raw: IO[bytes], stream: IO[bytes], text_column: str) -> Iterator[tuple[str, int]]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        text = _decode(line, path, offset)
-        offset += len(line)
-        if not text.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {error}; put one JSON object on each line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is a JSON {type(row).__name__}, not an object; put one JSON object on each line")
-        if text_column not in row:
-            raise _missing_column(where, text_column, list(row))
-        yield _checked(row[text_column], where, text_column), raw.tell()
-
-
-def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[str, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    size = path.stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_column not in file.schema_arrow.names:
-                raise _missing_column(str(path), text_column, file.schema_arrow.names)
-            done, rows = 0, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_column]):
-                for value in batch.column(0).to_pylist():
-                    done += 1
-                    yield _checked(value, f"{path} row {done}", text_column), size * done // rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; is it damaged?") from error
-
-
-def _read_hub(source: str, text_column: str, split: str, streaming: bool, progress: Progress | None) -> Iterator[str]:
+def _read_hub(source: str, split: str, streaming: bool, rows: Rows, progress: Progress | None) -> Iterator[str]:
     import datasets
 
     name, _, configuration = source.partition(":")
     try:
         _use_cache_if_unreachable(name)
         dataset = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
-        yield from rows_of(dataset, source, text_column, progress)
+        for document in _documents(dataset, source, rows, progress):
+            rows.report.files[source] = rows.report.files.get(source, 0) + 1
+            yield document
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -202,7 +177,7 @@ def _use_cache_if_unreachable(name: str) -> None:
 def rows_of(
     dataset: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str, progress: Progress | None = None
 ) -> Iterator[str]:
-    """Documents of an open Hugging Face dataset, streaming or not.
+    """Documents of an open Hugging Face dataset, streaming or not; rows without text have none.
 
     Args:
         dataset: one split.
@@ -213,34 +188,15 @@ def rows_of(
     Raises:
         DataError: the column is missing or does not contain text.
     """
-    if dataset.column_names is not None:  # a stream may not know its columns before its first row
-        if text_column not in dataset.column_names:
-            raise _missing_column(name, text_column, dataset.column_names)
-        dataset = dataset.select_columns([text_column])
-    rows = None if not hasattr(dataset, "num_rows") else dataset.num_rows
-    for number, row in enumerate(dataset, start=1):
-        if text_column not in row:
-            raise _missing_column(f"{name} row {number}", text_column, list(row))
-        yield _checked(row[text_column], f"{name} row {number}", text_column)
-        if progress is not None and rows:
-            progress(number / rows)
+    return _documents(dataset, name, Rows(text_column, None, False, ReadReport()), progress)
 
 
-def _missing_column(where: str, text_column: str, columns: list[str]) -> DataError:
-    found = ", ".join(map(str, columns)) or "none"
-    return DataError(f"{where} has no column {text_column!r}; its columns are: {found}; name one as the text column")
-
-
-def _checked(value: Any, where: str, text_column: str) -> str:
-    if not isinstance(value, str):
-        kind = "empty (null)" if value is None else f"of type {type(value).__name__}"
-        raise DataError(f"{where}: column {text_column!r} is {kind}, not text; name another column or drop the row")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can encode an unpaired surrogate, UTF-8 cannot
-            raise DataError(
-                f"{where}: column {text_column!r} contains an unpaired surrogate at character {error.start}; "
-                "repair the text"
-            ) from error
-    return value
+def _documents(
+    dataset: datasets.Dataset | datasets.IterableDataset, name: str, rows: Rows, progress: Progress | None
+) -> Iterator[str]:
+    total = None if not hasattr(dataset, "num_rows") else dataset.num_rows
+    for number, document in enumerate(read_dataset(dataset, name, rows), start=1):
+        if document is not None:
+            yield document
+        if progress is not None and total:
+            progress(number / total)

@@ -225,7 +225,7 @@ def read_sidecar(prefix: str | Path) -> Sidecar:
     path = pair_paths(prefix)[2]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}; {_REMAKE}") from error
     kinds = {"int": int, "str": str}
     version = content.get("format_version") if isinstance(content, dict) else None

@@ -16,6 +16,7 @@ from recycle_ds.data.errors import DataError
 from recycle_ds.data.interruptible import call_interruptibly
 from recycle_ds.data.other_tokenizers import advice
 from recycle_ds.data.special_ids import TOKEN_MAP, SpecialIds, read_special_ids, read_tree, token_named
+from recycle_ds.data.special_text import TextEncoder, pattern_of, special_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 """End-of-document token of the tokenizers trained here."""
@@ -80,6 +81,15 @@ class Tokenizer:
         """Tokens that end a text in decoding."""
         self.bos_id = self._special("bos_token", _KNOWN_BOS, () if special.bos is None else (special.bos,))
         """Token that starts a document, or None."""
+        self.special_tokens = special_tokens(tokenizer, self._config)
+        """Tokens, and their ids, that stand for something else than their text: those of `special_ids`, and all that the
+        configuration names. A text may contain their characters."""
+        for number in (*sorted(self.end_ids), self.bos_id):
+            if number is not None:
+                self.special_tokens[str(tokenizer.id_to_token(number))] = number
+        self.special_pattern = pattern_of(self.special_tokens)
+        """Matches each of them in a text, as group 1."""
+        self._as_text: TextEncoder | None = None
         # Truncation and padding change no id, so the fingerprint ignores them.
         identity = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -147,18 +157,29 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": None}
         return cls(tokenizer.to_str(pretty=True), config, name="the trained tokenizer")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. No special token is added; those written in the text are recognised."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Ids of a text. No special token is added. See `encode_batch`."""
+        return self.encode_batch([text], parse_special=parse_special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """Ids of several texts, in order, computed with the library's threads.
+
+        Args:
+            texts: without special tokens at start and end, which are not added.
+            parse_special: whether special tokens that are written in a text stand for themselves, as in a raw prompt. False for
+                documents and for what users write: such tokens are then text, and no special token is in the result.
 
         Raises:
             DataError: a text cannot be encoded (the vocabulary has neither bytes nor an unknown token).
         """
         try:
+            if not parse_special:
+                if self._as_text is None:
+                    self._as_text = TextEncoder(self._json, self.special_tokens, self.name)
+                return self._as_text.encode_batch(texts)
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except DataError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{self.name} cannot encode a text: {_one_line(error)}") from error
 

@@ -19,7 +19,8 @@ def train_tokenizer(
     source: Annotated[
         str,
         typer.Argument(
-            help="'shipped', a text, jsonl or parquet file, a folder of them, or a Hugging Face dataset, OWNER/NAME."
+            help="'shipped', a text, json, jsonl or parquet file, a folder of them, a folder that save_to_disk wrote, or a "
+            "Hugging Face dataset, OWNER/NAME."
         ),
     ],
     output: Annotated[
@@ -27,8 +28,18 @@ def train_tokenizer(
     ],
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary, at least 257.")],
     text_column: Annotated[
-        str, typer.Option(help="Column that holds the text, in jsonl, parquet and datasets.")
+        str,
+        typer.Option(help="Column that holds the text, in jsonl, parquet and datasets; data.text inside an object."),
     ] = "text",
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out and count rows and files that cannot be used.")
+    ] = False,
+    all_files: Annotated[
+        bool, typer.Option("--all-files", help="Read hidden files and dataset cards of a folder too.")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of files of a folder to leave out; may be repeated.")
+    ] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read a dataset while it downloads.")] = False,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that exists.")] = False,
@@ -39,6 +50,7 @@ def train_tokenizer(
     from recycle_ds.config.console import output_console
     from recycle_ds.data.errors import DataError
     from recycle_ds.data.interruptible import exit_on_sigterm
+    from recycle_ds.data.reading.report import ReadingOptions, ReadReport
     from recycle_ds.data.sources import read_documents
     from recycle_ds.data.tokenizer import Tokenizer
 
@@ -46,8 +58,10 @@ def train_tokenizer(
     file = output / "tokenizer.json"
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists: name another --output, or replace it with --overwrite")
+    report = ReadReport()
+    options = ReadingOptions(skip_invalid, all_files, tuple(exclude or ()))
     try:
-        texts = read_documents(source, text_column, streaming=streaming, split=split)
+        texts = read_documents(source, text_column, streaming=streaming, split=split, options=options, report=report)
         tokenizer = Tokenizer.train(texts, vocab_size)
         tokenizer.save(output)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -57,6 +71,8 @@ def train_tokenizer(
     table = Table("file", "tokens", "end of text", "fingerprint")
     table.add_row(str(file), f"{tokenizer.vocab_size:,}", str(tokenizer.eos_id), tokenizer.fingerprint[:12])
     output_console().print(table)
+    for line in report.lines():
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,13 +27,15 @@ class Answer(Generation):
 
 @dataclass(frozen=True)
 class Job(Generic[Key]):
-    """A prompt to be continued. key: by which its answers are recognised."""
+    """A prompt to be continued. key: by which its answers are recognised. parse_special: whether special tokens that
+    are written in the prompt stand for themselves; False for what a user wrote, where they are text."""
 
     key: Key
     prompt: str
     params: SamplingParams
     mode: str = "verified"
     priority: int = 0
+    parse_special: bool = True
 
 
 def answer_all(
@@ -57,7 +59,8 @@ def answer_all(
                     exhausted = True
                     break
                 try:
-                    sequences = engine.add(tokenizer.encode(job.prompt), job.params, job.mode, priority=job.priority)
+                    ids = tokenizer.encode(job.prompt, parse_special=job.parse_special)
+                    sequences = engine.add(ids, job.params, job.mode, priority=job.priority)
                 except DecodingError as error:
                     yield job.key, error
                     continue

@@ -54,21 +54,28 @@ class Engine:
         return self._engine
 
     def generate(
-        self, prompts: str | Sequence[str], params: SamplingParams | None = None, mode: str = "verified"
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        mode: str = "verified",
+        *,
+        parse_special: bool = True,
     ) -> Iterator[Answer]:
         """Continues the prompts together, `max_batch` at once, and yields the answers in the order of the prompts.
 
         prompts: one raw text or several. params: None means `SamplingParams()`; with n > 1 each prompt has n answers.
-        mode: "autoregressive", "alternate" or "verified". An answer depends on its prompt and parameters alone, not on
-        what is decoded beside it; with a seed, equal prompts give equal answers. Raises DecodingError: immediately for
-        an unknown mode, and during iteration for a prompt that cannot be continued.
+        mode: "autoregressive", "alternate" or "verified". parse_special: whether special tokens that are written in a
+        prompt (`<|endoftext|>`) stand for themselves; False for what users write: they are then text. An answer depends
+        on its prompt and parameters alone, not on what is decoded beside it; with a seed, equal prompts give equal
+        answers. Raises DecodingError: immediately for an unknown mode, and during iteration for a prompt that cannot be
+        continued.
         """
         check_mode(mode)
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        return self._answers(texts, params or SamplingParams(), mode)
+        params = params or SamplingParams()
+        return self._answers([Job(index, text, params, mode, 0, parse_special) for index, text in enumerate(texts)])
 
-    def _answers(self, texts: Sequence[str], params: SamplingParams, mode: str) -> Iterator[Answer]:
-        jobs = (Job(index, text, params, mode) for index, text in enumerate(texts))
+    def _answers(self, jobs: Sequence[Job[int]]) -> Iterator[Answer]:
         complete: dict[int, list[Answer] | DecodingError] = {}
         next_index = 0
         for index, answers in answer_all(self._engine, self._loaded.tokenizer, jobs):

@@ -17,14 +17,10 @@ import torch
 
 from recycle_ds.config import RecycleError
 from recycle_ds.parallel.device import backend, keep_freed_memory, local_device
+from recycle_ds.parallel.launcher_variables import MPI_VARIABLES, SRUN_VARIABLES, contradiction
 from recycle_ds.parallel.peers import MachineFault
-from recycle_ds.parallel.slurm import master_endpoint, started_by_srun, tasks_on_host
+from recycle_ds.parallel.slurm import has_own_gpus, master_endpoint, started_by_srun, tasks_on_host
 
-# Variables with an MPI process's rank, world size and local rank; the first ones set are used.
-_MPI_VARIABLES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
-)
 # Number of ranks on this host: torchrun, deepspeed, Open MPI, MPICH.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
@@ -54,20 +50,28 @@ class Launch:
 def detect_launch(environment: Mapping[str, str]) -> Launch:
     """Reads the launcher's variables. A pure function of the environment.
 
-    Raises LaunchError when a variable is missing or not a number, or the rank is not below the world size.
+    Raises LaunchError when a variable is missing or not a number, the rank is not below the world size, or the variables of
+    two launchers contradict each other.
     """
+    srun = started_by_srun(environment)
+    wrong = contradiction(environment, srun)
+    if wrong is not None:
+        raise LaunchError(wrong)
     if "RANK" in environment and "WORLD_SIZE" in environment:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed"
         return _launch(environment, launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    srun = started_by_srun(environment)
-    for rank, size, local in _MPI_VARIABLES:
+    for rank, size, local in MPI_VARIABLES:
         # srun's MPI support also sets rank and size, but no local rank: SLURM's own variables are used then
         if rank in environment and size in environment and (local in environment or not srun):
             return _launch(environment, "mpi", rank, size, local)
     if srun:
-        found = _launch(environment, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        own = bool(environment.get("SLURM_GPUS_PER_TASK"))
-        return replace(found, local_world_size=tasks_on_host(environment), own_gpus=own)
+        found = _launch(environment, "srun", *SRUN_VARIABLES)
+        sharing = environment.get("SLURM_NTASKS_PER_GPU", "1")
+        if sharing != "1":
+            raise LaunchError(
+                f"SLURM_NTASKS_PER_GPU={sharing}: ranks would share a GPU: submit with --ntasks-per-gpu=1"
+            )
+        return replace(found, local_world_size=tasks_on_host(environment), own_gpus=has_own_gpus(environment))
     return Launch("single", 0, 1, 0)
 
 

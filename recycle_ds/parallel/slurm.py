@@ -13,6 +13,13 @@ def started_by_srun(environment: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
+def has_own_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether a task sees only GPUs that SLURM has bound to it, however they were requested."""
+    requested = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_NTASKS_PER_GPU")
+    bound = environment.get("SLURM_GPU_BIND", "").startswith("per_task")
+    return bool(requested) or bound or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+
+
 def tasks_on_host(environment: Mapping[str, str]) -> int:
     """Tasks of the step on this node, from SLURM_STEP_TASKS_PER_NODE ("4(x2),3") and SLURM_NODEID; 0 if unknown."""
     counts: list[int] = []

@@ -19,7 +19,7 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     """The objects, by line number."""
     try:
         # not splitlines: it also cuts at separators that may occur inside a JSON string
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = [line.lstrip("\ufeff") for line in path.read_text(encoding="utf-8").split("\n")]  # of joined files
     except (OSError, UnicodeDecodeError) as error:
         raise DecodingError(f"prompts {str(path)!r} cannot be read: {error}") from None
     records = {number: _read_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()}

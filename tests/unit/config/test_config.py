@@ -160,15 +160,14 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
     ("changes", "parts"),
     [
         ({"zero_optimisation": {"stage": 3}}, ["unknown key 'zero_optimisation'", "'zero_optimization'"]),
-        ({"optimizer": {"type": "Adam"}}, ["'optimizer' cannot be set here", "training.learning_rate"]),
+        ({"optimizer": {"type": "Lamb"}}, ["'optimizer' cannot be set here", "training.learning_rate"]),
         ({"train_batch_size": 5}, ["train_batch_size=5", "training.global_batch_size", "sets it to 8"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=True", "training.dtype"]),
         ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
         ({"zero_optimization": 3}, ["zero_optimization=3: must be an object"]),
         ({"bf16": True}, ["bf16=True: must be an object"]),
         ({"zero_optimization": {"stage": 1, "overlap_com": True}}, ["zero_optimization.overlap_com", "'overlap_comm'"]),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm is not supported"]),
-        ({"bf16": {"enabled": "auto", "check_grad_overflow": True}}, ["training.nonfinite"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm=False is not supported"]),
         (
             {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 0}},
             ["needs ZeRO 1, 2 or 3", "zero1.json"],
@@ -181,7 +180,7 @@ def deepspeed_file(tmp_path: Path, **changes: object) -> str:
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             ["offload_param has no effect at ZeRO 2", "zero3_offload.json"],
         ),
-        ({"activation_checkpointing": {}}, ["set training.activation_checkpointing"]),
+        ({"activation_checkpointing": {"profile": True}}, ["set training.activation_checkpointing"]),
     ],
 )
 def test_wrong_deepspeed_settings_are_rejected(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:

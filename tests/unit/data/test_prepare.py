@@ -220,6 +220,8 @@ def test_missing_data_are_prepared_once(config: DataConfig, tmp_path: Path) -> N
     [
         ({"source": "shipped"}, "was made with source '.*documents.jsonl', data.prepare.source is 'shipped'"),
         ({"validation_fraction": 0.2}, "validation_fraction 0.1, data.prepare.validation_fraction is 0.2"),
+        ({"parse_special": True}, "made with parse_special False, data.prepare.parse_special is True"),
+        ({"exclude": ("b*",)}, "made with exclude .*, data.prepare.exclude is"),
         ({"tokenizer_vocab": 401}, "has 400 tokens, data.prepare.tokenizer_vocab is 401"),
     ],
 )

@@ -10,6 +10,8 @@ import pytest
 from recycle_ds import Engine, SamplingParams
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.inference import DecodingError
+from recycle_ds.inference.decoder import decode_one
+from recycle_ds.inference.loading import load
 from tests.unit.inference.command import PROMPT, Generate
 
 PROMPTS = [PROMPT, "abc", "hij abc"]
@@ -69,3 +71,15 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
         Engine.from_folder(tmp_path / "nowhere")
     with pytest.raises(DecodingError, match="max_batch=0"):
         Engine.from_folder(engine.path, max_batch=0)
+
+
+def test_special_tokens_in_prompts(engine: Engine, model: Path) -> None:
+    """Prevents a user's prompt from ending the document, and raw prompts that have lost their special tokens."""
+    tokenizer = load(str(model), "fp32", None).tokenizer
+    prompt, params = "ab<|endoftext|>c", SamplingParams(max_new_tokens=8)
+    for parse_special in (True, False):
+        ids = tokenizer.encode(prompt, parse_special=parse_special)
+        assert (tokenizer.eos_id in ids) is parse_special
+        (answer,) = engine.generate(prompt, params, parse_special=parse_special)
+        expected = decode_one(engine.engine, ids, params, "verified")
+        assert (answer.token_ids, answer.prompt) == (expected.token_ids, prompt)

@@ -35,13 +35,14 @@ SRUN = {
         (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, Launch("srun", 5, 7, 1, 3)),
         # processes of mpirun, below the proxy that it starts with srun
         (
-            SRUN | {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
-            Launch("mpi", 0, 2, 0, 2),
+            SRUN | {"PMI_RANK": "0", "PMI_SIZE": "14", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
+            Launch("mpi", 0, 14, 0, 2),
         ),
         # one launcher per node, started by srun
         (
-            SRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
-            Launch("torchrun", 1, 2, 1),
+            SRUN
+            | {"RANK": "1", "WORLD_SIZE": "14", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "7"},
+            Launch("torchrun", 1, 14, 1),
         ),
         # a shell on a node, and the shell of a batch job
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch("single", 0, 1, 0)),

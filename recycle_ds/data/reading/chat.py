@@ -1,0 +1,159 @@
+"""Rows of chat messages, rendered by a tokenizer's chat template.
+
+The template writes special tokens, such as the ones that start and end a message. The same tokens written by a user inside a
+message are text: a rendered chat keeps the two apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.reading.report import InvalidRow
+from recycle_ds.data.reading.rows import checked_text
+from recycle_ds.data.tokenizer import Tokenizer
+
+# The roles of ShareGPT's {"from": ..., "value": ...}, a common layout of chats.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_FIRST_PRIVATE = 0xF0000  # code points without characters: stand for special tokens inside messages
+
+
+class RenderedChat(str):
+    """A rendered chat. `parts` alternates between text, in which special tokens are text, and special tokens."""
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, parts: tuple[str, ...]) -> RenderedChat:
+        chat = super().__new__(cls, "".join(parts))
+        chat.parts = parts
+        return chat
+
+    def __reduce__(self) -> tuple[type[RenderedChat], tuple[tuple[str, ...]]]:
+        return RenderedChat, (self.parts,)  # sent to the processes that tokenise
+
+
+class ChatTemplate:
+    """Renders lists of messages like `apply_chat_template` of transformers, whose renderer it calls."""
+
+    def __init__(self, template: str, tokenizer: Tokenizer) -> None:
+        """template: in Jinja, as in chat_template.jinja. tokenizer: names the special tokens that it may write."""
+        self._template = template
+        self._special = tokenizer.special_pattern
+        names = {key: _content(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
+        self._tokens = {key: value for key, value in names.items() if value is not None}
+
+    @classmethod
+    def load(cls, path: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
+        """The template beside a tokenizer.json (chat_template.jinja), or in its tokenizer_config.json.
+
+        Raises DataError if there is none.
+        """
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return cls(file.read_text(encoding="utf-8"), tokenizer)
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"cannot read {file}: {error}; repair it") from error
+        found = tokenizer.config.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+            found = named.get("default")
+        if not isinstance(found, str):
+            raise DataError(
+                f"{tokenizer.name} has no chat template: put a chat_template.jinja beside it, or render the chats to a text "
+                "column yourself"
+            )
+        return cls(found, tokenizer)
+
+    def render(
+        self, messages: Any, where: str, column: str, *, add_generation_prompt: bool = False
+    ) -> RenderedChat | None:
+        """One chat, None without messages. add_generation_prompt: end it with the start of the assistant's next message.
+
+        messages: a list of {"role": ..., "content": ...}, or of {"from": ..., "value": ...}. Raises InvalidRow for other
+        values and for chats that the template refuses.
+        """
+        if messages == []:
+            return None
+        chat = [_message(message) for message in messages] if isinstance(messages, list) else [None]
+        if None in chat:
+            raise InvalidRow(
+                f"{where}: column {column!r} is no list of messages, such as "
+                '[{"role": "user", "content": "TEXT"}]; name another column'
+            )
+        hidden = _Hidden(self._special, json.dumps(chat, ensure_ascii=False, default=str))
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            (rendered, *_), _ = render_jinja_template(
+                [hidden.hide(chat)],
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except Exception as error:  # of Jinja, or of a template that expects other messages
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InvalidRow(f"{where}: the chat template refuses the messages: {reason}; repair the row") from error
+        parts = self._special.split(checked_text(rendered, where, column))
+        return RenderedChat(tuple(part if number % 2 else hidden.show(part) for number, part in enumerate(parts)))
+
+
+def encode_chat(tokenizer: Tokenizer, chat: RenderedChat) -> list[int]:
+    """Ids of a rendered chat: special tokens of the template stand for themselves, those inside messages are text."""
+    texts, special = chat.parts[::2], chat.parts[1::2]
+    if not any(tokenizer.special_pattern.search(text) for text in texts):
+        return tokenizer.encode(chat)
+    ids: list[int] = []
+    for text, token in itertools.zip_longest(texts, special):
+        ids += tokenizer.encode(text, parse_special=False) if text else []
+        ids += [tokenizer.special_tokens[token]] if token else []
+    return ids
+
+
+class _Hidden:
+    """Replaces special tokens inside messages by private characters that occur nowhere in the chat, and back."""
+
+    def __init__(self, special: re.Pattern[str], content: str) -> None:
+        self._special = special
+        self._characters: dict[str, str] = {}
+        self._free = (chr(code) for code in range(_FIRST_PRIVATE, 0x110000) if chr(code) not in content)
+
+    def hide(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._special.sub(self._character, value)
+        if isinstance(value, list):
+            return [self.hide(item) for item in value]
+        return {key: self.hide(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+    def show(self, text: str) -> str:
+        for token, character in self._characters.items():
+            text = text.replace(character, token)
+        return text
+
+    def _character(self, match: re.Match[str]) -> str:
+        token = match.group()
+        if token not in self._characters:
+            self._characters[token] = next(self._free)
+        return self._characters[token]
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    """A message as templates expect it; None if it is none. Null keys, which tables have for other rows' sake, are dropped."""
+    if not isinstance(message, Mapping):
+        return None
+    given = {key: value for key, value in message.items() if value is not None}
+    if "role" not in given and isinstance(given.get("from"), str):
+        role = given.pop("from")
+        given = {"role": _ROLES.get(role, role), "content": given.pop("value", ""), **given}
+    return given if isinstance(given.get("role"), str) else None
+
+
+def _content(entry: Any) -> str | None:
+    found = entry.get("content") if isinstance(entry, Mapping) else entry
+    return found if isinstance(found, str) else None

@@ -1,0 +1,95 @@
+"""Special tokens that are written in a text: how they are found, and how they are encoded as the text that they are.
+
+A tokenizer recognises its special tokens (end of text, roles of a chat) wherever their characters occur. In a document or in a
+user's message they are text: else whoever writes `<|endoftext|>` there ends the document.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from recycle_ds.data.errors import DataError
+
+
+def special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens of a vocabulary and their ids: those that tokenizer.json marks as special, and those that
+    tokenizer_config.json names (`eos_token` and the like, `additional_special_tokens`, `added_tokens_decoder`)."""
+    found = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        several = config.get(key)
+        named += several.values() if isinstance(several, Mapping) else several if isinstance(several, list) else []
+    added = config.get("added_tokens_decoder")
+    if isinstance(added, Mapping):
+        named += [entry for entry in added.values() if isinstance(entry, Mapping) and entry.get("special")]
+    for entry in named:
+        token = entry.get("content") if isinstance(entry, Mapping) else entry
+        if isinstance(token, str) and token:
+            number = tokenizer.token_to_id(token)
+            if number is not None:
+                found[token] = number
+    return found
+
+
+def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest one first, as one group; nothing if there are none."""
+    ordered = sorted(filter(None, tokens), key=len, reverse=True)
+    if not ordered:
+        return re.compile("((?!))")
+    # there may be hundreds of tokens: few places of a text have one of the few ways in which they begin
+    starts = "|".join(sorted({re.escape(token[:2]) for token in ordered}))
+    return re.compile(f"(?={starts})({'|'.join(map(re.escape, ordered))})")
+
+
+class TextEncoder:
+    """Encodes text with a vocabulary whose special tokens it never produces, except for that of unknown characters."""
+
+    def __init__(self, tokenizer_json: str, special: Mapping[str, int], name: str) -> None:
+        """special: as `special_tokens` gives them. name: of the tokenizer, in error messages."""
+        content = json.loads(tokenizer_json)
+        for token in content.get("added_tokens") or ():
+            token["special"] = token["special"] or token["content"] in special
+        self._name = name
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._special = frozenset(special.values()) - {_unknown(content, self._tokenizer)}
+        self._spelled: dict[int, list[int]] = {}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in order. Raises the library's exceptions, and DataError for a token that cannot be spelled."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._without_special(encoding.ids) for encoding in encodings]
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        """Replaces special tokens by their characters: models that know whole words (WordLevel, Unigram) find them there."""
+        if self._special.isdisjoint(ids):
+            return ids
+        return [part for number in ids for part in (self._spell(number) if number in self._special else (number,))]
+
+    def _spell(self, number: int) -> list[int]:
+        if number not in self._spelled:
+            token = self._tokenizer.id_to_token(number) or ""
+            spelled = [part.id for character in token for part in self._tokenizer.model.tokenize(character)]
+            if not spelled or not self._special.isdisjoint(spelled):
+                raise DataError(
+                    f"{self._name} cannot encode {token!r} as text, only as the special token: remove it from the documents, "
+                    "or let it stand for the special token (--parse-special)"
+                )
+            self._spelled[number] = spelled
+        return self._spelled[number]
+
+
+def _unknown(content: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Id of the unknown token, or None."""
+    model = content.get("model") or {}
+    if isinstance(model.get("unk_id"), int):
+        return int(model["unk_id"])
+    token = model.get("unk_token")
+    return tokenizer.token_to_id(token) if isinstance(token, str) else None
