@@ -26,6 +26,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 _EXTENSIONS = tempfile.mkdtemp(prefix="recycle-ds-extensions-")
 os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS
 atexit.register(shutil.rmtree, _EXTENSIONS, ignore_errors=True)
+# Measured costs of decoding are stored there: the user's own must neither be read nor written.
+os.environ["XDG_CACHE_HOME"] = _EXTENSIONS
 # All descendant processes inherit this variable, even if they leave the process group or session.
 _MARK = uuid.uuid4().hex
 os.environ["RECYCLE_TEST_SESSION"] = _MARK

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import resource
 import time
 from functools import lru_cache
@@ -34,6 +36,21 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 def local_device(index: int = 0) -> torch.device:
     """The CUDA device with this index, or the CPU without CUDA. `rendezvous.own_device` picks a rank's index."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def machine_name(device: torch.device) -> str:
+    """Name of the hardware: the GPU, or the processor and the number of cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        models = [
+            line for line in information.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+        ]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
 
 
 def backend() -> str:

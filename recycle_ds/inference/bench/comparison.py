@@ -6,8 +6,6 @@ machine affects all modes. Speeds are medians over repeats.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.loading import decoder_of, load
 from recycle_ds.inference.parameters import check_mode
+from recycle_ds.parallel.device import machine_name
 
 REFERENCE = "autoregressive"
 _WARMUP_TOKENS = 32
@@ -144,7 +143,7 @@ def run_bench(
         "model": model,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "machine": machine(next(decoder.model.parameters()).device),
+        "machine": machine_name(next(decoder.model.parameters()).device),
     }
     notes: list[str] = []
     if "verified" in runs:
@@ -209,21 +208,6 @@ def results_table(report: dict[str, Any]) -> Table:
             "yes" if figures["identical_to_autoregressive"] else "no",
         )
     return table
-
-
-def machine(device: torch.device) -> str:
-    """Name of the hardware: the GPU, or the processor and the number of cores that this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        models = [
-            line for line in information.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
-        ]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def _rotated(modes: tuple[str, ...], by: int) -> tuple[str, ...]:

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from recycle_ds.config.console import output_console
-from recycle_ds.inference.bench.comparison import machine, read_prompts
+from recycle_ds.inference.bench.comparison import read_prompts
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.sequence import Sequence as Answer
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of, load
 from recycle_ds.inference.parameters import SamplingParams, check_mode
+from recycle_ds.parallel.device import machine_name
 
 
 @dataclass(frozen=True)
@@ -186,5 +187,5 @@ def bench_serving(
         "model": path,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "machine": machine(next(loaded.model.parameters()).device),
+        "machine": machine_name(next(loaded.model.parameters()).device),
     }

@@ -9,9 +9,10 @@ registry refers to are evicted when memory is needed, the least recently used fi
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 Content = int
 """Number of a registered content; equal numbers mean equal tokens in this block and in all blocks before it."""
@@ -50,6 +51,11 @@ class BlockPool:
     def references(self, block: int) -> int:
         """Number of sequences that use a block."""
         return self._references[block]
+
+    def held_by(self, tables: Sequence[Sequence[int]]) -> int:
+        """Number of blocks that would become free if these sequences released all of theirs."""
+        users = Counter(chain.from_iterable(tables))
+        return sum(count == self._references[block] for block, count in users.items())
 
     def shared(self, block: int) -> bool:
         """Whether a block must be copied before it is written: another sequence uses it, or it is registered."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from recycle_ds.inference.engine.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Part, Plan, Rules
 from recycle_ds.inference.parameters import TokenSampling
@@ -13,8 +14,29 @@ from recycle_ds.inference.speculation.cost_model import CostModel
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
+# Stored costs hold as long as a call takes at most this factor more or less time.
+_MOST_CHANGE = 1.25
 # More than any engine numbers its sequences.
 _SCRATCH = 2**40
+
+
+def known_or_measured(
+    executor: Executor, file: CostFile | None, blocks: int, block_size: int, max_batch: int, with_module: bool
+) -> CostModel:
+    """The costs in the file, if a call still takes the time that they say, else measured ones, which are stored.
+
+    Arguments and conditions are those of `measure`.
+    """
+    known = None if file is None else file.read()
+    if known is not None:
+        size, seconds = known.full[0]
+        found = _shortest(partial(_run, executor, size, 0))
+        if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
+            return known
+    costs = measure(executor, blocks, block_size, max_batch, with_module)
+    if file is not None:
+        file.write(costs)
+    return costs
 
 
 def measure(executor: Executor, blocks: int, block_size: int, max_batch: int, with_module: bool) -> CostModel:

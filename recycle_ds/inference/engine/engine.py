@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from recycle_ds.inference.engine import costs
 from recycle_ds.inference.engine.blocks import BlockPool
+from recycle_ds.inference.engine.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Plan, Rules
 from recycle_ds.inference.engine.scheduler import Scheduler
@@ -42,6 +43,7 @@ class DecodingEngine:
         unnamed_ids: Iterable[int] = (),
         text_source: Callable[[], TextSource] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        cost_file: CostFile | None = None,
     ) -> None:
         """eos_ids: end-of-sequence tokens. unnamed_ids: ids without a token, never sampled. text_source: creates a new
         detokeniser; needed for stop strings only. clock: in seconds, for the figures of an answer."""
@@ -49,7 +51,7 @@ class DecodingEngine:
         self.vocab_size, self.max_positions, self.has_module = vocab_size, max_positions, has_module
         self._eos_ids = tuple(sorted(set(eos_ids)))
         self._unnamed_ids = frozenset(unnamed_ids)
-        self._text_source = text_source
+        self._text_source, self._cost_file = text_source, cost_file
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
         self._under_way: deque[tuple[Plan, float]] = deque()
         self._costs_are_measured = False
@@ -196,13 +198,16 @@ class DecodingEngine:
         return StopCondition(frozenset(end_ids), min(params.max_new_tokens, room), reason, text)
 
     def measure_costs(self) -> CostModel:
-        """Measures what calls cost, once, if nothing is under way. Returns what the draft budget counts with."""
+        """Measures what calls cost, once, if nothing is under way. Returns what the draft budget counts with.
+
+        The first `verified` request does this itself. Call it before others if it may come while they are being decoded.
+        """
         if not self._costs_are_measured and not self.unfinished:
             self.scheduler.forget_prefixes()  # their blocks are about to be written
             pool = self.scheduler.pool
             try:
                 arguments = (pool.count, pool.size, self.scheduler.max_batch, self.has_module)
-                self.use_costs(costs.measure(self._executor, *arguments))
+                self.use_costs(costs.known_or_measured(self._executor, self._cost_file, *arguments))
             except BaseException:
                 self._executor.discard()
                 raise

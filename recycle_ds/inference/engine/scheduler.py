@@ -221,17 +221,18 @@ class Scheduler:
         return ready[0] if ready else None
 
     def _make_room(self) -> None:
-        """Preempts sequences of lower priority than the next waiting one, as far as it needs their place or memory."""
+        """Preempts sequences of lower priority than the next waiting one, if that gives it the place and memory it needs."""
         sequence = self._next_waiting()
         if sequence is None:
             return
         needed = -(-(len(sequence.tokens) + 1) // self.pool.size)
-        while len(self.running) >= self.max_batch or self.pool.free < needed:
-            below = [one for one in self.running if self._priority(one) < self._priority(sequence)]
-            victims = [one for one in self._ranked(below) if not one.in_flight]
-            if not victims:
+        below = [one for one in self.running if self._priority(one) < self._priority(sequence)]
+        if self.pool.free + self.pool.held_by([one.blocks for one in below]) < needed:
+            return
+        for victim in reversed(self._ranked(one for one in below if not one.in_flight)):
+            if len(self.running) < self.max_batch and self.pool.free >= needed:
                 return
-            self._preempt(victims[-1])
+            self._preempt(victim)
 
     def _admit(self) -> Sequence | None:
         """Moves the next waiting sequence to the running ones, if there is room."""
@@ -246,13 +247,12 @@ class Scheduler:
 
     @staticmethod
     def _awaits(source: Sequence) -> bool:
-        """Whether a sequence that others fork has not read its prompt yet. For one that was preempted nobody waits: it may
-        have been preempted for one of them."""
+        """Whether others wait until a sequence has read its prompt. Not if it was preempted: perhaps for one of them."""
         return source.ended_at is None and source.preemptions == 0 and source.cached < source.prompt_tokens
 
     def _preempt_below(self, sequence: Sequence) -> bool:
         """Takes the blocks of the last in rank. Returns False if that is the sequence itself, or nothing can be taken."""
-        ranked = self._ranked([one for one in self.running if not one.in_flight])
+        ranked = self._ranked(one for one in self.running if not one.in_flight)
         if ranked[-1] is not sequence:
             self._preempt(ranked[-1])
             return True

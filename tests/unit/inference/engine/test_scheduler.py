@@ -225,6 +225,23 @@ def test_a_higher_priority_takes_memory_from_a_lower_one() -> None:
     assert urgent.ended_at is not None and low.ended_at is not None and urgent.ended_at < low.ended_at
 
 
+def test_nothing_is_preempted_in_vain() -> None:
+    """Prevents a sequence from losing its place for one that still cannot run, because an equal one holds the memory."""
+    machine = Machine(9, 4, chunk=32)
+    equal, low = sequence(0, [1] * 16, 8, priority=3), sequence(1, [2] * 4, 6)
+    for one in (equal, low):
+        machine.scheduler.add(one)
+    machine.step()
+    machine.step()
+    large = sequence(2, [3] * 20, 4, priority=3)
+    machine.scheduler.add(large)
+    while low.ended_at is None:
+        machine.step()
+    assert low.preemptions == 0 and large.first_token_at is None, "there was never room for it"
+    machine.run()
+    assert large.ended_at is not None
+
+
 def test_a_shared_prefix_is_read_once() -> None:
     """Prevents a prompt's beginning from being computed again, or the module's entries of it from being left out."""
     machine = Machine(40, 4, chunk=64)

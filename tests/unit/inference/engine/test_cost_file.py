@@ -1,0 +1,69 @@
+"""Measured costs on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recycle_ds.inference import SamplingParams
+from recycle_ds.inference.engine import costs
+from recycle_ds.inference.engine.build import local_engine
+from recycle_ds.inference.engine.cost_file import CostFile
+from recycle_ds.inference.speculation.cost_model import CostModel
+from tests.unit.inference.models import random_model
+
+COSTS = CostModel(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),))
+
+
+def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents every start from waiting for measurements, and the costs of another model or batch from being used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = []
+    original = costs.measure
+    monkeypatch.setattr(costs, "measure", lambda *arguments: measured.append(1) or original(*arguments))
+    monkeypatch.setattr(costs, "_MOST_CHANGE", 1e9)  # however busy the machine is
+    first = local_engine(random_model(7, 1), max_batch=2).measure_costs()
+    (file,) = (tmp_path / "recycle_ds").iterdir()
+    engine = local_engine(random_model(7, 1), max_batch=2)
+    engine.finish(engine.add([1, 2], SamplingParams(max_new_tokens=5), "verified"))
+    assert len(measured) == 1 and (engine.measure_costs().full, first.full) == (first.full, first.full)
+    local_engine(random_model(7, 1), max_batch=3).measure_costs()
+    local_engine(random_model(7, 1, layers=3), max_batch=2).measure_costs()
+    assert len(measured) == 3 and len(list((tmp_path / "recycle_ds").iterdir())) == 3
+    # measured once more on a machine that has become faster or slower
+    monkeypatch.setattr(costs, "_MOST_CHANGE", 1.0)
+    local_engine(random_model(7, 1), max_batch=2).measure_costs()
+    assert len(measured) == 4 and json.loads(file.read_text())["full"] != [list(point) for point in first.full]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"full": [[1, 1.0]]},
+        {"full": [[4, 1.0], [1, 2.0]]},
+        {"full": [[1, -1.0], [4, 2.0]]},
+        {"module": []},
+        {"module": [["x", 1.0]]},
+        {"key": {"machine": "another"}},
+        None,
+    ],
+)
+def test_a_damaged_file_counts_as_none(tmp_path: Path, changes: dict[str, object] | None) -> None:
+    """Prevents a truncated file, or one that was edited, from stopping decoding or deciding how much is drafted."""
+    file = CostFile(tmp_path, {"machine": "this", "layout": [1, 1]})
+    assert file.read() is None
+    file.write(COSTS)
+    assert file.read() == COSTS
+    tree = json.loads(file.path.read_text())
+    file.path.write_text("{" if changes is None else json.dumps(tree | changes))
+    assert file.read() is None
+
+
+def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
+    """Prevents decoding from failing on machines whose home is read-only."""
+    (tmp_path / "file").write_text("")
+    file = CostFile(tmp_path / "file" / "below", {})
+    file.write(COSTS)
+    assert file.read() is None
