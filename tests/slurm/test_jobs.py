@@ -179,6 +179,11 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float
         capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line["token_ids"] for line in found] == [
-        json.loads(line)["token_ids"] for line in single.read_text().splitlines()
-    ]
+    expected = [json.loads(line)["token_ids"] for line in single.read_text().splitlines()]
+    assert [line["token_ids"] for line in found] == expected
+    # the tasks of two nodes hold one model together
+    together = lab / "together.jsonl"
+    layout = ("--tensor", "2", "--pipeline", "2", "--max-batch", "6")
+    job = jobs.submit("generate.sbatch", *settings, *layout, "--output", str(together), options=TIME, nodes=2, tasks=2)
+    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    assert [json.loads(line)["token_ids"] for line in together.read_text().splitlines()] == expected
