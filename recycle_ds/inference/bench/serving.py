@@ -85,7 +85,8 @@ def measure(
     """The "batches" of the report: batch size, mode, figures. prompts: token ids; repeated if a batch needs more.
 
     Tokens per second are those of full batches: all new tokens from the moment in which the first requests have their
-    first token until the last prompt has been added. They include the reading of the prompts added in between.
+    first token until the last one has its own. They include the reading of all prompts added in between: until the last
+    prompt is added, a mode whose sequences end together would read a batch of prompts less than others.
     """
     runs = {(batch, mode): _Runs() for batch in settings.batches for mode in settings.modes}
     order = list(runs)
@@ -125,13 +126,14 @@ def _run(
     while left or engine.unfinished:
         while left and sum(one.ended_at is None for one in answers) < batch:
             answers += engine.add(left.pop(0), replace(params, n=1), mode)
+        refilling = bool(left) or any(one.first_token_at is None for one in answers)
         engine.step()
         if start is None and all(one.first_token_at is not None for one in answers):
             start, tokens = clock(), total()
-        if start is not None and left:
+        elif start is not None and refilling:
             seconds, counted = clock() - start, total() - tokens
+    assert start is not None
     if not seconds:  # no refill: one batch from its first tokens to its end
-        assert start is not None
         seconds, counted = clock() - start, total() - tokens
     runs.speeds.append(counted / seconds)
     for one in answers:
