@@ -184,6 +184,7 @@ def _train(
 ) -> str:
     from recycle_ds.checkpoint.run import resume
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
+    from recycle_ds.data.token_ranking import ranking_of_run
     from recycle_ds.parallel.agree import on_all_ranks, on_first_rank
     from recycle_ds.training.engine.build import build_engine
     from recycle_ds.training.errors import LocalError
@@ -206,7 +207,8 @@ def _train(
         open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by, started)
         logs = on_first_rank(open_logs, mesh, device) or RunLogs()
         write_layout_file(config, engine, device)
-        checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by)
+        ranking = on_first_rank(functools.partial(ranking_of_run, config), mesh, device)
+        checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
         trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, logs, device)
         ended, refused = "", False
         try:

@@ -72,8 +72,9 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     model.unnamed_ids = tuple(one for one in range(source.model.vocab_size) if one not in tokenizer.token_ids)
     device = local_device(local_rank)
     if source.recycle.draft_vocabulary is not None:
-        ranking = read_ranking(source.tokenizer.with_name(RANKING), source.model.vocab_size)
-        model.draft_ids = torch.tensor(sorted(ranking[: source.recycle.draft_vocabulary]), device=device)
+        count = source.recycle.draft_vocabulary
+        ranking = read_ranking(source.tokenizer.with_name(RANKING), source.model.vocab_size, count)
+        model.draft_ids = torch.tensor(sorted(ranking[:count]), device=device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(device)

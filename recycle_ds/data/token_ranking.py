@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from recycle_ds.config import RunConfig
 from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.token_files import TokenFile
+from recycle_ds.data.token_files import TokenFile, open_token_file
 
 RANKING = "token_ranking.json"
 _FORMAT = "recycle_ds token ranking"
@@ -43,8 +44,17 @@ def write_ranking(folder: Path, ranking: list[int]) -> None:
     write_atomically(folder / RANKING, json.dumps({"format": _FORMAT, "version": 1, "tokens": ranking}) + "\n")
 
 
-def read_ranking(path: Path, vocab_size: int) -> list[int]:
-    """Returns the ranking in a file. Raises DataError if it is missing or not a ranking for this vocabulary."""
+def ranking_of_run(config: RunConfig) -> list[int] | None:
+    """The ranking of a run's training data, for a run with a draft vocabulary. Raises DataError for damaged files."""
+    if config.recycle.draft_vocabulary is None or not config.recycle.layers:
+        return None
+    assert config.model.vocab_size is not None, "the vocabulary is known once the data are opened"
+    return rank_tokens([open_token_file(source.path, None) for source in config.data.train], config.model.vocab_size)
+
+
+def read_ranking(path: Path, vocab_size: int, least: int) -> list[int]:
+    """Returns the ranking in a file. Raises DataError if it is missing, not a ranking for this vocabulary, or has fewer tokens
+    than `least`."""
     fix = "copy the model's own file there, or count tokens again: convert_checkpoint --draft-vocabulary N --rank-tokens PREFIX"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -57,4 +67,6 @@ def read_ranking(path: Path, vocab_size: int) -> list[int]:
         raise DataError(f"{path}: must be a {_FORMAT}, version 1; {fix}")
     if not all(type(token) is int and 0 <= token < vocab_size for token in ranking) or len(set(ranking)) < len(ranking):
         raise DataError(f"{path}: must list different token ids below {vocab_size}; {fix}")
+    if len(ranking) < least:
+        raise DataError(f"{path}: has {len(ranking)} tokens, the draft vocabulary {least}; {fix}")
     return ranking

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
+from recycle_ds.data.errors import DataError
 from recycle_ds.data.tokenizer import TextStream, Tokenizer
 from recycle_ds.inference.console import TokenPrinter
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -61,8 +62,8 @@ def answer_all(
                 try:
                     ids = tokenizer.encode(job.prompt, parse_special=job.parse_special)
                     sequences = engine.add(ids, job.params, job.mode, priority=job.priority)
-                except DecodingError as error:
-                    yield job.key, error
+                except (DecodingError, DataError) as error:
+                    yield job.key, error if isinstance(error, DecodingError) else DecodingError(str(error))
                     continue
                 running[job.key] = job, sequences
             if not running:

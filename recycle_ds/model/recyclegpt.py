@@ -184,13 +184,22 @@ class RecycleGPT(nn.Module):
             for state, target in zip(states, targets, strict=True)
         ]
         loss = torch.stack([total for total, _ in results])
-        best = torch.stack([tokens for _, tokens in results]).view(targets.shape)
+        best = torch.stack([tokens for _, tokens in results])
+        if self.draft_ids is not None:
+            best[1:] = torch.stack([self._drafts(state.flatten(0, 1), self.draft_ids) for state in states[1:]])
+        best = best.view(targets.shape)
         axis = self.mesh.ulysses
         if axis.size > 1:  # drafts at the end of a part are compared with predictions of the next rank
             dist.all_reduce(loss, group=axis.group)
             targets = gather_sequence(targets.transpose(0, 1), axis).transpose(0, 1)
             best = gather_sequence(best.transpose(0, 1), axis).transpose(0, 1)
         return judge(loss, targets, best)
+
+    def _drafts(self, states_ND: Tensor, ids: Tensor) -> Tensor:
+        """The likeliest token of the draft vocabulary in each row [N]. For models without tensor parallelism."""
+        assert self.mesh.tensor.size == 1, "a draft vocabulary is set for decoding and evaluation in one process"
+        rows = self.head_weight[ids]
+        return torch.cat([ids[F.linear(part, rows).float().argmax(-1)] for part in states_ND.split(self.loss_chunk)])
 
     def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor) -> list[Tensor]:
         """The module's states r^1..r^K, each [S, B, D]; an empty list without a module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,7 +51,11 @@ def _serve(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[A
         return None
     answers = decode_together(engine, asked[team.mesh.data.rank :: team.mesh.data.size])
     assert engine.scheduler.preemptions > 0, "the test needs preemptions"
+    ranks = [int(rank) for rank in re.findall(r"rank (\d+) \d+ %", engine.explanation())]
+    assert ranks == (dist.get_process_group_ranks(team.control) if tensor * pipeline > 1 else [])
     engine.close()
+    engine.abort()  # as after Ctrl-C: nothing more may be asked of the other ranks
+    assert "rank" not in engine.explanation()
     return answers
 
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from recycle_ds.checkpoint.conversion.before_norm import BeforeNorm
-from recycle_ds.checkpoint.conversion.draft_vocabulary import set_draft_vocabulary
+from recycle_ds.checkpoint.conversion.draft_vocabulary import check_draft_vocabulary, set_draft_vocabulary
 from recycle_ds.checkpoint.conversion.fresh_module import FreshModule
 from recycle_ds.checkpoint.conversion.options import DTYPES, Conversion
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -47,7 +47,9 @@ def convert(
     count = len(source.shapes)
     progress = step or (lambda *_: None)
     with TemporaryDirectory() as staging, new_folder(target_path) as folder:
-        if conversion.draft_vocabulary is not None:
+        if conversion.draft_vocabulary is None:
+            check_draft_vocabulary(source)
+        else:
             set_draft_vocabulary(source, conversion.draft_vocabulary, conversion.rank_tokens, Path(staging))
         _write(source, folder, conversion, lambda _: progress("writing", count))
         if conversion.verify:

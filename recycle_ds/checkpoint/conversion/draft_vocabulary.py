@@ -36,7 +36,17 @@ def set_draft_vocabulary(source: Source, count: int, ranked_by: Sequence[str], s
         tokenizer = Tokenizer.load(source.tokenizer)
         ranking = rank_tokens([open_token_file(prefix, tokenizer) for prefix in ranked_by], vocab_size)
     else:
-        ranking = read_ranking(source.tokenizer.with_name(RANKING), vocab_size)
+        ranking = read_ranking(source.tokenizer.with_name(RANKING), vocab_size, count)
     copy_tokenizer(source.tokenizer, staging)
     write_ranking(staging, ranking)
     source.tokenizer = staging / TOKENIZER
+
+
+def check_draft_vocabulary(source: Source) -> None:
+    """Raises CheckpointError or DataError for a source with a draft vocabulary whose ranking is missing or damaged: the result
+    could not be loaded."""
+    count, vocab_size = source.recycle.draft_vocabulary, source.model.vocab_size
+    if count is None or not source.recycle.layers or source.tokenizer is None:
+        return
+    assert vocab_size is not None, "a source knows its vocabulary"
+    read_ranking(source.tokenizer.with_name(RANKING), vocab_size, count)

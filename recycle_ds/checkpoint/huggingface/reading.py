@@ -89,7 +89,7 @@ class HuggingFaceSource:
         """Returns the place of every stored tensor, by its Hugging Face name, and notes. Unties a head that differs."""
         names = self._weight_files()
         places, notes = locate(self._files, names)
-        if names == [SINGLE] and (self.folder / INDEX).is_file():
+        if names == [SINGLE] and self._index_differs():
             notes.append(f"{SINGLE} is read, and {INDEX} ignored, as transformers does")
         if self.model.tied_embeddings:
             places, tied = resolve_head(self._files, places)
@@ -103,6 +103,16 @@ class HuggingFaceSource:
                 f"{self.folder}: {twice[0]} is in both {places[twice[0]].file} and {module[twice[0]].file}"
             )
         return places | module, notes
+
+    def _index_differs(self) -> bool:
+        """Whether there is an index that lists another file than the single one."""
+        if not (self.folder / INDEX).is_file():
+            return False
+        try:
+            table = read_json(self.folder / INDEX).get("weight_map")
+        except CheckpointError:
+            return True
+        return not isinstance(table, dict) or {str(file) for file in table.values()} != {SINGLE}
 
     def _weight_files(self) -> list[str]:
         """Names of the weight files; as in transformers, a single file counts before an index. Raises CheckpointError."""

@@ -9,14 +9,18 @@ from typing import Any
 import yaml
 
 from recycle_ds.checkpoint.portable.folders import check_folder, completed
+from recycle_ds.config import RecycleConfig
+
+_INHERITED = ("layers", "depth", "draft_vocabulary")
+"""Settings of the recycle module that a run takes from the folder."""
 
 
 def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults for a tree of settings, see `load_config`. Empty without `init_from`.
 
-    They are the model's shape, its tokenizer, and the module's layers and depth if the folder has a module. A run that has
-    a checkpoint takes them from its own config.yaml, since the folder may be gone by then. Raises CheckpointError for a folder
-    that does not exist or cannot be read.
+    They are the model's shape, its tokenizer, and the module's layers, depth and draft vocabulary if the folder has it.
+    A run that has a checkpoint takes them from its own config.yaml, since the folder may be gone by then. Raises
+    CheckpointError for a folder that does not exist or cannot be read.
     """
     folder = tree.get("init_from")
     if not isinstance(folder, str):
@@ -33,7 +37,7 @@ def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     source = open_source(folder, verify=False)
     found: dict[str, Any] = {"model": source.model.model_dump(mode="json")}
     if source.recycle.layers:
-        found["recycle"] = {"layers": source.recycle.layers, "depth": source.recycle.depth}
+        found["recycle"] = {key: getattr(source.recycle, key) for key in _INHERITED}
     if source.tokenizer is not None:
         found["data"] = {"tokenizer": str(source.tokenizer)}
     return found
@@ -48,7 +52,7 @@ def _earlier_start(tree: Mapping[str, Any]) -> dict[str, Any] | None:
         saved = yaml.safe_load((Path(run_dir) / "config.yaml").read_text(encoding="utf-8"))
         if saved["init_from"] != tree["init_from"]:
             return None
-        recycle = {key: saved["recycle"][key] for key in ("layers", "depth")}
+        recycle = {key: saved["recycle"].get(key, RecycleConfig.model_fields[key].default) for key in _INHERITED}
         tokenizer = saved["data"]["tokenizer"]
         if not Path(tokenizer).exists():  # every checkpoint has a copy
             kept = [folder / "tokenizer.json" for folder in completed(Path(run_dir))]

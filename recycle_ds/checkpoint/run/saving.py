@@ -13,7 +13,6 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ from recycle_ds.checkpoint.run.resume import newest_of_run, restore
 from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
 from recycle_ds.config import RunConfig
 from recycle_ds.config.atomic_files import TEMPORARY, fsync, write_atomically
-from recycle_ds.data.token_files import open_token_file
-from recycle_ds.data.token_ranking import RANKING, rank_tokens, write_ranking
+from recycle_ds.data.token_ranking import RANKING, write_ranking
 from recycle_ds.model.sharding import is_copy, pieces
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.peers import TakenOver
@@ -54,7 +52,8 @@ class PortableCheckpointer:
     """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state.
 
     taken_by: returns the later start that has taken over the run folder, None if there is none. Rank 0 calls it before it
-    changes the folder; after a takeover `begin` and `finish` raise TakenOver on all ranks. Construction is collective.
+    changes the folder; after a takeover `begin` and `finish` raise TakenOver on all ranks. ranking: the tokens by frequency,
+    on rank 0, for a run with a draft vocabulary. Construction is collective.
     """
 
     def __init__(
@@ -64,9 +63,10 @@ class PortableCheckpointer:
         device: torch.device,
         identity: DataIdentity,
         taken_by: Callable[[], str | None] = lambda: None,
+        ranking: list[int] | None = None,
     ) -> None:
         self._config, self._engine, self._device = config, engine, device
-        self._identity, self._taken_by = identity, taken_by
+        self._identity, self._taken_by, self._ranking = identity, taken_by, ranking
         # two starts never share a temporary folder, even if the earlier one has not noticed the takeover yet
         self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh, device)
         self._run_dir = Path(config.run_dir)
@@ -117,13 +117,6 @@ class PortableCheckpointer:
         folder, manifest = found
         return restore(self._engine, folder, manifest, self._device), folder
 
-    @cached_property
-    def _ranking(self) -> list[int]:
-        """The tokens by frequency in the training data."""
-        vocab_size = self._config.model.vocab_size
-        assert vocab_size is not None, "the vocabulary is set before the engine is built"
-        return rank_tokens([open_token_file(source.path, None) for source in self._config.data.train], vocab_size)
-
     def _report(self, text: str) -> None:
         if self._engine.mesh.is_first:
             print(text, flush=True)
@@ -157,10 +150,10 @@ class PortableCheckpointer:
         tokenizer = Path(self._config.data.tokenizer)
         tokenizer = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
         names = copy_tokenizer(tokenizer, temporary)
-        if self._config.recycle.draft_vocabulary is not None and RANKING not in names:
+        if self._ranking is not None:
             write_ranking(temporary, self._ranking)
             names.append(RANKING)
-        files |= {name: describe(temporary / name).model_dump() for name in names}
+        files |= {name: describe(temporary / name).model_dump() for name in dict.fromkeys(names)}
         manifest = {
             "step": state.step,
             "next_sample": state.next_sample,

@@ -81,10 +81,14 @@ class TeamExecutor:
         self._broken = True
 
     def explanation(self) -> str:
-        """See `Executor`."""
+        """See `Executor`. Only on CPUs: a GPU computes while its rank does something else. Waiting for other tensor ranks
+        inside a step counts as busy."""
+        ranks = dist.get_process_group_ranks(self._team.control)
+        if self._broken or self._device.type != "cpu" or len(ranks) == 1:
+            return ""
         self._tell([_REPORT])
         shares = {self._team.owner: self._clock.idle_share()}
-        for rank in dist.get_process_group_ranks(self._team.control):
+        for rank in ranks:
             if rank != self._team.owner:
                 (shares[rank],) = self._receive(rank, torch.float64)
         return "idle: " + ", ".join(f"rank {rank} {100 * share:.0f} %" for rank, share in shares.items())

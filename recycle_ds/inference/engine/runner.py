@@ -250,10 +250,10 @@ class Runner:
         Where a request forbids all of the draft vocabulary, it is the token itself: it was not drawn at random.
         """
         full = self._vocabulary
+        if self._draft_vocabulary is full:  # then a request that forbids all of it has been refused
+            return probs_V
         ids = self._draft_vocabulary.ids(probs_V.device)
         probs_V = torch.where(probs_V.isnan(), (ids == token).float(), probs_V)
-        if self._draft_vocabulary is full:
-            return probs_V
         return probs_V.new_zeros(full.count).index_copy_(0, ids - full.first, probs_V)
 
     def _drafts_on(self, draft: _Draft) -> bool:

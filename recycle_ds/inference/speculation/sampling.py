@@ -124,8 +124,10 @@ def _adjust(logits_V: Tensor, position: Position, vocabulary: Vocabulary) -> Ten
         output = own(history[len(history) - position.new_tokens :])
         times_V = torch.bincount(output, minlength=vocabulary.count)
         logits_V -= params.frequency_penalty * times_V + params.presence_penalty * (times_V > 0)
-    for token, value in params.logit_bias:
-        logits_V[own_of((token,))] += value
+    if params.logit_bias:
+        ids, values = zip(*params.logit_bias, strict=True)
+        index, is_own = vocabulary.local(torch.tensor(ids, device=logits_V.device))
+        logits_V.index_add_(0, index, torch.where(is_own, torch.tensor(values, device=logits_V.device), 0.0))
     if params.allowed_tokens is not None:
         allowed = own_of(params.allowed_tokens)
         kept = logits_V[allowed]

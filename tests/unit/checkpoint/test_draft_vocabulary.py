@@ -12,6 +12,7 @@ from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.conversion.options import TARGETS
 from recycle_ds.checkpoint.loading import load_model
+from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.config import RecycleError
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.token_files import TokenFileWriter
@@ -76,21 +77,40 @@ def test_impossible_vocabularies_are_refused(model: str, tmp_path: Path, convers
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_lost_ranking_stops_a_conversion(model: str, tmp_path: Path) -> None:
+    """Prevents a conversion that succeeds and makes a folder that cannot be loaded."""
+    source = tmp_path / "source"
+    convert(model, str(source), Conversion("hf", draft_vocabulary=3, rank_tokens=(str(tmp_path / "first"),)))
+    (source / RANKING).unlink()
+    with pytest.raises(DataError, match="missing, but the model has a draft vocabulary"):
+        convert(str(source), str(tmp_path / "out"), Conversion("portable"))
+    assert not (tmp_path / "out").exists()
+    convert(str(source), str(tmp_path / "out"), Conversion("portable", draft_vocabulary=0))
+    assert _ids(tmp_path / "out") is None
+
+
+def test_a_folder_of_ours_is_read_without_notes(model: str, tmp_path: Path) -> None:
+    """Prevents every load of a folder with a module from warning of an index that lists just its one file."""
+    convert(model, str(tmp_path / "out"), Conversion("hf"))
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert tuple(open_source(tmp_path / "out").notes) == ()
+
+
 def test_a_model_without_a_module_is_refused(tmp_path: Path) -> None:
     """Prevents a setting without effect."""
     with pytest.raises(CheckpointError, match="plain: has no recycle module: omit --draft-vocabulary 5"):
         convert(str(model_folder(tmp_path / "plain")), str(tmp_path / "out"), Conversion("hf", draft_vocabulary=5))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": "x"}', "tokens", "repeated", "large"])
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "x"}', "tokens", "repeated", "large", "short"])
 def test_a_damaged_ranking_is_refused(model: str, tmp_path: Path, content: str) -> None:
     """Prevents drafts from a vocabulary that is not the model's."""
     out = tmp_path / "out"
     convert(model, str(out), Conversion("hf", draft_vocabulary=3, rank_tokens=(str(tmp_path / "first"),)))
     tree = json.loads((out / RANKING).read_text())
-    wrong = {"tokens": ["a"], "repeated": [1, 1], "large": [300]}.get(content)
+    wrong = {"tokens": ["a"], "repeated": [1, 1], "large": [300], "short": [7, 3]}.get(content)
     (out / RANKING).write_text(content if wrong is None else json.dumps(tree | {"tokens": wrong}))
-    with pytest.raises(DataError, match=f"{RANKING}: (cannot be read|must )") as caught:
+    with pytest.raises(DataError, match=f"{RANKING}: (cannot be read|must |has 2 tokens)") as caught:
         load_model(str(out))
     assert "\n" not in str(caught.value)
 

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 
+from recycle_ds.data.loader import Batch
+from recycle_ds.data.targets import make_targets
 from recycle_ds.inference import SamplingParams
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.sequence import Sequence
@@ -64,6 +66,25 @@ def test_drafts_are_the_likeliest_of_their_vocabulary() -> None:
             else:
                 assert best[0] in barred
     assert compared > 5, "the test needs drafts that both heads prefer"
+
+
+def test_acceptance_is_that_of_the_draft_vocabulary() -> None:
+    """Prevents an evaluation that promises an acceptance which drafts from a part of the vocabulary cannot have."""
+    tokens_BS = torch.randint(0, 7, (3, 40), generator=torch.Generator().manual_seed(3))
+    documents_BS = torch.zeros_like(tokens_BS)
+    targets = make_targets(tokens_BS, documents_BS, 1)
+    positions_BS = torch.arange(39).expand(3, -1)
+    batch = Batch(tokens_BS[:, :-1], positions_BS, documents_BS[:, :-1], targets.inputs, targets.targets)
+    model = drafting_model(DRAFTED, 7, 1)
+    part = model.evaluate(batch)
+    states = model.states(batch)
+    best, drafts = (model.logits(state).argmax(-1) for state in states)
+    drafts = torch.tensor(DRAFTED)[model.logits(states[1])[..., DRAFTED].argmax(-1)]
+    model.draft_ids = None
+    full = model.evaluate(batch)
+    assert torch.equal(part.loss, full.loss) and torch.equal(part.judged, full.judged)
+    valid = (targets.targets[1] >= 0).t()[:-1]
+    assert part.agreed[1] == ((drafts[:-1] == best[1:]) & valid).sum() and part.agreed[1] != full.agreed[1]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
