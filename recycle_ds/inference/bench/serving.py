@@ -26,6 +26,9 @@ from recycle_ds.inference.loading import engine_of, load
 from recycle_ds.inference.parameters import SamplingParams, check_mode
 from recycle_ds.parallel.device import machine_name
 
+# Fractional parts of its multiples are evenly spread over [0, 1).
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class ServingSettings:
@@ -86,7 +89,8 @@ def measure(
 
     Tokens per second are those of full batches: all new tokens from the moment in which the first requests have their
     first token until the last one has its own. They include the reading of all prompts added in between: until the last
-    prompt is added, a mode whose sequences end together would read a batch of prompts less than others.
+    prompt is added, a mode whose sequences end together would read a batch of prompts less than others. Lengths vary from
+    half of `max_new_tokens` to one and a half: requests of equal length end together, and only without drafts.
     """
     runs = {(batch, mode): _Runs() for batch in settings.batches for mode in settings.modes}
     order = list(runs)
@@ -114,7 +118,7 @@ def _run(
 ) -> None:
     engine.scheduler.forget_prefixes()  # else a later run would find the prompts of an earlier one in the cache
     count = max(len(prompts), 3 * batch)
-    left = [prompts[index % len(prompts)] for index in range(count)]
+    left = [(prompts[index % len(prompts)], _length(index, params)) for index in range(count)]
     answers: list[Answer] = []
     clock = engine.scheduler.clock
     start: float | None = None
@@ -125,7 +129,8 @@ def _run(
 
     while left or engine.unfinished:
         while left and sum(one.ended_at is None for one in answers) < batch:
-            answers += engine.add(left.pop(0), replace(params, n=1), mode)
+            prompt, length = left.pop(0)
+            answers += engine.add(prompt, replace(params, n=1, max_new_tokens=length), mode)
         refilling = bool(left) or any(one.first_token_at is None for one in answers)
         engine.step()
         if start is None and all(one.first_token_at is not None for one in answers):
@@ -145,6 +150,12 @@ def _run(
             sums.extend([0] * (len(one.tally.tested) - len(sums)))
             for position, number in enumerate(counts):
                 sums[position] += number
+
+
+def _length(index: int, params: SamplingParams) -> int:
+    """New tokens of a request: evenly spread between half of `max_new_tokens` and one and a half, in a fixed order."""
+    most = params.max_new_tokens
+    return max(2, most // 2 + round(most * (index * _GOLDEN % 1)))
 
 
 def results_table(report: dict[str, Any]) -> Table:
