@@ -151,7 +151,8 @@ def all_logs(jobs: Jobs) -> str:
 
 
 def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
-    """Prevents prompts that are lost, repeated or out of order when tasks share them or the job restarts."""
+    """Prevents prompts that are lost, repeated or out of order when tasks share them or the job restarts, and a job that
+    is restarted, or not reported, because of a prompt that cannot be continued."""
     model, prompts, output = lab / "hf", lab / "prompts.jsonl", lab / "out.jsonl"
     job = jobs.submit(
         "convert.sbatch", str(lab / "reference"), str(model), "--to", "hf", options=TIME, nodes=1, tasks=1
@@ -182,3 +183,13 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float
     assert [line["token_ids"] for line in found] == [
         json.loads(line)["token_ids"] for line in single.read_text().splitlines()
     ]
+    prompts.write_text(json.dumps({"prompt": "abcd " * 100, "id": "long"}) + "\n" + prompts.read_text())
+    failed = lab / "failed.jsonl"
+    job = jobs.submit("generate.sbatch", *settings, "--output", str(failed), options=TIME)
+    assert (jobs.wait(job), jobs.field(job, "ExitCode"), jobs.field(job, "Restarts")) == ("FAILED", "1:0", "0")
+    report = f"finished with errors: 1 of 19 prompts failed and are listed in {failed}.errors.jsonl"
+    assert jobs.log(job).splitlines()[-1].endswith(report), jobs.log(job)
+    long, *others = (json.loads(line) for line in failed.read_text().splitlines())
+    assert "context holds 64" in long["error"]
+    assert [(line["id"], line["token_ids"]) for line in others] == [(line["id"], line["token_ids"]) for line in found]
+    assert not (lab / "jobs" / job).exists(), "a finished job must remove its folder"

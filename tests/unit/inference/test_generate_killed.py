@@ -20,8 +20,8 @@ from tests.distributed import RankError, run_ranks
 
 KILLS = 10 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 3
 PROMPTS = 40
-# Operations on files while the output is published, of which there are at least so many before it has its name, and in all.
-_BEFORE_OUTPUT, _PUBLISHING = 8, 14
+# Operations on files while a job publishes its output: for the list of errors; until the output has its name; at least in all.
+_OF_ERRORS, _UNTIL_OUTPUT, _PUBLISHING = 5, 8, 14
 _WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -50,7 +50,7 @@ def test_a_killed_job_resumes_exactly(model: Path, prompts: Path, sampling: tupl
     asked = ["--model", str(model), "--prompts", str(prompts), "--max-new-tokens", "24", "--max-batch", "4", *sampling]
     whole, killed = prompts.with_name("whole.jsonl"), prompts.with_name("killed") / "out.jsonl"
     assert run_ranks(generate, 1, [*asked, "--output", str(whole)], killed, None, None) == [1]
-    draw = random.Random(kills)
+    draw = random.Random(f"{kills} {sampling}")
     while_publishing = kills // 2
     while_decoding = kills - while_publishing
     kept: dict[int, dict[str, Any]] = {}
@@ -60,7 +60,7 @@ def test_a_killed_job_resumes_exactly(model: Path, prompts: Path, sampling: tupl
             share = PROMPTS // (while_decoding + 1)
             lines = len(kept) + draw.randrange(1, share)
         else:
-            operations = draw.randrange(1, _PUBLISHING if number == kills - 1 else _BEFORE_OUTPUT)
+            operations = draw.randint(1, _PUBLISHING if number == kills - 1 else _UNTIL_OUTPUT)
         with pytest.raises(RankError, match="exited with code -9"):
             run_ranks(generate, 1, [*asked, "--output", str(killed)], killed, lines, operations)
         found = completed_lines(killed.with_name("out.jsonl.parts"))
@@ -110,17 +110,20 @@ def _die_at_lines(parts: Path, lines: int) -> None:
 
 
 def _die_at_operation(output: Path, operations: int) -> Any:
-    started, left = False, operations
+    done = 0
 
     def watch(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal started, left
+        nonlocal done
         if name not in _WATCHED or not isinstance(args[0], (str, os.PathLike)):
             return
         path = os.fspath(args[0])
-        started = started or (name == "open" and path.endswith(f"-{output.name}.errors.jsonl"))
-        if started and path.startswith(str(output.parent)):
-            left -= 1
-            if left == 0:
+        if done == 0 and path.endswith(f"-{output.name}"):
+            done = _OF_ERRORS  # an earlier start has published the list
+        elif done == 0 and not path.endswith(f"-{output.name}.errors.jsonl"):
+            return
+        if path.startswith(str(output.parent)):
+            done += 1
+            if done >= operations:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return watch
