@@ -142,7 +142,7 @@ end_job() {
     case $outcome in
         finished)
             code=0
-            # what a complete run could not do: prompts that failed
+            # of a file of prompts, some could not be continued
             if [[ -f $JOB_DIR/error ]]; then code=1; say "finished with errors: $(cat "$JOB_DIR/error")"; fi
             rm -rf "$JOB_DIR"
             exit "$code"
