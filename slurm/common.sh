@@ -140,7 +140,13 @@ end_job() {
     outcome=$(cat "$JOB_DIR/outcome" 2>/dev/null || true)
     say "the ranks exited with code $code, outcome: ${outcome:-none}"
     case $outcome in
-        finished) rm -rf "$JOB_DIR"; exit 0 ;;
+        finished)
+            code=0
+            # of a file of prompts, some could not be continued
+            if [[ -f $JOB_DIR/error ]]; then code=1; say "finished with errors: $(cat "$JOB_DIR/error")"; fi
+            rm -rf "$JOB_DIR"
+            exit "$code"
+            ;;
         stopped_by_user) say "stopped by the user; not requeued"; rm -rf "$JOB_DIR"; exit 0 ;;
         failed) say "given up: $(cat "$JOB_DIR/error" 2>/dev/null || echo 'the error is above')"; exit 1 ;;
         # where a rank crashed, the signal that ended the others came from srun

@@ -34,7 +34,7 @@ def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | N
     except RecycleError as error:
         if on_error is not None:
             on_error(str(error))
-        _tell_torchrun(str(error))
+        tell_torchrun(str(error))
         if print_error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
@@ -45,7 +45,7 @@ def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | N
         message = (
             f"{error.filename or 'the output or a file'}: {error.strerror}; free space there, or name another place"
         )
-        _tell_torchrun(message)
+        tell_torchrun(message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def run_command(
             message = message.replace("Input should be", "must be").partition(", unable to parse")[0]
             if on_error is not None:
                 on_error(message)
-            _tell_torchrun(message)
+            tell_torchrun(message)
             if print_error:
                 print(f"error: {message} (--help lists all options)", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
@@ -93,7 +93,7 @@ def _flush_output() -> None:
         raise
 
 
-def _tell_torchrun(message: str) -> None:
+def tell_torchrun(message: str) -> None:
     """Leaves the error in the file that torchrun reads: its own report, which comes last, then names the cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:

@@ -7,10 +7,11 @@ The shell (slurm/common.sh) creates a folder for the job and passes its path in 
     run_dir     the run folder
     progress    the step of the newest checkpoint (`generate`: the rank and its number of prompts done)
     outcome     how the run ended; the shell decides by it whether to requeue the job
-    error       an error that a restart would hit again
+    error       an error that a restart would hit again; with the outcome FINISHED: what a complete run could not do
 
 Rank 0 writes run_dir, progress and outcome; in `generate` every rank writes progress and outcome. Any rank may write `error`,
-and then sets `outcome` to FAILED. Without RECYCLE_JOB_DIR no file is read or written.
+and then sets `outcome` to FAILED, or, in `generate`, to FINISHED if only some prompts have failed. Without RECYCLE_JOB_DIR no
+file is read or written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from recycle_ds.config.command import user_errors
 FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, FAILED = "finished", "saved_for_restart", "stopped_by_user", "failed"
 """Contents of `outcome`:
 
-    finished             the run is complete
+    finished             the run is complete; with a file `error`, the job's exit code is 1
     saved_for_restart    the run saved its state because the job must end; the next start of the job resumes it
     stopped_by_user      the run saved its state because the user asked it to stop; it is not restarted
     failed               the run hit an error that a restart would hit again; it is not restarted

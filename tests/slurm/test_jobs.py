@@ -151,7 +151,8 @@ def all_logs(jobs: Jobs) -> str:
 
 
 def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float]]) -> None:
-    """Prevents prompts that are lost, repeated or out of order when tasks share them or the job restarts."""
+    """Prevents prompts that are lost, repeated or out of order when tasks share them or the job restarts, and a job that
+    is restarted, or not reported, because of a prompt that cannot be continued."""
     model, prompts, output = lab / "hf", lab / "prompts.jsonl", lab / "out.jsonl"
     job = jobs.submit(
         "convert.sbatch", str(lab / "reference"), str(model), "--to", "hf", options=TIME, nodes=1, tasks=1
@@ -181,9 +182,17 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float
     assert done.returncode == 0, done.stderr
     expected = [json.loads(line)["token_ids"] for line in single.read_text().splitlines()]
     assert [line["token_ids"] for line in found] == expected
-    # the tasks of two nodes hold one model together
-    together = lab / "together.jsonl"
-    layout = ("--tensor", "2", "--pipeline", "2", "--max-batch", "6")
-    job = jobs.submit("generate.sbatch", *settings, *layout, "--output", str(together), options=TIME, nodes=2, tasks=2)
-    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert [json.loads(line)["token_ids"] for line in together.read_text().splitlines()] == expected
+    # the tasks of two nodes hold one model together, and one prompt is too long
+    prompts.write_text(json.dumps({"prompt": "abcd " * 100, "id": "long"}) + "
+" + prompts.read_text())
+    failed, layout = lab / "failed.jsonl", ("--tensor", "2", "--pipeline", "2", "--max-batch", "6")
+    job = jobs.submit("generate.sbatch", *settings, *layout, "--output", str(failed), options=TIME, nodes=2, tasks=2)
+    assert (jobs.wait(job), jobs.field(job, "ExitCode"), jobs.field(job, "Restarts")) == ("FAILED", "1:0", "0")
+    report = f"finished with errors: 1 of 19 prompts failed and are listed in {failed}.errors.jsonl"
+    assert jobs.log(job).splitlines()[-1].endswith(report), jobs.log(job)
+    long, *others = (json.loads(line) for line in failed.read_text().splitlines())
+    assert "context holds 64" in long["error"]
+    assert [(line["id"], line["token_ids"]) for line in others] == [
+        (line["id"], ids) for line, ids in zip(found, expected, strict=True)
+    ]
+    assert not (lab / "jobs" / job).exists(), "a finished job must remove its folder"

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.config.command import user_errors
+from recycle_ds.config.command import tell_torchrun
 from recycle_ds.inference.batch.progress import Progress
-from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
+from recycle_ds.inference.batch.prompt_file import PromptFile
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of, load, team_engine_of
 from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.request import Request
-from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
+from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, Job, errors_of_host, job_of
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
+FAILED_PROMPTS = 1
+"""Exit code of a complete job of which some prompts could not be continued."""
 # No prompt is started this many seconds before the end of the job, plus twice the longest time that a prompt took.
 _MARGIN = 10.0
 
@@ -41,7 +43,8 @@ class BatchSettings:
 def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
     """Continues this team's share of the prompts. Ranks of one team (tensor x pipeline) hold one model together.
 
-    Raises RecycleError. An error in a prompt of this team is printed here, on whichever rank.
+    Raises RecycleError. Exits with code FAILED_PROMPTS, on the rank that finds all prompts completed, if some of them could
+    not be continued.
     """
     job = job_of(os.environ)
     files = (settings.prompts, settings.output)
@@ -52,6 +55,9 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
         engine = None if loaded is None else _engine(loaded, settings, ranks, stack)
         if not ranks.owns:
             return
+        if engine is not None:
+            with errors_of_host():  # what no prompt can be continued with is an error of the job
+                engine.check([0], request.params, request.mode)
         name = f"rank {ranks.rank}"
         progress = Progress(name, lambda text: job.write_note("progress", text))
         started: dict[int, float] = {}
@@ -76,21 +82,32 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
             complete = engine is None or share.work(
                 generate, lambda: stopping.poll(_MARGIN + 2 * longest) is not None, progress.show
             )
-        except PromptError:
-            with user_errors(on_error=job.fail):  # the other ranks do not have this error
-                raise
         finally:
             progress.close()
         if settings.explain and engine is not None:
             print(f"{name}: {engine.explanation()}", file=sys.stderr)
         if complete:
-            job.write_note("outcome", FINISHED)
-            print(f"{settings.output}: all prompts are done", file=sys.stderr, flush=True)
+            if _report(share, job):
+                sys.exit(FAILED_PROMPTS)
         elif stopping.reason:
             print(f"{name}: stopped ({stopping.reason}); the same command resumes", file=sys.stderr)
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 stack.close()  # the other ranks of the team end too
                 sys.exit(REQUEUE_EXIT_CODE)
+
+
+def _report(share: PromptFile, job: Job) -> int:
+    """Reports a complete output to the user and to the job's shell. Returns the number of failed prompts."""
+    failed = share.failures()
+    if failed:
+        text = f"{failed} of {share.count} prompts failed and are listed in {share.failures_path}"
+        job.write_note("error", text)  # first: the shell ends a finished job with an error by exit code 1
+        tell_torchrun(text)
+    else:
+        text = "all prompts are done"
+    job.write_note("outcome", FINISHED)
+    print(f"{share.output}: {text}", file=sys.stderr, flush=True)
+    return failed
 
 
 def _settle(share: PromptFile, request: Request, ranks: Ranks) -> LoadedModel | None:

@@ -65,9 +65,11 @@ def claim(parts: Path, record: PartsRecord) -> bool:
     temporary = temporary_name(parts)
     temporary.mkdir()
     try:
-        write_record(temporary / RECORD, record)
         try:
+            write_record(temporary / RECORD, record)
             os.rename(temporary, parts)  # never replaces a folder that is not empty
+        except FileNotFoundError:  # removed by a process that has completed the output
+            return False
         except OSError:
             if parts.is_dir():
                 return False

@@ -2,8 +2,8 @@
 
 Process r of n takes prompts r, r + n, r + 2n, ... and appends each continuation to its own part file, flushed line by
 line, so that completed prompts survive a kill. A later start, with any number of processes, continues the missing
-prompts with the checkpoint that the parts were created with. The process that finds all prompts completed writes the
-output atomically.
+prompts with the checkpoint that the parts were created with. A prompt that cannot be continued completes with an error.
+The process that finds all prompts completed writes the output atomically, and before it the list of failed prompts.
 """
 
 from __future__ import annotations
@@ -11,15 +11,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from recycle_ds.config import RecycleError
-from recycle_ds.config.atomic_files import temporary_name, write_atomically
+from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.inference.batch.failures import (
+    ERROR,
+    check_list,
+    failures_of,
+    failures_path,
+    has_failed,
+    list_failures,
+    output_line,
+    remove_list,
+)
+from recycle_ds.inference.batch.parts import (
+    completed_lines,
+    drop_partial_line,
+    part_of,
+    remove_parts,
+    remove_unfinished,
+)
 from recycle_ds.inference.batch.parts_record import (
     RECORD,
     PartsRecord,
@@ -33,10 +50,6 @@ from recycle_ds.inference.errors import DecodingError
 GENERATED_BY = "generated_by"
 """Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes
 from."""
-
-
-class PromptError(DecodingError):
-    """A prompt that cannot be continued, with its file and line. Only the process that decodes the prompt raises it."""
 
 
 class Loaded(Protocol):
@@ -68,6 +81,11 @@ class PromptFile:
         """Folder of the partial outputs of all processes."""
         return self.output.with_name(f"{self.output.name}.parts")
 
+    @property
+    def failures_path(self) -> Path:
+        """The list of prompts that could not be continued, written with the output."""
+        return failures_path(self.output)
+
     @cached_property
     def _lines(self) -> dict[int, dict[str, Any]]:
         return read_lines(self.prompts)
@@ -98,6 +116,7 @@ class PromptFile:
         loaded = load(record.checkpoint if record and record.portable else self.model)
         own = self._record_of(loaded)
         if record is None:
+            remove_list(self.failures_path)  # of an output that has been removed
             claim(self.parts, own)
             record = self._parts_record()
         if self._is_complete():  # checked last: the output exists before its parts are removed
@@ -136,7 +155,7 @@ class PromptFile:
         generate: maps prompts (index and text), read as needed, to the fields of their output lines or to errors, in
         any order. progress: called with the number of this process's completed prompts and their total. Returns whether
         all prompts, including those of other processes, are completed; the output is then written and the parts are
-        removed. Raises PromptError for a prompt that cannot be continued, after the prompts that were begun before it.
+        removed. A prompt that cannot be continued is completed by its error.
         """
         try:
             self._continue_missing(generate, stop, progress)
@@ -152,34 +171,39 @@ class PromptFile:
         stop: Callable[[], bool],
         progress: Callable[[int, int], None],
     ) -> None:
-        completed, lines = self._completed(), list(self._lines.items())
-        missing = [index for index in range(self.rank, len(lines), self.world_size) if index not in completed]
-        part = self.parts / f"part-{self.rank:05d}-of-{self.world_size:05d}.jsonl"
+        completed, records = completed_lines(self.parts), list(self._lines.values())
+        missing = [index for index in range(self.rank, len(records), self.world_size) if index not in completed]
         if not missing:
             return
-        failed: tuple[int, RecycleError] | None = None
 
         def wanted() -> Iterator[tuple[int, str]]:
             for index in missing:
-                if failed is not None or stop():
-                    return
-                yield index, lines[index][1]["prompt"]
+                if text := records[index]["prompt"]:
+                    if stop():
+                        return
+                    yield index, text
 
-        _drop_partial_line(part)
+        empty = [index for index in missing if not records[index]["prompt"]]
+        refused = ((index, DecodingError("the prompt is empty: give at least one character")) for index in empty)
+        part = part_of(self.parts, self.rank, self.world_size)
+        drop_partial_line(part)
         with part.open("a", encoding="utf-8") as file:
-            count = 0
-            for index, continuation in generate(wanted()):
-                if isinstance(continuation, RecycleError):
-                    failed = (
-                        min(failed, (index, continuation), key=lambda one: one[0]) if failed else (index, continuation)
-                    )
-                    continue
-                file.write(json.dumps(lines[index][1] | continuation | {"index": index}, ensure_ascii=False) + "\n")
+            for count, (index, answer) in enumerate(chain(refused, generate(wanted())), 1):
+                file.write(json.dumps(output_line(records[index], index, answer), ensure_ascii=False) + "\n")
                 file.flush()
-                count += 1
                 progress(count, len(missing))
-        if failed is not None:
-            raise PromptError(f"{self.prompts}:{lines[failed[0]][0]}: {failed[1]}")
+
+    def failures(self) -> int:
+        """Number of prompts of the finished output that could not be continued. Writes the list of them if it is missing
+        or stale."""
+        errors = failures_of(self.output)
+        list_failures(self.failures_path, self._lines, errors)
+        return len(errors)
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return len(self._lines)
 
     def _check_output(self) -> None:
         """Creates the output's folder. Raises DecodingError if it is not writable, before any prompt is decoded."""
@@ -195,6 +219,7 @@ class PromptFile:
         for path in (folder, self.parts):
             if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
                 raise DecodingError(f"{path}: not a writable folder; name another --output")
+        check_list(self.failures_path, self.prompts)
 
     def _is_complete(self) -> bool:
         """Whether another process or an earlier start has written the output. Raises DecodingError for an unrelated file."""
@@ -203,7 +228,7 @@ class PromptFile:
         record = self._record_of_output()
         if record is None or not record.matches(self._key, self._model_path):
             raise DecodingError(f"{self.output}: already exists; name another --output, or remove it")
-        self._remove_parts()  # left by a process that was killed, or created by one that started late
+        self._tidy()
         return True
 
     def _record_of_output(self) -> PartsRecord | None:
@@ -237,45 +262,20 @@ class PromptFile:
             )
         return record
 
-    def _completed(self) -> dict[int, dict[str, Any]]:
-        """Completed lines of all parts, by prompt index. Skips lines that a kill has cut off."""
-        found: dict[int, dict[str, Any]] = {}
-        for part in sorted(self.parts.glob("part-*.jsonl")):
-            for line in part.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]:
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # damaged by a crash of the machine
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("index"), int):
-                    found[record["index"]] = record
-        return found
-
     def _merge(self) -> bool:
         """Writes the output if all prompts are completed. Returns whether the output exists."""
-        record, completed, count = read_record(self.parts / RECORD), self._completed(), len(self._lines)
+        record, completed, count = read_record(self.parts / RECORD), completed_lines(self.parts), self.count
         if record is None or len(completed) < count:
             return self._is_complete()
         by = {GENERATED_BY: asdict(record)}
         lines = [json.dumps(completed[index] | by, ensure_ascii=False) + "\n" for index in range(count)]
+        errors = {index: line[ERROR] for index, line in completed.items() if has_failed(line)}
+        list_failures(self.failures_path, self._lines, errors)  # first: the output vouches for it
         write_atomically(self.output, "".join(lines))
-        self._remove_parts()
+        self._tidy()
         return True
 
-    def _remove_parts(self) -> None:
-        """Renames the folder first: other processes would mistake a partly deleted folder for valid parts."""
-        aside = temporary_name(self.parts)
-        try:
-            os.rename(self.parts, aside)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _drop_partial_line(part: Path) -> None:
-    """Removes an incomplete last line left by a kill: the next line would be appended to it."""
-    if part.is_file():
-        content = part.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        if complete != content:
-            with part.open("r+b") as file:
-                file.truncate(len(complete))
+    def _tidy(self) -> None:
+        """Removes the parts, and what processes that were killed or that started late have left."""
+        remove_parts(self.parts)
+        remove_unfinished(self.output, self.failures_path, self.parts)

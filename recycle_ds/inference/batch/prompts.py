@@ -11,12 +11,16 @@ from recycle_ds.inference.errors import DecodingError
 
 def read_prompt_file(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, each with a text under "prompt"; blank lines are skipped. Raises DecodingError
-    naming file and line."""
-    return list(read_lines(path).values())
+    naming file and line, also for an empty text."""
+    records = read_lines(path)
+    for number, record in records.items():
+        if not record["prompt"]:
+            raise DecodingError(f"{path}:{number}: the prompt is empty: give at least one character")
+    return list(records.values())
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """The objects, by line number."""
+    """The objects by line number, from 1. A text under "prompt" may be empty. Raises DecodingError."""
     try:
         # not splitlines: it also cuts at separators that may occur inside a JSON string
         lines = [line.lstrip("\ufeff") for line in path.read_text(encoding="utf-8").split("\n")]  # of joined files
@@ -32,7 +36,7 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         prompt = record.get("prompt") if isinstance(record, dict) else None
-        if isinstance(prompt, str) and prompt:
+        if isinstance(prompt, str):
             # fails here rather than when the output is written
             json.dumps(record, ensure_ascii=False).encode("utf-8")
             return record

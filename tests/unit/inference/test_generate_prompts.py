@@ -28,17 +28,43 @@ def test_a_mistyped_option_is_reported_to_the_job(generate: Generate, job: Path)
     assert "--modle" in (job / "error").read_text() and (job / "outcome").read_text() == "failed\n"
 
 
-def test_a_rank_reports_an_error_of_its_own_prompt(generate: Generate, job: Path, tmp_path: Path) -> None:
-    """Prevents a job from failing without a message, or without naming the one prompt of thousands that is too long."""
+def test_failed_prompts_are_reported_when_all_others_are_done(
+    generate: Generate, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a job that ends at one prompt of thousands, one whose failed prompts nobody notices, and one that is
+    restarted because of them."""
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    texts = [PROMPT, PROMPT, "abcd " * 4000, "abcd " * 4000]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    outcome = generate("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
-    lines = outcome.err.splitlines()
-    assert outcome.code == 2 and lines[0] == "rank 1: 1 of 2 prompts" and len(lines) == 2
-    expected = f"{prompts}:4: the prompt has "
-    assert lines[1].startswith(f"error: {expected}") and "context holds 4096" in lines[1]
-    assert (job / "error").read_text().startswith(expected) and (job / "outcome").read_text() == "failed\n"
+    texts = [PROMPT, PROMPT, "", "abcd " * 4000, PROMPT]
+    prompts.write_text("".join(json.dumps({"prompt": text, "id": n}) + "\n" for n, text in enumerate(texts)))
+    asked = ("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
+    outcome = generate(*asked)
+    assert (outcome.code, outcome.err) == (0, "rank 1: 1 of 2 prompts\nrank 1: 2 of 2 prompts\n")
+    assert not (job / "outcome").exists() and not output.exists(), "the first rank has not begun"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    failed = f"2 of 5 prompts failed and are listed in {output}.errors.jsonl"
+    for _ in range(2):
+        outcome = generate(*asked)
+        assert (outcome.code, outcome.err.splitlines()[-1]) == (1, f"{output}: {failed}")
+        assert (job / "error").read_text() == f"{failed}\n" and (job / "outcome").read_text() == "finished\n"
+    assert len(outcome.err.splitlines()) == 1, "the second command decodes nothing"
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["id"], "text" in line, "error" in line) for line in found] == [
+        (n, n not in (2, 3), n in (2, 3)) for n in range(5)
+    ]
+    empty, long = (json.loads(line) for line in Path(f"{output}.errors.jsonl").read_text().splitlines())
+    assert (empty["line"], empty["id"], empty["error"]) == (3, 2, "the prompt is empty: give at least one character")
+    assert (long["line"], long["id"]) == (4, 3) and "context holds 4096" in long["error"]
+
+
+def test_an_option_that_no_prompt_can_have_ends_the_job(generate: Generate, job: Path, tmp_path: Path) -> None:
+    """Prevents an output of nothing but errors for an option that the model does not support."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    outcome = generate("--prompts", str(prompts), "--output", str(output), "--bad-token", "99999")
+    assert outcome.code == 2 and not output.exists()
+    assert (job / "error").read_text().startswith("token id 99999: the model's vocabulary has ")
+    assert (job / "outcome").read_text() == "failed\n"
 
 
 def test_a_restart_continues_with_the_checkpoint_of_the_first_start(

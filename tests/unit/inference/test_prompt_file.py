@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import write_manifest
 from recycle_ds.config import RecycleError
 from recycle_ds.inference.batch.parts_record import checkpoint_digest
-from recycle_ds.inference.batch.prompt_file import PromptError, PromptFile
+from recycle_ds.inference.batch.prompt_file import PromptFile
 from recycle_ds.inference.batch.prompts import read_prompt_file
 from recycle_ds.inference.errors import DecodingError
 
@@ -203,21 +203,109 @@ def test_the_parts_are_removed_while_a_rank_starts(prompts: Path) -> None:
     assert not late.parts.exists() and len(result(prompts)) == 11
 
 
-def test_a_prompt_that_cannot_be_continued_is_named(prompts: Path) -> None:
-    """Prevents an error message that does not name the prompt that caused it."""
+TOO_LONG = "the prompt has 9 tokens, the model's context holds 8"
 
-    def refuse(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | RecycleError]]:
+
+def refusing(
+    *refused: str,
+) -> Callable[[Iterator[tuple[int, str]]], Iterator[tuple[int, dict[str, Any] | RecycleError]]]:
+    """Continues prompts, except for these."""
+
+    def generate(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | RecycleError]]:
         for index, text in prompts:
-            if text == "p3":
-                yield index, DecodingError("the prompt has 9 tokens, the model's context holds 8")
+            assert text, "an empty prompt has no tokens"
+            if text in refused:
+                yield index, DecodingError(TOO_LONG)
             else:
                 yield from continuation(iter([(index, text)]))
 
-    prompts.write_text("\n\n" + prompts.read_text())
-    one = share(prompts, 1, 2)
+    return generate
+
+
+def finish(one: PromptFile, *refused: str, most: int = 1000) -> bool:
+    left = iter(range(most))
+    if one.settle(lambda path: Loaded(Path(path))) is None:
+        return True
+    return one.work(refusing(*refused), lambda: next(left, None) is None, lambda *_: None)
+
+
+def listed(prompts: Path) -> list[dict[str, Any]]:
+    text = prompts.with_name("out.jsonl.errors.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_prompts_that_cannot_be_continued_do_not_stop_the_others(prompts: Path) -> None:
+    """Prevents a job that ends at one bad prompt of thousands, and failed prompts that are lost, repeated after a
+    restart, named by the wrong line, or take the place of another line."""
+    texts = [f"p{n}" for n in range(11)]
+    texts[4] = ""
+    prompts.write_text(
+        "\n\n" + "".join(json.dumps({"prompt": text, "id": n * 7}) + "\n" for n, text in enumerate(texts))
+    )
+    assert not finish(share(prompts, 1, 2), "p3", most=2)
+    with pytest.raises(FileNotFoundError):
+        listed(prompts)
+    assert not finish(share(prompts, 1, 2)), "p3 has failed and is not decoded again"
+    assert finish(share(prompts, 0, 2), "p0")
+    found = result(prompts)
+    assert [(line["prompt"], line["id"], line["index"]) for line in found] == [(texts[n], n * 7, n) for n in range(11)]
+    errors = {0: TOO_LONG, 3: TOO_LONG, 4: "the prompt is empty: give at least one character"}
+    assert {line["index"]: line["error"] for line in found if "error" in line} == errors
+    assert [line.get("text") for line in found] == [None if n in errors else f"p{n}!" for n in range(11)]
+    expected = [
+        {"prompt": texts[n], "id": n * 7, "index": n, "line": n + 3, "error": text} for n, text in errors.items()
+    ]
+    assert listed(prompts) == expected
+    late = share(prompts, 3, 4)
+    assert late.settle(lambda path: pytest.fail("loaded")) is None and late.failures() == 3
+    prompts.with_name("out.jsonl.errors.jsonl").unlink()
+    assert late.failures() == 3 and listed(prompts) == expected, "a removed list is written again"
+
+
+def test_a_stale_list_of_errors_is_removed(prompts: Path) -> None:
+    """Prevents errors of an output that was removed from being taken for those of the next one."""
+    assert finish(share(prompts, 0, 1), "p3") and len(listed(prompts)) == 1
+    prompts.with_name("out.jsonl").unlink()
+    one = share(prompts, 0, 1)
     settle(one)
-    with pytest.raises(PromptError, match=rf"^{prompts}:6: the prompt has 9 tokens, the model's context holds 8$"):
-        one.work(refuse, lambda: False, lambda *_: None)
+    assert not one.failures_path.exists()
+    assert finish(one) and one.failures() == 0 and not one.failures_path.exists()
+
+
+def test_a_list_of_errors_is_a_file_of_prompts(prompts: Path) -> None:
+    """Prevents a continued prompt that looks failed, or the reverse, because its record came from an earlier output; and
+    the loss of the list while it is the input."""
+    prompts.write_text('{"prompt": "a", "text": "old", "token_ids": [1], "error": "old", "line": 9}\n' * 2 + "\n")
+    assert finish(share(prompts, 0, 1), "a")
+    assert all("text" not in line and "token_ids" not in line for line in result(prompts))
+    assert [(line["line"], line["error"]) for line in listed(prompts)] == [(1, TOO_LONG), (2, TOO_LONG)]
+    again = share(prompts.with_name("out.jsonl.errors.jsonl"), 0, 1)
+    again.output.unlink()
+    with pytest.raises(DecodingError, match="the list of failed prompts of this --output"):
+        settle(again)
+    assert len(listed(prompts)) == 2
+    corrected = replace(again, output=prompts.with_name("corrected.jsonl"))
+    assert finish(corrected) and corrected.failures() == 0
+    lines = [json.loads(line) for line in corrected.output.read_text().splitlines()]
+    assert [(line["text"], line["line"], "error" in line) for line in lines] == [("a!", 1, False), ("a!", 2, False)]
+
+
+def test_an_unrelated_file_is_not_replaced_by_the_list_of_errors(prompts: Path) -> None:
+    """Prevents the loss of a user's file that happens to have the name of the list."""
+    one = share(prompts, 0, 1)
+    one.failures_path.write_text('{"mine": 1}\n')
+    with pytest.raises(DecodingError, match="exists with other contents; move it"):
+        settle(one)
+    assert one.failures_path.read_text() == '{"mine": 1}\n'
+
+
+def test_what_killed_writers_left_is_removed(prompts: Path) -> None:
+    """Prevents copies of large outputs that stay hidden for ever, and the removal of another output's."""
+    left = ["out.jsonl", "out.jsonl.errors.jsonl", "out.jsonl.parts", "other-out.jsonl"]
+    for name in left:
+        prompts.with_name(f".tmp-12-0123abcd-{name}").write_text("cut o")
+    assert work(share(prompts, 0, 1))
+    assert [path.name for path in prompts.parent.glob(".tmp-*")] == [".tmp-12-0123abcd-other-out.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +318,7 @@ def test_a_prompt_that_cannot_be_continued_is_named(prompts: Path) -> None:
         ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "cannot be read"),
         ('{"prompt": 3}', "expected an object"),
         ("[1]", "expected an object"),
+        ('{"prompt": ""}', "the prompt is empty"),
         ('{"prompt": "a"', "not valid JSON"),
     ],
 )
