@@ -183,8 +183,7 @@ def test_convert_then_generate(jobs: Jobs, lab: Path, reference: list[list[float
     expected = [json.loads(line)["token_ids"] for line in single.read_text().splitlines()]
     assert [line["token_ids"] for line in found] == expected
     # the tasks of two nodes hold one model together, and one prompt is too long
-    prompts.write_text(json.dumps({"prompt": "abcd " * 100, "id": "long"}) + "
-" + prompts.read_text())
+    prompts.write_text(json.dumps({"prompt": "abcd " * 100, "id": "long"}) + "\n" + prompts.read_text())
     failed, layout = lab / "failed.jsonl", ("--tensor", "2", "--pipeline", "2", "--max-batch", "6")
     job = jobs.submit("generate.sbatch", *settings, *layout, "--output", str(failed), options=TIME, nodes=2, tasks=2)
     assert (jobs.wait(job), jobs.field(job, "ExitCode"), jobs.field(job, "Restarts")) == ("FAILED", "1:0", "0")
