@@ -136,7 +136,6 @@ class _WorkerPool:
         self._processes: list[SpawnProcess] = []
         self._busy: dict[Connection, int] = {}  # number of the current chunk
         self._idle: list[Connection] = []
-        copy = (tokenizer.to_json(), tokenizer.config, tokenizer.name, parse_special)
         self._counts = counts
         # multiprocessing starts this helper with the first worker and unblocks the stop signals afterwards: the workers would
         # not inherit the mask, and each would answer Ctrl-C with its own traceback
@@ -144,7 +143,7 @@ class _WorkerPool:
         with _stop_signals_blocked():
             for _ in range(workers):
                 parent_end, worker_end = context.Pipe()
-                process = context.Process(target=_run_worker, args=(worker_end, *copy), daemon=True)
+                process = context.Process(target=_run_worker, args=(worker_end, tokenizer, parse_special), daemon=True)
                 process.start()
                 worker_end.close()  # so that the pipe is closed when the worker exits
                 self._processes.append(process)
@@ -221,12 +220,9 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_worker(
-    connection: Connection, tokenizer_json: str, config: dict[str, Any], name: str, parse_special: bool
-) -> None:
+def _run_worker(connection: Connection, tokenizer: Tokenizer, parse_special: bool) -> None:
     """Main function of a worker: reports its start, then encodes chunks of texts until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = Tokenizer(tokenizer_json, config, name=name)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has exited: the results are not needed
         connection.send([])
         while True:

@@ -98,6 +98,7 @@ def _read_local(
     for file, size in zip(files, sizes, strict=True):
         name = file.name if file == path else file.relative_to(path).as_posix()
         rows.report.files[name] = 0
+        rows.start_file()
         try:
             for document, offset in _read_file(file, split, rows):
                 if document is None:

@@ -19,16 +19,18 @@ TOKEN_MAP = "special_tokens_map.json"
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids in config.json and generation_config.json. They may be outside the vocabulary."""
+    """Ids in config.json and generation_config.json, which may have no token, and the end token of another file."""
 
     eos: tuple[int, ...] = ()
     """Tokens that end a text, without repeats, those of config.json first."""
     bos: int | None = None
     pad: int | None = None
+    eos_token: str | None = None
+    """Token that special_tokens_map.json names as the end of a text. It may not be in the vocabulary."""
 
 
 def read_special_ids(folder: Path) -> SpecialIds:
-    """Reads config.json and generation_config.json of a folder; a missing file names nothing.
+    """Reads config.json, generation_config.json and special_tokens_map.json of a folder; a missing file names nothing.
 
     bos and pad are those of config.json if it names them. Negative ids, which LLaMA's first files have, count as none.
 
@@ -43,7 +45,8 @@ def read_special_ids(folder: Path) -> SpecialIds:
         for key in ("bos_token_id", "pad_token_id"):
             for found in _ids(tree.get(key), folder / name, key)[:1]:
                 single.setdefault(key, found)
-    return SpecialIds(tuple(dict.fromkeys(eos)), single.get("bos_token_id"), single.get("pad_token_id"))
+    mapped = token_named(read_tree(folder / TOKEN_MAP), "eos_token")
+    return SpecialIds(tuple(dict.fromkeys(eos)), single.get("bos_token_id"), single.get("pad_token_id"), mapped)
 
 
 def merge_into(tree: dict[str, Any], ids: SpecialIds, more: Iterable[int] = ()) -> dict[str, Any]:

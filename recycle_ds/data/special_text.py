@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from recycle_ds.data.errors import DataError
 
+_PRIVATE = range(0xF0000, 0x110000)  # code points without characters
 
-def special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+
+def special_tokens(
+    tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], more: Iterable[int | None] = ()
+) -> dict[str, int]:
     """The special tokens of a vocabulary and their ids: those that tokenizer.json marks as special, and those that
-    tokenizer_config.json names (`eos_token` and the like, `additional_special_tokens`, `added_tokens_decoder`)."""
+    tokenizer_config.json names (`eos_token` and the like, `additional_special_tokens`, `added_tokens_decoder`).
+
+    more: further ids of special tokens; those that have no token are ignored.
+    """
     found = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     named = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -33,6 +40,10 @@ def special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -
             number = tokenizer.token_to_id(token)
             if number is not None:
                 found[token] = number
+    for number in more:
+        token = None if number is None else tokenizer.id_to_token(number)
+        if number is not None and token is not None:
+            found[token] = number
     return found
 
 
@@ -44,6 +55,11 @@ def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
     # there may be hundreds of tokens: few places of a text have one of the few ways in which they begin
     starts = "|".join(sorted({re.escape(token[:2]) for token in ordered}))
     return re.compile(f"(?={starts})({'|'.join(map(re.escape, ordered))})")
+
+
+def private_characters(used: Container[str]) -> Iterator[str]:
+    """Characters that no text has a meaning for, without those that are used: they can stand for special tokens."""
+    return (chr(code) for code in _PRIVATE if chr(code) not in used)
 
 
 class TextEncoder:
@@ -59,13 +75,29 @@ class TextEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._tokens = dict(special)
         self._special = frozenset(special.values()) - {_unknown(content, self._tokenizer)}
         self._spelled: dict[int, list[int]] = {}
+        self._stand_ins: _StandIns | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order. Raises the library's exceptions, and DataError for a token that cannot be spelled."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._without_special(encoding.ids) for encoding in encodings]
+
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Ids of a text, a special token, a text and so on, encoded in one call; only these tokens are special.
+
+        A vocabulary may encode the start of a text differently, and remove the spaces beside a special token. Raises as
+        `encode_batch`.
+        """
+        written = frozenset("".join(parts[::2]))
+        if self._stand_ins is None or not written.isdisjoint(self._stand_ins.characters.values()):
+            self._stand_ins = _StandIns(self._tokenizer, self._tokens, written)
+        ids: list[int] = []
+        for number, token in self._stand_ins.encode(parts):
+            ids += [self._tokens[token]] if token else self._without_special([number])
+        return ids
 
     def _without_special(self, ids: list[int]) -> list[int]:
         """Replaces special tokens by their characters: models that know whole words (WordLevel, Unigram) find them there."""
@@ -79,11 +111,41 @@ class TextEncoder:
             spelled = [part.id for character in token for part in self._tokenizer.model.tokenize(character)]
             if not spelled or not self._special.isdisjoint(spelled):
                 raise DataError(
-                    f"{self._name} cannot encode {token!r} as text, only as the special token: remove it from the documents, "
-                    "or let it stand for the special token (--parse-special)"
+                    f"{self._name} cannot encode {token!r} as text, only as the special token: remove it from the text, or let "
+                    "special tokens stand for themselves (parse_special=True in Python, `prepare --parse-special`)"
                 )
             self._spelled[number] = spelled
         return self._spelled[number]
+
+
+class _StandIns:
+    """A copy of an encoder of text in which private characters stand for its special tokens."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, special: Iterable[str], written: frozenset[str]) -> None:
+        """written: the characters of the texts between the special tokens."""
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.encode_special_tokens = True
+        used = written.union(*self._tokenizer.get_vocab(with_added_tokens=True))
+        self.characters = dict(zip(special, private_characters(used), strict=False))
+        """Of each special token."""
+        self._tokens = {character: token for token, character in self.characters.items()}
+        added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        normalizer = self._tokenizer.normalizer
+        stand_ins = []
+        for token, character in self.characters.items():
+            known = added.get(token) or tokenizers.AddedToken(token, normalized=False)
+            kept = normalizer is None or normalizer.normalize_str(character) == character
+            stripping = {"lstrip": known.lstrip, "rstrip": known.rstrip}
+            stand_ins.append(tokenizers.AddedToken(character, **stripping, normalized=known.normalized and kept))
+        self._tokenizer.add_tokens(stand_ins)
+
+    def encode(self, parts: Sequence[str]) -> Iterator[tuple[int, str | None]]:
+        """Id of each token, and the special token for which it stands; the id of such a one means nothing."""
+        text = "".join(self.characters[part] if number % 2 else part for number, part in enumerate(parts))
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        # not by id: the library may give a stand-in the id of another token if ids of the vocabulary are not consecutive
+        for number, token in zip(encoding.ids, encoding.tokens, strict=True):
+            yield number, self._tokens.get(max(token, default=""))  # beside it are only spaces that it removes
 
 
 def _unknown(content: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> int | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from recycle_ds.config.atomic_files import publish_together, temporary_name
-from recycle_ds.data.errors import DataError
+from recycle_ds.data.errors import DataError, encoding_errors, one_line
 from recycle_ds.data.interruptible import call_interruptibly
 from recycle_ds.data.other_tokenizers import advice
 from recycle_ds.data.special_ids import TOKEN_MAP, SpecialIds, read_special_ids, read_tree, token_named
@@ -44,7 +45,7 @@ class Tokenizer:
             tokenizer_json: the file's text. It is kept, and `save` writes it back unchanged.
             config: names the end and start tokens (`eos_token`, `bos_token`); other keys are kept unchanged.
             name: name of this tokenizer in error messages.
-            special: ids in other files of its model; further end tokens, and the first of them if no token is named.
+            special: named in other files of its model; further end tokens, and the first of them if no token is named.
 
         Raises:
             DataError: it is not a tokenizer, or has no end-of-document token.
@@ -53,7 +54,7 @@ class Tokenizer:
             content = json.loads(tokenizer_json)
             tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises plain Exception for everything it cannot read
-            raise DataError(f"{name} is not a valid tokenizer.json: {_one_line(error)}") from error
+            raise DataError(f"{name} is not a valid tokenizer.json: {one_line(error)}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.name = name
@@ -64,32 +65,27 @@ class Tokenizer:
         """Ids range from 0 to this minus one. Not all of them need have a token."""
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         """Ids of special tokens (end of text, chat roles), which are not text."""
-        special = special or SpecialIds()
+        self._named = special = special or SpecialIds()
         eos_id = self._special("eos_token", _KNOWN_EOS, special.eos)
         if eos_id is None:
             raise DataError(
                 f"{name} has no end-of-document token: name it as eos_token in a tokenizer_config.json beside it, "
                 f"or add one of {', '.join(_KNOWN_EOS)}"
             )
-        if (
-            token_named(self._config, "eos_token") is None
-        ):  # a copy built from `to_json` and `config` must have the same
+        if token_named(self._config, "eos_token") is None:  # one built from `to_json` and `config` must have the same
             self._config["eos_token"] = tokenizer.id_to_token(eos_id)
         self.eos_id: int = eos_id
         """Token that ends a document."""
-        self.end_ids = frozenset({eos_id, *(one for one in special.eos if one < self.vocab_size)})
+        also = (*special.eos, self._id_of(special.eos_token or ""))
+        self.end_ids = frozenset({eos_id, *(one for one in also if one in self.token_ids)})
         """Tokens that end a text in decoding."""
         self.bos_id = self._special("bos_token", _KNOWN_BOS, () if special.bos is None else (special.bos,))
         """Token that starts a document, or None."""
-        self.special_tokens = special_tokens(tokenizer, self._config)
-        """Tokens, and their ids, that stand for something else than their text: those of `special_ids`, and all that the
-        configuration names. A text may contain their characters."""
-        for number in (*sorted(self.end_ids), self.bos_id):
-            if number is not None:
-                self.special_tokens[str(tokenizer.id_to_token(number))] = number
+        self.special_tokens = special_tokens(tokenizer, self._config, (*sorted(self.end_ids), self.bos_id))
+        """Tokens, and their ids, that stand for something else than their text: those of `special_ids`, all that the
+        configuration names, and those that start and end a document or a text. A text may contain their characters."""
         self.special_pattern = pattern_of(self.special_tokens)
         """Matches each of them in a text, as group 1."""
-        self._as_text: TextEncoder | None = None
         # Truncation and padding change no id, so the fingerprint ignores them.
         identity = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -117,13 +113,13 @@ class Tokenizer:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the tokenizer {file}: {_one_line(error)}") from error
+            raise DataError(f"cannot read the tokenizer {file}: {one_line(error)}") from error
         config, mapped = read_tree(folder / "tokenizer_config.json"), read_tree(folder / TOKEN_MAP)
         named = {key: mapped[key] for key in ("eos_token", "bos_token") if token_named(mapped, key) is not None}
-        found = cls(text, {**named, **config}, name=str(file), special=read_special_ids(folder))
-        also = found._id_of(token_named(named, "eos_token") or "")
-        found.end_ids |= set() if also is None else {also}
-        return found
+        return cls(text, {**named, **config}, name=str(file), special=read_special_ids(folder))
+
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, Any]]]:
+        return functools.partial(Tokenizer, name=self.name, special=self._named), (self._json, self._config)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -172,16 +168,19 @@ class Tokenizer:
         Raises:
             DataError: a text cannot be encoded (the vocabulary has neither bytes nor an unknown token).
         """
-        try:
+        with encoding_errors(self.name):
             if not parse_special:
-                if self._as_text is None:
-                    self._as_text = TextEncoder(self._json, self.special_tokens, self.name)
-                return self._as_text.encode_batch(texts)
+                return self._text_encoder.encode_batch(texts)
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        except DataError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{self.name} cannot encode a text: {_one_line(error)}") from error
+
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Ids of a text, a special token, a text and so on, as of one text in which only these tokens are special.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        with encoding_errors(self.name):
+            return self._text_encoder.encode_parts(parts)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -222,6 +221,10 @@ class Tokenizer:
             for file in temporary.values():
                 with contextlib.suppress(OSError):  # no folder, or a broken disk
                     file.unlink(missing_ok=True)
+
+    @functools.cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(self._json, self.special_tokens, self.name)
 
     def _id_of(self, token: str) -> int | None:
         try:
@@ -288,7 +291,3 @@ class TextStream:
         before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
         both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
         return both[len(before) :]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -44,7 +44,7 @@ class Launch:
     local_world_size: int = 0
     """Number of ranks on this host; 0 if the launcher does not set it."""
     own_gpus: bool = False
-    """Whether no other rank uses the GPUs that this process sees (srun --gpus-per-task)."""
+    """Whether SLURM gave this rank GPUs of its own (srun --gpus-per-task). It may see the other ranks' GPUs too."""
 
 
 def detect_launch(environment: Mapping[str, str]) -> Launch:
@@ -93,14 +93,15 @@ def _launch(environment: Mapping[str, str], launcher: str, rank: str, size: str,
 def device_index(launch: Launch, visible: int) -> int:
     """Index of this rank's GPU among the `visible` ones. A pure function.
 
-    Under srun and mpirun a process may see only its own GPU; under torchrun and deepspeed every rank sees all GPUs of its host.
+    A process that sees at least as many GPUs as ranks are on its host takes the one of its local rank. Under srun and mpirun it
+    may see fewer, its own ones only, and takes the first; under torchrun and deepspeed every rank sees all GPUs of its host.
     Raises LaunchError when ranks would share a GPU.
     """
+    ranks = max(launch.local_world_size, launch.local_rank + 1)
+    if visible >= ranks:  # also right if all are its own
+        return launch.local_rank
     if launch.own_gpus and visible:
         return 0
-    ranks = max(launch.local_world_size, launch.local_rank + 1)
-    if visible >= ranks:
-        return launch.local_rank
     if visible == 1 and launch.launcher in ("srun", "mpi"):
         return 0
     gpus = "1 visible GPU" if visible == 1 else f"{visible} visible GPUs"

@@ -14,9 +14,15 @@ def started_by_srun(environment: Mapping[str, str]) -> bool:
 
 
 def has_own_gpus(environment: Mapping[str, str]) -> bool:
-    """Whether a task sees only GPUs that SLURM has bound to it, however they were requested."""
+    """Whether SLURM has bound GPUs to a task that no other task may use, however they were requested.
+
+    Not with --gpu-bind=none. Where SLURM does not restrict devices (cgroups), a task can see more GPUs than its own.
+    """
+    bind = environment.get("SLURM_GPU_BIND", "")
+    if "none" in bind.split(","):  # may start with "verbose,"
+        return False
     requested = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_NTASKS_PER_GPU")
-    bound = environment.get("SLURM_GPU_BIND", "").startswith("per_task")
+    bound = bind.startswith("per_task")
     return bool(requested) or bound or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
 
 

@@ -204,6 +204,17 @@ def test_json_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) 
     assert message in error_of(tmp_path / "a.json")
 
 
+def test_the_file_after_a_cut_one(tmp_path: Path) -> None:
+    """Prevents a file without the column from counting as rows without text because the file before it was cut."""
+    packed = gzip.compress("".join(json.dumps({"text": f"document {n * n}"}) + "\n" for n in range(9999)).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "b.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
+    report = ReadReport()
+    with pytest.raises(DataError, match=r"b\.jsonl has no column 'text'; its columns are: content"):
+        list(read_documents(str(tmp_path), options=SKIP, report=report))
+    assert report.files["a.jsonl.gz"] > 0 and report.invalid.count == 1, "the documents before the cut"
+
+
 def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     """Prevents one null row from stopping the preparation of millions, and rows from being left out silently."""
     write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": null}\n{"id": 3}\nnull\n{"text": ""}\n{"text": "b"}\n')

@@ -128,6 +128,15 @@ def test_the_end_token_of_older_files(tmp_path: Path) -> None:
     assert Tokenizer(loaded.to_json(), loaded.config).eos_id == EOM, "another process builds its copy of these"
 
 
+def test_an_end_token_without_a_token(tmp_path: Path) -> None:
+    """Prevents the word None of a document from being a special token because a model's end id has no token."""
+    byte_tokenizer(tmp_path, hole=7)
+    (tmp_path / GENERATION).write_text(json.dumps({"eos_token_id": [256, 7]}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.special_tokens == {"<|endoftext|>": 256} and loaded.end_ids == {256}
+    assert loaded.special_pattern.search("None of it") is None
+
+
 @pytest.mark.parametrize("value", ["2", True, [2.5], {"id": 2}, [[2]]])
 @pytest.mark.parametrize("name", [CONFIG, GENERATION])
 def test_ids_that_are_none(tmp_path: Path, name: str, value: object) -> None:

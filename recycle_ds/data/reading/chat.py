@@ -6,7 +6,6 @@ message are text: a rendered chat keeps the two apart.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from typing import Any
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.reading.rows import checked_text
+from recycle_ds.data.special_text import private_characters
 from recycle_ds.data.tokenizer import Tokenizer
 
 # The roles of ShareGPT's {"from": ..., "value": ...}, a common layout of chats.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-_FIRST_PRIVATE = 0xF0000  # code points without characters: stand for special tokens inside messages
 
 
 class RenderedChat(str):
@@ -106,14 +105,9 @@ class ChatTemplate:
 
 def encode_chat(tokenizer: Tokenizer, chat: RenderedChat) -> list[int]:
     """Ids of a rendered chat: special tokens of the template stand for themselves, those inside messages are text."""
-    texts, special = chat.parts[::2], chat.parts[1::2]
-    if not any(tokenizer.special_pattern.search(text) for text in texts):
+    if not any(tokenizer.special_pattern.search(text) for text in chat.parts[::2]):
         return tokenizer.encode(chat)
-    ids: list[int] = []
-    for text, token in itertools.zip_longest(texts, special):
-        ids += tokenizer.encode(text, parse_special=False) if text else []
-        ids += [tokenizer.special_tokens[token]] if token else []
-    return ids
+    return tokenizer.encode_parts(chat.parts)
 
 
 class _Hidden:
@@ -122,7 +116,7 @@ class _Hidden:
     def __init__(self, special: re.Pattern[str], content: str) -> None:
         self._special = special
         self._characters: dict[str, str] = {}
-        self._free = (chr(code) for code in range(_FIRST_PRIVATE, 0x110000) if chr(code) not in content)
+        self._free = private_characters(content)
 
     def hide(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -31,6 +31,10 @@ class Rows:
         self._found = self._missing = 0
         self._without: list[str] = []
 
+    def start_file(self) -> None:
+        """To be called before the first row of a file: the one before it may not have been read to its end."""
+        self._found = self._missing = 0
+
     def document(self, row: Any, where: str) -> str | None:
         """The document of a row, None for a row that is left out. `where` names the row, in errors and in the report.
 
@@ -61,7 +65,6 @@ class Rows:
         """To be called after the last row of a file. Raises DataError if all its rows lack the column."""
         if self._missing and not self._found:
             raise missing_column(where, self.column, self._without)
-        self._found = self._missing = 0
 
     def _value(self, row: Any, where: str) -> Any:
         if isinstance(row, str) and self._chat is None:  # an array of texts

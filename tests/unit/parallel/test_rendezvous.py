@@ -99,6 +99,24 @@ def test_gpus_that_slurm_bound_to_a_task() -> None:
 
 
 @pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "none"},
+        {"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "verbose,none"},
+        {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1", "SLURM_GPU_BIND": "none"},
+        {"SLURM_GPUS_PER_TASK": "1"},  # a cluster whose SLURM does not restrict what a task sees
+    ],
+)
+def test_gpus_that_every_task_sees(variables: dict[str, str]) -> None:
+    """Prevents all tasks of a node from using its first GPU because their GPUs were requested per task."""
+    tasks = [detect_launch(SRUN | variables | {"SLURM_LOCALID": str(local)}) for local in range(3)]
+    assert [device_index(task, 3) for task in tasks] == [0, 1, 2]
+    if "SLURM_GPU_BIND" in variables:
+        with pytest.raises(LaunchError, match="3 ranks on this host and 2 visible GPUs"):
+            device_index(tasks[0], 2)
+
+
+@pytest.mark.parametrize(
     ("launcher", "on_host", "local_rank", "visible", "words"),
     [
         ("srun", 8, 0, 4, "8 ranks on this host and 4 visible GPUs"),
