@@ -54,7 +54,8 @@ def ranking_of_run(config: RunConfig) -> list[int] | None:
 
 def read_ranking(path: Path, vocab_size: int, least: int) -> list[int]:
     """Returns the ranking in a file. Raises DataError if it is missing, not a ranking for this vocabulary, or has fewer tokens
-    than `least`."""
+    than `least` (all of a smaller vocabulary)."""
+    least = min(least, vocab_size)
     fix = "copy the model's own file there, or count tokens again: convert_checkpoint --draft-vocabulary N --rank-tokens PREFIX"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

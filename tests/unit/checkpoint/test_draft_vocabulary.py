@@ -77,6 +77,16 @@ def test_impossible_vocabularies_are_refused(model: str, tmp_path: Path, convers
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_smaller_vocabulary_is_drafted_as_a_whole(model: str, tmp_path: Path) -> None:
+    """Prevents a shipped configuration from failing on a model with fewer tokens than its draft vocabulary."""
+    out = tmp_path / "out"
+    convert(model, str(out), Conversion("hf", draft_vocabulary=300, rank_tokens=(str(tmp_path / "first"),)))
+    settings = json.loads((out / "recycle.json").read_text())
+    settings["recycle"]["draft_vocabulary"] = 8192
+    (out / "recycle.json").write_text(json.dumps(settings))
+    assert _ids(out) == list(range(300))
+
+
 def test_a_lost_ranking_stops_a_conversion(model: str, tmp_path: Path) -> None:
     """Prevents a conversion that succeeds and makes a folder that cannot be loaded."""
     source = tmp_path / "source"

@@ -102,7 +102,7 @@ def test_nothing_to_time_is_an_error() -> None:
         ('{"prompt": "a"}\n{"prompt": \n', ":2: not valid JSON"),
         ('\n{"text": "a"}\n', ':2: expected an object with a text under "prompt"'),
         ('["a"]', ":1: expected"),
-        ('{"prompt": ""}', ":1: expected"),
+        ('{"prompt": ""}', ":1: the prompt is empty"),
         ("\n", "no prompts"),
         (None, "cannot be read"),
     ],
