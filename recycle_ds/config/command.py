@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import typer
 
 USER_ERROR, INTERRUPTED = 2, 130
+# Seconds that the rank which prints an error may be behind the others.
+_LEAD = 3.0
 # A disk that is full, broken or read-only. Any other OSError that no one handles is a fault of this program.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -37,6 +39,8 @@ def user_errors(*, print_error: bool = True, on_error: Callable[[str], None] | N
         tell_torchrun(str(error))
         if print_error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            _let_the_reporter_be_first()
         sys.exit(USER_ERROR)
     except OSError as error:
         if error.errno not in _DISK:
@@ -76,6 +80,8 @@ def run_command(
             tell_torchrun(message)
             if print_error:
                 print(f"error: {message} (--help lists all options)", file=sys.stderr, flush=True)
+            else:
+                _let_the_reporter_be_first()
             sys.exit(USER_ERROR)
         except typer.Abort:
             sys.exit(INTERRUPTED)
@@ -91,6 +97,12 @@ def _flush_output() -> None:
         if error.errno == errno.EPIPE:  # `| head`
             sys.exit(1)
         raise
+
+
+def _let_the_reporter_be_first() -> None:
+    """Waits on a rank that prints nothing: torchrun ends all ranks as soon as one exits, also one that is about to print."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        time.sleep(_LEAD)
 
 
 def tell_torchrun(message: str) -> None:
