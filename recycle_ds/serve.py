@@ -48,25 +48,69 @@ def serve(
     max_queued: Annotated[
         int, typer.Option(metavar="N", min=0, help="Answers that may wait; further requests get 429.")
     ] = 256,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests that are answered at once; further ones get 429.")
+    ] = 256,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most tokens of a prompt; by default the model's context.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most new tokens of an answer; by default the context.")
+    ] = None,
+    max_n: Annotated[int, typer.Option(metavar="N", min=1, help="Most answers to one prompt.")] = 16,
+    max_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Most prompts of one request.")] = 64,
+    max_body_mib: Annotated[float, typer.Option(metavar="MIB", min=0, help="Largest body of a request.")] = 4.0,
+    request_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Time for a complete answer, waiting included.")
+    ] = 600.0,
+    body_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Time for a client to send its request.")
+    ] = 30.0,
+    write_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Time for a client to read what it is sent.")
+    ] = 60.0,
     drain_seconds: Annotated[
         float, typer.Option(metavar="S", min=0, help="Time for accepted requests after SIGTERM or Ctrl-C.")
     ] = 30.0,
     restart_after_drain: Annotated[
         bool, typer.Option("--restart-after-drain", help="Under SLURM: requeue the job that was drained at its end.")
     ] = False,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests/--no-log-requests", help="A line for every request, without its texts.")
+    ] = True,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Serve a RecycleGPT over HTTP, with OpenAI's API."""
     from recycle_ds.checkpoint.portable.folders import check_folder
     from recycle_ds.inference.parameters import check_batch, check_mode, check_runtime
+    from recycle_ds.serving.access import read_keys
     from recycle_ds.serving.process.listening import listen, url_of
+    from recycle_ds.serving.process.logs import check_level, log_to_stderr
     from recycle_ds.serving.settings import ServerSettings
 
     # what can be checked without torch, which takes seconds to import, is checked first
     check_mode(mode)
     check_runtime(dtype, threads)
     check_batch(max_batch, kv_memory_gib)
-    settings = ServerSettings(model_name=served_model_name or Path(model).resolve().name, default_mode=mode)
+    check_level(log_level)
+    settings = ServerSettings(
+        model_name=served_model_name or Path(model).resolve().name,
+        default_mode=mode,
+        run_folder=Path(model) if (Path(model) / "metrics.jsonl").exists() else None,
+        host=host,
+        api_keys=read_keys(Path(api_key_file)) if api_key_file is not None else (),
+        max_body_bytes=int(max_body_mib * 2**20),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_n=max_n,
+        max_prompts=max_prompts,
+        max_requests=max_requests,
+        request_seconds=request_seconds,
+        body_seconds=body_seconds,
+        write_seconds=write_seconds,
+        access_log=log_requests,
+    )
     with errors_of_host():
         check_folder(model)
     listener = listen(host, port) if is_error_reporter(os.environ) else None  # rank 0
@@ -77,6 +121,7 @@ def serve(
     if listener is not None:
         print(f"serving {model} at {url_of(listener)}", file=sys.stderr, flush=True)
     quiet_libraries()  # before anything is imported that warns
+    log_to_stderr(log_level)
     from recycle_ds.serving.app import create_app
     from recycle_ds.serving.process.engine_thread import ModelSettings
     from recycle_ds.serving.process.rank import Shutdown, run_rank
