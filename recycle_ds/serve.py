@@ -85,7 +85,7 @@ def serve(
     from recycle_ds.checkpoint.portable.folders import check_folder
     from recycle_ds.inference.parameters import check_batch, check_mode, check_runtime
     from recycle_ds.serving.access import read_keys
-    from recycle_ds.serving.process.listening import listen, url_of
+    from recycle_ds.serving.process.listening import announcement, listen
     from recycle_ds.serving.process.logs import check_level, log_to_stderr
     from recycle_ds.serving.settings import ServerSettings
 
@@ -116,10 +116,10 @@ def serve(
     listener = listen(host, port) if is_error_reporter(os.environ) else None  # rank 0
     from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
 
-    launch = detect_launch(os.environ)
+    launch, job = detect_launch(os.environ), job_of(os.environ)
     _check_ranks(launch.world_size, tensor * pipeline)
     if listener is not None:
-        print(f"serving {model} at {url_of(listener)}", file=sys.stderr, flush=True)
+        print(announcement(model, listener, in_job=job.folder is not None), file=sys.stderr, flush=True)
     quiet_libraries()  # before anything is imported that warns
     log_to_stderr(log_level)
     from recycle_ds.serving.app import create_app
@@ -132,7 +132,7 @@ def serve(
         listener,
         partial(create_app, settings=settings),
         Shutdown(drain_seconds, restart_after_drain),
-        job_of(os.environ),
+        job,
     )
 
 

@@ -47,6 +47,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def announcement(model: str, listener: socket.socket, in_job: bool) -> str:
+    """The line that names the address. in_job: the reader is on another machine."""
+    text = f"serving {model} at {url_of(listener)}"
+    if in_job and is_local(listener):
+        port, node = listener.getsockname()[1], socket.gethostname()
+        return f"{text} of {node}, for programs there; from elsewhere: ssh -N -L {port}:127.0.0.1:{port} {node}"
+    return text
+
+
 def is_local(listener: socket.socket) -> bool:
     """Whether only programs of this machine reach the socket."""
     return ipaddress.ip_address(os.fsdecode(listener.getsockname()[0]).partition("%")[0]).is_loopback

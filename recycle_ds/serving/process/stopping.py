@@ -11,6 +11,8 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 JOB_ENDS = "the job ends"
+_LOOK = 1.0
+"""Seconds between two looks for the file, which is on a shared file system."""
 _SAME_REQUEST = 1.0
 """Seconds within which several signals are one: deepspeed and torchrun pass on what the terminal has already sent."""
 
@@ -25,6 +27,7 @@ class StopSignals:
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._first: float | None = None
+        self._next_look = 0.0
         self.reason: str | None = None
 
     def install(self) -> None:
@@ -34,8 +37,11 @@ class StopSignals:
 
     def poll(self) -> str | None:
         """Why to shut down; None to go on."""
-        if self.reason is None and self._file is not None and self._file.exists():
-            self.reason = JOB_ENDS
+        now = time.monotonic()
+        if self.reason is None and self._file is not None and now >= self._next_look:
+            self._next_look = now + _LOOK
+            if self._file.exists():
+                self.reason = JOB_ENDS
         return self.reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
