@@ -106,6 +106,7 @@ class Server:
         """Waits until nothing is being decoded; asserts that no block is lost."""
         until(lambda: self.worker.open == 0, seconds)
         until(lambda: not self.worker.engine.unfinished, seconds)
+        assert not self.worker._requests and not self.worker._answers
         self.worker.engine.scheduler.check()
         pool = self.worker.engine.scheduler.pool
         assert pool.free == pool.count
