@@ -62,7 +62,7 @@ class ChatFields(Body):
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError("continue_final_message: not together with add_generation_prompt; set one of them")
-            if self.messages[-1].role != "assistant" or not self.messages[-1].text:
+            if not self.messages or self.messages[-1].role != "assistant" or not self.messages[-1].text:
                 raise ValueError("continue_final_message: the last message must be the assistant's, with some text")
         for name in self.chat_template_kwargs or {}:
             if name in _RESERVED or name.endswith("_token") or not name.isidentifier():
@@ -105,9 +105,11 @@ class ChatRequest(ChatFields, GenerationFields):
         return self
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """Maximum number of new tokens; None for as many as fit."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the new tokens, and its value if it was given."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
 
 def _check_message(message: Any, path: str) -> None:
