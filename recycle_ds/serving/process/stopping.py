@@ -20,8 +20,8 @@ _SAME_REQUEST = 1.0
 class StopSignals:
     """Notes the first stop signal; a second one ends the process at once.
 
-    file: created by the shell of a batch job when the job must end. latest: unix time at which to stop in any case. A rank that only follows another one notes signals too,
-    and ends when the other one does.
+    file: created by the shell of a batch job when the job must end. latest: unix time at which to stop in any case. A rank
+    that only follows another one notes signals too, and ends when the other one does.
     """
 
     def __init__(self, file: Path | None = None, latest: float | None = None) -> None:
