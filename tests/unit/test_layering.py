@@ -44,7 +44,9 @@ PARTS = {
         *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "conversion", "run"),
     ),
     "inference": (
-        *("errors", "parameters", "protocol", "speculation", "generation", "engine", "decoder", "loading", "console"),
+        *("errors", "parameters", "protocol", "text_stream", "speculation", "generation", "engine", "decoder"),
+        *("loading", "console", "answers", "api", "ranks", "request", "batch", "bench"),
+    ),
         *("answers", "api", "ranks", "request", "batch", "bench"),
     ),
 }

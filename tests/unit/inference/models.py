@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -73,6 +74,9 @@ def overfitted_model(
 
 class Letters:
     """A detokeniser of one letter per token."""
+
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
+        """prompt: whose answer it decodes."""
 
     def feed(self, token_id: int) -> str:
         """The token's letter."""
