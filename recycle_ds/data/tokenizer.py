@@ -287,6 +287,11 @@ class TextStream:
         self._context, self._pending, self._shown = [], [], 0
         return piece
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether `flush` may return text: the latest tokens are not complete, or not known to be."""
+        return bool(self._pending)
+
     def _pending_text(self) -> str:
         before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
         both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)

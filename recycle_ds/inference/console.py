@@ -46,7 +46,7 @@ class TokenPrinter:
 
     def feed(self, ids: Sequence[int], recycled: Sequence[bool]) -> None:
         """Prints the text that these tokens complete and no stop string can cut. An `on_tokens` callback of the decoder."""
-        pieces: list[tuple[str, bool]] = []
+        pieces: list[tuple[str, int]] = []
         for token_id, is_recycled in zip(ids, recycled, strict=True):
             if token_id not in self._eos_ids:
                 pieces += self._filter.feed(token_id, is_recycled)
@@ -56,7 +56,7 @@ class TokenPrinter:
         """Prints the text held back. To be called once, at the end."""
         self._print(self._filter.flush())
 
-    def _print(self, pieces: Sequence[tuple[str, bool]]) -> None:
+    def _print(self, pieces: Sequence[tuple[str, int]]) -> None:
         self._text += [text for text, _ in pieces]
         if self._out is None or not pieces:
             return

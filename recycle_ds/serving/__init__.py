@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP server on the decoding engine."""
+"""An OpenAI-compatible HTTP server on the decoding engine."""

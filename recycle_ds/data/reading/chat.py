@@ -86,20 +86,27 @@ class ChatTemplate:
                 f"{where}: column {column!r} is no list of messages, such as "
                 '[{"role": "user", "content": "TEXT"}]; name another column'
             )
-        hidden = _Hidden(self._special, json.dumps(chat, ensure_ascii=False, default=str))
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            (rendered, *_), _ = render_jinja_template(
-                [hidden.hide(chat)],
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
+            rendered = self.apply(chat, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # of Jinja, or of a template that expects other messages
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidRow(f"{where}: the chat template refuses the messages: {reason}; repair the row") from error
-        parts = self._special.split(checked_text(rendered, where, column))
+        checked_text(rendered, where, column)
+        return rendered
+
+    def apply(self, chat: list[dict[str, Any]], **options: Any) -> RenderedChat:
+        """Renders a chat of messages as templates expect them. options: arguments of the renderer (`add_generation_prompt`,
+        `continue_final_message`) and further variables of the template, in which special tokens are text too.
+
+        Raises whatever Jinja or the template raises.
+        """
+        hidden = _Hidden(self._special, json.dumps([chat, options], ensure_ascii=False, default=str))
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (rendered, *_), _ = render_jinja_template(
+            [hidden.hide(chat)], chat_template=self._template, **hidden.hide(options), **self._tokens
+        )
+        parts = self._special.split(rendered)
         return RenderedChat(tuple(part if number % 2 else hidden.show(part) for number, part in enumerate(parts)))
 
 

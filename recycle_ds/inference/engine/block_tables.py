@@ -52,6 +52,8 @@ class BlockTables:
             return False
         sequence.cached, sequence.module_read = cached, module_read
         sequence.registered, sequence.content = registered, content
+        if sequence.preemptions == 0:
+            sequence.reused = cached
         return True
 
     def reserve(self, sequence: Sequence, first: int, end: int) -> None:

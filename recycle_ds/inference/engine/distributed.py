@@ -24,7 +24,7 @@ from recycle_ds.inference.engine.team import Team
 
 # Numbers that a message's first part has room for. Longer ones take a second part.
 _ROOM = 2048
-_END, _REPORT = -1, -2
+_END, _REPORT, _WAIT = -1, -2, -3
 
 
 class _Clock:
@@ -93,6 +93,12 @@ class TeamExecutor:
                 (shares[rank],) = self._receive(rank, torch.float64)
         return "idle: " + ", ".join(f"rank {rank} {100 * share:.0f} %" for rank, share in shares.items())
 
+    def keep_alive(self) -> None:
+        """See `Executor`."""
+        if not self._broken:
+            self._tell([_WAIT])
+            self._free_sent()
+
     def close(self) -> None:
         """See `Executor`."""
         if self._broken:  # after Ctrl-C, for example, which the other ranks have got too
@@ -106,7 +112,7 @@ class TeamExecutor:
         while (numbers := self._receive(self._team.owner, torch.int64)) != [_END]:
             if numbers == [_REPORT]:
                 self._send(torch.tensor([self._clock.idle_share()], dtype=torch.float64), self._team.owner)
-            else:
+            elif numbers != [_WAIT]:
                 self._run(decode_plan(numbers))
 
     def _run(self, plan: Plan) -> Outcome:
@@ -118,8 +124,7 @@ class TeamExecutor:
             dist.recv(received, group_src=mesh.pipeline.rank - 1, group=mesh.pipeline.group)
         with self._clock.running():
             result = self._runner.run(plan, received)
-        while len(self._sending) > self._most_sending:  # received long ago; only waiting for them frees them
-            self._sending.popleft()[0].wait()
+        self._free_sent()
         if isinstance(result, Tensor):
             work = dist.isend(result, group_dst=mesh.pipeline.rank + 1, group=mesh.pipeline.group)
             assert work is not None
@@ -128,6 +133,11 @@ class TeamExecutor:
         if self.depth > 1 and mesh.rank == self._team.chooser:
             self._send(torch.tensor(_encode(result), dtype=torch.float64), self._team.owner)
         return result
+
+    def _free_sent(self) -> None:
+        """Frees messages that were received long ago: only waiting for them does."""
+        while len(self._sending) > self._most_sending:
+            self._sending.popleft()[0].wait()
 
     def _tell(self, numbers: Sequence[int]) -> None:
         """Sends the owner's numbers to all other ranks."""

@@ -223,6 +223,10 @@ class DecodingEngine:
         ranks = "" if self._under_way else self._executor.explanation()
         return "; ".join(part for part in (self.scheduler.budget.explanation, ranks) if part)
 
+    def keep_alive(self) -> None:
+        """To be called at least every few minutes while there is nothing to do: other ranks wait for the next step."""
+        self._executor.keep_alive()
+
     def close(self) -> None:
         """Ends the other ranks' part."""
         self._executor.close()

@@ -28,6 +28,9 @@ class Executor(Protocol):
     def explanation(self) -> str:
         """How busy the ranks were since the last call; empty for a single one. No plan may be under way."""
 
+    def keep_alive(self) -> None:
+        """Lets ranks that wait for a plan wait anew: a process group bounds how long one receive may take."""
+
     def close(self) -> None:
         """Ends the other ranks' part. No plan may follow."""
 
@@ -58,6 +61,9 @@ class LocalExecutor:
     def explanation(self) -> str:
         """See `Executor`."""
         return ""
+
+    def keep_alive(self) -> None:
+        """See `Executor`."""
 
     def close(self) -> None:
         """See `Executor`."""

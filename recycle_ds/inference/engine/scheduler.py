@@ -125,7 +125,7 @@ class Scheduler:
     def _keep(self, sequence: Sequence, part: Part, mine: Chosen) -> None:
         """Appends the chosen tokens, and the recycled ones that `alternate` keeps."""
         accepted = len(mine.tokens) - 1
-        kept = sequence.take(list(mine.tokens), [True] * accepted + [False])
+        kept = sequence.take(list(mine.tokens), [True] * accepted + [False], part.judged)
         sequence.logprobs += mine.logprobs[:kept]
         if part.judged:
             tested = min(part.judged, accepted + 1)

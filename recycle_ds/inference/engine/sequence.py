@@ -57,6 +57,10 @@ class Sequence:
     full_calls: int = 0
     module_calls: int = 0
     preemptions: int = 0
+    reused: int = 0
+    """Positions of its prompt that were found in the cache when it first ran."""
+    rejected: dict[int, tuple[int, ...]] | None = None
+    """For whoever sets it to {}: the drafts that verification rejected, by the number of the new token that came instead."""
     started: float = 0.0
     first_token_at: float | None = None
     ended_at: float | None = None
@@ -100,9 +104,12 @@ class Sequence:
         shown = ("number", "mode", "priority", "cached", "module_read", "blocks", "drafts", "in_flight")
         return {name: getattr(self, name) for name in shown} | {"tokens": len(self.tokens)}
 
-    def take(self, ids: list[int], recycled: list[bool]) -> int:
-        """Appends tokens up to the stop condition, and tells whoever follows them. Returns how many were kept."""
+    def take(self, ids: list[int], recycled: list[bool], judged: int = 0) -> int:
+        """Appends tokens up to the stop condition, and calls `on_tokens`. judged: how many drafts the step verified; the
+        last id follows the accepted ones. Returns how many were kept."""
         kept = self.stopping.take(ids)
+        if self.rejected is not None and kept == len(ids) <= judged:
+            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = self.drafts[kept - 1 : judged]
         self.tokens += ids[:kept]
         self.recycled += recycled[:kept]
         if self.on_tokens is not None and kept:

@@ -60,6 +60,20 @@ class Candidate:
     """Drafts that were ordered. What was drawn may have cut the chain short, and must not decide what is verified."""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """One step's budget. adaptive: sequences whose drafts are budgeted. drafts: could be verified. tokens: of the full
+    call, one of each sequence and the verified drafts. made_next: the most drafts that a sequence makes next. expected:
+    tokens that the step yields."""
+
+    sequences: int
+    adaptive: int
+    drafts: int
+    tokens: int
+    made_next: int
+    expected: float
+
+
 @dataclass
 class _Acceptance:
     """Drafts verified and accepted, by position. Older ones decay."""
@@ -95,21 +109,20 @@ class DraftBudget:
     _patience: int = _FIRST_PATIENCE
     _idle_size: int = 0
     """Sequences of the step in which drafting was last found not to pay."""
-    _decided: tuple[int, int, int, int, float] | None = None
-    """Of the latest step: sequences, adaptive ones, drafts that could be verified, tokens of the full call, those
-    expected."""
+    decision: Decision | None = None
+    """What was decided in the latest step that budgeted drafts."""
 
     @property
     def explanation(self) -> str:
         """What was decided in the latest step, and why."""
-        if self._decided is None:
+        if self.decision is None:
             return "no step has budgeted drafts"
-        count, adaptive, drafts, tokens, expected = self._decided
-        full = self.costs.full_call
+        count, tokens, full = self.decision.sequences, self.decision.tokens, self.costs.full_call
         return (
-            f"{count} sequences: {tokens - count} of {drafts} drafts verified, at most {self._for_new} made next. Full call "
-            f"over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; module call "
-            f"{1e3 * self.costs.module_call(adaptive):.1f} ms; expected tokens {expected:.2f}"
+            f"{count} sequences: {tokens - count} of {self.decision.drafts} drafts verified, at most {self._for_new} made "
+            f"next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; "
+            f"module call {1e3 * self.costs.module_call(self.decision.adaptive):.1f} ms; expected tokens "
+            f"{self.decision.expected:.2f}"
         )
 
     @property
@@ -143,7 +156,7 @@ class DraftBudget:
             expected, tokens, speed = expected + chance, tokens + 1, faster
             counts[i] += 1
         self._choose_lengths([candidates[i].sequence for i in adaptive], len(candidates) - len(adaptive))
-        self._decided = len(candidates), len(adaptive), len(chances), tokens, expected
+        self.decision = Decision(len(candidates), len(adaptive), len(chances), tokens, self._for_new, expected)
         return counts
 
     def draft(self, sequence: int) -> int:

@@ -19,26 +19,26 @@ class TextFilter:
     """Streams the text of a growing token sequence, cut before the first stop string.
 
     Text that may be the start of a stop string is held back until that is ruled out. Each piece carries the tag of the
-    token that completed it, so that a caller can print tokens in different colours.
+    token that completed it (a number), so that a caller can tell the tokens' texts apart.
     """
 
     def __init__(self, source: TextSource, stop: Sequence[str] = ()) -> None:
         check_stop_strings(stop)
         self._source = source
         self._stop = tuple(stop)
-        self._held: list[tuple[str, bool]] = []
+        self._held: list[tuple[str, int]] = []
         self.stopped = False
         """Whether a stop string has been completed."""
 
-    def feed(self, token_id: int, tag: bool = False) -> list[tuple[str, bool]]:
+    def feed(self, token_id: int, tag: int = 0) -> list[tuple[str, int]]:
         """Adds a token. Returns the (text, tag) pieces that no stop string can cut any more; empty after a stop."""
         return [] if self.stopped else self._take(self._source.feed(token_id), tag, final=False)
 
-    def flush(self, tag: bool = False) -> list[tuple[str, bool]]:
+    def flush(self, tag: int = 0) -> list[tuple[str, int]]:
         """Returns the remaining pieces at the end of the sequence; empty after a stop."""
         return [] if self.stopped else self._take(self._source.flush(), tag, final=True)
 
-    def _take(self, text: str, tag: bool, final: bool) -> list[tuple[str, bool]]:
+    def _take(self, text: str, tag: int, final: bool) -> list[tuple[str, int]]:
         if not self._stop:
             return [(text, tag)] if text else []
         if text:
@@ -59,9 +59,9 @@ class TextFilter:
                 return start
         return len(held)
 
-    def _release(self, length: int) -> list[tuple[str, bool]]:
+    def _release(self, length: int) -> list[tuple[str, int]]:
         """Removes the first `length` characters from the held-back pieces and returns them."""
-        released: list[tuple[str, bool]] = []
+        released: list[tuple[str, int]] = []
         while length > 0:
             piece, tag = self._held.pop(0)
             released.append((piece[:length], tag))

@@ -1,0 +1,1 @@
+"""Answers: from a request to tokens, and from tokens to text and figures."""

@@ -1,0 +1,1 @@
+"""How the server treats its clients: limits, keys, logs, streams, clients that go away."""
