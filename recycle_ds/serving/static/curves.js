@@ -102,7 +102,7 @@ function mark(each, ends, dots) {
 
 function svg(data, width, readout) {
   const [x, y] = scales(data, width);
-  const image = draw("svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": description(data) });
+  const image = draw("svg", { class: "chart", width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": description(data) });
   const levels = ticks(data.y, 5);
   const digits = levels.length > 1 ? Math.max(0, -Math.floor(Math.log10(levels[1] - levels[0]) + 1e-9)) : 2;
   for (const value of levels) {

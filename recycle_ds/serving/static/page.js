@@ -22,9 +22,11 @@ const SLOW = 15000; // between questions about the state when all is well, in ms
 const FAST = 2000;
 
 let model = null;
+let timer = 0;
 const conversation = new Conversation(update);
 
 async function watch() {
+  clearTimeout(timer);
   let state = "ready";
   try {
     await call("ready");
@@ -35,7 +37,8 @@ async function watch() {
   $("state").dataset.state = state;
   if ($("state-text").textContent !== STATES[state]) $("state-text").textContent = STATES[state];
   if (state === "ready" && model === null) await connect();
-  setTimeout(watch, state === "ready" && model !== null ? SLOW : FAST);
+  clearTimeout(timer);
+  timer = setTimeout(watch, state === "ready" && model !== null ? SLOW : FAST);
 }
 
 async function connect() {
@@ -78,7 +81,8 @@ function complain(error) {
     $("key-form").hidden = false;
     $("key").focus();
   }
-  if (!error.message || error.status === undefined) throw error;
+  if (error.status === undefined) throw error; // not the server's: a mistake of this page
+  if (error.status === 503 || error.code === "unreachable") watch();
   $("notice").textContent = error.message;
   $("notice").hidden = false;
 }
