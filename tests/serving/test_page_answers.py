@@ -48,7 +48,9 @@ def ask(site: Server, path: str = "/v1/completions", **body: Any) -> dict[str, A
 @pytest.mark.parametrize("mode", ["verified", "autoregressive", "alternate"])
 def test_an_answer_is_the_apis(site: Server, visit: Visit, mode: str) -> None:
     """Prevents a page that loses, repeats or alters text, marks other tokens than the recycled ones, or other figures."""
-    answer = ask(site, prompt=PROMPT, max_tokens=90, mode=mode, **({} if mode == "autoregressive" else {"draft_tokens": 4}))
+    answer = ask(
+        site, prompt=PROMPT, max_tokens=90, mode=mode, **({} if mode == "autoregressive" else {"draft_tokens": 4})
+    )
     choice, recycle = answer["choices"][0], answer["usage"]["recycle"]
     visit.choose("text", mode, max_tokens=90)
     if mode != "autoregressive":
@@ -162,7 +164,9 @@ def test_rejected_drafts_are_shown_on_demand(site: Server, visit: Visit) -> None
     assert marks.first.is_visible()
     assert marks.first.evaluate("mark => getComputedStyle(mark).textDecorationLine") == "line-through"
     found = [mark.strip() for mark in marks.all_inner_texts()]
-    assert [mark for mark, text in zip(found, rejected, strict=True) if text.strip()] == [t.strip() for t in rejected if t.strip()]
+    assert [mark for mark, text in zip(found, rejected, strict=True) if text.strip()] == [
+        t.strip() for t in rejected if t.strip()
+    ]
     visit.page.locator("#show-rejected").uncheck()
     assert not marks.first.is_visible()
 

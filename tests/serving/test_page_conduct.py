@@ -81,7 +81,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records: list[dict[str, Any]] = []
     for step in range(1, 41):
         loss = 2 + 4 / step
-        records.append({"step": step, "loss": 2 * loss, "backbone_loss": loss, "recycle_loss": [loss + 0.1, loss + 0.2]})
+        records.append(
+            {"step": step, "loss": 2 * loss, "backbone_loss": loss, "recycle_loss": [loss + 0.1, loss + 0.2]}
+        )
         if step % 20 == 0:
             records.append({"step": step, "eval_loss": loss + 0.05, "eval_acceptance": [step / 50, step / 80]})
         if step == 30:
@@ -149,7 +151,9 @@ def faint(texts: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_read_and_name_what_is_there(site: Server, browser: Any, visits: list[Visit], scheme: str) -> None:
+def test_everybody_can_read_and_name_what_is_there(
+    site: Server, browser: Any, visits: list[Visit], scheme: str
+) -> None:
     """Prevents faint texts in one of both colour schemes, controls without a name, and a broken outline."""
     visit = visit_to(visits, browser, site, color_scheme=scheme)
     page = visit.open()
@@ -249,7 +253,10 @@ def test_motion_is_reduced_on_request(site: Server, browser: Any, visits: list[V
     page = visit.open()
     visit.choose("text", "verified", max_tokens=20)
     bar = visit.send("The Congress").locator(".rate-bar span")
-    assert bar.evaluate("bar => getComputedStyle(bar).transitionDuration + getComputedStyle(bar).transitionProperty") == "0sall"
+    assert (
+        bar.evaluate("bar => getComputedStyle(bar).transitionDuration + getComputedStyle(bar).transitionProperty")
+        == "0sall"
+    )
     caret = "answer => { answer.dataset.state = 'streaming'; return getComputedStyle(answer.querySelector('.text'), '::after').animationName }"
     assert page.locator(".answer").evaluate(caret) == "none"
 
@@ -261,7 +268,12 @@ def test_curves_of_the_run(site: Server, browser: Any, visits: list[Visit]) -> N
     page.locator("#view-run").click()
     loss, acceptance = (page.locator("#charts figure").nth(number) for number in range(2))
     loss.locator("svg.chart").wait_for()
-    assert loss.locator("li").all_inner_texts() == ["backbone", "recycle, depth 1", "recycle, depth 2", "backbone, validation"]
+    assert loss.locator("li").all_inner_texts() == [
+        "backbone",
+        "recycle, depth 1",
+        "recycle, depth 2",
+        "backbone, validation",
+    ]
     assert acceptance.locator("li").all_inner_texts() == ["draft 1", "draft 2"]
     assert loss.locator("svg.chart path.curve").count() == 3
     assert loss.locator("svg.chart circle").count() == 2
@@ -269,7 +281,9 @@ def test_curves_of_the_run(site: Server, browser: Any, visits: list[Visit]) -> N
     assert {"0", "10", "40", "step"} <= set(loss.locator("svg.chart text").all_text_contents())
     assert {"0 %", "100 %"} <= set(acceptance.locator("svg.chart text").all_text_contents())
     assert "backbone: from 6.000 at step 1 to 2.100 at step 40" in loss.locator("svg.chart").get_attribute("aria-label")
-    assert "draft 2: from 25 % at step 20 to 50 % at step 40" in acceptance.locator("svg.chart").get_attribute("aria-label")
+    assert "draft 2: from 25 % at step 20 to 50 % at step 40" in acceptance.locator("svg.chart").get_attribute(
+        "aria-label"
+    )
     points = loss.locator("path.curve-0").last.get_attribute("d").replace("M", "L").split("L")[1:]
     heights = [float(point.split()[1]) for point in points]
     assert len(heights) == 40 and heights == sorted(heights), "a falling loss is drawn downwards"
@@ -318,7 +332,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(
         visit.send("The Congress")
         page.locator("#view-run").click()
         page.locator("#charts svg.chart").first.wait_for()
-        kept = page.evaluate("[JSON.stringify(sessionStorage), JSON.stringify(localStorage), document.cookie, location.href]")
+        kept = page.evaluate(
+            "[JSON.stringify(sessionStorage), JSON.stringify(localStorage), document.cookie, location.href]"
+        )
         assert ["sesame" in place for place in kept] == [True, False, False, False]
         page.reload()
         page.locator("#send:enabled").wait_for()

@@ -80,8 +80,9 @@ class ChatTemplate:
         """
         if messages == []:
             return None
-        chat = [_message(message) for message in messages] if isinstance(messages, list) else [None]
-        if None in chat:
+        read = [_message(message) for message in messages] if isinstance(messages, list) else [None]
+        chat = [message for message in read if message is not None]
+        if len(chat) < len(read):
             raise InvalidRow(
                 f"{where}: column {column!r} is no list of messages, such as "
                 '[{"role": "user", "content": "TEXT"}]; name another column'

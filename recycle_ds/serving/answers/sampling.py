@@ -62,9 +62,11 @@ def params_of(
     prompt_tokens: int,
     settings: ServerSettings,
     capacity: Capacity,
+    prompt_logprobs: bool = False,
 ) -> SamplingParams:
     """Parameters of the engine. wanted: maximum number of new tokens, None for as many as fit. logprobs: of the n most
-    likely tokens; None for none. prompt_tokens: of the longest prompt. Raises ApiError (400)."""
+    likely tokens; None for none. prompt_tokens: of the longest prompt. prompt_logprobs: whether its
+    tokens are scored too. Raises ApiError (400)."""
     limit = settings.max_prompt_tokens
     if limit is not None and prompt_tokens > limit:
         raise invalid(
@@ -95,15 +97,16 @@ def params_of(
         tokens = max(min(wanted, capacity.context), 1)  # the answer ends at the end of the context
         if tokens > room and room < capacity.context - prompt_tokens:
             raise invalid(
-                f"max_tokens={wanted}: the KV cache has room for {room} tokens after this prompt; ask for fewer, or restart the "
-                "server with more --kv-memory-gib",
+                f"max_tokens={wanted}: the KV cache has room for {room} tokens after this prompt; ask for fewer, or "
+                "restart the server with more --kv-memory-gib",
                 "max_tokens",
             )
     if (request.min_tokens or 0) > tokens:
         raise invalid(f"min_tokens={request.min_tokens}: must be at most max_tokens ({tokens})", "min_tokens")
     if logprobs is not None and mode == "alternate":
         raise invalid(
-            "logprobs: the model itself does not score the recycled tokens of mode=alternate; use mode=verified or autoregressive",
+            "logprobs: the model itself does not score the recycled tokens of mode=alternate; use mode=verified or "
+            "autoregressive",
             "logprobs",
         )
     try:
@@ -127,6 +130,7 @@ def params_of(
             stop_tokens=tuple(request.stop_token_ids or ()),
             ignore_eos=bool(request.ignore_eos),
             n=request.n or 1,
+            **({"prompt_logprobs": True} if prompt_logprobs else {}),
         )
     except DecodingError as error:
         raise as_invalid(error) from error

@@ -49,8 +49,8 @@ class CompletionRequest(GenerationFields):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # of one form throughout: `_check_prompt`
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -1,0 +1,156 @@
+"""All answers to one HTTP request: submitted together, read as one stream of steps, cancelled together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.serving.answers.sampling import as_invalid
+from recycle_ds.serving.answers.text import AnswerText, TokenText
+from recycle_ds.serving.answers.usage import Usage
+from recycle_ds.serving.events import Delta, Event, Failed, Finished
+from recycle_ds.serving.protocol.errors import ApiError, busy, internal, timeout, unavailable
+from recycle_ds.serving.refusals import Draining, QueueFull, WorkerError
+from recycle_ds.serving.streams import Stream
+from recycle_ds.serving.worker import Worker
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+"""OpenAI's names of the engine's reasons to end an answer."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What has been added to one choice. reason: why it ended, in its last step only, with the engine's own result."""
+
+    index: int
+    text: str
+    tokens: list[TokenText]
+    reason: str | None = None
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be decoded. by_token: whether single tokens are reported. seconds: time for all of it."""
+
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    mode: str
+    priority: int = 0
+    rejected: bool = False
+    by_token: bool = False
+    seconds: float = 600.0
+    retry_after: int = 2
+
+
+class Answering:
+    """The answers to a task. Choices are numbered prompt by prompt, `params.n` for each."""
+
+    def __init__(
+        self, worker: Worker, tokenizer: Tokenizer, task: Task, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Submits everything, or nothing. Raises ApiError for a request that cannot be taken."""
+        self.task, self._clock = task, clock
+        self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)))
+        hidden = tokenizer.end_ids | set(task.params.stop_tokens)
+        stop, choices = task.params.stop, task.params.n * len(task.prompts)
+        self._texts = [AnswerText(TextStream(tokenizer), stop, hidden, by_token=task.by_token) for _ in range(choices)]
+        self._unfinished = choices
+        self._expired = False
+        self._streams: list[Stream] = []
+        try:
+            for prompt in task.prompts:  # a lower priority is earlier, as in vLLM
+                stream = worker.submit(prompt, task.params, task.mode, priority=-task.priority, rejected=task.rejected)
+                self._streams.append(stream)
+        except BaseException as error:
+            self.cancel()
+            if isinstance(error, DecodingError):
+                raise as_invalid(error) from error
+            if isinstance(error, WorkerError):
+                raise refusal(error, task.retry_after) from error
+            raise
+
+    def cancel(self) -> None:
+        """Ends what still runs and frees its memory."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def steps(self) -> AsyncGenerator[Step, None]:
+        """What is added to the choices, as it is decoded. Raises ApiError if not all of them can be completed.
+
+        Whatever ends the iteration cancels the rest.
+        """
+        expiry = asyncio.get_running_loop().call_later(self.task.seconds, self._expire)
+        events = self._events()
+        try:
+            async for number, event in events:
+                if isinstance(event, Failed):
+                    message = f"the answer was not completed: {event.error}"
+                    raise ApiError(500, message, kind="server_error", code="failed")
+                step = self._take(number, event)
+                if step is not None:
+                    yield step
+            if self._expired:
+                raise timeout(self.task.seconds)
+            if self._unfinished:
+                raise internal()
+        finally:
+            expiry.cancel()
+            self.cancel()
+            await events.aclose()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.cancel()
+
+    def _take(self, number: int, event: Delta | Finished) -> Step | None:
+        """The step that an event of a prompt's stream makes; None for tokens that release nothing yet."""
+        index = number * self.task.params.n + event.index
+        answer = self._texts[index]
+        if isinstance(event, Delta):
+            self.usage.add(event.tokens, self._clock())
+            text, tokens = answer.feed(event.tokens)
+            return Step(index, text, tokens) if text or tokens else None
+        self.usage.end(event)
+        self._unfinished -= 1
+        text, tokens = answer.finish()
+        return Step(index, text, tokens, REASONS.get(event.generation.finish_reason, "stop"), event.generation)
+
+    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of all streams, with the prompt's number."""
+        if len(self._streams) == 1:
+            async for event in self._streams[0]:
+                yield 0, event
+            return
+        arrived: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+
+        async def forward(number: int, stream: Stream) -> None:
+            async for event in stream:
+                await arrived.put((number, event))
+            await arrived.put((number, None))
+
+        tasks = [asyncio.create_task(forward(number, stream)) for number, stream in enumerate(self._streams)]
+        try:
+            left = len(tasks)
+            while left:
+                number, found = await arrived.get()
+                if found is None:
+                    left -= 1
+                else:
+                    yield number, found
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def refusal(error: WorkerError, retry_after: int) -> ApiError:
+    """Why the worker takes no request now, for the client."""
+    if isinstance(error, QueueFull):
+        return busy(str(error), retry_after)
+    return unavailable(str(error), "draining" if isinstance(error, Draining) else "failed", retry_after)

@@ -1,0 +1,160 @@
+"""POST /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from recycle_ds.serving.answers.answering import Answering, Task
+from recycle_ds.serving.answers.choices import ChoiceParts
+from recycle_ds.serving.answers.formats import ChatFormat, CompletionFormat, Format, Reply
+from recycle_ds.serving.answers.prompts import EchoedPrompt
+from recycle_ds.serving.answers.sampling import mode_of, params_of
+from recycle_ds.serving.conduct.disconnects import ClientGone, unless_disconnected
+from recycle_ds.serving.conduct.event_stream import EventStream, SlowReader
+from recycle_ds.serving.conduct.log import Record
+from recycle_ds.serving.protocol.chats import ChatRequest
+from recycle_ds.serving.protocol.completions import CompletionRequest
+from recycle_ds.serving.protocol.errors import ApiError, invalid
+from recycle_ds.serving.protocol.fields import GenerationFields
+from recycle_ds.serving.protocol.parsing import parse
+from recycle_ds.serving.routes.schemas import body_of
+from recycle_ds.serving.service import Model, Service, service_of
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+async def create_completion(request: Request) -> Response:
+    """Continues prompts."""
+    service = service_of(request)
+    fields = parse(CompletionRequest, await service.body(request))
+    model = await service.model(fields.model)
+    prompts = fields.prompts
+    if len(prompts) > service.settings.max_prompts:
+        most = service.settings.max_prompts
+        raise invalid(f"prompt: {len(prompts)} prompts, this server takes at most {most} at once; send fewer", "prompt")
+    ids = [one if isinstance(one, list) else await model.encode(one) for one in prompts]
+    for one in ids:
+        if not one:
+            raise invalid("prompt: has no token; give at least one", "prompt")
+    scores = bool(fields.echo) and fields.logprobs is not None
+    if scores and fields.stream:
+        raise invalid("stream: not together with echo and logprobs; leave one of them out", "stream")
+    mode = mode_of(fields, service.settings, model.capacity)
+    parts = ChoiceParts(model.names, details=bool(fields.token_details), logprobs=fields.logprobs)
+    echoed = []
+    if fields.echo:
+        texts = [one if isinstance(one, str) else None for one in prompts]
+        pairs = zip(ids, texts, strict=True)
+        echoed = [EchoedPrompt.of(model.tokenizer, model.names, one, text) for one, text in pairs]
+    shape = CompletionFormat(parts, fields.n or 1, echoed, drop_answer=fields.max_tokens == 0)
+    task = _task(service, model, fields, ids, mode, fields.wanted_tokens, fields.logprobs, scores)
+    return await _reply(request, service, model, fields, task, shape)
+
+
+@router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+async def create_chat_completion(request: Request) -> Response:
+    """Answers a chat."""
+    service = service_of(request)
+    fields = parse(ChatRequest, await service.body(request))
+    model = await service.model(fields.model)
+    ids = await model.encode_chat(fields)
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    mode = mode_of(fields, service.settings, model.capacity)
+    shape = ChatFormat(ChoiceParts(model.names, details=bool(fields.token_details), logprobs=logprobs))
+    task = _task(service, model, fields, [ids], mode, fields.wanted_tokens, logprobs, False)
+    return await _reply(request, service, model, fields, task, shape)
+
+
+def _task(
+    service: Service,
+    model: Model,
+    fields: GenerationFields,
+    prompts: list[list[int]],
+    mode: str,
+    wanted: int | None,
+    logprobs: int | None,
+    scores_prompt: bool,
+) -> Task:
+    """What is to be decoded. Raises ApiError (400)."""
+    details, settings = bool(fields.token_details), service.settings
+    if details and logprobs is None and mode != "alternate":
+        logprobs = 0  # single tokens are shown with their probability
+    params = params_of(
+        fields,
+        mode=mode,
+        wanted=wanted,
+        logprobs=logprobs,
+        prompt_tokens=max(map(len, prompts)),
+        settings=settings,
+        capacity=model.capacity,
+        prompt_logprobs=scores_prompt,
+    )
+    return Task(
+        prompts,
+        params,
+        mode,
+        priority=fields.priority or 0,
+        rejected=details,
+        by_token=details or logprobs is not None,
+        seconds=settings.request_seconds,
+        retry_after=settings.retry_after,
+    )
+
+
+async def _reply(
+    request: Request, service: Service, model: Model, fields: GenerationFields, task: Task, shape: Format
+) -> Response:
+    """Decodes a task for a client, until it is done or the client is gone."""
+    record: Record = request.state.record
+    release = service.take_slot()
+    try:
+        answering = Answering(model.worker, model.tokenizer, task, service.clock)
+        answering.usage.started = record.started
+    except BaseException:
+        release()
+        raise
+
+    def end(error: BaseException | None) -> None:
+        """Frees everything and counts, once, however the request ended."""
+        answering.cancel()
+        release()
+        usage = answering.usage
+        service.metrics.observe(usage, service.clock())
+        figures = usage.figures()
+        record.details = {
+            "mode": task.mode,
+            "stream": bool(fields.stream),
+            "answers": task.params.n * len(task.prompts),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "preemptions": usage.preemptions,
+            "time_to_first_token": figures["recycle"]["time_to_first_token"],
+            "tokens_per_full_call": figures["recycle"]["tokens_per_full_call"],
+        }
+        if isinstance(error, ClientGone):
+            record.ended = "slow_reader" if isinstance(error, SlowReader) else "disconnected"
+        elif error is not None:
+            record.ended = "disconnected" if isinstance(error, asyncio.CancelledError) else "error"
+            record.error = error.code if isinstance(error, ApiError) else type(error).__name__
+
+    reply = Reply(answering, shape, service.settings.model_name)
+    if fields.stream:
+        settings = service.settings
+        return EventStream(
+            reply.chunks(fields.wants_usage, fields.wants_running_usage),
+            keep_alive_seconds=settings.keep_alive_seconds,
+            write_seconds=settings.write_seconds,
+            on_end=end,
+        )
+    try:
+        content = await unless_disconnected(request.receive, reply.complete())
+    except BaseException as error:
+        end(error)
+        raise
+    end(None)
+    return JSONResponse(content)

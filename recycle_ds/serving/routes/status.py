@@ -1,0 +1,66 @@
+"""GET /v1/models, /health, /ready and /metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from recycle_ds.serving.protocol.errors import unavailable
+from recycle_ds.serving.service import Service, service_of
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The one model of this server."""
+    service = service_of(request)
+    return JSONResponse({"object": "list", "data": [await _model(service, None)]})
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(request: Request, name: str) -> Response:
+    """The model, by its name."""
+    return JSONResponse(await _model(service_of(request), name))
+
+
+async def _model(service: Service, name: str | None) -> dict[str, Any]:
+    model, settings = await service.model(name), service.settings
+    modes = list(model.capacity.modes)
+    return {
+        "id": settings.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "recycle_ds",
+        "max_model_len": model.capacity.context,
+        "modes": modes,
+        "default_mode": settings.default_mode if settings.default_mode in modes else "autoregressive",
+        "chat": model.chats.available,
+        "run": settings.run_folder is not None,
+    }
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether the process does its work: it loads, decodes or shuts down."""
+    service = service_of(request)
+    problem = service.state.problem
+    if problem is not None:
+        raise unavailable(problem, "failed", service.settings.retry_after)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether new requests are taken."""
+    service_of(request).check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,141 @@
+"""What all routes share: the state, the settings, the loaded model's tokenizer and template, logs and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from starlette.requests import Request
+
+from recycle_ds.data.errors import DataError
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.parameters import MODES
+from recycle_ds.serving.answers.chat import Chats
+from recycle_ds.serving.answers.sampling import Capacity
+from recycle_ds.serving.answers.tokens import TokenNames
+from recycle_ds.serving.conduct.log import Log
+from recycle_ds.serving.metrics import Metrics
+from recycle_ds.serving.protocol.chats import ChatFields
+from recycle_ds.serving.protocol.errors import ApiError, busy, invalid, unavailable
+from recycle_ds.serving.settings import ServerSettings
+from recycle_ds.serving.state import ServedModel, State
+from recycle_ds.serving.worker import Worker
+
+_LONG = 2000  # characters from which a text is encoded in a thread, so that other requests need not wait
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a request needs of the loaded model."""
+
+    worker: Worker
+    tokenizer: Tokenizer
+    names: TokenNames
+    chats: Chats
+    capacity: Capacity
+
+    @classmethod
+    def of(cls, served: ServedModel) -> Model:
+        """Reads what is read once. Takes a moment."""
+        engine, tokenizer = served.worker.engine, served.loaded.tokenizer
+        pool = engine.scheduler.pool
+        modes = MODES if engine.has_module else ("autoregressive",)
+        capacity = Capacity(engine.max_positions, pool.count * pool.size, pool.size, modes)
+        return cls(served.worker, tokenizer, TokenNames(tokenizer), Chats(tokenizer), capacity)
+
+    async def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Token ids of a text. Raises ApiError (400) for a text that cannot be encoded."""
+        encode = functools.partial(self.tokenizer.encode, text, parse_special=parse_special)
+        try:
+            return encode() if len(text) < _LONG else await asyncio.to_thread(encode)
+        except DataError as error:
+            raise invalid(str(error), "prompt") from error
+
+    async def encode_chat(self, chat: ChatFields) -> list[int]:
+        """Token ids of a chat, rendered by the model's template. Raises ApiError (400)."""
+        # in a thread: the first call imports the renderer, and a template may be slow
+        try:
+            return await asyncio.to_thread(self.chats.encode, chat)
+        except DataError as error:
+            raise invalid(str(error), "messages") from error
+
+
+class Service:
+    """Shared by the routes of one application."""
+
+    def __init__(
+        self, state: State, settings: ServerSettings, *, log: TextIO | None = None, clock: Callable[[], float]
+    ) -> None:
+        self.state, self.settings, self.clock = state, settings, clock
+        self.log = Log(log or sys.stderr, settings.access_log)
+        self.metrics = Metrics(state)
+        self.created = int(time.time())
+        self._model: Model | None = None
+        self._lock = asyncio.Lock()
+        self._requests = 0
+
+    async def model(self, name: str | None = None) -> Model:
+        """The model. Raises ApiError: 503 if no request is taken now, 404 if it is not the one named."""
+        self.check_ready()
+        if name is not None and name != self.settings.model_name:
+            raise ApiError(
+                404,
+                f"model={name[:80]!r}: this server has {self.settings.model_name!r} only; see /v1/models",
+                param="model",
+                code="model_not_found",
+            )
+        async with self._lock:
+            if self._model is None:
+                assert self.state.model is not None
+                self._model = await asyncio.to_thread(Model.of, self.state.model)
+        return self._model
+
+    def check_ready(self) -> None:
+        """Raises ApiError (503) if no request is taken now."""
+        state, retry_after = self.state, self.settings.retry_after
+        if state.problem is not None:
+            raise unavailable(state.problem, "failed", retry_after)
+        if state.draining:
+            raise unavailable("the server is shutting down and takes no new requests", "draining", retry_after)
+        if state.model is None:
+            raise unavailable("the model is being loaded: try again later", "loading", retry_after)
+
+    def take_slot(self) -> Callable[[], None]:
+        """Counts a generating request until the returned function is called. Raises ApiError (429) if there are too many."""
+        most = self.settings.max_requests
+        if self._requests >= most:
+            raise busy(
+                f"{most} requests are being answered, the most at once: try again later", self.settings.retry_after
+            )
+        self._requests += 1
+        free = [True]
+
+        def release() -> None:
+            if free:
+                free.clear()
+                self._requests -= 1
+
+        return release
+
+    async def body(self, request: Request) -> bytes:
+        """The body of a request. Raises ApiError: 415 if it is not declared as JSON."""
+        declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # other types can be posted by any web page that the user of a loopback server visits
+        if declared != "application/json":
+            raise ApiError(
+                415,
+                f"content-type {declared[:80]!r}: must be application/json; send this header with a JSON body",
+                code="unsupported_media_type",
+            )
+        return await request.body()
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that a request came to."""
+    found: Service = request.app.state.service
+    return found
