@@ -68,7 +68,7 @@ class Visit:
         self.page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.messages.append(f"exception: {error}"))
         self.page.on("dialog", lambda dialog: self.messages.append(f"dialog: {dialog.message}"))
-        self.page.on("request", self.requests.append)
+        self.page.on("request", lambda request: self.requests.append(request))
 
     def open(self, wait: str = "#send:enabled") -> Any:
         """Opens the page and waits until it can send."""

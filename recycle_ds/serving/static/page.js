@@ -89,8 +89,11 @@ function complain(error) {
 
 function update() {
   const { running } = conversation;
-  $("send").disabled = running || model === null;
+  const focused = document.activeElement; // a button that is switched off would lose the focus, and with it the keys
   $("stop").disabled = !running;
+  $("send").disabled = running || model === null;
+  if (running && focused === $("send")) $("stop").focus();
+  if (!running && focused === $("stop")) $("prompt").focus();
   $("clear").hidden = running || conversation.empty;
   $("welcome").hidden = !conversation.empty;
   $("decode").dataset.running = String(running);
