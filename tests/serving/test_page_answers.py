@@ -63,7 +63,7 @@ def test_an_answer_is_the_apis(site: Server, visit: Visit, mode: str) -> None:
     assert any(recycled) is (mode != "autoregressive")
     assert seen.locator(".answer-state").inner_text() == "token limit reached"
     figures = dict(zip(seen.locator("dt").all_inner_texts(), seen.locator("dd").all_inner_texts(), strict=True))
-    assert figures["per full call"] == f"{recycle['tokens_per_full_call']:.2f}"
+    assert figures["tokens per full call"] == f"{recycle['tokens_per_full_call']:.2f}"
     assert figures["tokens"] == "90"
     share = sum(token["source"] == "recycled" for token in choice["tokens"]) / 90
     assert figures["recycled"] == f"{100 * share:.0f} %"

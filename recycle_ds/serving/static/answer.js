@@ -116,10 +116,10 @@ export class Answer {
     const recycle = usage?.recycle;
     const share = tokens.ids.length ? tokens.recycled / tokens.ids.length : NaN;
     this.figures.replaceChildren(
-      figure("per full call", number(recycle?.tokens_per_full_call, 2), "tokens per call of the full model"),
+      figure("tokens per full call", number(recycle?.tokens_per_full_call, 2), "new tokens per call of the full model"),
       figure("recycled", percent(share), "share of the tokens that the module drafted"),
       figure("tokens", String(tokens.ids.length), "new tokens"),
-      figure("to the first", Number.isFinite(recycle?.time_to_first_token) ? `${number(1000 * recycle.time_to_first_token, 0)} ms` : "–", "time to the first token"),
+      figure("to first", duration(recycle?.time_to_first_token), "time to the first token"),
     );
     const measured = recycle?.acceptance ?? [];
     const rates = measured.length || this.mode !== "verified" ? measured : tokens.acceptance;
@@ -145,6 +145,11 @@ export class Answer {
     item.querySelector(".bar-value").textContent = percent(rate);
     item.querySelector(".bar span").style.height = `${100 * rate}%`;
   }
+}
+
+function duration(seconds) {
+  if (!Number.isFinite(seconds)) return "–";
+  return seconds < 1 ? `${number(1000 * seconds, 0)} ms` : `${number(seconds, 1)} s`;
 }
 
 function figure(name, value, title) {

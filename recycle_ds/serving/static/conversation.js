@@ -3,6 +3,8 @@
 import { Answer, compare } from "./answer.js";
 import { $, announce, make, number } from "./dom.js";
 
+const NEAR = 0.1; // nats between two tokens that count as nearly equally likely
+
 export class Conversation {
   constructor(onChange) {
     this._onChange = onChange;
@@ -131,17 +133,19 @@ export class Conversation {
     }
     if (!found.same) {
       if (!turn.querySelector(".differs")) [left, right].forEach((answer) => answer.tokens.differs(found.at));
-      parts.push(make("span", { class: "soft" }, why(left, right, settings)));
+      parts.push(make("span", { class: "soft" }, why(left, right, found.at, settings)));
     }
     verdict.replaceChildren(...parts);
     verdict.dataset.same = String(found.same);
   }
 }
 
-function why(left, right, settings) {
-  if ([left.mode, right.mode].includes("alternate")) return "alternate keeps its drafts without a check";
+function why(left, right, at, settings) {
   if (settings.temperature > 0 && settings.seed === null) return "two samples of the same distribution: set a seed to get the same text twice";
-  return "in bf16, a near tie of two tokens can fall either way (docs/decoding.md)";
+  const [a, b] = [left, right].map((answer) => answer.tokens.logprobs[at]);
+  if (settings.temperature > 0 || !Number.isFinite(a) || !Number.isFinite(b)) return "in bf16, rounding can decide between two tokens";
+  const both = `log probabilities ${number(a, 3)} and ${number(b, 3)}`;
+  return Math.abs(a - b) < NEAR ? `a near tie, which rounding in bf16 can decide: ${both}` : both;
 }
 
 function summary(answers, turn) {

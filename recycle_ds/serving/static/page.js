@@ -34,21 +34,25 @@ async function watch() {
     state = STATES[error.code] ? error.code : "loading";
     if (error.status === 401) state = "ready";
   }
+  const returned = state === "ready" && $("state").dataset.state !== "ready"; // perhaps with another model
   $("state").dataset.state = state;
   if ($("state-text").textContent !== STATES[state]) $("state-text").textContent = STATES[state];
-  if (state === "ready" && model === null) await connect();
+  if (returned || (state === "ready" && model === null)) await connect();
   clearTimeout(timer);
   timer = setTimeout(watch, state === "ready" && model !== null ? SLOW : FAST);
 }
 
 async function connect() {
   if (!$("key-form").hidden) return; // waits for the key
+  let found;
   try {
-    model = (await (await call("v1/models")).json()).data[0];
+    found = (await (await call("v1/models")).json()).data[0];
   } catch (error) {
     complain(error);
     return;
   }
+  if (JSON.stringify(found) === JSON.stringify(model)) return;
+  model = found;
   $("model-name").textContent = model.id;
   $("model-context").textContent = model.max_model_len ? `context ${model.max_model_len.toLocaleString("en")}` : "";
   document.title = `${model.id} · recycle_ds`;

@@ -8,6 +8,7 @@ const details = new WeakMap(); // span -> what the tip shows
 export class TokenText {
   constructor(label) {
     this.ids = [];
+    this.logprobs = [];
     this.spans = []; // of each token id; null for tokens without a text of their own
     this.recycled = 0;
     this.text = "";
@@ -25,6 +26,7 @@ export class TokenText {
     const added = document.createDocumentFragment();
     for (const token of tokens) {
       this.ids.push(token.id);
+      this.logprobs.push(token.logprob);
       this.text += token.text;
       this._judge(token);
       for (const draft of token.rejected ?? []) {
