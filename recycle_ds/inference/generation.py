@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from recycle_ds.inference.speculation.stopping import FinishReason
 
+Logprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+"""Of each token: its log probability, and the most likely token ids with theirs."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -36,8 +39,10 @@ class Generation:
     """From the start to the first token; in the modes with drafts, including the module's pass over the prompt."""
     decode_seconds: float
     """From the first token to the last."""
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: Logprobs = ()
     """Per token, if asked for: its log probability, and the most likely token ids with theirs."""
+    prompt_logprobs: Logprobs = ()
+    """The same for the tokens of the prompt after the first one, which nothing predicts."""
 
     @property
     def acceptance(self) -> list[float]:

@@ -31,7 +31,7 @@ class TokenSampling:
     accepted). allowed_tokens: ids that may be chosen; None allows all. bad_tokens: ids that are never chosen.
     min_new_tokens: no end of sequence is chosen before so many new tokens. logprobs: None reports no log probabilities;
     n reports those of the chosen token and of the n most likely ones. They are the model's own, before any of the
-    parameters above.
+    parameters above. prompt_logprobs: also reports those of the prompt's tokens; its known prefix is then read again.
 
     The order is: repetition, presence and frequency penalty, bias, forbidden tokens, temperature, top-k, top-p, min-p.
     A draft of the recycle module is chosen by the same rules. Raises DecodingError for a value outside its range.
@@ -50,6 +50,7 @@ class TokenSampling:
     bad_tokens: tuple[int, ...] = ()
     min_new_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or 0 != self.temperature < MIN_TEMPERATURE:
@@ -87,6 +88,8 @@ class TokenSampling:
             raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be 0 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise DecodingError(f"logprobs={self.logprobs}: must be from 0 (the chosen token only) to {MAX_LOGPROBS}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise DecodingError("prompt_logprobs: needs logprobs, the number of most likely tokens; 0 for none of them")
 
     @property
     def greedy(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Server:
     state: State
     log: io.StringIO
     api_key: str
+    clients: list[openai.OpenAI | httpx.Client] = field(default_factory=list)
 
     @property
     def worker(self) -> Worker:
@@ -84,12 +86,16 @@ class Server:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=60, **options)
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=60, **options)
+        self.clients.append(made)
+        return made
 
     def http(self, **options: Any) -> httpx.Client:
         """A plain client."""
         headers = {"authorization": f"Bearer {self.api_key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **options)
+        made = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **options)
+        self.clients.append(made)
+        return made
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -134,7 +140,10 @@ def serving(
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
-        yield Server(f"http://127.0.0.1:{port}", state, log, chosen.api_keys[0] if chosen.api_keys else "none")
+        running = Server(f"http://127.0.0.1:{port}", state, log, chosen.api_keys[0] if chosen.api_keys else "none")
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [client.close() for client in running.clients])
+            yield running
     finally:
         server.should_exit = server.force_exit = True
         thread.join(30)

@@ -33,7 +33,8 @@ class BlockTables:
             # the last token of the prompt is read again: its state gives the first new token
             cached, module_read = sequence.prompt_tokens - 1, min(source.module_read, sequence.prompt_tokens)
         else:
-            shared, content = self.pool.match(sequence.tokens[:-1])
+            # tokens can only be scored by reading those before them
+            shared, content = ([], 0) if sequence.targets(0, 1) else self.pool.match(sequence.tokens[:-1])
             cached, registered = len(shared) * size, len(shared)
             with_module = 0
             while with_module < len(shared) and self.pool.has_module_entries(shared[with_module]):

@@ -171,9 +171,9 @@ def _encode(outcome: Outcome) -> list[float]:
     """An outcome as numbers; ids are exact in fp64."""
     numbers: list[float] = [len(outcome)]
     for one in outcome:
-        numbers += [one.sequence, len(one.tokens), len(one.drafts), len(one.logprobs)]
+        numbers += [one.sequence, len(one.tokens), len(one.drafts), len(one.logprobs), len(one.scored)]
         numbers += [*one.tokens, *one.drafts, *one.confidences]
-        for value, best in one.logprobs:
+        for value, best in (*one.logprobs, *one.scored):
             numbers += [value, len(best)]
             for token, logprob in best:
                 numbers += [token, logprob]
@@ -189,11 +189,11 @@ def _decode(numbers: Sequence[float]) -> Outcome:
 
     found = []
     for _ in range(ints(1)[0]):
-        sequence, tokens, drafts, logprobs = ints(4)
+        sequence, tokens, drafts, logprobs, scored = ints(5)
         head = (sequence, ints(tokens), ints(drafts), tuple(next(source) for _ in range(drafts)))
         scores = []
-        for _ in range(logprobs):
+        for _ in range(logprobs + scored):
             value = next(source)
             scores.append((value, tuple((ints(1)[0], next(source)) for _ in range(ints(1)[0]))))
-        found.append(Chosen(*head, tuple(scores)))
+        found.append(Chosen(*head, tuple(scores[:logprobs]), tuple(scores[logprobs:])))
     return tuple(found)

@@ -112,6 +112,7 @@ class DecodingEngine:
         for index in range(params.n):
             seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else (params.seed + index) % SEED_LIMIT
             own = params if params.seed is None else replace(params, seed=seed)
+            own = replace(own, prompt_logprobs=False) if answers else own  # the first answer scores their prompt
             end_ids = self._end_ids(params)
             sequence = Sequence(
                 self._next_number,

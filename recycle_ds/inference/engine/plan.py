@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any
 
+from recycle_ds.inference.generation import Logprobs
 from recycle_ds.inference.parameters import TokenSampling
 
 
@@ -41,6 +42,8 @@ class Part:
     """Length of the prompt, for penalties that count new tokens only."""
     blocks: tuple[int, ...]
     """Blocks of the cache, for all positions that this step writes."""
+    targets: tuple[int, ...] = ()
+    """Tokens of the prompt that follow the first tokens of this part, to be scored."""
 
     @property
     def known(self) -> int:
@@ -98,12 +101,14 @@ class Chosen:
     """Drafts of the recycle module for what follows."""
     confidences: tuple[float, ...] = ()
     """Probability that the module gave to each draft."""
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: Logprobs = ()
     """For each token, if asked for: its log probability, and the most likely tokens with theirs."""
+    scored: Logprobs = ()
+    """The same for the part's targets. A chunk inside a prompt has these, and no tokens."""
 
 
 Outcome = tuple[Chosen, ...]
-"""What a step chose, in the order of the plan's parts, for those that sample."""
+"""What a step chose, in the order of the plan's parts, for those that sample or have targets."""
 
 
 def encode_plan(plan: Plan) -> list[int]:
@@ -112,7 +117,8 @@ def encode_plan(plan: Plan) -> list[int]:
     numbers = [len(plan.parts), len(plan.copies), len(plan.ended), len(rules)]
     for part in plan.parts:
         flags = (part.judged, int(part.samples), part.module_start, part.drafts, part.room, part.prompt_tokens)
-        numbers += [len(part.tokens), len(part.blocks), part.sequence, part.start, *flags, *part.tokens, *part.blocks]
+        sizes = (len(part.tokens), len(part.blocks), len(part.targets))
+        numbers += [*sizes, part.sequence, part.start, *flags, *part.tokens, *part.blocks, *part.targets]
     return [*numbers, *chain.from_iterable(plan.copies), *plan.ended, *rules]
 
 
@@ -126,9 +132,9 @@ def decode_plan(numbers: Sequence[int]) -> Plan:
     count, copies, ended, length = take(4)
     parts = []
     for _ in range(count):
-        tokens, blocks, sequence, start, judged, samples, module_start, drafts, room, prompt = take(10)
-        numbers_after = (module_start, drafts, room, prompt)
-        parts.append(Part(sequence, start, take(tokens), judged, bool(samples), *numbers_after, take(blocks)))
+        tokens, blocks, targets, sequence, start, judged, samples, module_start, drafts, room, prompt = take(11)
+        read, numbers_after = take(tokens), (module_start, drafts, room, prompt)
+        parts.append(Part(sequence, start, read, judged, bool(samples), *numbers_after, take(blocks), take(targets)))
     pairs = take(2 * copies)
     over = take(ended)
     records = json.loads(bytes(take(length))) if length else []

@@ -23,6 +23,7 @@ from torch import Tensor
 from recycle_ds.inference.engine.cache import Attention, Cache, Span
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.weights import StageWeights
+from recycle_ds.inference.generation import Logprobs
 from recycle_ds.inference.speculation import noise
 from recycle_ds.inference.speculation.sampling import Position, adjust, choose
 from recycle_ds.inference.speculation.verification import verify_equal, verify_sampled
@@ -30,8 +31,8 @@ from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
 _MOST_READ = 512
 """Slots that the module reads at once for one sequence."""
-
-Logprobs = tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+_MOST_SCORED = 64
+"""Tokens of a prompt that are scored at once."""
 
 
 @dataclass
@@ -86,10 +87,27 @@ class Runner:
             return states_TD
         if self._weights.module is not None:
             cache.hidden[slots_T] = states_TD
+        scored = self._score(plan.parts, states_TD)
         chosen = self._choose(plan.parts, states_TD)
-        if self._weights.module is None:
-            return tuple(chosen.values())
-        return self._draft(plan.parts, chosen)
+        if self._weights.module is not None:
+            chosen = self._draft(plan.parts, chosen)
+        for number, scores in scored.items():
+            chosen[number] = replace(chosen.get(number, Chosen(number, ())), scored=scores)
+        return tuple(chosen.values())
+
+    def _score(self, parts: Sequence[Part], states_TD: Tensor) -> dict[int, Logprobs]:
+        """Log probabilities of the parts' targets, by sequence."""
+        found: dict[int, Logprobs] = {}
+        first = 0
+        for part in parts:
+            for start in range(0, len(part.targets), _MOST_SCORED):
+                targets = part.targets[start : start + _MOST_SCORED]
+                assert self._weights.head is not None, "only the last stage chooses tokens"
+                raw_RV = self._weights.head(states_TD[first + start : first + start + len(targets)])
+                scores = self._logprobs(raw_RV, targets, self._rules[part.sequence].params.logprobs)
+                found[part.sequence] = found.get(part.sequence, ()) + scores
+            first += len(part.tokens)
+        return found
 
     def _choose(self, parts: Sequence[Part], states_TD: Tensor) -> dict[int, Chosen]:
         """Chooses the tokens of all sequences that sample and verifies their drafts. By sequence."""
@@ -151,8 +169,8 @@ class Runner:
         pairs = [tuple(zip(row, values, strict=True)) for row, values in zip(ids_RN.tolist(), best, strict=True)]
         return tuple(zip(own, pairs, strict=True))
 
-    def _draft(self, parts: Sequence[Part], chosen: dict[int, Chosen]) -> Outcome:
-        """Lets the recycle module read what has become known, and draft. Returns the complete outcome."""
+    def _draft(self, parts: Sequence[Part], chosen: dict[int, Chosen]) -> dict[int, Chosen]:
+        """Lets the recycle module read what has become known, and draft. Returns the choice with the drafts."""
         reading: list[tuple[Part, range]] = []
         drafting: list[_Draft] = []
         readers: list[int] = []
@@ -176,7 +194,7 @@ class Runner:
             chosen[number] = replace(chosen[number], drafts=tuple(draft.ids), confidences=confidences)
             if draft.probs:
                 self._draft_probs[number] = torch.stack(draft.probs)
-        return tuple(chosen.values())
+        return chosen
 
     def _store_tokens(self, kept: Sequence[tuple[Part, Chosen]]) -> None:
         """Writes the full model's tokens into their slots. Accepted drafts are there already."""

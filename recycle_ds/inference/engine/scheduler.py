@@ -72,8 +72,7 @@ class Scheduler:
         self.step += 1
         self._make_room()
         decoding = [one for one in self._ranked(self.running) if one.prefilled]
-        most = -(-len(decoding) // self.ways)
-        decoding = [one for one in decoding if not one.in_flight][:most]
+        decoding = [one for one in decoding if not one.in_flight][: -(-len(decoding) // self.ways)]
         verified = self.budget.verify([self._candidate(one) for one in decoding])
         parts: list[Part] = []
         for sequence, judged in zip(decoding, verified, strict=True):
@@ -116,7 +115,8 @@ class Scheduler:
         if read:
             sequence.module_read = read.stop
             sequence.module_calls += 1 if mine is None else max(len(mine.drafts), 1)
-        if mine is not None:
+        sequence.keep_scores(part.start, () if mine is None else mine.scored)
+        if tokens and mine is not None:
             if sequence.first_token_at is None:
                 sequence.first_token_at = self.clock()
             self._keep(sequence, part, mine)
@@ -144,9 +144,8 @@ class Scheduler:
             sequence.drafts, sequence.confidences = mine.drafts, mine.confidences
 
     def _candidate(self, sequence: Sequence) -> Candidate:
-        left = sequence.stopping.remaining
-        drafts = sequence.fixed_drafts if sequence.uses_drafts else 0
-        return Candidate(sequence.number, sequence.confidences, drafts, max(left - 1, 0), sequence.ordered)
+        drafts, room = sequence.fixed_drafts if sequence.uses_drafts else 0, max(sequence.stopping.remaining - 1, 0)
+        return Candidate(sequence.number, sequence.confidences, drafts, room, sequence.ordered)
 
     def _decode(self, sequence: Sequence, judged: int) -> Part | None:
         """The part of a sequence that decodes, or None if it was preempted or must wait for memory."""
@@ -188,6 +187,7 @@ class Scheduler:
             room=self._room(sequence),
             prompt_tokens=sequence.prompt_tokens,
             blocks=tuple(sequence.blocks),
+            targets=sequence.targets(sequence.cached, len(tokens)),
         )
 
     def _prompts(self) -> Iterable[Part]:
@@ -217,8 +217,9 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence | None:
         """The waiting sequence that is next in rank, apart from those that wait for another answer to their prompt."""
-        ready = [one for one in self._ranked(self.waiting) if one.fork_of is None or not self._awaits(one.fork_of)]
-        return ready[0] if ready else None
+        return next(
+            (one for one in self._ranked(self.waiting) if not (one.fork_of and self._awaits(one.fork_of))), None
+        )
 
     def _make_room(self) -> None:
         """Preempts sequences of lower priority than the next waiting one, if that gives it the place and memory it needs."""
@@ -270,8 +271,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        queue = self.running if sequence in self.running else self.waiting
-        queue.remove(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.tables.release(sequence)
         sequence.ended_at = self.clock()
         self.budget.forget(sequence.number)

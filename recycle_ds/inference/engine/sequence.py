@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from recycle_ds.inference.engine.plan import Rules
-from recycle_ds.inference.generation import Generation, Tally
+from recycle_ds.inference.generation import Generation, Logprobs, Tally
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
 
@@ -53,6 +53,7 @@ class Sequence:
     cancelled: bool = False
     recycled: list[bool] = field(default_factory=list)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     full_calls: int = 0
     module_calls: int = 0
@@ -99,6 +100,17 @@ class Sequence:
         """First position that a step does not write: the tokens it reads, a new one and drafts, within the longest text."""
         return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
 
+    def targets(self, start: int, count: int) -> tuple[int, ...]:
+        """Tokens of the prompt to be scored by a step that reads `count` tokens from `start` on."""
+        if not self.params.prompt_logprobs or len(self.prompt_logprobs) >= self.prompt_tokens - 1:
+            return ()
+        return tuple(self.tokens[start + 1 : min(start + count + 1, self.prompt_tokens)])
+
+    def keep_scores(self, start: int, scores: Logprobs) -> None:
+        """Keeps what a step scored that read the prompt from `start` on. A preempted sequence reads and scores it again."""
+        if scores:
+            self.prompt_logprobs[start:] = scores
+
     def summary(self) -> dict[str, object]:
         """Its state for the scheduler, to print or compare."""
         shown = ("number", "mode", "priority", "cached", "module_read", "blocks", "drafts", "in_flight")
@@ -132,4 +144,5 @@ class Sequence:
             prefill_seconds=first - self.started,
             decode_seconds=(self.ended_at if self.ended_at is not None else now) - first,
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )

@@ -37,7 +37,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be decoded. by_token: whether single tokens are reported. seconds: time for all of it."""
+    """What is to be decoded. by_token: whether single tokens are reported. prompt_only: whether
+    only prompts are asked for. seconds: time for all of it."""
 
     prompts: Sequence[list[int]]
     params: SamplingParams
@@ -45,6 +46,7 @@ class Task:
     priority: int = 0
     rejected: bool = False
     by_token: bool = False
+    prompt_only: bool = False
     seconds: float = 600.0
     retry_after: int = 2
 
@@ -57,7 +59,7 @@ class Answering:
     ) -> None:
         """Submits everything, or nothing. Raises ApiError for a request that cannot be taken."""
         self.task, self._clock = task, clock
-        self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)))
+        self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)), task.prompt_only)
         hidden = tokenizer.end_ids | set(task.params.stop_tokens)
         stop, choices = task.params.stop, task.params.n * len(task.prompts)
         self._texts = [AnswerText(TextStream(tokenizer), stop, hidden, by_token=task.by_token) for _ in range(choices)]

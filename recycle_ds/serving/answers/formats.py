@@ -51,8 +51,8 @@ class Format(Protocol):
     def closing(self, reason: str) -> dict[str, Any]:
         """What ends an answer in a stream."""
 
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """A complete answer."""
+    def choice(self, index: int, answer: Answer, first: Answer) -> dict[str, Any]:
+        """A complete answer. first: the first one to the same prompt."""
 
 
 class CompletionFormat:
@@ -81,9 +81,9 @@ class CompletionFormat:
         """The reason of the end."""
         return {"text": "", "logprobs": None, "finish_reason": reason} | self._parts.details(())
 
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, first: Answer) -> dict[str, Any]:
         """A complete answer, after its prompt if that is echoed."""
-        assert answer.last is not None and answer.last.generation is not None
+        assert answer.last is not None and first.last is not None and first.last.generation is not None
         echoed, tokens, text = self._echo(index), answer.tokens, answer.text
         if self._drops:
             tokens, text = [], ""
@@ -91,7 +91,7 @@ class CompletionFormat:
         if echoed is not None:
             text = echoed.text + text
             if logprobs is not None:
-                before = echoed.logprobs(self._parts, answer.last.generation)
+                before = echoed.logprobs(self._parts, first.last.generation)
                 logprobs = {name: before[name] + values for name, values in logprobs.items()}
         reason = answer.last.reason
         return {"text": text, "logprobs": logprobs, "finish_reason": reason} | self._parts.details(tokens)
@@ -122,7 +122,7 @@ class ChatFormat:
         """The reason of the end."""
         return {"delta": {}, "logprobs": None, "finish_reason": reason} | self._parts.details(())
 
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, first: Answer) -> dict[str, Any]:
         """A complete answer."""
         assert answer.last is not None
         return {
@@ -148,7 +148,11 @@ class Reply:
         answers: dict[int, Answer] = {}
         async for step in self._answering.steps():
             answers.setdefault(step.index, Answer()).add(step)
-        choices = [{"index": index} | self._shape.choice(index, answer) for index, answer in sorted(answers.items())]
+        n = self._answering.task.params.n
+        choices = [
+            {"index": index} | self._shape.choice(index, answer, answers[index - index % n])
+            for index, answer in sorted(answers.items())
+        ]
         head = self._identity | {"object": self._shape.kind}
         return head | {"choices": choices, "usage": self._answering.usage.figures()}
 

@@ -130,7 +130,7 @@ def params_of(
             stop_tokens=tuple(request.stop_token_ids or ()),
             ignore_eos=bool(request.ignore_eos),
             n=request.n or 1,
-            **({"prompt_logprobs": True} if prompt_logprobs else {}),
+            prompt_logprobs=prompt_logprobs,
         )
     except DecodingError as error:
         raise as_invalid(error) from error

@@ -18,6 +18,8 @@ class Usage:
     started: float
     prompt_tokens: int
     """Of each prompt once, however many answers it has."""
+    prompt_only: bool = False
+    """Whether the prompts were to be scored only: the token that had to be decoded for it does not count."""
     completion_tokens: int = 0
     """All tokens decoded, those that end an answer or complete a stop string included."""
     recycled: int = 0
@@ -29,7 +31,7 @@ class Usage:
 
     def add(self, tokens: Iterable[TokenEvent], now: float) -> None:
         """Counts new tokens."""
-        for token in tokens:
+        for token in () if self.prompt_only else tokens:
             self.completion_tokens += 1
             self.recycled += token.recycled
         if self.first_token is None:

@@ -100,6 +100,7 @@ def _task(
         priority=fields.priority or 0,
         rejected=details,
         by_token=details or logprobs is not None,
+        prompt_only=fields.max_tokens == 0,
         seconds=settings.request_seconds,
         retry_after=settings.retry_after,
     )
