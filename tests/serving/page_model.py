@@ -27,13 +27,13 @@ ENDED = ("done", "stopped", "failed")
 
 def make_page_model(folder: Path, *, chat: bool = True) -> LoadedModel:
     """A model that continues TEXT, not always as its module expects, and its tokenizer's files in `folder`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     Tokenizer.train(iter([TEXT]), 360).save(folder)
     if chat:
         (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode(TEXT)
-    model = overfitted_model(ids, tokenizer.vocab_size, steps=60, stride=3, max_positions=4096)
+    model = overfitted_model(ids, tokenizer.vocab_size, steps=50, stride=4, max_positions=4096)
     model.unnamed_ids = ()
     return LoadedModel(model, tokenizer, folder, step=1, seq_length=48)
 

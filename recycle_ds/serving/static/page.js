@@ -47,6 +47,7 @@ async function connect() {
   let found;
   try {
     found = (await (await call("v1/models")).json()).data[0];
+    delete found.created; // another one after each restart
   } catch (error) {
     complain(error);
     return;
