@@ -20,6 +20,7 @@ COMMANDS = {
         "recycle_ds.generate",
         "Continue prompts: autoregressive, alternate (the paper) or verified (lossless).",
     ),
+    "serve": ("recycle_ds.serve", "Serve a model over HTTP, with OpenAI's API and a page."),
     "evaluate": ("recycle_ds.evaluate", "Perplexity and draft acceptance of a model on a text file."),
     "convert": (
         "recycle_ds.checkpoint.conversion.command",

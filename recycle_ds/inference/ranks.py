@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,11 +51,13 @@ class Ranks:
         """Number of teams."""
         return self.world_size if self.team is None else self.team.mesh.data.size
 
-    def leave(self) -> None:
-        """Ends this rank's part, when its work is done."""
-        if self.liveness is not None:
-            self.liveness.stop(self.world_size)
-            stop()
+    def leave(self) -> str:
+        """Ends this rank's part, when its work is done. On rank 0, names a rank that was lost before it ended."""
+        if self.liveness is None:
+            return ""
+        lost = self.liveness.stop(self.world_size)
+        stop()
+        return lost
 
     def tell(self, text: str | None) -> None:
         """Sends a text from the owner to the other ranks of the team."""
@@ -70,11 +72,11 @@ class Ranks:
         return message[0]
 
 
-def join(launch: Launch, tensor: int, pipeline: int) -> Ranks:
+def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str], None] | None = None) -> Ranks:
     """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
 
-    Raises LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of
-    ranks.
+    on_loss: called when another rank is lost, see `Liveness`; by default it prints the message and ends the process. Raises
+    LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
     """
     index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
     on_host = max(launch.local_world_size, 1)
@@ -83,7 +85,7 @@ def join(launch: Launch, tensor: int, pipeline: int) -> Ranks:
     start(launch)
     team = build_team(tensor, pipeline)
     members = dist.get_process_group_ranks(team.control)
-    liveness = Liveness(own_store(), members, launch.rank, print_and_exit(PEER_LOST))
+    liveness = Liveness(own_store(), members, launch.rank, on_loss or print_and_exit(PEER_LOST))
     liveness.start()
     return Ranks(launch.rank, launch.world_size, index, on_host, team, liveness)
 
@@ -93,8 +95,8 @@ def lost_ranks_end_the_job() -> Iterator[None]:
     """Turns an error of a collective that has lost a rank into the end of this process, with one message that names the
     rank.
 
-        gloo does not know which rank it has lost. The liveness thread finds out, prints the message and ends the
-        process; if it does not within its patience, the error itself is printed.
+    gloo does not know which rank it has lost. The liveness thread finds out, prints the message and ends the process; if
+    it does not within its patience, the error itself is printed.
     """
     try:
         yield

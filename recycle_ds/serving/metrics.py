@@ -115,7 +115,14 @@ class _EngineCollector(Collector):
                 "recycle_draft_budget_next": ("Most drafts that a sequence makes next.", budget.made_next),
                 "recycle_draft_budget_expected_tokens": ("Expected tokens of the latest step.", budget.expected_tokens),
                 "recycle_full_call_seconds": ("Predicted time of the latest full call.", budget.full_call_seconds),
-                "recycle_module_call_seconds": ("Predicted time of a module call.", budget.module_call_seconds),
+                "recycle_first_draft_seconds": (
+                    "Predicted time of the first draft of every sequence.",
+                    budget.first_draft_seconds,
+                ),
+                "recycle_further_draft_seconds": (
+                    "Predicted time of a further draft of every sequence.",
+                    budget.further_draft_seconds,
+                ),
             }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=float(value))

@@ -14,7 +14,8 @@ CONTEXT_BOUNDS = (256, 1024, 4096, 16384)
 @dataclass(frozen=True)
 class Budget:
     """The latest decision of the draft budget. drafts: could be verified; verified: were. made_next: the most drafts that
-    a sequence makes next. expected_tokens: of the step. full_call_seconds, module_call_seconds: predicted."""
+    a sequence makes next. expected_tokens: of the step. full_call_seconds, first_draft_seconds, further_draft_seconds:
+    predicted, the latter for one more draft of every sequence."""
 
     sequences: int
     drafts: int
@@ -22,7 +23,8 @@ class Budget:
     made_next: int
     expected_tokens: float
     full_call_seconds: float
-    module_call_seconds: float
+    first_draft_seconds: float
+    further_draft_seconds: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def latest_budget(budget: DraftBudget) -> Budget | None:
         decision.made_next,
         decision.expected,
         costs.full_call(decision.tokens),
-        costs.module_call(decision.adaptive),
+        first := costs.drafts(decision.adaptive, 1),
+        costs.drafts(decision.adaptive, 2) - first,
     )
 
 

@@ -17,6 +17,7 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.parallel.peers import lost_peer
 from recycle_ds.serving.accepted import Answer, Request
 from recycle_ds.serving.events import Failed
 from recycle_ds.serving.refusals import Draining, EngineFailed, QueueFull
@@ -262,10 +263,13 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         """After an exception. The engine is not used again."""
-        _log.error("the engine failed", exc_info=error)
+        text = f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if lost_peer(error) is not None:  # `Liveness` finds out which one
+            text = "a rank of the server is lost; its log names it"
+        else:
+            _log.error("the engine failed", exc_info=error)
         with self._lock:
-            self.error = error
-            self.failure = f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.error, self.failure = error, text
             self._failed, self._open = self._failed + self._open, 0
         self.engine.abort()
         requests = list(self._requests.values())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recycle_ds.inference.engine import collectives as module
 from recycle_ds.inference.engine.collectives import GroupCollectives, SharedMemoryCollectives, collectives
+from recycle_ds.parallel import common_memory as module
 from recycle_ds.parallel.mesh import Axis
 from tests.distributed import run_ranks
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from tests.serving.page_model import chromium, make_page_model
+from tests.serving.processes import write_model
 from tests.serving.servers import Server, make_model, serving
 
 
@@ -37,3 +39,11 @@ def server(loaded: LoadedModel) -> Iterator[Server]:
     with serving(loaded) as running:
         yield running
         running.wait_idle()
+
+
+@pytest.fixture(scope="session")
+def model_folder(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a folder, as a server loads it."""
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    write_model(loaded, folder)
+    return folder

@@ -47,7 +47,7 @@ def make_tokenizer(folder: Path, template: str | None = CHATML) -> Tokenizer:
     trained.add_special_tokens(list(SPECIAL))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(trained.to_str(), encoding="utf-8")
-    config = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": "<s>"}
+    config = {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True}, "bos_token": "<s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from recycle_ds import generate, pretrain
+from recycle_ds import generate, pretrain, serve
 from recycle_ds.checkpoint.conversion import command as convert
 from recycle_ds.config import load_config
 from tests.documents import CLUSTER, FILES, Command, commands
@@ -23,6 +23,7 @@ PROGRAMS = {
     "slurm/pretrain.sbatch": (pretrain.app, 0),
     "slurm/generate.sbatch": (generate.app, 0),
     "slurm/convert.sbatch": (convert.app, 0),
+    "slurm/serve.sbatch": (serve.app, 0),
     "slurm/sweep.sbatch": (pretrain.app, 1),
 }
 # The cluster of the tests is small: later options replace those of the document.

@@ -38,10 +38,10 @@ def notes_on_verified(
 def _why_not_faster(decoder: Decoder, draft_tokens: int | None, figures: dict[str, Any]) -> str:
     drafts = min(draft_tokens or START, decoder.model.max_positions - 2)
     costs = decoder.engine.measure_costs()
-    full, wide, module = costs.full_call(1), costs.full_call(1 + drafts), costs.module_call(1)
+    full, wide, making = costs.full_call(1), costs.step(1, 1 + drafts, 0, 0), costs.drafts(1, drafts)
     note = (
-        f"verified is not faster here: a cycle of {drafts} drafts costs {(wide + drafts * module) / full:.2f} single-token "
-        f"full calls (a full call over {1 + drafts} tokens {wide / full:.2f}, a module call {module / full:.2f}), and a full "
+        f"verified is not faster here: a cycle of {drafts} drafts costs {(wide + making) / full:.2f} single-token full calls "
+        f"(a full call over {1 + drafts} tokens {wide / full:.2f}, making the drafts {making / full:.2f}), and a full "
         f"call produced {figures['tokens_per_full_call']:.2f} tokens on average"
     )
     return note if draft_tokens else f"{note}; the draft length adapted to these costs"

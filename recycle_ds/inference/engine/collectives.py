@@ -8,10 +8,7 @@ bound to cores.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
-import secrets
 import time
 from multiprocessing import shared_memory
 from typing import Protocol
@@ -21,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recycle_ds.parallel.common_memory import LINE, common_memory
 from recycle_ds.parallel.mesh import Axis
 from recycle_ds.parallel.peers import PeerLost
 
@@ -75,14 +73,13 @@ class SharedMemoryCollectives:
     """
 
     def __init__(self, axis: Axis, memory: shared_memory.SharedMemory, timeout: float = 120.0) -> None:
-        """memory: from `_common_memory`. timeout: seconds to wait for another rank, which may do a long step. A dead rank is
+        """memory: from `common_memory`. timeout: seconds to wait for another rank, which may do a long step. A dead rank is
         noticed earlier, see liveness.py."""
         self._rank, self.size, self._timeout, self._memory = axis.rank, axis.size, timeout, memory
         self._ranks = dist.get_process_group_ranks(axis.group)
         self._large = GroupCollectives(axis)
-        # counters are 64 bytes apart: ranks that write them do not take each other's cache line
-        self._counts = np.ndarray((self.size, 8), dtype=np.int64, buffer=self._memory.buf)[:, 0]
-        places = torch.frombuffer(self._memory.buf, dtype=torch.uint8, offset=64 * self.size)
+        self._counts = np.ndarray((self.size, LINE // 8), dtype=np.int64, buffer=self._memory.buf)[:, 0]
+        places = torch.frombuffer(self._memory.buf, dtype=torch.uint8, offset=LINE * self.size)
         self._places = places.view(2, self.size, _ROOM)
         self._done = 0
 
@@ -120,55 +117,7 @@ class SharedMemoryCollectives:
 
 def collectives(axis: Axis, device: torch.device) -> Collectives:
     """The fastest collectives that are safe for these ranks. Collective over the axis."""
-    if axis.size == 1 or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+    if axis.size == 1 or device.type != "cpu":
         return GroupCollectives(axis)
-    memory = _common_memory(axis)
+    memory = common_memory(axis.group, LINE * axis.size + 2 * axis.size * _ROOM)
     return GroupCollectives(axis) if memory is None else SharedMemoryCollectives(axis, memory)
-
-
-def _common_memory(axis: Axis) -> shared_memory.SharedMemory | None:
-    """Shared memory of all ranks of the axis, zeroed; None on all of them if one cannot reach it: it is on another host, or
-    in a container with a /dev/shm of its own, or too small. Collective over the axis."""
-    name = [f"recycle-ds-{secrets.token_hex(8)}"]
-    dist.broadcast_object_list(name, group_src=0, group=axis.group)
-    memory = None
-    if axis.rank == 0:
-        with contextlib.suppress(OSError):
-            memory = _reserve(name[0], 64 * axis.size + 2 * axis.size * _ROOM)
-    dist.barrier(group=axis.group)
-    if axis.rank != 0:
-        with contextlib.suppress(OSError):
-            memory = shared_memory.SharedMemory(name[0])
-    reached = torch.tensor(int(memory is not None))
-    dist.all_reduce(reached, dist.ReduceOp.MIN, group=axis.group)
-    if memory is not None and axis.rank == 0:
-        memory.unlink()  # it stays until the last rank has ended, however that happens
-    elif memory is not None:
-        _forget(memory)
-    if reached:
-        return memory
-    if memory is not None:
-        memory.close()
-    return None
-
-
-def _reserve(name: str, length: int) -> shared_memory.SharedMemory:
-    """Creates shared memory. Raises OSError if there is too little: without this check, the first use would end in a
-    SIGBUS."""
-    memory = shared_memory.SharedMemory(name, create=True, size=length)
-    descriptor = memory._fd  # type: ignore[attr-defined]
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, length)
-    except OSError:
-        memory.close()
-        memory.unlink()
-        raise
-    return memory
-
-
-def _forget(memory: shared_memory.SharedMemory) -> None:
-    """Tells multiprocessing's tracker that this rank need not remove memory that another rank has created."""
-    from multiprocessing import resource_tracker
-
-    resource_tracker.unregister(memory._name, "shared_memory")  # type: ignore[attr-defined]

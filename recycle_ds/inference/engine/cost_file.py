@@ -17,6 +17,9 @@ from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
 from recycle_ds.parallel.device import machine_name
 
+_PARTS = ("full", "module", "first")
+"""Fields of `CostModel` that are measured, in its order."""
+
 
 @dataclass(frozen=True)
 class CostFile:
@@ -37,18 +40,18 @@ class CostFile:
             tree = json.loads(self.path.read_text(encoding="utf-8"))
             if tree["key"] != json.loads(json.dumps(self.key)):
                 return None
-            full, module = (tuple((int(size), float(cost)) for size, cost in tree[part]) for part in ("full", "module"))
+            parts = [tuple((int(size), float(cost)) for size, cost in tree[part]) for part in _PARTS]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        valid = len(full) > 1 and module and all(cost > 0 for _, cost in (*full, *module))
-        ascending = all(list(points) == sorted(points, key=lambda point: point[0]) for points in (full, module))
-        return CostModel(full, module) if valid and ascending else None
+        valid = len(parts[0]) > 1 and parts[1] and all(cost > 0 for points in parts for _, cost in points)
+        ascending = all(list(points) == sorted(points, key=lambda point: point[0]) for points in parts)
+        return CostModel(full=parts[0], module=parts[1], first=parts[2]) if valid and ascending else None
 
     def write(self, costs: CostModel) -> None:
         """Stores measured costs. Costs are only measured again without the file: a disk that refuses it is no error."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(self.path, {"key": self.key, "full": costs.full, "module": costs.module})
+            write_json_atomically(self.path, {"key": self.key} | {part: getattr(costs, part) for part in _PARTS})
         except OSError:
             return
 

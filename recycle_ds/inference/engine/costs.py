@@ -14,6 +14,10 @@ from recycle_ds.inference.speculation.cost_model import CostModel
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
+_FURTHER = 3
+"""Drafts after the first one in the longer of two chains, so that their difference is not lost in noise."""
+_CONTEXT = 128
+"""Tokens of context that the timed sequences have."""
 # Stored costs hold as long as a call takes at most this factor more or less time.
 _MOST_CHANGE = 1.25
 # More than any engine numbers its sequences.
@@ -21,7 +25,13 @@ _SCRATCH = 2**40
 
 
 def known_or_measured(
-    executor: Executor, file: CostFile | None, blocks: int, block_size: int, max_batch: int, with_module: bool
+    executor: Executor,
+    file: CostFile | None,
+    blocks: int,
+    block_size: int,
+    positions: int,
+    max_batch: int,
+    with_module: bool,
 ) -> CostModel:
     """The costs in the file, if a call still takes the time that they say, else measured ones, which are stored.
 
@@ -30,42 +40,53 @@ def known_or_measured(
     known = None if file is None else file.read()
     if known is not None:
         size, seconds = known.full[0]
-        found = _shortest(partial(_run, executor, size, 0))
+        context = _blocks_of_context(blocks, block_size, positions)
+        found = _shortest(partial(_run, executor, context, context * block_size, size, 0))
         if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
             return known
-    costs = measure(executor, blocks, block_size, max_batch, with_module)
+    costs = measure(executor, blocks, block_size, positions, max_batch, with_module)
     if file is not None:
         file.write(costs)
     return costs
 
 
-def measure(executor: Executor, blocks: int, block_size: int, max_batch: int, with_module: bool) -> CostModel:
-    """Times full calls and module calls of several sizes. Nothing may be under way or in the cache: its first blocks are
-    written.
+def measure(
+    executor: Executor, blocks: int, block_size: int, positions: int, max_batch: int, with_module: bool
+) -> CostModel:
+    """Times full calls, first drafts and further ones, of several sizes. Nothing may be under way or in the cache: its
+    first blocks are written.
 
     Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
-    sequences costs more than that of one.
+    sequences costs more than that of one. Each attends to some context. positions: the model's longest context.
     """
-    most = max(2, min(blocks, 2 * max_batch * 4))
+    context = _blocks_of_context(blocks, block_size, positions)
+    most = min(blocks - context, 2 * max_batch * 4)
     sizes = [size for size in _SIZES if size <= most]
-    full = tuple((size, _shortest(partial(_run, executor, size, 0))) for size in sizes)
-    module = []
+    run = partial(_run, executor, context, context * block_size)
+    full = tuple((size, _shortest(partial(run, size, 0))) for size in sizes)
+    first, module = [], []
     for size, seconds in full if with_module else ():
         if size <= max_batch:
-            # a chain of three calls more, so that the difference is not lost in noise
-            longer = _shortest(partial(_run, executor, size, 4)) - seconds
-            module.append((size, max(longer / 4, 1e-3 * seconds)))
+            single, longer = _shortest(partial(run, size, 1)), _shortest(partial(run, size, 1 + _FURTHER))
+            first.append((size, max(single - seconds, 1e-3 * seconds)))
+            module.append((size, max((longer - single) / _FURTHER, 1e-3 * seconds)))
     if len(full) < 2:
         full = (full[0], (full[0][0] + 1, full[0][1]))
-    return CostModel(full, tuple(module) or CostModel().module)
+    return CostModel(full, tuple(module) or CostModel().module, tuple(first))
 
 
-def _run(executor: Executor, sequences: int, drafts: int) -> None:
+def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:
+    room = positions - _FURTHER - 3  # for the token that is read, the one chosen, and drafts
+    return max(min(_CONTEXT // block_size, room // block_size, (blocks - 1) // 2), 0)
+
+
+def _run(executor: Executor, context: int, start: int, sequences: int, drafts: int) -> None:
+    """One step of sequences with `context` blocks of context, the same for all, and a block of their own."""
     numbers = range(_SCRATCH, _SCRATCH + sequences)
     parts = tuple(
         Part(
-            number, 0, (0,), 0, samples=True, module_start=1 if drafts else 0, drafts=drafts, room=drafts + 1,
-            prompt_tokens=1, blocks=(index,),
+            number, start, (0,), 0, samples=True, module_start=start + 1 if drafts else 0, drafts=drafts,
+            room=drafts + 1, prompt_tokens=start + 1, blocks=(*range(context), context + index),
         )
         for index, number in enumerate(numbers)
     )  # fmt: skip

@@ -12,18 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Plan, decode_plan, encode_plan
 from recycle_ds.inference.engine.runner import Runner
-from recycle_ds.inference.engine.team import Team
+from recycle_ds.inference.engine.team import Team, open_links
 
-# Numbers that a message's first part has room for. Longer ones take a second part.
-_ROOM = 2048
 _END, _REPORT, _WAIT = -1, -2, -3
 
 
@@ -52,14 +48,14 @@ class _Clock:
 
 
 class TeamExecutor:
-    """The owner's executor, and what the other ranks run. width: of the states between stages."""
+    """The owner's executor, and what the other ranks run."""
 
     def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """width, dtype, device: of the states between stages. Collective over the team."""
         self._runner, self._team, self._width, self._dtype, self._device = runner, team, width, dtype, device
         self.depth = team.mesh.pipeline.size
+        self._links = open_links(team, device)
         self._outcomes: deque[Outcome] = deque()
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
-        self._most_sending = 8 * team.mesh.pipeline.size * team.mesh.tensor.size
         self._broken = False
         self._clock = _Clock()
 
@@ -74,7 +70,8 @@ class TeamExecutor:
         """See `Executor`."""
         if self._outcomes:
             return self._outcomes.popleft()
-        return _decode(self._receive(self._team.chooser, torch.float64))
+        assert self._links.outcomes is not None
+        return _decode(self._links.outcomes.receive(torch.float64).tolist())
 
     def discard(self) -> None:
         """See `Executor`. An exception in the middle of a step leaves the ranks out of step: no plan can follow."""
@@ -83,88 +80,56 @@ class TeamExecutor:
     def explanation(self) -> str:
         """See `Executor`. Only on CPUs: a GPU computes while its rank does something else. Waiting for other tensor ranks
         inside a step counts as busy."""
-        ranks = dist.get_process_group_ranks(self._team.control)
-        if self._broken or self._device.type != "cpu" or len(ranks) == 1:
+        if self._broken or self._device.type != "cpu" or not self._links.reports:
             return ""
         self._tell([_REPORT])
         shares = {self._team.owner: self._clock.idle_share()}
-        for rank in ranks:
-            if rank != self._team.owner:
-                (shares[rank],) = self._receive(rank, torch.float64)
+        for rank, channel in self._links.reports.items():
+            shares[rank] = float(channel.receive(torch.float64, 1))
         return "idle: " + ", ".join(f"rank {rank} {100 * share:.0f} %" for rank, share in shares.items())
 
     def keep_alive(self) -> None:
         """See `Executor`."""
         if not self._broken:
             self._tell([_WAIT])
-            self._free_sent()
 
     def close(self) -> None:
         """See `Executor`."""
         if self._broken:  # after Ctrl-C, for example, which the other ranks have got too
             return
         self._tell([_END])
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self._links.flush()
 
     def follow(self) -> None:
         """What every rank but the owner does: runs the owner's plans until it closes."""
-        while (numbers := self._receive(self._team.owner, torch.int64)) != [_END]:
+        plans = self._links.plans[self._team.owner]
+        while (numbers := plans.receive(torch.int64).tolist()) != [_END]:
             if numbers == [_REPORT]:
-                self._send(torch.tensor([self._clock.idle_share()], dtype=torch.float64), self._team.owner)
+                share = torch.tensor([self._clock.idle_share()], dtype=torch.float64)
+                self._links.reports[self._team.owner].send(share)
             elif numbers != [_WAIT]:
                 self._run(decode_plan(numbers))
 
     def _run(self, plan: Plan) -> Outcome:
         """Runs this rank's part of a plan. Returns the outcome on the last stage."""
-        mesh = self._team.mesh
-        received = None
-        if not mesh.first_stage and plan.parts:
-            received = torch.empty(plan.tokens, self._width, dtype=self._dtype, device=self._device)
-            dist.recv(received, group_src=mesh.pipeline.rank - 1, group=mesh.pipeline.group)
+        links, received = self._links, None
+        if links.before is not None and plan.parts:
+            received = links.before.receive(self._dtype, plan.tokens * self._width).view(-1, self._width)
         with self._clock.running():
             result = self._runner.run(plan, received)
-        self._free_sent()
         if isinstance(result, Tensor):
-            work = dist.isend(result, group_dst=mesh.pipeline.rank + 1, group=mesh.pipeline.group)
-            assert work is not None
-            self._sending.append((work, result))
+            assert links.after is not None
+            links.after.send(result)
             return ()
-        if self.depth > 1 and mesh.rank == self._team.chooser:
-            self._send(torch.tensor(_encode(result), dtype=torch.float64), self._team.owner)
+        if links.outcomes is not None and not self._team.owns:
+            links.outcomes.send(torch.tensor(_encode(result), dtype=torch.float64))
         return result
-
-    def _free_sent(self) -> None:
-        """Frees messages that were received long ago: only waiting for them does."""
-        while len(self._sending) > self._most_sending:
-            self._sending.popleft()[0].wait()
 
     def _tell(self, numbers: Sequence[int]) -> None:
         """Sends the owner's numbers to all other ranks."""
         message = torch.tensor(numbers, dtype=torch.int64)
-        for rank in dist.get_process_group_ranks(self._team.control):
-            if rank != self._team.owner:
-                self._send(message, rank)
-
-    def _send(self, numbers: Tensor, rank: int) -> None:
-        """Sends numbers without waiting for the receiver, which may still compute: that is what keeps stages busy."""
-        first = numbers.new_zeros(_ROOM)
-        first[0] = len(numbers)
-        first[1 : 1 + len(numbers)] = numbers[: _ROOM - 1]
-        for part in (first, numbers) if len(numbers) >= _ROOM else (first,):
-            work = dist.isend(part, dst=rank, group=self._team.control)
-            assert work is not None
-            self._sending.append((work, part))
-
-    def _receive(self, rank: int, dtype: torch.dtype) -> list[Any]:
-        first = torch.zeros(_ROOM, dtype=dtype)
-        dist.recv(first, src=rank, group=self._team.control)
-        length = int(first[0])
-        if length < _ROOM:
-            return first[1 : 1 + length].tolist()
-        numbers = torch.zeros(length, dtype=dtype)
-        dist.recv(numbers, src=rank, group=self._team.control)
-        return numbers.tolist()
+        for channel in self._links.plans.values():
+            channel.send(message)
 
 
 def _encode(outcome: Outcome) -> list[float]:

@@ -207,7 +207,7 @@ class DecodingEngine:
             self.scheduler.forget_prefixes()  # their blocks are about to be written
             pool = self.scheduler.pool
             try:
-                arguments = (pool.count, pool.size, self.scheduler.max_batch, self.has_module)
+                arguments = (pool.count, pool.size, self.max_positions, self.scheduler.max_batch, self.has_module)
                 self.use_costs(costs.known_or_measured(self._executor, self._cost_file, *arguments))
             except BaseException:
                 self._executor.discard()

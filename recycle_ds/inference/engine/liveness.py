@@ -49,29 +49,43 @@ class Liveness:
         self._store.set(self._key(self._own), "0")
         self._thread.start()
 
-    def stop(self, world_size: int) -> None:
+    def stop(self, world_size: int) -> str:
         """Says that this rank ends as planned, and stops watching.
 
         Rank 0 has the store, which ranks of other teams may need longer: it waits until every rank of the world has
-        ended, or shows no sign of life any more.
+        ended, or shows no sign of life any more. Returns the message about one that does not, if any.
         """
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone
             self._store.set(self._key(self._own), "end")
             if self._own == 0:
-                self._wait_for(range(1, world_size))
+                return self._wait_for(range(1, world_size))
+        return ""
 
-    def _wait_for(self, ranks: Iterable[int]) -> None:
+    def _wait_for(self, ranks: Iterable[int]) -> str:
+        lost = ""
         seen = {rank: ("", time.monotonic()) for rank in ranks}
         while seen:
             for rank, (value, since) in list(seen.items()):
                 found = self._look(rank)
-                if found == "end" or (found == value and time.monotonic() - since > self._patience):
+                if found == "end":
+                    del seen[rank]
+                elif found == value and time.monotonic() - since > self._patience:
+                    lost = lost or self._message(rank, self._silent)
                     del seen[rank]
                 elif found != value:
                     seen[rank] = found, time.monotonic()
             time.sleep(_INTERVAL / 4 if seen else 0)
+        return lost
+
+    @property
+    def _silent(self) -> str:
+        return f"has shown no sign of life for {self._patience:.0f} s"
+
+    @staticmethod
+    def _message(rank: int, what: str) -> str:
+        return f"rank {rank} {what}: it is dead, stopped or unreachable; the job ends, and the same command resumes it"
 
     def _look(self, rank: int) -> str:
         """The latest sign of life of a rank; "" before the first one."""
@@ -96,7 +110,7 @@ class Liveness:
                     elif found != value:
                         seen[rank] = found, time.monotonic()
                     elif time.monotonic() - since > self._patience:
-                        self._lose(rank, f"has shown no sign of life for {self._patience:.0f} s")
+                        self._lose(rank, self._silent)
                         return
             except (dist.DistError, RuntimeError):
                 self._lose(0, "has the job's store, which cannot be reached")
@@ -105,10 +119,7 @@ class Liveness:
     def _lose(self, rank: int, what: str) -> None:
         if not self._stopped.is_set():
             speaks = self._own == min(other for other in self._ranks if other != rank)
-            text = (
-                f"rank {rank} {what}: it is dead, stopped or unreachable; the job ends, and the same command resumes it"
-            )
-            self._on_loss(text if speaks else "")
+            self._on_loss(self._message(rank, what) if speaks else "")
 
 
 def own_store() -> dist.Store:

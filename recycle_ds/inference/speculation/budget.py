@@ -1,8 +1,8 @@
 """The draft budget of a whole batch: how many drafts are made and how many are verified, from measured costs and
 acceptance.
 
-Let F(T) be the seconds of a full call over T tokens and M(N) those of a module call over N sequences. A step of N
-sequences costs F(N + verified drafts) + (longest chain) M(N), and yields N tokens plus the accepted drafts.
+Let F(T) be the seconds of a full call over T tokens and D(N, L) those of making drafts for N sequences, in chains of at
+most L. A step of N sequences costs F(N + verified drafts) + D(N, L), and yields N tokens plus the accepted drafts.
 
 - Verified: drafts are admitted in order of their probability to be reached and accepted, while the expected tokens per
   second of the step grow, and not beyond the first one with which they fall (DSpark, arXiv 2607.05147, section 3.2.2).
@@ -118,10 +118,12 @@ class DraftBudget:
         if self.decision is None:
             return "no step has budgeted drafts"
         count, tokens, full = self.decision.sequences, self.decision.tokens, self.costs.full_call
+        first = self.costs.drafts(self.decision.adaptive, 1)
+        further = self.costs.drafts(self.decision.adaptive, 2) - first
         return (
             f"{count} sequences: {tokens - count} of {self.decision.drafts} drafts verified, at most {self._for_new} made "
-            f"next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; "
-            f"module call {1e3 * self.costs.module_call(self.decision.adaptive):.1f} ms; expected tokens "
+            f"next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; a "
+            f"first draft {1e3 * first:.1f} ms, a further one {1e3 * further:.1f} ms; expected tokens "
             f"{self.decision.expected:.2f}"
         )
 
@@ -143,12 +145,11 @@ class DraftBudget:
             for position, chance in enumerate(self._chances(candidates[i])[: candidates[i].room])
         }
         made = max((candidates[i].made for i in adaptive), default=0)
-        overhead = made * self.costs.module_call(len(adaptive))
-        speed = expected / (self.costs.full_call(tokens) + overhead)
+        speed = expected / self.costs.step(len(candidates), tokens, len(adaptive), made)
         probed = self._probed if self._probe > 0 else 0  # drafts of a probe that are verified at a loss, over the batch
         # a stable sort: of equal chances, earlier drafts first
         for (i, _), chance in sorted(chances.items(), key=lambda item: -item[1]):
-            faster = (expected + chance) / (self.costs.full_call(tokens + 1) + overhead)
+            faster = (expected + chance) / self.costs.step(len(candidates), tokens + 1, len(adaptive), made)
             if faster < speed:
                 if probed == 0:
                     break
@@ -175,7 +176,7 @@ class DraftBudget:
     def time(self, tokens: int, drafts: Sequence[int], seconds: float) -> None:
         """Records how long a step took: `tokens` of a full call, and the drafts made by each sequence."""
         made = [count for count in drafts if count]
-        self.costs.correct(tokens, len(made), max(made, default=0), seconds)
+        self.costs.correct(len(drafts), tokens, len(made), max(made, default=0), seconds)
 
     def forget(self, sequence: int) -> None:
         """Forgets a sequence that has ended."""
@@ -233,12 +234,12 @@ class DraftBudget:
             for length, rate in enumerate(self.acceptance(sequence), start=1):
                 reached *= rate
                 items.append((-reached, length, sequence))
-        expected, longest, module = float(tokens), 0, self.costs.module_call(len(sequences))
+        expected, longest = float(tokens), 0
         best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
         items.sort()
         for count, (chance, length, _) in enumerate(items, start=1):
             expected, longest = expected - chance, max(longest, length)
-            speed = expected / (self.costs.full_call(tokens + count) + longest * module)
+            speed = expected / self.costs.step(tokens, tokens + count, len(sequences), longest)
             if speed > best_speed:
                 best, best_speed = count, speed
         # a sequence without drafts tries one from time to time: its text may have become easier
@@ -265,8 +266,8 @@ class DraftBudget:
         plain = self.costs.full_call(tokens)
         for most, depth in _PROBES:
             count = min(most, sequences)
-            added = self.costs.full_call(tokens + count * depth) - plain + depth * self.costs.module_call(count)
-            if added <= _PROBE_SHARE * plain:
+            step = self.costs.step(tokens, tokens + count * depth, count, depth)
+            if step - plain <= _PROBE_SHARE * plain:
                 return count, depth
         return 1, 1
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
 # Weight of a new measurement in the correction of the cost model.
 _CORRECTION = 0.1
+# Least share of a full call that drafts are taken to add: measured times over smaller ones would be noise.
+_LEAST_ADDED = 0.02
 
 
 @dataclass
@@ -17,35 +19,46 @@ class CostModel:
     """Seconds of calls: measured at some sizes, interpolated between them, and scaled as calls get dearer or cheaper."""
 
     full: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 1.0 + _NOMINAL_SLOPE))
-    """(tokens, seconds), ascending."""
+    """A full call: (tokens, seconds), ascending."""
     module: tuple[tuple[int, float], ...] = ((1, _NOMINAL_MODULE),)
-    """(sequences, seconds), ascending."""
+    """A module call for each draft after the first: (sequences, seconds), ascending."""
+    first: tuple[tuple[int, float], ...] = ()
+    """The first drafts, for which the module reads what has become known: (sequences, seconds), ascending. Empty: as
+    much as `module`."""
     full_scale: float = 1.0
     """Measured time of recent steps without drafts over the predicted one."""
-    module_scale: float = 1.0
-    """The same for what drafting added to recent steps."""
+    drafting_scale: float = 1.0
+    """The same for what drafts added to recent steps: those verified and those made."""
 
     def full_call(self, tokens: int) -> float:
-        """Seconds of a full call over a number of tokens."""
+        """Seconds of a full call over a number of tokens, one of each sequence."""
         return self.full_scale * _interpolate(self.full, tokens)
 
-    def module_call(self, sequences: int) -> float:
-        """Seconds of a module call over a number of sequences."""
-        return self.module_scale * _interpolate(self.module, sequences)
+    def drafts(self, sequences: int, longest: int) -> float:
+        """Seconds that drafts take to make. longest: drafts of the longest chain."""
+        if longest == 0:
+            return 0.0
+        further = _interpolate(self.module, sequences)
+        first = _interpolate(self.first, sequences) if self.first else further
+        return self.drafting_scale * (first + (longest - 1) * further)
 
-    def correct(self, tokens: int, drafting: int, longest: int, seconds: float) -> None:
-        """Follows the machine: contexts grow, other programs come and go.
+    def step(self, sequences: int, tokens: int, drafting: int, longest: int) -> float:
+        """Seconds of a step. sequences: that decode. tokens: of the full call, drafts to be verified among them. drafting,
+        longest: sequences that make drafts, and the most that one of them makes."""
+        plain = self.full_call(sequences)
+        verified = self.drafting_scale * (self.full_call(tokens) - plain)
+        return plain + verified + self.drafts(drafting, longest)
 
-        tokens: of the full call. drafting, longest: sequences that drafted, and the longest chain.
-        """
+    def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
+        """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took."""
         if tokens > self.full[-1][0]:
             return
-        full = self.full_call(tokens)
-        if not drafting:
-            self.full_scale *= 1 + _CORRECTION * (_bounded(seconds / full) - 1)
+        plain = self.full_call(sequences)
+        if tokens == sequences and not drafting:
+            self.full_scale *= 1 + _CORRECTION * (_bounded(seconds / plain) - 1)
         else:
-            added = longest * self.module_call(drafting)
-            self.module_scale *= 1 + _CORRECTION * (_bounded((seconds - full) / added) - 1)
+            added = max(self.step(sequences, tokens, drafting, longest) - plain, _LEAST_ADDED * plain)
+            self.drafting_scale *= 1 + _CORRECTION * (_bounded((seconds - plain) / added) - 1)
 
 
 def _bounded(ratio: float) -> float:

@@ -62,7 +62,7 @@ class ChatFields(Body):
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError("continue_final_message: not together with add_generation_prompt; set one of them")
-            if self.messages[-1].role != "assistant" or not self.messages[-1].text:
+            if not self.messages or self.messages[-1].role != "assistant" or not self.messages[-1].text:
                 raise ValueError("continue_final_message: the last message must be the assistant's, with some text")
         for name in self.chat_template_kwargs or {}:
             if name in _RESERVED or name.endswith("_token") or not name.isidentifier():

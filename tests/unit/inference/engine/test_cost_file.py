@@ -14,7 +14,7 @@ from recycle_ds.inference.engine.cost_file import CostFile
 from recycle_ds.inference.speculation.cost_model import CostModel
 from tests.unit.inference.models import random_model
 
-COSTS = CostModel(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),))
+COSTS = CostModel(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),), ((1, 2e-4),))
 
 
 def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +46,7 @@ def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pyte
         {"full": [[1, -1.0], [4, 2.0]]},
         {"module": []},
         {"module": [["x", 1.0]]},
+        {"first": [[1, -1.0]]},
         {"key": {"machine": "another"}},
         None,
     ],

@@ -1,0 +1,92 @@
+"""Messages between two ranks: through shared memory where both reach it, else through the process group."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing import shared_memory
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from recycle_ds.parallel import channels, common_memory
+from recycle_ds.parallel.channels import GroupChannel, SharedMemoryChannel, share
+from recycle_ds.parallel.peers import PeerLost
+from tests.distributed import run_ranks
+from tests.parallel.test_collectives import _Unreachable
+
+SIZES = (0, 1, 7, 2046, 2047, 2048, 5000, 8192, 8193, 20000, 3)
+"""Below, at and above the first part of a group's message and the place of one in shared memory (in fp64)."""
+
+
+def _talk(rank: int, world_size: int, blocked: int | None) -> tuple[list[str], list[bool]]:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    peer, cpu = 1 - rank, torch.device("cpu")
+    routes = [(0, 1), (1, 0), (0, 1)]
+    own = {index: GroupChannel(peer, None, cpu, known_lengths=index == 2) for index in range(3)}
+    original = shared_memory.SharedMemory
+    if blocked == rank:
+        common_memory.shared_memory.SharedMemory = _Unreachable  # type: ignore[misc,assignment]
+    try:
+        there, back, states = share(routes, own, None).values()
+    finally:
+        shared_memory.SharedMemory = original  # type: ignore[misc]
+    right = []
+    if rank == 0:
+        for size in SIZES:
+            there.send(torch.arange(size, dtype=torch.int64) * 2**40)
+            states.send(torch.arange(size, dtype=torch.bfloat16).view(1, size))
+        for size in SIZES:
+            right.append(torch.equal(back.receive(torch.float64), torch.arange(size, dtype=torch.float64) / 3))
+        there.flush()
+    else:
+        time.sleep(0.2)  # the sender has long filled all places
+        for size in SIZES:
+            right.append(torch.equal(there.receive(torch.int64), torch.arange(size, dtype=torch.int64) * 2**40))
+            found = states.receive(torch.bfloat16, size)
+            right.append(torch.equal(found, torch.arange(size, dtype=torch.bfloat16)))
+            back.send(torch.arange(size, dtype=torch.float64) / 3)
+        back.flush()
+    dist.barrier()
+    return [type(one).__name__ for one in (there, back, states)], right
+
+
+@pytest.mark.parametrize(("blocked", "kind"), [(None, SharedMemoryChannel), (1, GroupChannel), (0, GroupChannel)])
+def test_messages_of_all_sizes_arrive_in_order(blocked: int | None, kind: type) -> None:
+    """Prevents plans, ids or states that are lost, cut, overwritten or overtaken, whichever way they take."""
+    for kinds, right in run_ranks(_talk, 2, blocked):
+        assert kinds == [kind.__name__] * 3
+        assert right and all(right)
+
+
+def test_a_receiver_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a sender that waits for ever, without a word, for a rank that has stopped reading."""
+    monkeypatch.setattr(channels, "_TIMEOUT", 0.1)
+    memory = shared_memory.SharedMemory(create=True, size=SharedMemoryChannel.LENGTH)
+    try:
+        channel = SharedMemoryChannel(memory, 0, GroupChannel(5, None, torch.device("cpu")), 5)
+        with pytest.raises(PeerLost, match="rank 5 has not read a message"):
+            for _ in range(20):
+                channel.send(torch.arange(3))
+        del channel
+    finally:
+        memory.unlink()
+
+
+def _idle(rank: int, world_size: int) -> Any:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    own = {0: GroupChannel(1 - rank, None, torch.device("cpu"))}
+    (channel,) = share([(0, 1)], own, None).values()
+    if rank == 0:
+        time.sleep(2.0)
+        channel.send(torch.arange(4))
+        return 0.0
+    start = time.process_time()
+    assert channel.receive(torch.int64).tolist() == [0, 1, 2, 3]
+    return time.process_time() - start
+
+
+def test_an_idle_receiver_sleeps() -> None:
+    """Prevents ranks that follow an idle server from occupying their cores."""
+    assert run_ranks(_idle, 2)[1] < 1.0
