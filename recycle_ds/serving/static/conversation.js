@@ -151,5 +151,5 @@ function why(left, right, at, settings) {
 function summary(answers, turn) {
   const each = answers.map((answer) => `${answer.mode}: ${answer.status.textContent}, ${answer.tokens.ids.length} tokens, ${number(answer.speed)} tokens per second`);
   const verdict = turn.querySelector(".verdict");
-  return [...each, verdict.hidden ? "" : verdict.textContent.replace(/^[=≠] /, "")].filter(Boolean).join(". ");
+  return [...each, verdict.hidden ? "" : [...verdict.children].map((part) => part.textContent.replace(/^[=≠] /, "")).join(", ")].filter(Boolean).join(". ");
 }
