@@ -10,7 +10,10 @@ from pathlib import Path
 from tests.runs import ROOT
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_configs" / "README.md")
-PROGRAMS = ("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git", "vllm")
+PROGRAMS = (
+    *("python", "recycle-ds", "torchrun", "deepspeed", "mpirun", "srun", "sbatch", "echo", "make", "git", "vllm"),
+    "curl",
+)
 CLUSTER = ("srun", "sbatch")
 
 # Commands that these tests do not run, by prefix, with the reason or the test that runs them.
@@ -30,6 +33,7 @@ _PRETRAIN = (
 SMALL = {
     "pretrain": _PRETRAIN,
     "generate": "--max-new-tokens 6 --threads 1",
+    "serve": "--threads 1 --max-batch 4",
     "evaluate": "--limit 2 --seq-length 32",
     "bench_decoding": "--max-new-tokens 6 --repeats 1 --threads 1",
     "bench_training": "--steps 1 training.seq_length=16 model.layers=1 model.hidden=64 model.heads=2 model.kv_heads=2 "
@@ -54,6 +58,11 @@ class Command:
     def elsewhere(self) -> str | None:
         """Why these tests do not run the command, or what runs it instead; None for a command that they run."""
         return next((reason for prefix, reason in ELSEWHERE.items() if self.text.startswith(prefix)), None)
+
+    @property
+    def serves(self) -> bool:
+        """Whether the command is a server: it runs until it is ended, and the commands after it ask it."""
+        return re.search(r"(recycle_ds\.serve|recycle-ds serve)\b", self.text) is not None
 
     @property
     def added(self) -> str:

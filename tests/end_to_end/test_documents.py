@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from recycle_ds.data.sources import read_documents
 from tests.distributed import free_port, run_ranks
 from tests.documents import CLUSTER, ELSEWHERE, FILES, PROGRAMS, SMALL, Command, commands
 from tests.runs import ROOT, figures
+from tests.served import DocumentServer
 
 ALL = [command for file in FILES for command in commands(file)]
 RUN = [command for command in ALL if command.elsewhere is None and command.program not in CLUSTER]
@@ -68,27 +70,54 @@ def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: b
 
 def in_shell(command: Command, folder: Path) -> tuple[int, str, str]:
     """Runs a launcher, or a command that needs a shell, as a user does."""
+    return run_line(shell_line(command), folder)
+
+
+def shell_line(command: Command) -> str:
+    """The command for a shell. Other tests may use the default port, and the `deepspeed` on the PATH may belong to another
+    environment."""
     line = f"{command.text} {command.added}"
-    # other tests may use the default port, and the `deepspeed` on the PATH may belong to another environment
     line = re.sub("^deepspeed", f"python -m deepspeed.launcher.runner --master_port {free_port()}", line)
-    line = re.sub("^torchrun", f"torchrun --master-port {free_port()}", line)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return re.sub("^torchrun", f"torchrun --master-port {free_port()}", line)
+
+
+def run_line(line: str, folder: Path) -> tuple[int, str, str]:
+    """Runs a line of a shell."""
     done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "-c", line],
+        cwd=folder,
+        env=shell_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def shell_environment() -> dict[str, str]:
+    """The environment of a user's shell, with this repository's package and programs."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 _LAUNCHER = re.compile(r"^(torchrun --nproc-per-node 2|deepspeed --num_gpus 2) (-m |--module )?")
 
 
-def run(command: Command, folder: Path, launched: set[str]) -> tuple[int, str, str]:
+def run(command: Command, folder: Path, launched: set[str], server: DocumentServer) -> tuple[int, str, str]:
     """Runs a command. Returns its exit code, stdout and stderr.
 
-    launched: launchers that have run once. For later commands of the same launcher, ranks are forked from the harness's
-    server instead, with the variables that torchrun sets.
+    server: starts the command if it is one that serves, and is what `curl` asks. launched: launchers that have run once. For
+    later commands of the same launcher, ranks are forked from the harness's server instead, with the variables that
+    torchrun sets.
     """
+    if command.serves:
+        problem = server.start(shell_line(command))
+        return (0, "", "") if problem is None else (1, "", problem)
+    if command.program == "curl":
+        if shutil.which("curl") is None:
+            return 0, "curl is not installed", ""
+        return run_line(f"{server.asked(command.text)} --fail-with-body --silent --show-error", folder)
     launcher = _LAUNCHER.match(command.text)
     if launcher and launcher[1] in launched:
         program = f"python {'-m ' if launcher[2] else ''}{command.text[launcher.end() :]} {command.added}"
@@ -134,17 +163,29 @@ def test_the_documents_show_commands() -> None:
     assert {reason for command in ALL if (reason := command.elsewhere)} == set(ELSEWHERE.values())
 
 
+def client_example() -> str:
+    """The example of a client in docs/serving.md."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return str(example)
+
+
 @pytest.mark.ranks
 def test_every_command_runs_as_it_stands(folder: Path) -> None:
     """Prevents documented commands that fail because of wrong options, missing files or runs that share a folder."""
     failed: list[str] = []
     outputs: dict[str, str] = {}
     launched: set[str] = set()
+    server = DocumentServer(folder, shell_environment())
+    example: tuple[int, str, str] | None = None
     for command in RUN:
         if command.text in outputs:  # shown twice
             continue
-        code, out, err = run(command, folder, launched)
+        code, out, err = run(command, folder, launched, server)
         outputs[command.text] = out
+        if command.serves and code == 0 and not example:  # the first server needs no key
+            (folder / "client.py").write_text(server.asked(client_example()), encoding="utf-8")
+            example = run_line("python client.py", folder)
         if code != 0 or "Traceback" in err:
             failed.append(f"{command.where}: {command.text}\nexit code {code}\n{out[-2000:]}\n{err[-3000:]}")
         if "finished at step" in out:
@@ -152,7 +193,10 @@ def test_every_command_runs_as_it_stands(folder: Path) -> None:
                 f"{command.where}: its run_dir already contains another command's run"
             )
         assert "…" not in out, f"{command.where}: a table is truncated although there is no terminal"
+    failed += filter(None, [server.stop()])
     assert not failed, "\n\n".join(failed)
+    assert example is not None and example[0] == 0, example
+    assert re.search(r"^\d\.\d+ tokens per call of the full model$", example[1], re.MULTILINE), example
     runs = {name: figures(folder / "runs" / name) for name in ("deepspeed", "torchrun", "mpirun", "demo")}
     assert runs["deepspeed"] == runs["torchrun"] == runs["mpirun"], "the ranks of a launcher do not form one group"
     for left, right in zip(runs["deepspeed"], runs["demo"], strict=True):
