@@ -55,9 +55,11 @@ def test_the_page_has_nothing_inline_and_names_no_other_server() -> None:
     assert re.findall(r"<script(?![^>]*\ssrc=)|<style|\son\w+=|\sstyle=|javascript:", page) == []
     for file in (resources.files("recycle_ds.serving") / "static").iterdir():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
-        assert (
-            re.findall(r"https?://|@import|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text) == []
-        ), file.name
+        elsewhere = r"https?://|@import|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\("
+        assert re.findall(elsewhere, text) == [], file.name
+        assert re.findall(r"""(?:src|href)="/|(?:call|fetch)\(["'`]/""", text) == [], (
+            f"{file.name}: a path that a proxy moves"
+        )
 
 
 @pytest.mark.parametrize("path", ["/", "/static/page.js", "/static/page.css", "/run.json", "/static/none.js"])
