@@ -41,11 +41,7 @@ export class Answer {
     } catch (error) {
       this._flush();
       this._set(error.name === "AbortError" ? "stopped" : "failed");
-      if (error.name !== "AbortError") {
-        this.note.textContent = error.message;
-        this.note.hidden = false;
-        throw error;
-      }
+      if (error.name !== "AbortError") throw error;
     }
   }
 
@@ -92,7 +88,6 @@ export class Answer {
     this.figures = make("dl", { class: "figures" });
     this.bars = make("ol", { class: "bars" });
     this.acceptance = make("div", { class: "acceptance", hidden: true }, make("h4", {}, "Acceptance by draft position"), this.bars);
-    this.note = make("p", { class: "notice", hidden: true });
     this.element = make(
       "section",
       { class: "answer", "aria-label": `Answer, ${this.mode}`, "data-mode": this.mode },
@@ -101,7 +96,6 @@ export class Answer {
       this.bar,
       this.figures,
       this.tokens.element,
-      this.note,
       this.acceptance,
     );
   }

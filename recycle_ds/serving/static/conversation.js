@@ -124,6 +124,7 @@ export class Conversation {
     const verdict = turn.querySelector(".verdict");
     if (!left.tokens.ids.length || !right.tokens.ids.length) {
       verdict.textContent = "Same prompt, same settings";
+      verdict.hidden = right.ended; // nothing to compare
       return;
     }
     const found = compare(left, right);

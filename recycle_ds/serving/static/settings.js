@@ -22,6 +22,7 @@ export function offer(model) {
     }),
   );
   if (!both) $("modes").append(make("p", { class: "hint" }, "This model has no recycle module: there is nothing to compare."));
+  $("decode-as").hidden = false;
   $("kind").hidden = !model.chat;
   if (model.chat) document.querySelector("input[name=kind][value=chat]").checked = true;
   if (model.max_model_len) {
