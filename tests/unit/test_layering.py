@@ -47,8 +47,6 @@ PARTS = {
         *("errors", "parameters", "protocol", "text_stream", "speculation", "generation", "engine", "decoder"),
         *("loading", "console", "answers", "api", "ranks", "request", "batch", "bench"),
     ),
-        *("answers", "api", "ranks", "request", "batch", "bench"),
-    ),
 }
 # Entry points that may import other entry points; no other file may.
 CALLERS = ("cli", "demo")

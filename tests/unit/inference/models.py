@@ -48,11 +48,12 @@ def random_model(
 
 
 def overfitted_model(
-    tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110, stride: int = 1
+    tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110, stride: int = 1, max_positions: int = 128
 ) -> RecycleGPT:
     """A model overfitted on one repeating text. stride: tokens between the starts of two samples."""
     torch.manual_seed(0)
-    config = ModelConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab_size=vocab_size, max_positions=128)
+    shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+    config = ModelConfig(**shape, vocab_size=vocab_size, max_positions=max_positions)
     model = build_model(config, RecycleConfig(layers=1, depth=depth, loss_weight=1.0), seed=1)
     length = 48
     starts = range(0, len(tokens), stride)
