@@ -18,9 +18,10 @@ import openai
 import uvicorn
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
 from recycle_ds.serving.settings import ServerSettings
 from recycle_ds.serving.state import ServedModel, State
@@ -66,7 +67,7 @@ def engine_of(loaded: LoadedModel, **options: Any) -> DecodingEngine:
     """An engine as `serve` builds it."""
     tokenizer = loaded.tokenizer
     options = {"max_batch": 4, "eos_ids": tokenizer.end_ids} | options
-    return local_engine(loaded.model, text_source=lambda: TextStream(tokenizer), **options)
+    return local_engine(loaded.model, text_source=lambda prompt: TextStream(tokenizer, after=prompt), **options)
 
 
 @dataclass
