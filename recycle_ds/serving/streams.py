@@ -30,7 +30,7 @@ class Channel:
     def receive(self, events: Iterable[Event]) -> None:
         """Takes in events. Unread tokens of one answer become one Delta: a reader that sleeps costs no more memory than
         the answers themselves."""
-        for event in events:
+        for event in () if self.complete else events:
             if isinstance(event, Delta):
                 self._tokens.setdefault(event.index, []).extend(event.tokens)
                 continue

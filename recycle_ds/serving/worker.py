@@ -7,6 +7,7 @@ undone can hold up a step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -17,7 +18,7 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import SamplingParams
-from recycle_ds.parallel.peers import lost_peer
+from recycle_ds.parallel.peers import PeerLost, lost_peer
 from recycle_ds.serving.accepted import Answer, Request
 from recycle_ds.serving.events import Failed
 from recycle_ds.serving.refusals import Draining, EngineFailed, QueueFull
@@ -25,6 +26,7 @@ from recycle_ds.serving.statistics import AcceptanceByContext, Statistics, lates
 from recycle_ds.serving.streams import Channel, Stream, deliver
 
 _log = logging.getLogger("recycle_ds.serving")
+RANK_LOST = "a rank of the server is lost; its log names it"
 _POLL = 0.05
 
 
@@ -123,6 +125,16 @@ class Worker:
         """Refuses new requests and ends accepted ones after the step under way: their streams get a Failed."""
         self.drain()
         self._inbox.put(_Stop(error))
+
+    def give_up(self, error: str) -> None:
+        """Fails all accepted requests at once, whatever the engine's thread waits for: another rank is lost. The engine is not
+        used again."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = error
+            self._failed += self._open
+        self._tell_failure(error, list(self._requests.values()))
 
     def join(self, timeout: float | None = None) -> bool:
         """Waits for the end of `run`. Returns whether it has ended. Not to be called in an event loop."""
@@ -264,17 +276,22 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         """After an exception. The engine is not used again."""
         text = f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if lost_peer(error) is not None:  # `Liveness` finds out which one
-            text = "a rank of the server is lost; its log names it"
+        if isinstance(error, PeerLost) or lost_peer(error) is not None:  # `Liveness` finds out which one
+            text = RANK_LOST
         else:
             _log.error("the engine failed", exc_info=error)
         with self._lock:
-            self.error, self.failure = error, text
-            self._failed, self._open = self._failed + self._open, 0
+            known, self.error, self.failure = self.failure, error, self.failure or text
+            self._failed, self._open = self._failed + (0 if known else self._open), 0
         self.engine.abort()
-        requests = list(self._requests.values())
-        while not self._inbox.empty():
-            message = self._inbox.get_nowait()
-            if isinstance(message, Request):
-                requests.append(message)
-        deliver([(request.channel, [Failed(self.failure)]) for request in requests if not request.closed])
+        if not known:
+            self._tell_failure(text, list(self._requests.values()))
+
+    def _tell_failure(self, text: str, requests: list[Request]) -> None:
+        """Ends the streams of these requests, and of those that the engine's thread has not seen."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if isinstance(message, Request):
+                    requests.append(message)
+        deliver([(request.channel, [Failed(text)]) for request in requests if not request.closed])

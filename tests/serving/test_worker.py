@@ -270,6 +270,36 @@ def test_an_exception_in_the_engine_fails_every_stream(caplog: pytest.LogCapture
     assert "Traceback" in caplog.text
 
 
+def test_a_lost_rank_fails_every_stream_at_once() -> None:
+    """Prevents clients that wait for a step that no rank will ever complete, and events that come after the error."""
+    worker = Worker(engine_of(max_batch=2))
+    entered, leave = threading.Event(), threading.Event()
+    step = worker.engine._step
+
+    def hanging() -> Any:
+        entered.set()
+        assert leave.wait(30)
+        return step()
+
+    worker.engine._step = hanging  # type: ignore[method-assign]
+
+    async def main() -> None:
+        streams = [worker.submit([1, 2], LONG) for _ in range(3)]
+        assert await asyncio.to_thread(entered.wait, 30)
+        late = worker.submit([1, 2], LONG)
+        worker.give_up("rank 1 is lost")
+        for stream in (*streams, late):
+            assert await read(stream) == ({}, {}, [Failed("rank 1 is lost")])
+        leave.set()
+        assert not worker.alive
+        with pytest.raises(EngineFailed, match="rank 1 is lost"):
+            worker.submit([1, 2], LONG)
+
+    worker.start()
+    asyncio.run(main())
+    worker.drain()
+
+
 def test_drain_completes_what_was_accepted() -> None:
     """Prevents an accepted request from being lost at shutdown, and a new one from prolonging it."""
     worker = Worker(engine_of(max_batch=1))

@@ -20,6 +20,7 @@ from recycle_ds.serving.process.engine_thread import EngineThread, ModelSettings
 from recycle_ds.serving.process.http import HttpServer
 from recycle_ds.serving.process.stopping import JOB_ENDS, StopSignals
 from recycle_ds.serving.state import State
+from recycle_ds.serving.worker import RANK_LOST
 
 ENGINE_FAILED = 1
 """Exit code after an exception in the engine."""
@@ -93,6 +94,8 @@ def _end_on_loss(state: State, seconds: float) -> Callable[[str], None]:
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)
         state.failure = text or "another rank is lost"
+        if state.model is not None:
+            state.model.worker.give_up(RANK_LOST)
         time.sleep(seconds)
         os._exit(PEER_LOST)
 
