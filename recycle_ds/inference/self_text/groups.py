@@ -70,21 +70,24 @@ class Demand:
     """What must be written: `held_out` groups of the evaluation side, and as many groups to train on as have `tokens`.
 
     largest: most tokens that a group can have. limit: number of groups that can be written at all; None: any number.
+    patience: how many of the first groups may be without text before the job gives up.
     """
 
     held_out: int
     tokens: int
     largest: int
     limit: int | None = None
+    patience: int = 4
 
     def needed(self, finished: Mapping[Group, int]) -> int:
         """How many groups to train on are needed, from the first. Exact if all of these are finished, else an estimate
         from those that are."""
         known = {group.number: tokens for group, tokens in finished.items() if group.side == TRAIN}
-        usual = sum(known.values()) / len(known) if known else self.largest
-        if known and not usual:
+        found = sum(known.values())
+        usual = found / len(known) if found else self.largest
+        if not found and all(number in known for number in range(self.patience)):
             raise DecodingError(
-                f"no row of {len(known)} groups has enough text of the model's own: lower --min-tokens, allow more "
+                f"no row of the first {len(known)} groups has enough text of the model's own: lower --min-tokens, allow more "
                 "--repeats, or use other prompts or temperatures"
             )
         total, number = 0.0, 0

@@ -13,33 +13,30 @@ from typing import Any
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.checkpoint.provenance import provenance
-from recycle_ds.data.reading.chat import ChatTemplate
-from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.batch.claims import Claim
 from recycle_ds.inference.batch.parts import remove_parts, remove_unfinished
 from recycle_ds.inference.batch.parts_record import RECORD, read_record
-from recycle_ds.inference.engine.build import BLOCK_SIZE
-from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.loading import engine_of, load
+from recycle_ds.inference.loading import load
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.self_text.decoding import write_rows
 from recycle_ds.inference.self_text.exclusion import Exclusion
 from recycle_ds.inference.self_text.groups import Demand, Group, GroupFolder
 from recycle_ds.inference.self_text.output import OutputFolder
+from recycle_ds.inference.self_text.preparation import chat_frame, check_prompts, text_engine
 from recycle_ds.inference.self_text.progress import TextProgress
 from recycle_ds.inference.self_text.prompts import PromptSet
 from recycle_ds.inference.self_text.row import Writer
 from recycle_ds.inference.self_text.rows import TRAIN, VALIDATION, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
-from recycle_ds.inference.self_text.turns import ChatFrame
-from recycle_ds.parallel.device import free_memory, torch_dtype
 from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, Job, errors_of_host, job_of
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
 _MARGIN = 15.0
 """Seconds before the end of the job at which nothing more is written."""
+_PATIENCE = 64
+"""Rows without enough text of the model's own, from the first, after which the job gives up."""
 _LOOK = 2.0
 """Seconds between looks at what other processes have finished."""
 
@@ -126,11 +123,11 @@ class _Work:
             raise DecodingError(
                 f"--row-tokens {settings.row_tokens}: the model's context holds {loaded.model.max_positions} tokens; lower it"
             )
-        chat = None if settings.raw else _chat_frame(loaded)
-        _check_prompts(request, chat, loaded.tokenizer, ranks.rank)
+        chat = None if settings.raw else chat_frame(loaded)
+        check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
         self._writer = Writer(settings, loaded.tokenizer, chat, request.exclusion)
         self._planner = RowPlanner(settings, request.prompts)
-        self._engine = _engine(loaded, settings, ranks)
+        self._engine = text_engine(loaded, settings, ranks.on_host)
         self._engine.check([0], SamplingParams(max_new_tokens=1), settings.mode)
         self._groups = GroupFolder(request.output.parts)
         self._demand = self._make_demand()
@@ -144,7 +141,8 @@ class _Work:
                 "cannot give so many; give more prompts, or --temperatures above 0"
             )
         held_out, limit = -(-settings.held_out // size), None if rows is None else -(-rows // size)
-        return Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit)
+        patience = -(-_PATIENCE // size)
+        return Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit, patience)
 
     def run(self) -> bool:
         """Writes groups until all are finished. Returns False if the job must end before."""
@@ -236,65 +234,3 @@ class _Work:
         rows = {side: self._groups.rows(side) for side in sides}
         source = f"text that {self._loaded.path} wrote"
         return request.output.write(rows, settings.tokens, tokenizer, source, recipe, manifest)
-
-
-def _chat_frame(loaded: LoadedModel) -> ChatFrame | None:
-    """The frame of the model's chats; None for a model without a chat template. Raises DataError for one that cannot be
-    used."""
-    tokenizer = loaded.tokenizer
-    beside = Path(tokenizer.name).with_name("chat_template.jinja").is_file()
-    if not beside and not tokenizer.config.get("chat_template"):
-        return None
-    return ChatFrame(ChatTemplate.load(tokenizer.name, tokenizer), tokenizer)
-
-
-def _check_prompts(request: SelfText, chat: ChatFrame | None, tokenizer: Tokenizer, rank: int) -> None:
-    """Raises DecodingError or DataError for prompts that cannot be used with the model."""
-    if chat is not None and chat.frame.question_end is None and request.settings.free:
-        raise DecodingError(
-            f"--free {request.settings.free}: the model's chat template writes no special token after a user's message, so "
-            "that the model cannot end one of its own; use --free 0"
-        )
-    pattern, known = tokenizer.special_pattern, set[tuple[str, ...]]()
-    marked = 0
-    for prompt in (*request.prompts.train, *request.prompts.held_out):
-        if chat is None and (prompt.form == "messages" or prompt.follow_ups):
-            raise DecodingError(f"{prompt.where}: a chat, but the model has no chat template; give raw texts")
-        if chat is not None and prompt.follow_ups and chat.frame.answer_end is None:
-            raise DecodingError(
-                f"{prompt.where}: follow_ups, but the chat template writes no special token after an answer"
-            )
-        marked += chat is not None and prompt.form == "prompt" and bool(pattern.search(prompt.content))
-        if chat is not None and prompt.form == "messages":
-            roles = tuple(one["role"] for one in prompt.content)
-            if roles not in known:  # templates refuse chats by their roles
-                chat.first(prompt)
-                known.add(roles)
-    if marked and not rank:
-        print(
-            f"note: {marked} prompts contain special tokens of the model, which are plain text in a user's message; give "
-            "prompts that are complete already under `text`",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _engine(loaded: LoadedModel, settings: SelfTextSettings, ranks: Ranks) -> DecodingEngine:
-    """An engine whose cache has room for a full batch of full rows, so that none is ever preempted. Raises DecodingError if
-    the memory does not suffice."""
-    model, config = loaded.model, loaded.model.config
-    layers = config.layers + model.recycle_layers
-    hidden = config.hidden if model.recycle_layers else 0
-    element = torch_dtype(settings.dtype).itemsize
-    slot = (2 * config.kv_heads * config.dim_per_head * layers + hidden) * element + 8
-    device = next(model.parameters()).device
-    # of a row: a step may write behind its last token, and its blocks need not be full
-    slots = settings.max_batch * (settings.row_tokens + 4 * BLOCK_SIZE)
-    sharers = ranks.on_host if device.type == "cpu" else 1
-    room = free_memory(device) // (2 * sharers)
-    if slots * slot > room:
-        raise DecodingError(
-            f"--max-batch {settings.max_batch}: rows of {settings.row_tokens} tokens need {slots * slot / 2**30:.3g} GiB of KV "
-            f"cache, half of the free memory is {room / 2**30:.3g} GiB; lower --max-batch or --row-tokens"
-        )
-    return engine_of(loaded, settings.max_batch, slots * slot / 2**30, ranks.on_host)
