@@ -23,7 +23,7 @@ def self_generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="jsonl file of objects with a prompt, messages or a raw text, or txt file of prompts; by default all prompts "
+            help="jsonl file of objects with a prompt or messages, or txt file of prompts; by default all prompts "
             "are the model's own.",
         ),
     ] = None,

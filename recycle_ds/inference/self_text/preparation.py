@@ -12,7 +12,7 @@ from recycle_ds.inference.engine.build import BLOCK_SIZE
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of
-from recycle_ds.inference.self_text.prompts import PromptSet
+from recycle_ds.inference.self_text.prompts import MESSAGES, PROMPT, PromptSet
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.turns import ChatFrame
 from recycle_ds.parallel.device import free_memory, torch_dtype
@@ -41,14 +41,14 @@ def check_prompts(
     pattern, known = tokenizer.special_pattern, set[tuple[str, ...]]()
     marked = 0
     for prompt in (*prompts.train, *prompts.held_out):
-        if chat is None and (prompt.form == "messages" or prompt.follow_ups):
+        if chat is None and (prompt.form == MESSAGES or prompt.follow_ups):
             raise DecodingError(f"{prompt.where}: a chat, but the model has no chat template; give raw texts")
         if chat is not None and prompt.follow_ups and chat.frame.answer_end is None:
             raise DecodingError(
                 f"{prompt.where}: follow_ups, but the chat template writes no special token after an answer"
             )
-        marked += chat is not None and prompt.form == "prompt" and bool(pattern.search(prompt.content))
-        if chat is not None and prompt.form == "messages":
+        marked += chat is not None and prompt.form == PROMPT and bool(pattern.search(prompt.content))
+        if chat is not None and prompt.form == MESSAGES:
             roles = tuple(one["role"] for one in prompt.content)
             if roles not in known:  # templates refuse chats by their roles
                 chat.first(prompt)
@@ -56,7 +56,7 @@ def check_prompts(
     if marked and warn:
         print(
             f"note: {marked} prompts contain special tokens of the model, which are plain text in a user's message; give "
-            "prompts that are complete already under `text`",
+            "a prompt that is complete already the key `raw`: true",
             file=sys.stderr,
             flush=True,
         )

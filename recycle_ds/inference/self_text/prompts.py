@@ -13,13 +13,14 @@ from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.self_text.exclusion import Exclusion
 from recycle_ds.inference.self_text.lines import numbered_lines, parse_object
 
-_KINDS_OF_PROMPT = ("prompt", "messages", "text")
+PROMPT, MESSAGES, RAW = "prompt", "messages", "raw"
+"""Forms of a prompt: a user's message, a list of messages, a text to be continued as it is."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. where: file and line. content: a user's message (`prompt`), a list of messages (`messages`) or a raw text
-    (`text`), by `form`. follow_ups: the user's next messages; after them the model writes the user's turns itself."""
+    """One prompt. where: file and line. form: PROMPT, MESSAGES or RAW. content: a text, or a list of messages. follow_ups:
+    the user's next messages; after them the model writes the user's turns itself."""
 
     where: str
     form: str
@@ -95,28 +96,30 @@ def read_prompts(path: Path) -> list[Prompt]:
     found = []
     for number, line in numbered_lines(path):
         where = f"{path}:{number}"
-        found.append(_from_object(parse_object(line, where), where) if jsonl else Prompt(where, "prompt", line.strip()))
+        found.append(_from_object(parse_object(line, where), where) if jsonl else Prompt(where, PROMPT, line.strip()))
     if not found:
         raise DecodingError(f"{path}: no prompts; write one on each line")
     return found
 
 
 def _from_object(record: dict[str, Any], where: str) -> Prompt:
-    forms = [key for key in _KINDS_OF_PROMPT if record.get(key) is not None]
+    forms = [key for key in (PROMPT, MESSAGES) if record.get(key) is not None]
     if len(forms) != 1:
-        raise DecodingError(f"{where}: give one of {', '.join(_KINDS_OF_PROMPT)}, not {' and '.join(forms) or 'none'}")
-    content = record[forms[0]]
-    if forms == ["messages"]:
+        raise DecodingError(f"{where}: give a prompt or messages, not {'both' if forms else 'neither'}")
+    content, raw = record[forms[0]], record.get("raw", False)
+    if not isinstance(raw, bool) or (raw and forms == [MESSAGES]):
+        raise DecodingError(f"{where}: raw must be true or false, and true only for a prompt")
+    if forms == [MESSAGES]:
         if not _is_chat(content):
             raise DecodingError(
                 f'{where}: messages must be a list of {{"role": ..., "content": ...}} with texts, the last one a user\'s'
             )
     elif not (isinstance(content, str) and content.strip()):
-        raise DecodingError(f"{where}: {forms[0]} must be a text that is not blank")
+        raise DecodingError(f"{where}: the prompt must be a text that is not blank")
     follow_ups = record.get("follow_ups") or []
-    if not _are_texts(follow_ups) or (follow_ups and forms == ["text"]):
+    if not _are_texts(follow_ups) or (follow_ups and raw):
         raise DecodingError(f"{where}: follow_ups must be a list of texts, the user's next messages after a prompt")
-    return Prompt(where, forms[0], content, tuple(follow_ups), str(record.get("kind") or ""))
+    return Prompt(where, RAW if raw else forms[0], content, tuple(follow_ups), str(record.get("kind") or ""))
 
 
 def _is_chat(value: Any) -> bool:

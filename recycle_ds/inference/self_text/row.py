@@ -9,6 +9,7 @@ from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.self_text.exclusion import Exclusion
 from recycle_ds.inference.self_text.loops import Repetition
+from recycle_ds.inference.self_text.prompts import RAW
 from recycle_ds.inference.self_text.rows import RowPlan
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.turns import ChatFrame
@@ -56,7 +57,7 @@ class Row:
             start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             self._give([start], OPENING)
             self._start = int(tokenizer.bos_id is None)  # the end of the document before is not part of this one
-        elif chat is not None and prompt.form != "text":
+        elif chat is not None and prompt.form != RAW:
             self._give(chat.first(prompt), ANSWER)
         else:
             self._give(tokenizer.encode(prompt.content), TEXT)

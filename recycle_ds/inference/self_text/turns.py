@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from recycle_ds.data.reading.chat import ChatTemplate, encode_chat
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.self_text.prompts import Prompt
+from recycle_ds.inference.self_text.prompts import MESSAGES, Prompt
 
 _MARKS = ("FIRSTQUESTION", "FIRSTANSWER", "SECONDQUESTION")
 
@@ -58,7 +58,7 @@ class ChatFrame:
     def first(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt, up to where the answer begins. Raises DataError if the template refuses it."""
         content = prompt.content
-        messages = content if prompt.form == "messages" else [{"role": "user", "content": content}]
+        messages = content if prompt.form == MESSAGES else [{"role": "user", "content": content}]
         chat = self._template.render(messages, prompt.where, prompt.form, add_generation_prompt=True)
         assert chat is not None, "a prompt has messages"
         return encode_chat(self._tokenizer, chat)

@@ -30,13 +30,13 @@ def test_all_forms_of_prompts_are_read(tmp_path: Path) -> None:
         {"prompt": "Hello", "follow_ups": ["And then?"], "kind": "chat"},
         "",
         {"messages": messages},
-        {"text": "Once upon"},
+        {"prompt": "Once upon", "raw": True},
     )
     found = read_prompts(path)
     assert [(one.form, one.where.rpartition(":")[2]) for one in found] == [
         ("prompt", "1"),
         ("messages", "3"),
-        ("text", "4"),
+        ("raw", "4"),
     ]
     assert (found[0].follow_ups, found[0].kind, found[1].content) == (("And then?",), "chat", messages)
     lines = read_prompts(write(tmp_path / "p.txt", "Hello", "", " Why? "))
@@ -48,13 +48,14 @@ def test_all_forms_of_prompts_are_read(tmp_path: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[1]", "expected an object"),
-        ('{"prompt": "a", "text": "b"}', "give one of"),
-        ('{"question": "a"}', "not none"),
+        ('{"prompt": "a", "messages": []}', "not both"),
+        ('{"question": "a"}', "not neither"),
         ('{"prompt": " "}', "not blank"),
         ('{"prompt": 3}', "must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last one a user's"),
         ('{"messages": "a"}', "must be a list"),
-        ('{"text": "a", "follow_ups": ["b"]}', "follow_ups"),
+        ('{"prompt": "a", "raw": true, "follow_ups": ["b"]}', "follow_ups"),
+        ('{"prompt": "a", "raw": "yes"}', "raw must be"),
         ('{"prompt": "\\ud800"}', "unpaired surrogate"),
     ],
 )

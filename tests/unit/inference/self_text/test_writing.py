@@ -85,7 +85,7 @@ def rows(
 PROMPTS = (
     Prompt("f:1", "prompt", "abc def", kind="word"),
     Prompt("f:2", "messages", [{"role": "system", "content": "abc"}, {"role": "user", "content": "def <|im_end|>"}]),
-    Prompt("f:3", "text", "abc abc"),
+    Prompt("f:3", "raw", "abc abc"),
     Prompt("f:4", "prompt", "fgh", ("aaa bbb", "ccc")),
 )
 
@@ -142,7 +142,7 @@ def test_rows_do_not_depend_on_what_is_written_beside_them(template: str | None)
     assert together[5:9] == rows(given, 4, prompts, first=5)
     assert rows(replace(given, settings=replace(given.settings, mode="verified")), 12, prompts) == together
     assert len({tuple(row["ids"]) for row in together}) == 12
-    assert {row["kind"] for row in together} >= {"free", "word", "text"}
+    assert {row["kind"] for row in together} >= {"free", "word", "raw"}
 
 
 def test_a_chat_row_has_several_turns_and_greedy_answers() -> None:
@@ -190,7 +190,7 @@ def test_rows_end_where_they_repeat_themselves() -> None:
     looping = random_model(299, seed=5, layers=1, max_positions=128, std=0.05)
     settings = {"free": 0.0, "temperatures": (0.0,), "ngram": 4}
     uncut, cut = (writer(None, repeats=repeats, **settings) for repeats in (0, 2))
-    plan = RowPlan(TRAIN, 0, Prompt("f:1", "text", "abc"), 0.0, 0)
+    plan = RowPlan(TRAIN, 0, Prompt("f:1", "raw", "abc"), 0.0, 0)
     found = []
     for given in (uncut, cut):
         written: list[int] = []
