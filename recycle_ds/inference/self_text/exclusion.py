@@ -28,17 +28,15 @@ class Exclusion:
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._runs: dict[int, set[tuple[str, ...]]] = {}
         self._equal: set[tuple[str, ...]] = set()
-        self.texts = 0
-        """Number of excluded texts."""
-        for text in texts:
-            words = _words(text)
-            self.texts += bool(words)
+        distinct = {_words(text) for text in texts} - {()}
+        self.texts = len(distinct)
+        """Number of different excluded texts."""
+        for words in distinct:
             if len(words) < _SHORT:
                 self._equal.add(words)
             else:
                 length = min(len(words), _LONG)
                 self._runs.setdefault(length, set()).update(_runs(words, length))
-        self._equal.discard(())
 
     @property
     def digest(self) -> str:

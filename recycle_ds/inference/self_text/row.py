@@ -56,7 +56,7 @@ class Row:
         elif prompt is None:
             start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             self._give([start], OPENING)
-            self._start = int(tokenizer.bos_id is None)  # the end of the document before is not part of this one
+            self._start = int(start == tokenizer.eos_id)  # the end of the document before is not part of this one
         elif chat is not None and prompt.form != RAW:
             self._give(chat.first(prompt), ANSWER)
         else:

@@ -97,8 +97,8 @@ def test_excluded_texts_are_recognised(tmp_path: Path) -> None:
     path = write(
         tmp_path / "bench.jsonl", {"turns": [QUESTION, "Explain it."], "id": 3}, {"question": "Who wrote the Iliad?"}
     )
-    exclusion = Exclusion(read_texts(path))
-    assert exclusion.texts == 3
+    exclusion = Exclusion([*read_texts(path), "explain it", ""])
+    assert exclusion.texts == 3, "texts that differ in punctuation are one"
     for text in (
         QUESTION,
         f"Please solve this:\n{QUESTION.upper().replace(' ', '  ')}\nThink first.",

@@ -179,6 +179,8 @@ def test_follow_ups_of_the_file_come_before_turns_of_the_model() -> None:
 def test_a_model_without_template_writes_documents() -> None:
     """Prevents an end-of-text token at the start of a row, and rows of a base model that are all equal."""
     found = rows(writer(None, free=1.0, temperatures=(0.0,)), 6)
+    same = Tokenizer(tokenizer().to_json(), {"eos_token": END, "bos_token": END}, name="start and end are one")
+    assert rows(replace(writer(None, free=1.0, temperatures=(0.0,)), tokenizer=same), 6) == found
     assert len({tuple(row["ids"]) for row in found}) == 6
     assert all(
         row["ids"][0] != tokenizer().eos_id and row["own"] - len(row["ids"]) in (0, 1) for row in found if row["ids"]
