@@ -45,7 +45,7 @@ class LoadSettings:
         for name, value, least in (
             ("max_new_tokens", self.max_new_tokens, 2),
             ("repeats", self.repeats, 1),
-            ("requests", self.requests or 1, 1),
+            ("requests", 1 if self.requests is None else self.requests, 1),
         ):
             if value < least:
                 raise ServingError(f"{name}={value}: must be at least {least}")
