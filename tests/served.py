@@ -57,7 +57,8 @@ class DocumentServer:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         launched = self._command.startswith(("torchrun", "deepspeed", "mpirun", "python -m deepspeed"))
-        if (code == 0 or launched) and "Traceback" not in self._log():
+        # a launcher prints a trace of its own, and ends with a code of its own
+        if "drained in" in self._log() and (launched or (code == 0 and "Traceback" not in self._log())):
             return None
         return f"{self._command}: exit code {code} after SIGTERM\n{self._log()}"
 
@@ -73,4 +74,4 @@ class DocumentServer:
             return False
 
     def _log(self) -> str:
-        return (self._folder / ".tmp-served").read_text(errors="replace")[-3000:]
+        return (self._folder / ".tmp-served").read_text(errors="replace")[-9000:]

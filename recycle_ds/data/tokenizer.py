@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: loading, training, fingerprints, encoding, incremental decoding."""
+"""Tokenizers of the `tokenizers` library: loading, training, fingerprints, encoding, decoding."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ END_OF_TEXT = "<|endoftext|>"
 _KNOWN_EOS = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|eos|>", "[EOS]")
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]")
 _BYTES = 256
-_REPLACEMENT = "\ufffd"
-_LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class Tokenizer:
@@ -248,51 +246,3 @@ class Tokenizer:
         named = (one for one in ids if one in self.token_ids)
         well_known = (self._id_of(token) for token in known)
         return next((one for one in (*named, *well_known) if one is not None), None)
-
-
-class TextStream:
-    """Decodes a growing sequence of tokens into pieces of text that can be printed immediately.
-
-    The concatenated pieces equal `decode` of all ids. Ids are decoded together with those of the previous piece,
-    because decoders treat the first token of their input differently (SentencePiece drops its leading space)."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._context: list[int] = []  # ids of the last piece, returned completely
-        self._pending: list[int] = []  # ids after those
-        self._shown = 0  # characters of the pending ids' text already returned
-
-    def feed(self, token_id: int) -> str:
-        """Add one id and return the text that it completes; empty inside a multi-byte character."""
-        if self._skip and token_id in self._tokenizer.special_ids:
-            return ""  # as in decode: dropped before its neighbours are decoded
-        self._pending.append(token_id)
-        text = self._pending_text()
-        held = len(text) - len(text.rstrip(_REPLACEMENT))
-        # A trailing U+FFFD may be the start of a character. If four tokens did not complete it, it is not (or the text
-        # contains U+FFFD), and only as many are held back as could still start another character.
-        if len(self._pending) > _LONGEST_CHARACTER:
-            held = min(held, _LONGEST_CHARACTER - 1)
-        end = len(text) - held
-        piece = text[self._shown : end]
-        self._shown = max(self._shown, end)
-        if text and not held:
-            self._context, self._pending, self._shown = self._pending, [], 0
-        return piece
-
-    def flush(self) -> str:
-        """Return the text held back, at the end of the sequence, and reset the stream."""
-        piece = self._pending_text()[self._shown :]
-        self._context, self._pending, self._shown = [], [], 0
-        return piece
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether `flush` may return text: the latest tokens are not complete, or not known to be."""
-        return bool(self._pending)
-
-    def _pending_text(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
-        return both[len(before) :]

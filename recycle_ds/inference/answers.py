@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.console import TokenPrinter
 from recycle_ds.inference.engine.engine import DecodingEngine
-from recycle_ds.inference.engine.sequence import Sequence
+from recycle_ds.inference.engine.sequence import Sequence as Decoded
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.text_stream import TextStream
 
 Key = TypeVar("Key")
 
@@ -48,7 +49,7 @@ def answer_all(
     Prompts that are still running when the iterator is closed are cancelled.
     """
     source = iter(jobs)
-    running: dict[Key, tuple[Job[Key], list[Sequence]]] = {}
+    running: dict[Key, tuple[Job[Key], list[Decoded]]] = {}
     exhausted = False
     try:
         while True:
@@ -79,18 +80,22 @@ def answer_all(
                 engine.cancel(sequence)
 
 
-def text_of(tokenizer: Tokenizer, params: SamplingParams, token_ids: Iterable[int]) -> str:
-    """The text of new tokens, cut before the first stop string, without tokens that end it."""
+def text_of(
+    tokenizer: Tokenizer, params: SamplingParams, token_ids: Iterable[int], prompt_ids: Sequence[int] = ()
+) -> str:
+    """The text that new tokens add to a prompt, cut before the first stop string, without tokens that end it."""
     hidden = tokenizer.end_ids | set(params.stop_tokens)
-    printer = TokenPrinter(TextStream(tokenizer), params.stop, hidden, "", None)
+    printer = TokenPrinter(TextStream(tokenizer, after=prompt_ids), params.stop, hidden, "", None)
     ids = list(token_ids)
     printer.feed(ids, [False] * len(ids))
     printer.finish()
     return printer.text
 
 
-def _answer(tokenizer: Tokenizer, job: Job[Key], sequence: Sequence) -> Answer:
+def _answer(tokenizer: Tokenizer, job: Job[Key], sequence: Decoded) -> Answer:
     assert sequence.ended_at is not None
     generation = sequence.generation(sequence.ended_at)
     values = {field.name: getattr(generation, field.name) for field in fields(Generation)}
-    return Answer(**values, prompt=job.prompt, text=text_of(tokenizer, job.params, generation.token_ids))
+    prompt_ids = sequence.tokens[: sequence.prompt_tokens]
+    text = text_of(tokenizer, job.params, generation.token_ids, prompt_ids)
+    return Answer(**values, prompt=job.prompt, text=text)

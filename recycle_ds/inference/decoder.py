@@ -12,7 +12,7 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.sequence import OnTokens
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.parameters import SamplingParams, TokenSampling
-from recycle_ds.inference.protocol import TextSource
+from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.model import RecycleGPT
 
 _GREEDY = TokenSampling()
@@ -29,7 +29,7 @@ class Decoder:
         self,
         model: RecycleGPT,
         eos_id: int | Iterable[int] | None = None,
-        text_source: Callable[[], TextSource] | None = None,
+        text_source: NewTextSource | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)

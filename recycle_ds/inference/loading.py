@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
-from recycle_ds.data.tokenizer import TextStream
 from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.parameters import check_runtime
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -28,7 +28,7 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:
     """A decoder that stops at the tokenizer's end tokens and supports stop strings."""
-    return Decoder(loaded.model, loaded.tokenizer.end_ids, lambda: TextStream(loaded.tokenizer))
+    return Decoder(loaded.model, loaded.tokenizer.end_ids, lambda prompt: TextStream(loaded.tokenizer, after=prompt))
 
 
 def engine_of(
@@ -41,7 +41,7 @@ def engine_of(
         kv_memory_gib=kv_memory_gib,
         ranks_on_host=ranks_on_host,
         eos_ids=loaded.tokenizer.end_ids,
-        text_source=lambda: TextStream(loaded.tokenizer),
+        text_source=lambda prompt: TextStream(loaded.tokenizer, after=prompt),
     )
 
 
@@ -56,5 +56,5 @@ def team_engine_of(
         kv_memory_gib=kv_memory_gib,
         ranks_on_host=ranks_on_host,
         eos_ids=loaded.tokenizer.end_ids,
-        text_source=lambda: TextStream(loaded.tokenizer),
+        text_source=lambda prompt: TextStream(loaded.tokenizer, after=prompt),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -13,3 +14,7 @@ class TextSource(Protocol):
 
     def flush(self) -> str:
         """Returns the text still held back. To be called at the end of the sequence."""
+
+
+NewTextSource = Callable[[Sequence[int]], TextSource]
+"""Creates the detokeniser of an answer, given the ids of its prompt."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import TextIO
 
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.answers import Job, answer_all
 from recycle_ds.inference.console import TokenPrinter, figures_line, wants_colour
 from recycle_ds.inference.decoder import decode_one
@@ -18,6 +18,7 @@ from recycle_ds.inference.generation import DecodingInterrupted, Generation
 from recycle_ds.inference.loading import engine_of, load, team_engine_of
 from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode, check_runtime
 from recycle_ds.inference.ranks import Ranks
+from recycle_ds.inference.text_stream import TextStream
 
 
 class Request:
@@ -52,10 +53,11 @@ class Request:
         colour = not as_json and wants_colour(out)
         hidden = tokenizer.end_ids | set(self.params.stop_tokens)
         target = None if as_json else out
-        printer = TokenPrinter(TextStream(tokenizer), self.params.stop, hidden, self.mode, target, colour)
+        prompt_ids = tokenizer.encode(self.prompt)
+        text = TextStream(tokenizer, after=prompt_ids)
+        printer = TokenPrinter(text, self.params.stop, hidden, self.mode, target, colour)
         interrupted = False
         try:
-            prompt_ids = tokenizer.encode(self.prompt)
             generation = decode_one(engine, prompt_ids, self.params, self.mode, printer.feed)
         except DecodingInterrupted as interrupt:
             generation, interrupted = interrupt.generation, True

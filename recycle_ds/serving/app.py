@@ -13,6 +13,7 @@ from starlette.responses import Response
 from recycle_ds.serving.access import warning_about
 from recycle_ds.serving.conduct.log import Record
 from recycle_ds.serving.conduct.middleware import Conduct, respond
+from recycle_ds.serving.page import page_router
 from recycle_ds.serving.protocol.errors import ApiError
 from recycle_ds.serving.routes import answers, status, tokenizing
 from recycle_ds.serving.routes.schemas import document
@@ -37,6 +38,7 @@ def create_app(
     app.state.service = service
     for router in (answers.router, tokenizing.router, status.router):
         app.include_router(router)
+    app.include_router(page_router(settings.run_folder))
     app.add_middleware(Conduct, service=service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
+from tests.serving.page_model import chromium, make_page_model
 from tests.serving.processes import write_model
 from tests.serving.servers import Server, make_model, serving
 
@@ -16,6 +18,19 @@ from tests.serving.servers import Server, make_model, serving
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """The tiny model."""
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def page_model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The tiny model of the browser tests, whose texts contain HTML."""
+    return make_page_model(tmp_path_factory.mktemp("page_model"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless browser. Of one file only: until it is closed, this thread cannot run another event loop."""
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ import openai
 import uvicorn
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
 from recycle_ds.serving.conduct.connections import server_config
 from recycle_ds.serving.settings import ServerSettings
@@ -67,7 +68,7 @@ def engine_of(loaded: LoadedModel, **options: Any) -> DecodingEngine:
     """An engine as `serve` builds it."""
     tokenizer = loaded.tokenizer
     options = {"max_batch": 4, "eos_ids": tokenizer.end_ids} | options
-    return local_engine(loaded.model, text_source=lambda: TextStream(tokenizer), **options)
+    return local_engine(loaded.model, text_source=lambda prompt: TextStream(tokenizer, after=prompt), **options)
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Server:
         """Waits until nothing is being decoded; asserts that no block is lost."""
         until(lambda: self.worker.open == 0, seconds)
         until(lambda: not self.worker.engine.unfinished, seconds)
+        assert not self.worker._requests and not self.worker._answers
         self.worker.engine.scheduler.check()
         pool = self.worker.engine.scheduler.pool
         assert pool.free == pool.count

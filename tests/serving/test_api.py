@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.parameters import SamplingParams
-from tests.serving.servers import NAME, TEXT, Server, engine_of, serving
+from tests.serving.servers import NAME, TEXT, Server, engine_of, make_tokenizer, serving
+from tests.unit.inference.models import random_model
 
 PROMPT = TEXT[:14]
 CHAT: list[Any] = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the cat"}]
@@ -23,7 +28,7 @@ def greedy(loaded: LoadedModel, prompt: str, tokens: int, **params: Any) -> tupl
     (sequence,) = engine.add(loaded.tokenizer.encode(prompt), chosen, "autoregressive")
     engine.finish([sequence])
     ids = list(sequence.generation(0.0).token_ids)
-    return text_of(loaded.tokenizer, chosen, ids), ids
+    return text_of(loaded.tokenizer, chosen, ids, loaded.tokenizer.encode(prompt)), ids
 
 
 def test_a_completion_in_all_four_forms_of_prompts(server: Server, loaded: LoadedModel) -> None:
@@ -263,13 +268,40 @@ def test_models_and_tokens(server: Server, loaded: LoadedModel) -> None:
     assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"
 
 
+def test_prompts_of_ids_that_end_inside_a_character(server: Server, loaded: LoadedModel) -> None:
+    """Prevents the whole prompt from being sent again with the answer (vllm#48853), and the character from being lost: the
+    answer completes it."""
+    ids = loaded.tokenizer.encode("the cat \U0001f642")[:-2]
+    answers = []
+    for stream in (False, True):
+        body = {"prompt": ids, "max_tokens": 8, "temperature": 0, "stream": stream}
+        text = server.http().post("/v1/completions", json=body).text
+        lines = [line.removeprefix("data: ") for line in text.splitlines() if line and "[DONE]" not in line]
+        answers.append("".join(json.loads(line)["choices"][0]["text"] for line in lines))
+    assert answers[0] == answers[1] and "\ufffd" not in answers[0] and answers[0].startswith("\U0001f642 the c")
+
+
+def test_all_end_tokens_end_an_answer(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Prevents answers that run over an end token that only generation_config.json names (vllm#4180), and stop_token_ids that
+    replace the model's own instead of joining them (mlx-vlm#2112)."""
+    tokenizer = make_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 40]}))
+    with serving(replace(loaded, tokenizer=Tokenizer.load(tmp_path))) as server:
+        for token, fields in (
+            (40, {}),
+            (tokenizer.eos_id, {}),
+            (40, {"stop_token_ids": [50]}),
+            (50, {"stop_token_ids": [50]}),
+        ):
+            body = {"prompt": "the", "logit_bias": {str(token): 100}, "token_details": True} | fields
+            (choice,) = server.http().post("/v1/completions", json=body).json()["choices"]
+            assert (choice["finish_reason"], choice["text"], len(choice["tokens"])) == ("stop", "", 1)
+        body = {"prompt": "the", "logit_bias": {"40": 100}, "ignore_eos": True}
+        assert server.http().post("/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "length"
+
+
 def test_a_model_without_a_template_or_module(loaded: LoadedModel, tmp_path: Any) -> None:
     """Prevents a chat that is rendered by a template of another model, and an error that does not say what is missing."""
-    from dataclasses import replace
-
-    from tests.serving.servers import make_tokenizer
-    from tests.unit.inference.models import random_model
-
     tokenizer = make_tokenizer(tmp_path, template=None)
     plain = random_model(tokenizer.vocab_size, recycle_layers=0, max_positions=128)
     with serving(replace(loaded, tokenizer=tokenizer, model=plain)) as server:

@@ -17,6 +17,7 @@ import pytest
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.serving.conduct.event_stream import EventStream, SlowReader, event
 from tests.serving.servers import NAME, TEXT, Server, serving, until
+from tests.unit.inference.engine.requests import memory_of
 
 LONG = {"prompt": TEXT[:10], "max_tokens": 100, "ignore_eos": True}
 
@@ -211,6 +212,7 @@ def test_bodies_have_limits(loaded: LoadedModel) -> None:
             ({"prompt": "a", "max_tokens": 31}, "max_tokens"),
             ({"prompt": "a", "n": 3}, "n"),
             ({"prompt": ["a"] * 65}, "prompt"),
+            ({"prompt": "a", "min_tokens": 31}, "min_tokens"),
         ):
             found = http.post("/v1/completions", json=body)
             assert found.status_code == 400 and found.json()["error"]["param"] == param
@@ -218,6 +220,32 @@ def test_bodies_have_limits(loaded: LoadedModel) -> None:
             http.options("/v1/completions", headers={"origin": "http://x"}).headers.get("access-control-allow-origin")
             is None
         )
+
+
+def test_limits_bound_defaults_too(loaded: LoadedModel) -> None:
+    """Prevents requests that ask for nothing special from being refused because a limit is below a default."""
+    with serving(loaded, max_new_tokens=5) as server:
+        body: dict[str, Any] = {"ignore_eos": True}
+        answer = server.http().post("/v1/completions", json=body | {"prompt": "a"}).json()
+        chat = (
+            server.http()
+            .post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": "a"}]})
+            .json()
+        )
+        assert answer["usage"]["completion_tokens"] == chat["usage"]["completion_tokens"] == 5
+        body |= {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 6}
+        assert server.http().post("/v1/chat/completions", json=body).json()["error"]["param"] == "max_completion_tokens"
+    with serving(loaded, engine={"kv_memory_gib": memory_of(loaded.model, 3)}) as small:
+        # three blocks: 48 positions, one block and one position are kept for the next step
+        assert (
+            small.http()
+            .post("/v1/completions", json={"prompt": [7] * 25, "ignore_eos": True})
+            .json()["usage"]["completion_tokens"]
+            == 31 - 25
+        )
+        refused = small.http().post("/v1/completions", json={"prompt": [7] * 25, "max_tokens": 7})
+        assert refused.status_code == 400 and "room for 6 tokens" in refused.json()["error"]["message"]
+        assert small.http().post("/v1/completions", json={"prompt": [7] * 31}).status_code == 400
 
 
 def test_keys(loaded: LoadedModel) -> None:

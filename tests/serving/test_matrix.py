@@ -116,9 +116,9 @@ def test_answers_over_http_are_the_engines(server: Server, loaded: LoadedModel) 
             return await asyncio.gather(*(one(path, body) for path, body, _, _ in asked))
 
     stopped = 0
-    for (path, body, params, _), answers, found in zip(asked, expected, asyncio.run(all_at_once()), strict=True):
+    for (path, body, params, ids), answers, found in zip(asked, expected, asyncio.run(all_at_once()), strict=True):
         for index, answer in enumerate(answers):
-            mine, text = found[index], text_of(loaded.tokenizer, params, answer.token_ids)
+            mine, text = found[index], text_of(loaded.tokenizer, params, answer.token_ids, ids)
             assert mine["text"] == mine["token_text"] == text, (path, body)
             assert mine["reason"] == REASONS[answer.finish_reason], (path, body)
             kept = list(answer.token_ids)

@@ -21,6 +21,7 @@ from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.inference import SamplingParams
 from recycle_ds.serving.process.errors import ServingError
 from recycle_ds.serving.process.listening import announcement, listen, url_of
+from recycle_ds.serving.process.stopping import JOB_ENDS, StopSignals
 from tests.runs import ROOT
 from tests.serving.processes import Process, started
 from tests.serving.servers import engine_of, until
@@ -178,6 +179,17 @@ def test_what_cannot_be_served_is_one_line(
         assert server.wait() == [2], server.output()
     errors = [line for line in server.output().splitlines() if not line.startswith(("serving", "{"))]
     assert len(errors) == 1 and errors[0].startswith(f"error: {words}"), errors
+
+
+def test_a_job_that_ends_stops_the_server(tmp_path: Path) -> None:
+    """Prevents a server that SLURM kills with open requests: the shell's file was not seen, or no signal was sent."""
+    file, now = tmp_path / "stop", time.time()
+    stop = StopSignals(file, now + 3600)
+    assert stop.poll() is None
+    file.touch()
+    until(lambda: stop.poll() == JOB_ENDS)
+    assert StopSignals(None, now).poll() == JOB_ENDS
+    assert StopSignals().poll() is None
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.speculation.stopping import StopCondition, TextFilter
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.answers.text import AnswerText, TokenText
 from recycle_ds.serving.answers.tokens import TokenNames
 from recycle_ds.serving.events import TokenEvent

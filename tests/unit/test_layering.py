@@ -44,8 +44,8 @@ PARTS = {
         *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "conversion", "run"),
     ),
     "inference": (
-        *("errors", "parameters", "protocol", "speculation", "generation", "engine", "decoder", "loading", "console"),
-        *("answers", "api", "ranks", "request", "batch", "bench"),
+        *("errors", "parameters", "protocol", "text_stream", "speculation", "generation", "engine", "decoder"),
+        *("loading", "console", "answers", "api", "ranks", "request", "batch", "bench"),
     ),
 }
 # Entry points that may import other entry points; no other file may.

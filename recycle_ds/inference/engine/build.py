@@ -18,7 +18,7 @@ from recycle_ds.inference.engine.runner import Runner
 from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.protocol import TextSource
+from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.budget import MAX_DRAFT
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT
@@ -61,7 +61,7 @@ def local_engine(
     kv_memory_gib: float | None = None,
     ranks_on_host: int = 1,
     eos_ids: Iterable[int] = (),
-    text_source: Callable[[], TextSource] | None = None,
+    text_source: NewTextSource | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodingEngine:
     """An engine in this process. The model's weights are packed, and the model itself is not changed."""
@@ -83,7 +83,7 @@ def team_engine(
     kv_memory_gib: float | None = None,
     ranks_on_host: int = 1,
     eos_ids: Iterable[int] = (),
-    text_source: Callable[[], TextSource] | None = None,
+    text_source: NewTextSource | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodingEngine | None:
     """This rank's part of an engine over a team of ranks. Collective over the team.
@@ -115,7 +115,7 @@ def _engine(
     blocks: int,
     max_batch: int,
     eos_ids: Iterable[int],
-    text_source: Callable[[], TextSource] | None,
+    text_source: NewTextSource | None,
     clock: Callable[[], float],
     stored: CostFile | None,
 ) -> DecodingEngine:

@@ -21,7 +21,7 @@ from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import OnTokens, Sequence
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode
-from recycle_ds.inference.protocol import TextSource
+from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
 
@@ -41,11 +41,11 @@ class DecodingEngine:
         max_batch: int = 8,
         eos_ids: Iterable[int] = (),
         unnamed_ids: Iterable[int] = (),
-        text_source: Callable[[], TextSource] | None = None,
+        text_source: NewTextSource | None = None,
         clock: Callable[[], float] = time.perf_counter,
         cost_file: CostFile | None = None,
     ) -> None:
-        """eos_ids: end-of-sequence tokens. unnamed_ids: ids without a token, never sampled. text_source: creates a new
+        """eos_ids: end-of-sequence tokens. unnamed_ids: ids without a token, never sampled. text_source: creates a
         detokeniser; needed for stop strings only. clock: in seconds, for the figures of an answer."""
         self._executor = executor
         self.vocab_size, self.max_positions, self.has_module = vocab_size, max_positions, has_module
@@ -121,7 +121,7 @@ class DecodingEngine:
                 mode,
                 own,
                 Rules(own.token_sampling, seed, end_ids),
-                self._stopping(len(prompt), params, end_ids),
+                self._stopping(prompt, params, end_ids),
                 priority,
                 on_tokens=on_tokens,
                 fork_of=answers[0] if answers else None,
@@ -192,10 +192,10 @@ class DecodingEngine:
     def _end_ids(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_tokens if params.ignore_eos else (*self._eos_ids, *params.stop_tokens)
 
-    def _stopping(self, prompt_tokens: int, params: SamplingParams, end_ids: tuple[int, ...]) -> StopCondition:
-        room = self.max_positions - prompt_tokens
+    def _stopping(self, prompt: list[int], params: SamplingParams, end_ids: tuple[int, ...]) -> StopCondition:
+        room = self.max_positions - len(prompt)
         reason: FinishReason = "length" if params.max_new_tokens <= room else "context"
-        text = TextFilter(self._text_source(), params.stop) if params.stop and self._text_source else None
+        text = TextFilter(self._text_source(prompt), params.stop) if params.stop and self._text_source else None
         return StopCondition(frozenset(end_ids), min(params.max_new_tokens, room), reason, text)
 
     def measure_costs(self) -> CostModel:

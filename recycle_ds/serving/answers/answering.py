@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.answers.sampling import as_invalid
 from recycle_ds.serving.answers.text import AnswerText, TokenText
 from recycle_ds.serving.answers.usage import Usage
@@ -61,9 +62,12 @@ class Answering:
         self.task, self._clock = task, clock
         self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)), task.prompt_only)
         hidden = tokenizer.end_ids | set(task.params.stop_tokens)
-        stop, choices = task.params.stop, task.params.n * len(task.prompts)
-        self._texts = [AnswerText(TextStream(tokenizer), stop, hidden, by_token=task.by_token) for _ in range(choices)]
-        self._unfinished = choices
+        self._texts = [
+            AnswerText(TextStream(tokenizer, after=prompt), task.params.stop, hidden, by_token=task.by_token)
+            for prompt in task.prompts
+            for _ in range(task.params.n)
+        ]
+        self._unfinished = len(self._texts)
         self._expired = False
         self._streams: list[Stream] = []
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.generation import Generation
+from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.answers.choices import ChoiceParts, finite
 from recycle_ds.serving.answers.tokens import TokenNames
 

@@ -57,14 +57,13 @@ def params_of(
     request: GenerationFields,
     *,
     mode: str,
-    wanted: int | None,
     logprobs: int | None,
     prompt_tokens: int,
     settings: ServerSettings,
     capacity: Capacity,
     prompt_logprobs: bool = False,
 ) -> SamplingParams:
-    """Parameters of the engine. wanted: maximum number of new tokens, None for as many as fit. logprobs: of the n most
+    """Parameters of the engine. logprobs: of the n most
     likely tokens; None for none. prompt_tokens: of the longest prompt. prompt_logprobs: whether its
     tokens are scored too. Raises ApiError (400)."""
     limit = settings.max_prompt_tokens
@@ -88,21 +87,11 @@ def params_of(
         )
     if (request.n or 1) > settings.max_n:
         raise invalid(f"n={request.n}: this server gives at most {settings.max_n} answers; ask several times", "n")
-    largest = settings.max_new_tokens
-    if wanted is None:
-        tokens = room if largest is None else min(room, largest)
-    elif largest is not None and wanted > largest:
-        raise invalid(f"max_tokens={wanted}: this server generates at most {largest}; ask for fewer", "max_tokens")
-    else:
-        tokens = max(min(wanted, capacity.context), 1)  # the answer ends at the end of the context
-        if tokens > room and room < capacity.context - prompt_tokens:
-            raise invalid(
-                f"max_tokens={wanted}: the KV cache has room for {room} tokens after this prompt; ask for fewer, or "
-                "restart the server with more --kv-memory-gib",
-                "max_tokens",
-            )
+    tokens = _new_tokens(request, room, capacity.context - prompt_tokens, settings.max_new_tokens)
     if (request.min_tokens or 0) > tokens:
-        raise invalid(f"min_tokens={request.min_tokens}: must be at most max_tokens ({tokens})", "min_tokens")
+        raise invalid(
+            f"min_tokens={request.min_tokens}: must be at most the number of new tokens ({tokens})", "min_tokens"
+        )
     if logprobs is not None and mode == "alternate":
         raise invalid(
             "logprobs: the model itself does not score the recycled tokens of mode=alternate; use mode=verified or "
@@ -134,6 +123,22 @@ def params_of(
         )
     except DecodingError as error:
         raise as_invalid(error) from error
+
+
+def _new_tokens(request: GenerationFields, room: int, in_context: int, largest: int | None) -> int:
+    """Maximum number of new tokens. room: how many fit; in_context: how many the context holds. Raises ApiError."""
+    name, wanted = request.token_limit
+    if wanted is None:
+        return min(one for one in (request.default_tokens, room, largest) if one is not None)
+    if largest is not None and wanted > largest:
+        raise invalid(f"{name}={wanted}: this server generates at most {largest}; ask for fewer", name)
+    if wanted > room and room < in_context:
+        raise invalid(
+            f"{name}={wanted}: the KV cache has room for {room} tokens after this prompt; ask for fewer, or restart the "
+            "server with more --kv-memory-gib",
+            name,
+        )
+    return max(min(wanted, in_context), 1)  # what goes beyond the context ends there; 0 scores the prompt only
 
 
 def as_invalid(error: DecodingError) -> ApiError:

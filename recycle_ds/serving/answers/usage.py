@@ -28,6 +28,8 @@ class Usage:
     first_token: float | None = None
     latest_token: float | None = None
     finished: list[Generation] = field(default_factory=list)
+    _finished_calls: int = 0
+    _finished_full: int = 0  # their tokens that are not recycled
 
     def add(self, tokens: Iterable[TokenEvent], now: float) -> None:
         """Counts new tokens."""
@@ -41,19 +43,17 @@ class Usage:
     def end(self, event: Finished) -> None:
         """Counts a complete answer."""
         self.finished.append(event.generation)
+        self._finished_calls += event.generation.full_calls
+        self._finished_full += len(event.generation.recycled) - sum(event.generation.recycled)
         self.preemptions += event.preemptions
         if event.index == 0:  # other answers to the same prompt share its blocks: that is no hit of an earlier request
             self.cached_tokens += event.cached_tokens
 
     @property
     def full_calls(self) -> int:
-        """Calls of the full model that gave a token: each gives one that is not recycled, if no draft ended the answer."""
-        return sum(one.full_calls for one in self.finished) + self._running_full_calls
-
-    @property
-    def _running_full_calls(self) -> int:
-        ended_full = sum(not recycled for one in self.finished for recycled in one.recycled)
-        return self.completion_tokens - self.recycled - ended_full
+        """Calls of the full model; of answers that are not complete, those whose token was not recycled."""
+        running = self.completion_tokens - self.recycled - self._finished_full
+        return self._finished_calls + max(running, 0)
 
     @property
     def tested(self) -> list[int]:

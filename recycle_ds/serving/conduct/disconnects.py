@@ -29,10 +29,12 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
         raise ClientGone
     finally:
         gone.cancel()
-        if not task.done():
+        while not task.done():
+            # again until it ends: before Python 3.12, wait_for loses a cancellation that comes as its own future ends
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task  # it frees what it uses
+            await asyncio.wait({task}, timeout=0.05)  # it frees what it uses
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            task.exception()
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -25,7 +25,7 @@ _GRACE = 2.0
 """Seconds in which /health reports a failure before the process ends."""
 _FLUSH = 2.0
 """Seconds, at least, in which clients can read the end of their answers."""
-_JOB_MARGIN = 5.0
+JOB_MARGIN = 5.0
 """Seconds before the end of the job at which nothing may be left to do."""
 _END = 15.0
 """Seconds for the step under way and for the other ranks to end; a lost one is found in that time."""
@@ -76,7 +76,7 @@ class HttpServer:
         start = time.monotonic()
         seconds = self._drain_seconds
         if self._job.end is not None:
-            seconds = max(min(seconds, self._job.end - time.time() - _JOB_MARGIN), 0.0)
+            seconds = max(min(seconds, self._job.end - time.time() - JOB_MARGIN), 0.0)
         self._state.draining = True
         engine.drain()
         if self._state.model is None and not engine.has_followers:  # nothing was accepted, and nobody waits for it

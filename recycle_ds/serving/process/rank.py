@@ -17,7 +17,7 @@ from recycle_ds.parallel.job import FINISHED, SAVED_FOR_RESTART, Job
 from recycle_ds.parallel.peers import PEER_LOST
 from recycle_ds.parallel.rendezvous import Launch, exit_process
 from recycle_ds.serving.process.engine_thread import EngineThread, ModelSettings
-from recycle_ds.serving.process.http import HttpServer
+from recycle_ds.serving.process.http import JOB_MARGIN, HttpServer
 from recycle_ds.serving.process.stopping import JOB_ENDS, StopSignals
 from recycle_ds.serving.state import State
 from recycle_ds.serving.worker import RANK_LOST
@@ -58,7 +58,8 @@ def run_rank(
             pass
         _end(engine, state)
     engine = EngineThread(settings, launch, state, _end_on_loss(state, _LOSS))
-    stop = StopSignals(job.stop_file)
+    latest = None if job.end is None else job.end - shutdown.drain_seconds - 2 * JOB_MARGIN
+    stop = StopSignals(job.stop_file, latest)
     stop.install()
     server = HttpServer(create_app(state), listener, state, shutdown.drain_seconds, job)
     engine.start()

@@ -20,12 +20,12 @@ _SAME_REQUEST = 1.0
 class StopSignals:
     """Notes the first stop signal; a second one ends the process at once.
 
-    file: created by the shell of a batch job when the job must end. A rank that only follows another one notes signals too,
-    and ends when the other one does.
+    file: created by the shell of a batch job when the job must end. latest: unix time at which to stop in any case. A rank
+    that only follows another one notes signals too, and ends when the other one does.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self._file = file
+    def __init__(self, file: Path | None = None, latest: float | None = None) -> None:
+        self._file, self._latest = file, latest
         self._first: float | None = None
         self._next_look = 0.0
         self.reason: str | None = None
@@ -38,9 +38,10 @@ class StopSignals:
     def poll(self) -> str | None:
         """Why to shut down; None to go on."""
         now = time.monotonic()
-        if self.reason is None and self._file is not None and now >= self._next_look:
+        if self.reason is None and now >= self._next_look:
             self._next_look = now + _LOOK
-            if self._file.exists():
+            late = self._latest is not None and time.time() >= self._latest
+            if late or (self._file is not None and self._file.exists()):
                 self.reason = JOB_ENDS
         return self.reason
 

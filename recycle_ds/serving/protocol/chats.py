@@ -105,9 +105,11 @@ class ChatRequest(ChatFields, GenerationFields):
         return self
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """Maximum number of new tokens; None for as many as fit."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the new tokens, and its value if it was given."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
 
 def _check_message(message: Any, path: str) -> None:

@@ -10,7 +10,7 @@ from recycle_ds.serving.protocol.fields import MAX_LOGPROBS, GenerationFields, T
 from recycle_ds.serving.protocol.parsing import shown
 
 _FORMS = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(GenerationFields):
@@ -53,9 +53,9 @@ class CompletionRequest(GenerationFields):
         return self.prompt
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """Maximum number of new tokens; 0 to score the prompt only."""
-        return _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+    def default_tokens(self) -> int | None:
+        """OpenAI's."""
+        return _DEFAULT_MAX_TOKENS
 
 
 def _is_prompt(value: Any) -> bool:

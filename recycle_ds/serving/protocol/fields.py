@@ -90,6 +90,16 @@ class GenerationFields(Body):
         return self
 
     @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the new tokens, and its value if it was given."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def default_tokens(self) -> int | None:
+        """Maximum number of new tokens of a request that gives none; None for as many as fit."""
+        return None
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -51,7 +51,7 @@ async def create_completion(request: Request) -> Response:
         pairs = zip(ids, texts, strict=True)
         echoed = [EchoedPrompt.of(model.tokenizer, model.names, one, text) for one, text in pairs]
     shape = CompletionFormat(parts, fields.n or 1, echoed, drop_answer=fields.max_tokens == 0)
-    task = _task(service, model, fields, ids, mode, fields.wanted_tokens, fields.logprobs, scores)
+    task = _task(service, model, fields, ids, mode, fields.logprobs, scores)
     return await _reply(request, service, model, fields, task, shape)
 
 
@@ -65,7 +65,7 @@ async def create_chat_completion(request: Request) -> Response:
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     mode = mode_of(fields, service.settings, model.capacity)
     shape = ChatFormat(ChoiceParts(model.names, details=bool(fields.token_details), logprobs=logprobs))
-    task = _task(service, model, fields, [ids], mode, fields.wanted_tokens, logprobs, False)
+    task = _task(service, model, fields, [ids], mode, logprobs, False)
     return await _reply(request, service, model, fields, task, shape)
 
 
@@ -75,7 +75,6 @@ def _task(
     fields: GenerationFields,
     prompts: list[list[int]],
     mode: str,
-    wanted: int | None,
     logprobs: int | None,
     scores_prompt: bool,
 ) -> Task:
@@ -86,7 +85,6 @@ def _task(
     params = params_of(
         fields,
         mode=mode,
-        wanted=wanted,
         logprobs=logprobs,
         prompt_tokens=max(map(len, prompts)),
         settings=settings,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.text_stream import TextStream
 
 TEXT = "The Congress — “café”, naïve 漢字, 👩‍🚀 and 🇺🇸.\n\nA second paragraph  with two spaces."
 
@@ -84,6 +85,24 @@ def test_invalid_bytes_do_not_hold_text_back(tokenizer: Tokenizer) -> None:
     shown = "".join(text.feed(byte) for _ in range(50))
     assert len(shown) >= 50 - 4
     assert len(shown + text.flush()) == 50
+
+
+def test_a_continued_text_is_that_of_all_tokens(tokenizer: Tokenizer, sentencepiece: Tokenizer) -> None:
+    """Prevents the space between a prompt and its continuation from being dropped, and a character whose first bytes are the
+    prompt's from being lost, or shown as U+FFFD."""
+    for made, words in ((tokenizer, "the cat é 🙂 ht"), (sentencepiece, "t th 🙂 h h")):
+        ids = made.encode(words)
+        for cut in range(1, len(ids)):
+            before = made.decode(ids[:cut]).rstrip("\ufffd")
+            text = TextStream(made, after=ids[:cut])
+            pieces = [text.feed(one) for one in ids[cut:]]
+            assert before + "".join(pieces) + text.flush() == words
+            assert TextStream(made, after=ids[:cut]).flush() == "", "nothing of the prompt is returned"
+            other = TextStream(made, after=ids[:cut])  # what follows does not complete the prompt's last character
+            letter = made.encode("h")[-1]
+            assert other.feed(letter) + other.flush() == "h"
+    first = TextStream(sentencepiece, after=[*sentencepiece.encode("t"), sentencepiece.eos_id])
+    assert first.feed(sentencepiece.encode("t")[-1]) == "t", "a new text begins behind a special token"
 
 
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -47,11 +48,12 @@ def random_model(
 
 
 def overfitted_model(
-    tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110, stride: int = 1
+    tokens: list[int], vocab_size: int, depth: int = 3, steps: int = 110, stride: int = 1, max_positions: int = 128
 ) -> RecycleGPT:
     """A model overfitted on one repeating text. stride: tokens between the starts of two samples."""
     torch.manual_seed(0)
-    config = ModelConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab_size=vocab_size, max_positions=128)
+    shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+    config = ModelConfig(**shape, vocab_size=vocab_size, max_positions=max_positions)
     model = build_model(config, RecycleConfig(layers=1, depth=depth, loss_weight=1.0), seed=1)
     length = 48
     starts = range(0, len(tokens), stride)
@@ -73,6 +75,9 @@ def overfitted_model(
 
 class Letters:
     """A detokeniser of one letter per token."""
+
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
+        """prompt: whose answer it decodes."""
 
     def feed(self, token_id: int) -> str:
         """The token's letter."""

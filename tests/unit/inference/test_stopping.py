@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recycle_ds.data.tokenizer import TextStream, Tokenizer
+from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.speculation.stopping import StopCondition, TextFilter
+from recycle_ds.inference.text_stream import TextStream
 
 
 class Pieces:
