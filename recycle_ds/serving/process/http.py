@@ -91,7 +91,8 @@ class HttpServer:
         await _wait_for(engine, _END)
         # responses that are being sent may take so long; uvicorn reads it when it shuts down
         self._http.config.timeout_graceful_shutdown = math.ceil(max(start + seconds - time.monotonic(), _FLUSH))
-        _log.info("drained in %.1f s", time.monotonic() - start)
+        if engine.ended and engine.error is None and not engine.lost:
+            _log.info("drained in %.1f s", time.monotonic() - start)
 
     def _note_progress(self, before: int) -> int:
         """Tells the job's shell that the server has done something since its last start: it counts crashes in a row."""
