@@ -154,7 +154,7 @@ def alive() -> Counter[str]:
 
 def test_many_clients_of_all_kinds(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     """Prevents a server that, after some hours of real clients, gives a wrong answer, has lost memory or places for requests,
-    or is down: with preemption, prefixes from the cache, refusals, clients that leave at any moment, sleep, or send nonsense."""
+    or is down: with preemption, reused prefixes, refusals, clients that leave at any moment, sleep, or send nonsense."""
     found = soak.questions(loaded, engine_of(loaded), QUESTIONS, seed=14)
     before = alive()
     engine = {
@@ -175,6 +175,8 @@ def test_many_clients_of_all_kinds(loaded: LoadedModel, capsys: pytest.CaptureFi
         check_counts(outcome, values, lines)
         assert get(server, "/ready").status_code == 200
         assert alive() == before, "objects of ended requests are still referred to"
+        if TEST_ALL:  # allocations of the first requests are kept
+            assert outcome.memory[-1] - outcome.memory[4] < 10, "memory grows with the number of requests"
         with capsys.disabled():
             print(
                 f"\n{sum(outcome.done.values())} requests: {dict(outcome.done)}; statuses {dict(outcome.statuses)}; "
