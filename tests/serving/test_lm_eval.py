@@ -47,6 +47,8 @@ def likelihood(loaded: LoadedModel, context: str, continuation: str) -> float:
 def test_lm_eval_scores_what_the_model_scores(server: Server, loaded: LoadedModel, tmp_path: Path) -> None:
     """Prevents an evaluation through the server that differs from one of the model: other tokens, shifted
     scores, cut answers."""
+    from lm_eval.tasks import TaskManager
+
     choice = task(tmp_path, "choice", output_type="multiple_choice", doc_to_choice="choices", doc_to_target="answer")
     choice |= {"target_delimiter": "", "metric_list": [{"metric": "acc"}]}
     until = task(
@@ -59,6 +61,7 @@ def test_lm_eval_scores_what_the_model_scores(server: Server, loaded: LoadedMode
         model="local-completions",
         model_args=options | {"add_bos_token": False},
         tasks=[choice, until],
+        task_manager=TaskManager(include_defaults=False),  # reading all of its own tasks takes long
         batch_size=3,
         log_samples=True,
         bootstrap_iters=0,

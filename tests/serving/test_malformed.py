@@ -71,7 +71,8 @@ def test_wrong_values_of_every_field(guarded: Server) -> None:
     for path, valid in VALID.items():
         reference = schemas["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         for name in schemas["components"]["schemas"][reference.rpartition("/")[2]]["properties"]:
-            for value in WRONG:
+            shared = "chat" in path and name in schemas["components"]["schemas"]["CompletionRequest"]["properties"]
+            for value in WRONG[:: 5 if shared else 1]:
                 body = valid | {name: value}
                 answer = http.post(path, content=json.dumps(body), headers=JSON)
                 status = check(answer, (path, name, value))
@@ -181,7 +182,7 @@ def test_generated_requests(guarded: Server) -> None:
 
             @given(case=operation.as_strategy(generation_mode=mode))
             @settings(
-                max_examples=40 if mode is GenerationMode.NEGATIVE else 10,
+                max_examples=25 if mode is GenerationMode.NEGATIVE else 6,
                 deadline=None,
                 derandomize=True,
                 database=None,
@@ -194,5 +195,5 @@ def test_generated_requests(guarded: Server) -> None:
                 found[f"{mode.value} {answer.status_code // 100}xx"] += 1  # noqa: B023
 
             ask()
-    assert found["negative 4xx"] > 100 and found["positive 2xx"] > 8, found
+    assert found["negative 4xx"] > 60 and found["positive 2xx"] > 5, found
     assert http.get("/health").status_code == 200

@@ -60,7 +60,7 @@ def requests(count: int, vocabulary: int, seed: int, modes: tuple[str, ...] = MO
         if draw.random() < 0.3:
             params = replace(params, stop_tokens=(draw.randrange(vocabulary),), ignore_eos=draw.random() < 0.5)
         if mode != "alternate" and draw.random() < 0.2:
-            params = replace(params, logprobs=2)
+            params = replace(params, logprobs=2, prompt_logprobs=len(prompt) % 2 == 0)
         cancelled = draw.randint(0, 6) if draw.random() < 0.12 else None
         found.append(Asked(prompt, params, mode, draw.choice([0, 0, 0, 1, 5]), draw.choice([0, 0, 0, 1, 3]), cancelled))
     return found
@@ -111,6 +111,12 @@ def check_answers(asked: list[Asked], found: list[Generation], expected: list[Ge
         assert mine.token_ids == other.token_ids[:count], one
         assert mine.finish_reason == (other.finish_reason if mine.finish_reason != "interrupted" else "interrupted")
         assert len(mine.logprobs) == (0 if one.params.logprobs is None else count)
+        if one.cancelled_after is None:
+            assert len(mine.prompt_logprobs) == (len(one.prompt) - 1 if one.params.prompt_logprobs else 0)
+            for (value, best), (other_value, other_best) in zip(
+                mine.prompt_logprobs, other.prompt_logprobs, strict=True
+            ):
+                assert abs(value - other_value) < 1e-4 and len(best) == len(other_best)
         for (value, best), (other_value, other_best) in zip(mine.logprobs, other.logprobs, strict=False):
             assert abs(value - other_value) < 1e-4
             assert [token for token, _ in best] == [token for token, _ in other_best]
