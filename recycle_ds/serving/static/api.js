@@ -73,7 +73,7 @@ function inWords(status, error, retryAfter) {
   return said.trim() || `The server refused the request (${status}).`;
 }
 
-export function capital(text) {
+function capital(text) {
   const first = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?]$/.test(first) ? first : `${first}.`;
 }

@@ -3,7 +3,7 @@
 import { Answer, compare } from "./answer.js";
 import { $, announce, make, number } from "./dom.js";
 
-const NEAR = 0.1; // nats between two tokens that count as nearly equally likely
+const NEAR = 0.25; // nats between two tokens that rounding can swap: two steps of a bf16 logit from 16 to 32
 
 export class Conversation {
   constructor(onChange) {
