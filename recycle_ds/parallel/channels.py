@@ -23,10 +23,8 @@ from recycle_ds.parallel.peers import PeerLost
 
 # Numbers in the first part of a message through a process group, its length among them. Longer ones take a second part.
 _FIRST = 2048
-# Messages through a process group that may be under way. Older ones have been received: only waiting for them frees them.
-_MOST_SENDING = 64
-# Messages that fit into the shared memory of a channel, and bytes of each. Longer messages take the process group.
-_PLACES, _ROOM = 8, 64 * 1024
+# Bytes of the longest message that takes shared memory. Longer ones take the process group.
+_ROOM = 64 * 1024
 # Looks at a counter between two offers of the core to other threads and processes.
 _SPINS = 50
 # Seconds after which a waiting rank sleeps between looks, and for how long: an idle one must not occupy a core. After a
@@ -56,11 +54,19 @@ class GroupChannel:
     """Through a process group."""
 
     def __init__(
-        self, peer: int, group: dist.ProcessGroup | None, device: torch.device, *, known_lengths: bool = False
+        self,
+        peer: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        under_way: int = 8,
+        known_lengths: bool = False,
     ) -> None:
-        """peer: global rank of the other end. device: of received tensors. known_lengths: the receiver always gives the
-        count; otherwise messages are int64 or fp64 tensors [N]."""
+        """peer: global rank of the other end. device: of received tensors. under_way: messages that may not have been
+        received yet; older ones are freed. known_lengths: the receiver always gives the count; otherwise messages are int64
+        or fp64 tensors [N]."""
         self._peer, self._group, self._device, self._known = peer, group, device, known_lengths
+        self._most_sending = 2 * under_way  # a message may have two parts
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, message: Tensor) -> None:
@@ -74,7 +80,7 @@ class GroupChannel:
             self._start(first)
             if len(message) >= _FIRST:
                 self._start(message)
-        while len(self._sending) > _MOST_SENDING:
+        while len(self._sending) > self._most_sending:  # received long ago; only waiting for them frees them
             self._sending.popleft()[0].wait()
 
     def receive(self, dtype: torch.dtype, count: int | None = None) -> Tensor:
@@ -108,23 +114,28 @@ class SharedMemoryChannel:
     The sender counts up messages that it has written, the receiver those that it has read.
     """
 
-    LENGTH = 2 * LINE + _PLACES * (LINE + _ROOM)
-    """Bytes of memory."""
-
-    def __init__(self, memory: shared_memory.SharedMemory, offset: int, large: GroupChannel, peer: int) -> None:
-        """memory, offset: where the channel lies. large: takes messages that do not fit. peer: rank of the other end."""
-        self._memory, self._large, self._peer = memory, large, peer
+    def __init__(
+        self, memory: shared_memory.SharedMemory, offset: int, places: int, large: GroupChannel, peer: int
+    ) -> None:
+        """memory, offset: where the channel lies. places: messages that may not have been received yet, as for `length`.
+        large: takes messages that do not fit. peer: rank of the other end."""
+        self._memory, self._places, self._large, self._peer = memory, places, large, peer
         self._written, self._read = (np.ndarray(1, np.int64, memory.buf, offset + i * LINE) for i in range(2))
-        starts = [offset + 2 * LINE + place * (LINE + _ROOM) for place in range(_PLACES)]
+        starts = [offset + 2 * LINE + place * (LINE + _ROOM) for place in range(places)]
         self._lengths = [np.ndarray(1, np.int64, memory.buf, start) for start in starts]
         self._bytes = [torch.frombuffer(memory.buf, dtype=torch.uint8, count=_ROOM, offset=at + LINE) for at in starts]
         self._count = 0
         """Messages that this end has written or read."""
 
+    @staticmethod
+    def length(places: int) -> int:
+        """Bytes of memory."""
+        return 2 * LINE + places * (LINE + _ROOM)
+
     def send(self, message: Tensor) -> None:
         """See `Channel`. Raises PeerLost if the receiver leaves all places full."""
-        self._wait(self._read, self._count - _PLACES + 1, _TIMEOUT)
-        place = self._count % _PLACES
+        self._wait(self._read, self._count - self._places + 1, _TIMEOUT)
+        place = self._count % self._places
         length = message.numel() * message.itemsize
         if length > _ROOM:
             self._lengths[place][0] = _ELSEWHERE
@@ -139,7 +150,7 @@ class SharedMemoryChannel:
         """See `Channel`. Waits without limit: an idle engine may have nothing to say for days, and a dead rank is noticed
         elsewhere."""
         self._wait(self._written, self._count + 1, None)
-        place = self._count % _PLACES
+        place = self._count % self._places
         length = int(self._lengths[place][0])
         message = (
             self._large.receive(dtype, count)
@@ -170,19 +181,24 @@ class SharedMemoryChannel:
 
 
 def share(
-    routes: Sequence[tuple[int, int]], own: Mapping[int, GroupChannel], group: dist.ProcessGroup | None
+    routes: Sequence[tuple[int, int]],
+    own: Mapping[int, GroupChannel],
+    group: dist.ProcessGroup | None,
+    under_way: int = 8,
 ) -> dict[int, Channel]:
     """Channels through shared memory in place of given ones, if all ranks of a group reach the same memory; else those.
 
     routes: (sender, receiver), global ranks of the group, the same list on all of them. own: this rank's channels, by
-    their index in `routes`. Collective over the group.
+    their index in `routes`. under_way: messages of a channel that may not have been received yet before its sender waits.
+    Collective over the group.
     """
-    memory = common_memory(group, SharedMemoryChannel.LENGTH * len(routes)) if routes else None
+    length = SharedMemoryChannel.length(under_way)
+    memory = common_memory(group, length * len(routes)) if routes else None
     if memory is None:
         return dict(own)
     rank = dist.get_rank()
     found: dict[int, Channel] = {}
     for index, channel in own.items():
         peer = sum(routes[index]) - rank
-        found[index] = SharedMemoryChannel(memory, SharedMemoryChannel.LENGTH * index, channel, peer)
+        found[index] = SharedMemoryChannel(memory, length * index, under_way, channel, peer)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from multiprocessing import shared_memory
-from typing import Any
 
 import pytest
 import torch
@@ -63,9 +62,9 @@ def test_messages_of_all_sizes_arrive_in_order(blocked: int | None, kind: type) 
 def test_a_receiver_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a sender that waits for ever, without a word, for a rank that has stopped reading."""
     monkeypatch.setattr(channels, "_TIMEOUT", 0.1)
-    memory = shared_memory.SharedMemory(create=True, size=SharedMemoryChannel.LENGTH)
+    memory = shared_memory.SharedMemory(create=True, size=SharedMemoryChannel.length(8))
     try:
-        channel = SharedMemoryChannel(memory, 0, GroupChannel(5, None, torch.device("cpu")), 5)
+        channel = SharedMemoryChannel(memory, 0, 8, GroupChannel(5, None, torch.device("cpu")), 5)
         with pytest.raises(PeerLost, match="rank 5 has not read a message"):
             for _ in range(20):
                 channel.send(torch.arange(3))
@@ -74,19 +73,46 @@ def test_a_receiver_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         memory.unlink()
 
 
-def _idle(rank: int, world_size: int) -> Any:
+def _idle(rank: int, world_size: int) -> list[float]:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     own = {0: GroupChannel(1 - rank, None, torch.device("cpu"))}
     (channel,) = share([(0, 1)], own, None).values()
     if rank == 0:
         time.sleep(2.0)
         channel.send(torch.arange(4))
-        return 0.0
-    start = time.process_time()
+        return []
+    slept: list[float] = []
+    original = time.sleep
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        original(seconds)
+
+    time.sleep = sleep
     assert channel.receive(torch.int64).tolist() == [0, 1, 2, 3]
-    return time.process_time() - start
+    return slept
 
 
-def test_an_idle_receiver_sleeps() -> None:
+def test_an_idle_receiver_sleeps_longer_and_longer() -> None:
     """Prevents ranks that follow an idle server from occupying their cores."""
-    assert run_ranks(_idle, 2)[1] < 1.0
+    slept = run_ranks(_idle, 2)[1]
+    assert slept == sorted(slept) and set(slept) >= {channels._SLEEP, channels._LONG_SLEEP}
+
+
+def _kind(rank: int, world_size: int) -> str:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    routes = [(0, 1), (0, 2)]
+    own = {i: GroupChannel(sum(one) - rank, None, torch.device("cpu")) for i, one in enumerate(routes) if rank in one}
+    original = shared_memory.SharedMemory
+    if rank == 2:
+        common_memory.shared_memory.SharedMemory = _Unreachable  # type: ignore[misc,assignment]
+    try:
+        found = share(routes, own, None)
+    finally:
+        shared_memory.SharedMemory = original  # type: ignore[misc]
+    return ",".join(type(one).__name__ for one in found.values())
+
+
+def test_ranks_that_reach_the_memory_do_without_if_another_one_does_not() -> None:
+    """Prevents two ranks that wait for each other in different kinds of channels."""
+    assert run_ranks(_kind, 3) == ["GroupChannel,GroupChannel", "GroupChannel", "GroupChannel"]

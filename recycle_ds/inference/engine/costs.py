@@ -41,8 +41,10 @@ def known_or_measured(
     if known is not None:
         size, seconds = known.full[0]
         context = _blocks_of_context(blocks, block_size, positions)
+        _read_context(executor, context, context * block_size, with_module)
         found = _shortest(partial(_run, executor, context, context * block_size, size, 0))
         if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
+            known.full_scale = found / seconds
             return known
     costs = measure(executor, blocks, block_size, positions, max_batch, with_module)
     if file is not None:
@@ -57,9 +59,10 @@ def measure(
     first blocks are written.
 
     Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
-    sequences costs more than that of one. Each attends to some context. positions: the model's longest context.
+    sequences costs more than that of one. All attend to the same context. positions: the model's longest context.
     """
     context = _blocks_of_context(blocks, block_size, positions)
+    _read_context(executor, context, context * block_size, with_module)
     most = min(blocks - context, 2 * max_batch * 4)
     sizes = [size for size in _SIZES if size <= most]
     run = partial(_run, executor, context, context * block_size)
@@ -78,6 +81,17 @@ def measure(
 def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:
     room = positions - _FURTHER - 3  # for the token that is read, the one chosen, and drafts
     return max(min(_CONTEXT // block_size, room // block_size, (blocks - 1) // 2), 0)
+
+
+def _read_context(executor: Executor, context: int, tokens: int, with_module: bool) -> None:
+    """Fills the blocks of the context. What memory holds before would be read as states otherwise."""
+    if context:
+        part = Part(
+            _SCRATCH, 0, (0,) * tokens, 0, samples=False, module_start=int(with_module), drafts=0, room=1,
+            prompt_tokens=tokens + 1, blocks=tuple(range(context)),
+        )  # fmt: skip
+        executor.submit(Plan((part,), rules=((_SCRATCH, Rules(TokenSampling(), 0)),)))
+        executor.collect()
 
 
 def _run(executor: Executor, context: int, start: int, sequences: int, drafts: int) -> None:

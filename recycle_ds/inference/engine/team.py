@@ -86,22 +86,23 @@ def open_links(team: Team, device: torch.device) -> Links:
     reports = [(rank, team.owner) for rank in followers]
     outcomes = [] if team.chooser == team.owner else [(team.chooser, team.owner)]
     states = [pair for pair in pairs if pair is not None]
+    under_way = max(8, 2 * len(stages) + 2)  # a plan for each stage, and as many that the next one has not taken yet
 
     def mine(
         routes: list[tuple[int, int]], group: dist.ProcessGroup | None, to: torch.device
     ) -> dict[int, GroupChannel]:
         return {
-            index: GroupChannel(sum(route) - mesh.rank, group, to, known_lengths=routes is states)
+            index: GroupChannel(sum(route) - mesh.rank, group, to, under_way=under_way, known_lengths=routes is states)
             for index, route in enumerate(routes)
             if mesh.rank in route
         }
 
     def by_peer(routes: list[tuple[int, int]]) -> dict[int, Channel]:
-        found = share(routes, mine(routes, team.control, cpu), team.control)
+        found = share(routes, mine(routes, team.control, cpu), team.control, under_way)
         return {sum(routes[index]) - mesh.rank: channel for index, channel in found.items()}
 
     own_states = mine(states, mesh.pipeline.group, device)
-    between = share(states, own_states, team.control) if device.type == "cpu" else dict(own_states)
+    between = share(states, own_states, team.control, under_way) if device.type == "cpu" else dict(own_states)
     return Links(
         plans=by_peer(plans),
         reports=by_peer(reports),

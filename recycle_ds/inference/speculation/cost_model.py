@@ -12,6 +12,8 @@ _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
 _CORRECTION = 0.1
 # Least share of a full call that drafts are taken to add: measured times over smaller ones would be noise.
 _LEAST_ADDED = 0.02
+# Most that drafts may be taken to cost in terms of what was measured: beyond, something else has become slower or faster.
+_MOST_SCALE = 5.0
 
 
 @dataclass
@@ -54,11 +56,14 @@ class CostModel:
         if tokens > self.full[-1][0]:
             return
         plain = self.full_call(sequences)
-        if tokens == sequences and not drafting:
+        if (
+            tokens == sequences and not drafting
+        ) or seconds < plain:  # a step with drafts costs no less than one without
             self.full_scale *= 1 + _CORRECTION * (_bounded(seconds / plain) - 1)
         else:
             added = max(self.step(sequences, tokens, drafting, longest) - plain, _LEAST_ADDED * plain)
-            self.drafting_scale *= 1 + _CORRECTION * (_bounded((seconds - plain) / added) - 1)
+            scale = self.drafting_scale * (1 + _CORRECTION * (_bounded((seconds - plain) / added) - 1))
+            self.drafting_scale = min(max(scale, 1 / _MOST_SCALE), _MOST_SCALE)
 
 
 def _bounded(ratio: float) -> float:

@@ -183,3 +183,16 @@ def test_what_drafts_add_is_learned_apart_from_what_a_plain_step_costs() -> None
     assert model.full_call(8) == pytest.approx(1.2 * plain, rel=1e-3)
     assert model.step(8, 12, 8, 3) == pytest.approx(1.2 * plain + 2.0, rel=1e-2)
     assert model.step(8, 8, 0, 0) == model.full_call(8)
+
+
+def test_steps_that_are_cheaper_than_known_do_not_make_drafts_free() -> None:
+    """Prevents a cost of drafts that shrinks to nothing while known costs are too high, and with which a larger batch then
+    drafts at a loss for ever."""
+    model = CostModel(((1, 1.0), (128, 3.0)), ((1, 0.01), (16, 0.01)))
+    for _ in range(2000):
+        model.correct(1, 5, 1, 4, 0.85)  # the machine is a fifth faster than when it was measured
+    assert model.full_call(1) == pytest.approx(0.85, rel=0.05)
+    assert model.step(16, 128, 16, 7) - model.full_call(16) > 0.1 * (3.0 - 1.2)
+    for _ in range(200):
+        model.correct(16, 128, 16, 7, 4.0)
+    assert model.step(16, 128, 16, 7) == pytest.approx(4.0, rel=0.1)
