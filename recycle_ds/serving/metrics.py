@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -22,7 +22,8 @@ _MAX_POSITION = 16  # further draft positions are counted with this one
 class Metrics:
     """Metrics of requests, observed when they end, and of the engine, read when they are asked for."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, running: Callable[[], int], max_requests: int) -> None:
+        """running: generating requests at this moment, of at most max_requests."""
         self._registry = registry = CollectorRegistry()
 
         def by_mode(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -31,6 +32,10 @@ class Metrics:
         self.requests = Counter(
             "recycle_requests", "Requests by route and status.", ["route", "status"], registry=registry
         )
+        now = Gauge("recycle_requests_running", "Generating requests that are being answered.", registry=registry)
+        now.set_function(running)
+        most = Gauge("recycle_request_limit", "Requests that can be answered at once.", registry=registry)
+        most.set(max_requests)
         self.disconnects = Counter(
             "recycle_disconnects", "Requests whose client went away, or read too slowly.", registry=registry
         )

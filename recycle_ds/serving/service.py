@@ -73,7 +73,7 @@ class Service:
     ) -> None:
         self.state, self.settings, self.clock = state, settings, clock
         self.log = Log(log or sys.stderr, settings.access_log)
-        self.metrics = Metrics(state)
+        self.metrics = Metrics(state, lambda: self._requests, settings.max_requests)
         self.created = int(time.time())
         self._model: Model | None = None
         self._lock = asyncio.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
+from recycle_ds.serving.conduct.connections import server_config
+from recycle_ds.serving.process.listening import listen
 from recycle_ds.serving.settings import ServerSettings
 from recycle_ds.serving.state import ServedModel, State
 from recycle_ds.serving.worker import Worker
-from tests.distributed import free_port
 from tests.unit.inference.models import overfitted_model
 
 # Korean, an emoji of four bytes, accents: with a vocabulary of little more than all bytes, most characters are split.
@@ -78,6 +80,7 @@ class Server:
     state: State
     log: io.StringIO
     api_key: str
+    http_server: uvicorn.Server
     clients: list[openai.OpenAI | httpx.Client] = field(default_factory=list)
 
     @property
@@ -123,9 +126,15 @@ def until(condition: Any, seconds: float = 30) -> None:
 
 @contextmanager
 def serving(
-    loaded: LoadedModel | None, *, max_queued: int = 64, engine: dict[str, Any] | None = None, **settings: Any
+    loaded: LoadedModel | None,
+    *,
+    max_queued: int = 64,
+    engine: dict[str, Any] | None = None,
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
-    """Runs a server for a model; None for one that is still loading it."""
+    """Runs a server for a model; None for one that is still loading it. send_buffer: bytes that the system keeps of what a
+    client does not read; by default megabytes."""
     state, log = State(), io.StringIO()
     worker = None
     if loaded is not None:
@@ -133,16 +142,18 @@ def serving(
         worker.start()
         state.model = ServedModel(loaded, worker)
     chosen = replace(ServerSettings(NAME), **settings)
-    port = free_port()
-    config = uvicorn.Config(
-        create_app(state, chosen, log=log), port=port, log_config=None, access_log=False, lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener = listen("127.0.0.1", 0)  # as `serve` does: asyncio sends at once on sockets of this kind only
+    port = listener.getsockname()[1]
+    if send_buffer is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    server = uvicorn.Server(server_config(create_app(state, chosen, log=log), lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
-        running = Server(f"http://127.0.0.1:{port}", state, log, chosen.api_keys[0] if chosen.api_keys else "none")
+        running = Server(
+            f"http://127.0.0.1:{port}", state, log, chosen.api_keys[0] if chosen.api_keys else "none", server
+        )
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [client.close() for client in running.clients])
             yield running

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,9 @@ def expected_text(loaded: LoadedModel, tokens: int, prompt: str = PROMPT) -> str
 class Reader(threading.Thread):
     """Reads a stream in a thread of its own."""
 
-    def __init__(self, server: Process, tokens: int) -> None:
+    def __init__(self, server: Process, tokens: int, prompt: str = PROMPT, mode: str = "autoregressive") -> None:
         super().__init__(daemon=True)
-        self._server, self._tokens = server, tokens
+        self._server, self._tokens, self.prompt, self._mode = server, tokens, prompt, mode
         self.text, self.events, self.errors = "", 0, []  # type: ignore[var-annotated]
         self.start()
 
@@ -52,7 +54,7 @@ class Reader(threading.Thread):
             self._read()
 
     def _read(self) -> None:
-        for event in self._server.stream(PROMPT, self._tokens, mode="autoregressive"):
+        for event in self._server.stream(self.prompt, self._tokens, mode=self._mode):
             self.events += 1
             if "error" in event:
                 self.errors.append(event["error"]["message"])
@@ -71,10 +73,22 @@ class Reader(threading.Thread):
         return self
 
 
-def test_sigterm_completes_what_was_accepted(loaded: LoadedModel, model_folder: Path, tmp_path: Path) -> None:
-    """Prevents a restart of the server from losing accepted requests or taking new ones, a port in use that is noticed late
-    or with a trace, and an exit code other than 0 after an orderly end."""
-    with started(tmp_path, model_folder, "--served-model-name", "small", **SLOW) as server:
+def accepted(server: Process) -> float:
+    """Requests that have been answered or will be."""
+    values = dict(
+        re.findall(r"^(recycle_request\S+) (\S+)$", server.client.get(f"{server.url}/metrics").text, re.MULTILINE)
+    )
+    answered = values.get('recycle_requests_total{route="/v1/completions",status="200"}', "0")
+    return float(values["recycle_requests_running"]) + float(answered)
+
+
+def test_sigterm_completes_what_was_accepted(
+    loaded: LoadedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a restart of a loaded server from losing accepted requests or taking new ones, a port in use that is noticed
+    late or with a trace, and an exit code other than 0 after an orderly end."""
+    options = ("--served-model-name", "small", "--max-batch", "16")
+    with started(tmp_path, model_folder, *options, **SLOW) as server, ThreadPoolExecutor(4) as pool:
         until(lambda: "serving" in server.output())
         port = server.url.rpartition(":")[2]
         command = [sys.executable, "-m", "recycle_ds.serve", "--model", str(model_folder), "--port", port]
@@ -86,19 +100,27 @@ def test_sigterm_completes_what_was_accepted(loaded: LoadedModel, model_folder: 
         )
         server.until_ready()
         assert server.complete(PROMPT, 30).json()["choices"][0]["text"] == expected_text(loaded, 30)
-        readers = [Reader(server, 50) for _ in range(6)]  # two of them wait
-        for reader in readers[:4]:
-            reader.begun()
-        until(lambda: server.client.get(f"{server.url}/metrics").text.find("recycle_answers_waiting 2.0") > 0)
+        texts = {prompt: expected_text(loaded, 50, prompt) for prompt in (PROMPT, "on the mat", "\ud558\ub298")}
+        prompts = (list(texts) * 11)[:32]
+        modes = ("autoregressive", "verified")
+        readers = [Reader(server, 50, prompt, modes[number % 2]) for number, prompt in enumerate(prompts)]
+        complete = [pool.submit(server.complete, prompt, 50) for prompt in texts]
+        until(lambda: accepted(server) == 1 + len(readers) + len(complete))  # half of them wait
+        start = time.monotonic()
         server.ranks[0].send_signal(signal.SIGTERM)
         until(lambda: server.status("/ready") == 503)
-        refused = server.complete(PROMPT, 3)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        for refused in (server.complete(PROMPT, 3), server.complete(PROMPT, 3, stream=True)):
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            assert int(refused.headers["retry-after"]) > 0
         assert server.status("/health") == 200
-        text = expected_text(loaded, 50)
-        assert [reader.ended().text for reader in readers] == [text] * 6
+        assert [reader.ended().text for reader in readers] == [texts[prompt] for prompt in prompts]
+        assert [one.result().json()["choices"][0]["text"] for one in complete] == list(texts.values())
         assert server.wait() == [0], server.output()
         assert "Traceback" not in server.output()
+        with capsys.disabled():
+            print(
+                f"\n{len(readers) + len(complete)} requests, {time.monotonic() - start:.1f} s from SIGTERM to exit code 0"
+            )
     first = server.output().splitlines()[0]
     assert first == f"serving {model_folder} at {server.url}"
 

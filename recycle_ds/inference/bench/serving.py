@@ -118,7 +118,7 @@ def _run(
 ) -> None:
     engine.scheduler.forget_prefixes()  # else a later run would find the prompts of an earlier one in the cache
     count = max(len(prompts), 3 * batch)
-    left = [(prompts[index % len(prompts)], _length(index, params)) for index in range(count)]
+    left = [(prompts[index % len(prompts)], spread_length(index, params.max_new_tokens)) for index in range(count)]
     answers: list[Answer] = []
     clock = engine.scheduler.clock
     start: float | None = None
@@ -152,10 +152,9 @@ def _run(
                 sums[position] += number
 
 
-def _length(index: int, params: SamplingParams) -> int:
-    """New tokens of a request: evenly spread between half of `max_new_tokens` and one and a half, in a fixed order."""
-    most = params.max_new_tokens
-    return max(2, most // 2 + round(most * (index * _GOLDEN % 1)))
+def spread_length(index: int, mean: int) -> int:
+    """New tokens of a request: evenly spread between half of `mean` and one and a half, in a fixed order."""
+    return max(2, mean // 2 + round(mean * (index * _GOLDEN % 1)))
 
 
 def results_table(report: dict[str, Any]) -> Table:

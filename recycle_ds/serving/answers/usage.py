@@ -93,6 +93,8 @@ class Usage:
                 "module_calls": sum(one.module_calls for one in self.finished),
                 "recycled_tokens": self.recycled,
                 "tokens_per_full_call": round(self.completion_tokens / calls, 4) if calls else 0.0,
+                "drafts_verified": tested,
+                "drafts_accepted": accepted,
                 "acceptance": [round(a / t, 4) for a, t in zip(accepted, tested, strict=True) if t],
                 "tokens_per_second": round(self.tokens_per_second, 3),
                 "time_to_first_token": None if first is None else round(first, 6),

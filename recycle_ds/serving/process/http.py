@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from recycle_ds.parallel.job import Job
+from recycle_ds.serving.conduct.connections import server_config
 from recycle_ds.serving.process.engine_thread import EngineThread
 from recycle_ds.serving.process.stopping import StopSignals
 from recycle_ds.serving.state import State
@@ -48,8 +49,7 @@ class HttpServer:
     """
 
     def __init__(self, app: Any, listener: socket.socket, state: State, drain_seconds: float, job: Job) -> None:
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-        self._http = _Server(config)
+        self._http = _Server(server_config(app, server_header=False))
         self._listener, self._state, self._job = listener, state, job
         self._drain_seconds = drain_seconds
 
@@ -91,7 +91,8 @@ class HttpServer:
         await _wait_for(engine, _END)
         # responses that are being sent may take so long; uvicorn reads it when it shuts down
         self._http.config.timeout_graceful_shutdown = math.ceil(max(start + seconds - time.monotonic(), _FLUSH))
-        _log.info("drained in %.1f s", time.monotonic() - start)
+        if engine.ended and engine.error is None and not engine.lost:
+            _log.info("drained in %.1f s", time.monotonic() - start)
 
     def _note_progress(self, before: int) -> int:
         """Tells the job's shell that the server has done something since its last start: it counts crashes in a row."""
