@@ -36,6 +36,7 @@ SMALL = {
     "serve": "--threads 1 --max-batch 4",
     "evaluate": "--limit 2 --seq-length 32",
     "bench_decoding": "--max-new-tokens 6 --repeats 1 --threads 1",
+    "bench_server": "--max-new-tokens 6 --repeats 1 --requests 4 --threads 1",
     "bench_training": "--steps 1 training.seq_length=16 model.layers=1 model.hidden=64 model.heads=2 model.kv_heads=2 "
     "model.ffn=64 model.vocab_size=512",
 }
