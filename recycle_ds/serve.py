@@ -118,6 +118,8 @@ def serve(
 
     launch, job = detect_launch(os.environ), job_of(os.environ)
     _check_ranks(launch.world_size, tensor * pipeline)
+    if launch.rank == 0 and listener is None:  # a launcher's variable that is left over from a shell
+        listener = listen(host, port)
     if listener is not None:
         print(announcement(model, listener, in_job=job.folder is not None), file=sys.stderr, flush=True)
     quiet_libraries()  # before anything is imported that warns

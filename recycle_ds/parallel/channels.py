@@ -29,8 +29,10 @@ _MOST_SENDING = 64
 _PLACES, _ROOM = 8, 64 * 1024
 # Looks at a counter between two offers of the core to other threads and processes.
 _SPINS = 50
-# Seconds after which a waiting rank sleeps between looks, and for how long: an idle one must not occupy a core.
+# Seconds after which a waiting rank sleeps between looks, and for how long: an idle one must not occupy a core. After a
+# second, as in a server without requests, it sleeps longer: a core would be busy by a twentieth for nothing.
 _PATIENCE, _SLEEP = 0.01, 0.0005
+_LONG_PATIENCE, _LONG_SLEEP = 1.0, 0.005
 # Seconds that a sender waits for a free place; there is one unless the receiver hangs.
 _TIMEOUT = 120.0
 # In place of a message's length: it was sent through the process group.
@@ -161,7 +163,8 @@ class SharedMemoryChannel:
                 continue
             waited = time.monotonic() - start if start else 0.0
             start = start or time.monotonic()
-            time.sleep(0 if waited < _PATIENCE else _SLEEP)  # also lets other threads of this process run
+            # also lets other threads of this process run
+            time.sleep(0 if waited < _PATIENCE else _SLEEP if waited < _LONG_PATIENCE else _LONG_SLEEP)
             if timeout is not None and waited > timeout:
                 raise PeerLost(f"rank {self._peer} has not read a message for {timeout:.0f} s: it hangs")
 

@@ -25,6 +25,7 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
 from recycle_ds.serving.conduct.connections import server_config
+from recycle_ds.serving.process.listening import listen
 from recycle_ds.serving.settings import ServerSettings
 from recycle_ds.serving.state import ServedModel, State
 from recycle_ds.serving.worker import Worker
@@ -141,7 +142,7 @@ def serving(
         worker.start()
         state.model = ServedModel(loaded, worker)
     chosen = replace(ServerSettings(NAME), **settings)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    listener = listen("127.0.0.1", 0)  # as `serve` does: asyncio sends at once on sockets of this kind only
     port = listener.getsockname()[1]
     if send_buffer is not None:  # connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -264,6 +264,10 @@ def test_models_and_tokens(server: Server, loaded: LoadedModel) -> None:
     assert found["tokens"] == loaded.tokenizer.encode(TEXT + "<s>") and found["count"] == len(found["token_strs"])
     plain = http.post("/tokenize", json={"prompt": "<s>", "parse_special": False}).json()["tokens"]
     assert plain == loaded.tokenizer.encode("<s>", parse_special=False) and len(plain) > 1
+    count = http.post("/v1/completions", json={"prompt": "<s>", "parse_special": False, "max_tokens": 1}).json()[
+        "usage"
+    ]
+    assert count["prompt_tokens"] == len(plain)
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": TEXT + "<s>"}
     assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"
 

@@ -34,14 +34,15 @@ def task(folder: Path, name: str, **fields: Any) -> dict[str, Any]:
     return {"task": name, "doc_to_text": "{{context}}", "metadata": {"version": 1}, **data, **fields}
 
 
-def likelihood(loaded: LoadedModel, context: str, continuation: str) -> float:
-    """Log probability of a continuation, in one pass of the model."""
+def likelihood(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
+    """Log probability of a continuation, and whether it is the greedy one, in one pass of the model."""
     whole = loaded.tokenizer.encode(context + continuation)
     start = len(loaded.tokenizer.encode(context))
     with torch.no_grad():
         logits = loaded.model.logits(loaded.model.hidden_states(torch.tensor([whole])))[:, 0]
     rows = logits.log_softmax(-1)[start - 1 : -1]
-    return sum(float(row[token]) for row, token in zip(rows, whole[start:], strict=True))
+    score = sum(float(row[token]) for row, token in zip(rows, whole[start:], strict=True))
+    return score, rows.argmax(-1).tolist() == whole[start:]
 
 
 def test_lm_eval_scores_what_the_model_scores(server: Server, loaded: LoadedModel, tmp_path: Path) -> None:
@@ -67,10 +68,14 @@ def test_lm_eval_scores_what_the_model_scores(server: Server, loaded: LoadedMode
         bootstrap_iters=0,
         num_fewshot=0,
     )
+    seen = set()
     for sample, row in zip(found["samples"]["choice"], ROWS, strict=True):
         for (score, greedy), text in zip(sample["filtered_resps"], row["choices"], strict=True):  # type: ignore[call-overload]
-            assert float(score) == pytest.approx(likelihood(loaded, str(row["context"]), text), abs=1e-3)
-            assert isinstance(greedy, bool) or greedy in ("True", "False")
+            expected, is_greedy = likelihood(loaded, str(row["context"]), text)
+            assert float(score) == pytest.approx(expected, abs=1e-3)
+            assert str(greedy) == str(is_greedy)
+            seen.add(is_greedy)
+    assert seen == {True, False}
     http = server.http()
     for sample in found["samples"]["until"]:
         body = {"prompt": sample["doc"]["context"], "max_tokens": 8, "temperature": 0, "stop": [" the"]}

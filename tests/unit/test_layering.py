@@ -45,7 +45,7 @@ PARTS = {
     ),
     "inference": (
         *("errors", "parameters", "protocol", "text_stream", "speculation", "generation", "engine", "decoder"),
-        *("loading", "console", "answers", "api", "ranks", "request", "batch", "bench"),
+        *("loading", "console", "answers", "api", "ranks", "request", "batch", "self_text", "bench"),
     ),
 }
 # Entry points that may import other entry points; no other file may.

@@ -18,6 +18,8 @@ from recycle_ds.data.reading.rows import checked_text
 from recycle_ds.data.special_text import private_characters
 from recycle_ds.data.tokenizer import Tokenizer
 
+RENDERER = "transformers.utils.chat_template_utils"
+"""Module that renders templates. It is imported with the first chat, which takes a while."""
 # The roles of ShareGPT's {"from": ..., "value": ...}, a common layout of chats.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 

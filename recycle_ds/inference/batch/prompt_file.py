@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from recycle_ds.config import RecycleError
 from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.inference.batch.claims import Claim, Loaded
 from recycle_ds.inference.batch.failures import (
     ERROR,
     check_list,
@@ -37,28 +38,13 @@ from recycle_ds.inference.batch.parts import (
     remove_parts,
     remove_unfinished,
 )
-from recycle_ds.inference.batch.parts_record import (
-    RECORD,
-    PartsRecord,
-    checkpoint_digest,
-    claim,
-    read_record,
-)
+from recycle_ds.inference.batch.parts_record import RECORD, PartsRecord, read_record
 from recycle_ds.inference.batch.prompts import read_lines
 from recycle_ds.inference.errors import DecodingError
 
 GENERATED_BY = "generated_by"
 """Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes
 from."""
-
-
-class Loaded(Protocol):
-    """A loaded model."""
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint that it was loaded from."""
-
 
 _L = TypeVar("_L", bound=Loaded)
 
@@ -96,14 +82,11 @@ class PromptFile:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
-    def _model_path(self) -> str:
-        return os.path.abspath(self.model)
+    def _claim(self) -> Claim:
+        return Claim(self.parts, self._key, self.model)
 
     def settle(self, load: Callable[[str], _L]) -> _L | None:
-        """Loads the model and claims the parts folder. Returns None if the output is already complete.
-
-        If the parts exist, from an earlier start or a faster process, the checkpoint that they were created with is
-        loaded; otherwise the one that --model names now, and the parts folder is created.
+        """Loads the model and claims the parts folder, see `Claim.settle`. Returns None if the output is already complete.
 
         Prompts, output and parts are checked before the model is loaded, which may take long. Raises DecodingError for
         files that cannot be used, and for parts created with other prompts, other settings or a checkpoint that no
@@ -112,37 +95,8 @@ class PromptFile:
         self._check_output()
         if self._is_complete():
             return None
-        record = self._parts_record()
-        loaded = load(record.checkpoint if record and record.portable else self.model)
-        own = self._record_of(loaded)
-        if record is None:
-            remove_list(self.failures_path)  # of an output that has been removed
-            claim(self.parts, own)
-            record = self._parts_record()
-        if self._is_complete():  # checked last: the output exists before its parts are removed
-            return None
-        if record is None:
-            raise DecodingError(f"{self.parts}: not a folder of partial outputs; remove it, or name another --output")
-        if record.digest != own.digest and record.checkpoint != own.checkpoint and record.portable:
-            del loaded  # memory may not suffice for two models
-            loaded = load(record.checkpoint)
-            own = self._record_of(loaded)
-        if record.digest != own.digest:
-            raise DecodingError(
-                f"{self.parts}: created with the checkpoint {record.checkpoint}, {self._mismatch(record, own)}"
-            )
-        return loaded
-
-    def _record_of(self, loaded: Loaded) -> PartsRecord:
-        return PartsRecord(self._key, self._model_path, os.path.abspath(loaded.path), checkpoint_digest(loaded.path))
-
-    def _mismatch(self, record: PartsRecord, own: PartsRecord) -> str:
-        if own.checkpoint == record.checkpoint:
-            return (
-                f"whose files have changed since, or differ on this host: restore them, or remove {self.parts} to "
-                "start over"
-            )
-        return f"but {self.model} is now {own.checkpoint}: use --model {record.checkpoint}, or name another --output"
+        # the list may be that of an output that has been removed
+        return self._claim.settle(load, self._is_complete, lambda: remove_list(self.failures_path))
 
     def work(
         self,
@@ -226,7 +180,7 @@ class PromptFile:
         if not self.output.exists():
             return False
         record = self._record_of_output()
-        if record is None or not record.matches(self._key, self._model_path):
+        if record is None or not record.matches(self._key, self._claim.model_path):
             raise DecodingError(f"{self.output}: already exists; name another --output, or remove it")
         self._tidy()
         return True
@@ -240,27 +194,6 @@ class PromptFile:
             raise DecodingError(f"{self.output}: cannot be read ({error.strerror or error})") from None
         except (ValueError, TypeError, KeyError):  # another kind of file
             return None
-
-    def _parts_record(self) -> PartsRecord | None:
-        """The record of the parts, None without parts. Raises DecodingError if the parts do not match this request."""
-        record = read_record(self.parts / RECORD)
-        if record is None:
-            return None
-        if record.key != self._key:
-            raise DecodingError(
-                f"{self.parts}: created with other prompts or settings; remove it, or name another --output"
-            )
-        if not record.matches(self._key, self._model_path):
-            raise DecodingError(
-                f"{self.parts}: created with the checkpoint {record.checkpoint}, not with {self.model}: use --model "
-                f"{record.checkpoint}, or name another --output"
-            )
-        if not Path(record.checkpoint).is_dir():
-            raise DecodingError(
-                f"{self.parts}: created with the checkpoint {record.checkpoint}, which no longer exists: restore it, or "
-                f"remove {self.parts} to start over"
-            )
-        return record
 
     def _merge(self) -> bool:
         """Writes the output if all prompts are completed. Returns whether the output exists."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.reading.chat import ChatTemplate, RenderedChat, encode_chat
+from recycle_ds.data.reading.chat import RENDERER, ChatTemplate, RenderedChat, encode_chat
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.serving.protocol.chats import ChatFields
 from recycle_ds.serving.protocol.errors import invalid
@@ -22,6 +23,8 @@ class Chats:
             self._template: ChatTemplate | None = ChatTemplate.load(tokenizer.name, tokenizer)
         except DataError as error:
             self._template, self._problem = None, str(error)
+        if self._template is not None:  # takes seconds: not during the first request
+            importlib.import_module(RENDERER)
 
     @property
     def available(self) -> bool:

@@ -26,6 +26,8 @@ class CompletionRequest(GenerationFields):
     """The prompt comes before each answer; with logprobs, with the log probabilities of its tokens."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1)
+    parse_special: bool | None = None
+    """Whether special tokens that are written in a text stand for themselves: the default. False makes them text."""
 
     @model_validator(mode="before")
     @classmethod

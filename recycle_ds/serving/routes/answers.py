@@ -36,7 +36,8 @@ async def create_completion(request: Request) -> Response:
     if len(prompts) > service.settings.max_prompts:
         most = service.settings.max_prompts
         raise invalid(f"prompt: {len(prompts)} prompts, this server takes at most {most} at once; send fewer", "prompt")
-    ids = [one if isinstance(one, list) else await model.encode(one) for one in prompts]
+    parses = fields.parse_special is not False
+    ids = [one if isinstance(one, list) else await model.encode(one, parse_special=parses) for one in prompts]
     for one in ids:
         if not one:
             raise invalid("prompt: has no token; give at least one", "prompt")

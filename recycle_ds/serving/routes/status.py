@@ -56,7 +56,7 @@ async def health(request: Request) -> Response:
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Whether new requests are taken."""
-    service_of(request).check_ready()
+    await service_of(request).model()  # also reads what the first request needs
     return JSONResponse({"status": "ready"})
 
 
