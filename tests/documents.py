@@ -37,6 +37,7 @@ SMALL = {
     "evaluate": "--limit 2 --seq-length 32",
     "self_generate": "--tokens 300 --row-tokens 48 --max-batch 4 --min-tokens 4 --held-out 1 --dtype fp32 --threads 1",
     "bench_decoding": "--max-new-tokens 6 --repeats 1 --threads 1",
+    "bench_server": "--max-new-tokens 6 --repeats 1 --requests 4 --threads 1",
     "bench_training": "--steps 1 training.seq_length=16 model.layers=1 model.hidden=64 model.heads=2 model.kv_heads=2 "
     "model.ffn=64 model.vocab_size=512",
 }

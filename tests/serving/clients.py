@@ -87,13 +87,16 @@ class Client:
         raise AssertionError("the server decodes for a client that does not read")
 
     async def leave(self, request: bytes, after: str) -> None:
-        """Goes away. after: "body" (half of it is sent), "request" (nothing is read), "first" (bytes of the response)."""
+        """Goes away. after: "body" (half of it is sent), "request" (nothing is read), "events" (a stream's first ones)."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(request[: -len(request) // 3] if after == "body" else request)
         await writer.drain()
-        if after == "first":
-            await asyncio.wait_for(reader.read(self._source.choice([1, 300, 900])), _PATIENCE)
-        await asyncio.sleep(self._source.choice([0.0, 0.005, 0.03, 0.1]))
+        if after == "events":
+            read, wanted = b"", self._source.randint(1, 6)
+            while read.count(b"data: ") < wanted and (part := await asyncio.wait_for(reader.read(900), _PATIENCE)):
+                read += part
+        else:
+            await asyncio.sleep(self._source.choice([0.0, 0.005, 0.03, 0.1, 1.0]))
         if self._source.random() < 0.5:
             writer.transport.abort()  # a reset instead of an orderly end
         await _close(writer)

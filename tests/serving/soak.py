@@ -56,6 +56,7 @@ class Question:
 
     path: str
     body: dict[str, Any]
+    prompt: list[int]
     params: SamplingParams
     answers: list[Generation]
 
@@ -72,7 +73,7 @@ class Question:
         assert len(found) == len(self.answers), self
         for index, answer in enumerate(self.answers):
             given = found[index]
-            assert given["text"] == text_of(loaded.tokenizer, self.params, answer.token_ids), self
+            assert given["text"] == text_of(loaded.tokenizer, self.params, answer.token_ids, self.prompt), self
             assert given["reason"] == REASONS[answer.finish_reason], self
             ids, scores = list(answer.token_ids), [score for score, _ in answer.logprobs]
             if answer.finish_reason == "stop":  # tokens behind the cut are no part of the answer
@@ -106,10 +107,11 @@ def questions(loaded: LoadedModel, engine: DecodingEngine, count: int, seed: int
             body |= {"logprobs": 2} if path == COMPLETIONS else {"logprobs": True, "top_logprobs": 2}
         sampling = SamplingParams(**params)
         mode = body["mode"] if body["mode"] == "alternate" else "autoregressive"
-        sequences = engine.add(loaded.tokenizer.encode(rendered), sampling, mode)
+        ids = loaded.tokenizer.encode(rendered)
+        sequences = engine.add(ids, sampling, mode)
         engine.finish(sequences)
         answers = [sequence.generation(0.0) for sequence in sequences]
-        found.append(Question(path, body | given, sampling, answers))
+        found.append(Question(path, body | given, ids, sampling, answers))
     return found
 
 

@@ -40,7 +40,7 @@ CONDUCT = {
     "sleep": 1,
     "leave in the body": 3,
     "leave after the request": 10,
-    "leave after the first bytes": 10,
+    "leave in the stream": 10,
     "nonsense": 9,
     "too large": 4,
 }
@@ -97,7 +97,10 @@ class Soak:
             await self._sleep(client)
         elif kind.startswith("leave"):
             self.outcome.left += 1
-            await client.leave(request, kind.split()[-1] if kind != "leave after the first bytes" else "first")
+            if kind == "leave in the stream":
+                await client.leave(question.request(stream=True, details=details), "events")
+            else:
+                await client.leave(request, kind.split()[-1])
         else:
             content, status = source.choice(soak.NONSENSE if kind == "nonsense" else soak.TOO_LARGE)
             reply = await self._patiently(lambda: client.ask(content))
@@ -214,4 +217,6 @@ def check_counts(outcome: Outcome, values: dict[str, float], lines: list[dict[st
     assert total(values, "recycle_drafts_accepted_total") <= total(values, "recycle_drafts_verified_total")
     for name in ("recycle_preemptions_total", "recycle_prefix_hit_tokens_total", "recycle_answers_cancelled_total"):
         assert values[name] > 0, f"{name}: the test has no power"
+    stopped = [line for line in lines if line.get("ended") == "disconnected" and line.get("completion_tokens")]
+    assert len(stopped) > 3, "no client has left in the middle of an answer: the test has no power"
     assert outcome.statuses[429] > 0 and ended["slow_reader"] > 0 and ended["disconnected"] > 0, "the test has no power"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from recycle_ds.serving.process.errors import ServingError
 
@@ -24,7 +27,7 @@ def own_server(model: str, *options: str) -> Iterator[str]:
     Raises ServingError with the server's own error if it does not start.
     """
     command = [sys.executable, "-m", "recycle_ds.serve", "--model", model, "--port", "0", "--no-log-requests", *options]
-    with tempfile.TemporaryFile("w+b") as log:
+    with tempfile.TemporaryFile("w+b") as log, _sigterm_unwinds():
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
         def text() -> str:
@@ -50,6 +53,23 @@ def own_server(model: str, *options: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Lets SIGTERM end this process like Ctrl-C: else its server would stay."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_ready(url: str) -> bool:
