@@ -44,7 +44,18 @@ PARTS = {
         *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "conversion", "run"),
     ),
     "inference": (
-        *("errors", "parameters", "protocol", "speculation", "generation", "engine", "decoder", "loading", "console"),
+        *(
+            "errors",
+            "parameters",
+            "protocol",
+            "speculation",
+            "generation",
+            "native",
+            "engine",
+            "decoder",
+            "loading",
+            "console",
+        ),
         *("answers", "api", "ranks", "request", "batch", "bench"),
     ),
 }

@@ -1,0 +1,1 @@
+"""Compiled kernels for decoding on CPUs, and their Python side."""
