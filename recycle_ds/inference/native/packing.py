@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from recycle_ds.inference.native.arena import Arena
 from recycle_ds.inference.native.library import kernels
 
 _PANEL = 32
@@ -50,14 +51,21 @@ class PackedProduct:
     """
 
     def __init__(
-        self, weight_NK: Tensor, bias_N: Tensor | None = None, *, int8: bool = False, gated: bool = False
+        self,
+        weight_NK: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        int8: bool = False,
+        gated: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         """Packs a weight in bf16, or rounded to int8. gated: the first half of the rows are gates g, the other half values
-        u, and the product returns silu(g) u. K, and with `gated` N / 2, are multiples of 16. Raises KernelsUnavailable."""
+        u, and the product returns silu(g) u. arena: where the packed weight goes. K, and with `gated` N / 2, are multiples
+        of 16. Raises KernelsUnavailable."""
         self._kernels = kernels()
         self.outputs, self.inputs = weight_NK.shape[0] // (2 if gated else 1), weight_NK.shape[1]
         codes_NK, scale_N = quantized(weight_NK) if int8 else (weight_NK.detach().bfloat16(), None)
-        self.weight = self._panels(codes_NK, gated).contiguous()
+        self.weight = (arena or Arena()).place(self._panels(codes_NK, gated))
         self._scale = None if scale_N is None else self._panels(scale_N.float()[:, None], gated).flatten()
         self._bias = None if bias_N is None else self._panels(bias_N.detach().float()[:, None], gated).flatten()
         # sums of K products stay within int32

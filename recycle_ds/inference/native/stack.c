@@ -1,6 +1,8 @@
 /* A stack of transformer blocks over the tokens of one step, in one call: norms, products, rotary embedding, cache and
    attention. The Python side is stack.py; structures must have the same fields there. */
 #include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 #include "attention.h"
 #include "products.h"
@@ -43,6 +45,28 @@ typedef struct {
     char *own; /* of the first thread */
     int64_t own_size, row, stride;
 } Room;
+
+/* A barrier that costs a fraction of a microsecond, where OpenMP's makes a system call, and that yields the core if others
+   need it: a thread that waits for one without a core would keep it from getting this one. */
+enum { SPINS = 2000 };
+
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Barrier;
+
+static void wait_for_all(Barrier *barrier, int threads) {
+    const int round = atomic_load_explicit(&barrier->round, memory_order_acquire);
+    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == threads - 1) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->round, round + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == round; spins++) {
+        if (spins < SPINS) _mm_pause();
+        else sched_yield();
+    }
+}
 
 static char *take(char **from, int64_t bytes) {
     char *start = *from;
@@ -107,11 +131,11 @@ static void place(const Stack *stack, const Layer *layer, const View *view, int6
     for (int64_t h = 0; h < kv_heads; h++) store(view, h, keys + h * channels, values + h * channels);
 }
 
-#define BARRIER _Pragma("omp barrier")
+#define BARRIER wait_for_all(barrier, threads);
 #define EACH_TOKEN for (int64_t t = thread; t < tokens; t += threads)
 
 static void run_layer(
-    const Stack *stack, const Step *step, const Room *room, int64_t index, int thread, int threads) {
+    const Stack *stack, const Step *step, const Room *room, int64_t index, int thread, int threads, Barrier *barrier) {
     const Layer *layer = stack->layers + index;
     const int64_t tokens = step->tokens, width = stack->width, query = stack->heads * stack->channels;
     const int64_t mixed = query + 2 * stack->kv_heads * stack->channels, groups = stack->heads / stack->kv_heads;
@@ -164,6 +188,7 @@ void recycle_ds_run(const Stack *stack, const Step *step) {
     Room room;
     divide(stack, step, &room);
     const int64_t tokens = step->tokens, width = stack->width, joined = width * stack->pieces;
+    Barrier all = {0}, *barrier = &all;
 #pragma omp parallel num_threads((int)step->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -187,7 +212,7 @@ void recycle_ds_run(const Stack *stack, const Step *step) {
         }
         BARRIER
         for (int64_t i = 0; i < stack->count; i++) {
-            run_layer(stack, step, &room, i, thread, threads);
+            run_layer(stack, step, &room, i, thread, threads, barrier);
             if (step->tapped && step->tapped[i]) EACH_TOKEN narrow(room.x + t * width, width, step->tapped[i] + t * width);
         }
         EACH_TOKEN {
@@ -198,21 +223,23 @@ void recycle_ds_run(const Stack *stack, const Step *step) {
     }
 }
 
-/* y = x W^T + b, bf16 [rows, inputs] to fp32 [rows, outputs]. room: rows x (inputs x 2 + 4) + threads x inputs x 4 bytes. */
+/* y = x W^T + b, bf16 [rows, inputs] to fp32 [rows, outputs]. room: rows x (inputs x 2 + 4) + most x inputs x 4
+   bytes; most: threads. */
 void recycle_ds_multiply(
-    const Product *product, int64_t rows, const uint16_t *x, float *y, char *room, int64_t threads) {
+    const Product *product, int64_t rows, const uint16_t *x, float *y, char *room, int64_t most) {
     const int64_t inputs = product->inputs;
     float *scales = (float *)room, *rows_of_threads = scales + rows;
-    uint16_t *codes = (uint16_t *)(rows_of_threads + threads * inputs);
-#pragma omp parallel num_threads((int)threads)
+    uint16_t *codes = (uint16_t *)(rows_of_threads + most * inputs);
+    Barrier all = {0}, *barrier = &all;
+#pragma omp parallel num_threads((int)most)
     {
-        const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-        for (int64_t r = thread; r < rows; r += count) {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t r = thread; r < rows; r += threads) {
             float *row = rows_of_threads + thread * inputs;
             widen(x + r * inputs, inputs, row);
             encode(row, inputs, product->limit, codes + r * inputs, scales + r);
         }
         BARRIER
-        multiply(product, rows, codes, scales, y, 0, thread, count);
+        multiply(product, rows, codes, scales, y, 0, thread, threads);
     }
 }

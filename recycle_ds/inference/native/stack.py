@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from recycle_ds.inference.native.arena import Arena
 from recycle_ds.inference.native.library import kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
 from recycle_ds.inference.native.spans import Span
@@ -86,9 +87,11 @@ class NativeStack:
         join: Join | None = None,
         *,
         int8: bool = False,
+        arena: Arena | None = None,
     ) -> None:
-        """final_norm: applied to the states that leave the last block. Raises KernelsUnavailable."""
-        self._kernels = kernels()
+        """final_norm: applied to the states that leave the last block. arena: where packed weights go. Raises
+        KernelsUnavailable."""
+        self._kernels, self._arena = kernels(), arena or Arena()
         self._kept: list[object] = []
         layers = (_LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
         first = blocks[0]
@@ -100,7 +103,7 @@ class NativeStack:
         norm_addresses = (_POINTER * max(len(norms), 1))(*norms)
         joined = ProductStruct()
         if join is not None:
-            projection = PackedProduct(join.projection, int8=int8)
+            projection = PackedProduct(join.projection, int8=int8, arena=self._arena)
             self._kept.append(projection)
             joined = projection.struct
         self._kept += [layers, norm_addresses]
@@ -125,10 +128,10 @@ class NativeStack:
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
         mixing = attention.query_key_value
         products = (
-            PackedProduct(mixing.weight, mixing.bias, int8=int8),
-            PackedProduct(attention.output.weight, int8=int8),
-            PackedProduct(mlp.gate_up.weight, int8=int8, gated=True),
-            PackedProduct(mlp.down.weight, int8=int8),
+            PackedProduct(mixing.weight, mixing.bias, int8=int8, arena=self._arena),
+            PackedProduct(attention.output.weight, int8=int8, arena=self._arena),
+            PackedProduct(mlp.gate_up.weight, int8=int8, gated=True, arena=self._arena),
+            PackedProduct(mlp.down.weight, int8=int8, arena=self._arena),
         )
         self._kept.append(products)
         head_norms = [
