@@ -12,6 +12,7 @@ from recycle_ds.config import RopeConfig
 from recycle_ds.inference import Decoder, SamplingParams
 from recycle_ds.inference.decoder import decode_one
 from recycle_ds.inference.engine.build import local_engine
+from recycle_ds.inference.engine.cost_file import cost_file
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.native.stack import NativeStack
@@ -98,8 +99,19 @@ def test_bf16_answers_depend_on_their_requests_alone(seed: int, batch: int, bloc
     assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
 
 
+@needs_kernels
+def test_costs_of_other_arithmetic_are_not_used() -> None:
+    """Prevents the draft budget of int8, or of a machine that has got a compiler, from counting with the costs before."""
+    found = {
+        (int8, compiled): cost_file(bf16_model(int8=int8), 1, 9, 1, 1, compiled=compiled)
+        for int8 in (False, True)
+        for compiled in (False, True)
+    }
+    assert len({file.path for file in found.values() if file is not None}) == 4
+
+
 @pytest.mark.parametrize("int8", [False, True])
-def test_paths_agree(int8: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_agree(int8: bool) -> None:
     """Prevents decoding without the compiled kernels from computing something else."""
     model = bf16_model(3, int8=int8, init_std=0.1, vocab_size=40)
     plain = StageWeights(model, compiled=False)
