@@ -16,19 +16,14 @@ from torch import Tensor, nn
 
 from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
-from recycle_ds.inference.native.library import KernelsUnavailable, kernels
-from recycle_ds.inference.native.packing import PackedProduct, quantized
-from recycle_ds.inference.native.stack import Join, NativeStack, why_unsupported
+from recycle_ds.inference.native.packing import PackedProduct
+from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
+from recycle_ds.inference.native.torch_products import Norm, Product
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
 from recycle_ds.model.mlp import MLP
-from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import CosineSine, Rotary, rotate
-from recycle_ds.parallel import products
-
-_LARGE = 2**20
-"""Elements of an fp32 weight from which on it is packed."""
 
 
 class Attend(Protocol):
@@ -36,44 +31,6 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, query_THC: Tensor, keys_values_THC: Tensor, /) -> Tensor:
         """Stores the tokens' keys and values [T, 2 H_kv, C] and attends with their queries [T, H, C]. Returns [T, H * C]."""
-
-
-class Product:
-    """y = x W^T + b for a few rows x [T, D]. The weight is packed on CPUs where that is faster, and not copied
-    elsewhere. int8: the weight is rounded to int8, with a scale for each output."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> None:
-        self._weight, self._bias = weight.detach(), bias
-        self._scale: Tensor | None = None
-        self._packed = _is_faster_packed(weight) and not int8
-        if int8:
-            self._weight, self._scale = quantized(weight)
-        elif self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, 1)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, D] to [T, E], plus the residual [T, E]."""
-        if self._scale is not None:
-            y = torch._weight_int8pack_mm(x.contiguous(), self._weight, self._scale)
-            y = y if self._bias is None else y + self._bias
-            return y if residual is None else y + residual
-        if not self._packed:
-            if residual is not None and self._bias is None and not products.upcasts(x):
-                return torch.addmm(residual, x, self._weight.t())
-            y = products.linear(x, self._weight, self._bias)
-            return y if residual is None else y + residual
-        if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
-
-
-def _is_faster_packed(weight: Tensor) -> bool:
-    if weight.device.type != "cpu":
-        return False
-    if weight.dtype == torch.bfloat16:
-        return products.multiplies_bf16()
-    # fp32 products of smaller matrices are faster in MKL: calling oneDNN takes 15 microseconds
-    return weight.dtype == torch.float32 and weight.numel() >= _LARGE
 
 
 class RowProduct:
@@ -87,24 +44,6 @@ class RowProduct:
         if self._ranks is None:
             return self._product(x, residual)
         return self._ranks.sum(self._product(x)) + residual
-
-
-class Norm:
-    """RMSNorm. On CPUs it is computed as the layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of
-    x: one operation where PyTorch's RMSNorm takes five, which made decoding with sixteen sequences 9 % faster."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        assert isinstance(norm, RMSNorm)
-        self._weight, self._epsilon = norm.weight.detach(), norm.epsilon
-        self._width = len(self._weight)
-        self._doubled = torch.cat((self._weight, self._weight)) if self._weight.device.type == "cpu" else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
-        if self._doubled is None:
-            return F.rms_norm(x, (self._width,), self._weight, self._epsilon)
-        pair = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * self._width,), self._doubled, None, self._epsilon)
-        return pair[..., : self._width].contiguous()
 
 
 class Layer:
@@ -195,7 +134,9 @@ class StageWeights:
         ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rotary = model.rotary
         self._embedding, self._ranks = model.embedding, ranks
-        self.why_not_compiled = why_not_compiled(model, ranks) if compiled else "they are switched off"
+        self.why_not_compiled = (
+            why_not_compiled(model, 1 if ranks is None else ranks.size) if compiled else "they are switched off"
+        )
         """Why the compiled kernels are not used; None if they are."""
         self.final_norm: Norm | None = None
         self._layers: list[Layer] = []
@@ -243,26 +184,6 @@ class StageWeights:
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)
-
-
-def why_not_compiled(model: RecycleGPT, ranks: Collectives | None) -> str | None:
-    """Why a model's blocks cannot run in the compiled kernels; None if they can."""
-    parameter = next(model.parameters())
-    if parameter.device.type != "cpu":
-        return f"they run on CPUs, not on {parameter.device.type}"
-    if parameter.dtype != torch.bfloat16:
-        return "they compute in bf16 and int8, not in fp32"
-    if ranks is not None:
-        return f"they hold complete blocks, not those of {ranks.size} tensor ranks"
-    module_blocks = () if model.recycle is None else model.recycle.blocks
-    unsupported = why_unsupported((*model.blocks.values(), *module_blocks), model.config.hidden)
-    if unsupported is not None:
-        return unsupported
-    try:
-        kernels()
-    except KernelsUnavailable as error:
-        return str(error)
-    return None
 
 
 def _angles(rotary: Rotary, tokens: Tokens, dtype: torch.dtype) -> CosineSine:

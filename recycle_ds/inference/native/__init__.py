@@ -1,1 +1,1 @@
-"""Compiled kernels for decoding on CPUs, and their Python side."""
+"""What decoding multiplies with: packed weights, in compiled kernels on CPUs that have them and in PyTorch's operations."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from recycle_ds.inference.native.arena import Arena
-from recycle_ds.inference.native.library import kernels
+from recycle_ds.inference.native.library import KernelsUnavailable, kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
 from recycle_ds.inference.native.spans import Span
+from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
 from recycle_ds.model.mlp import MLP
@@ -64,15 +65,26 @@ class Join:
     projection: Tensor
 
 
-def why_unsupported(blocks: Sequence[nn.Module], width: int) -> str | None:
-    """Why the kernels cannot run these blocks; None if they can."""
-    for block in blocks:
+def why_not_compiled(model: RecycleGPT, tensor_ranks: int) -> str | None:
+    """Why a model's blocks cannot run in the compiled kernels; None if they can."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        return f"they run on CPUs, not on {parameter.device.type}"
+    if parameter.dtype != torch.bfloat16:
+        return "they compute in bf16 and int8, not in fp32"
+    if tensor_ranks > 1:
+        return f"they hold complete blocks, not those of {tensor_ranks} tensor ranks"
+    for block in (*model.blocks.values(), *(() if model.recycle is None else model.recycle.blocks)):
         assert isinstance(block, Block) and isinstance(block.attention, Attention) and isinstance(block.mlp, MLP)
         ffn = len(block.mlp.gate_up.weight) // 2
-        sizes = {"hidden": width, "ffn": ffn, "channels of a head": block.attention.channels}
+        sizes = {"hidden": model.config.hidden, "ffn": ffn, "channels of a head": block.attention.channels}
         for name, size in sizes.items():
             if size % _LANES:
                 return f"{name} is {size}, no multiple of {_LANES}"
+    try:
+        kernels()
+    except KernelsUnavailable as error:
+        return str(error)
     return None
 
 
