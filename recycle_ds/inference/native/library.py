@@ -6,6 +6,7 @@ this very processor takes some five seconds; the library is kept in the user's c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -68,15 +69,21 @@ def _load() -> ctypes.CDLL:
     # compiled in a folder of its own and then moved: another process never sees half a library
     with tempfile.TemporaryDirectory(prefix="recycle_ds-") as scratch:
         built = _compile(compiler, Path(scratch), openmp)
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                moved = folder / f".{name}.{os.getpid()}"
-                shutil.copyfile(built, moved)
-                os.replace(moved, folder / name)
-        except OSError:  # a full or read-only disk: only the next start has to compile again
-            return _open(built)
-        return _open(built if folder is None else folder / name)
+        return _open(built if folder is None else _kept(built, folder / name))
+
+
+def _kept(built: Path, path: Path) -> Path:
+    """The library in the cache folder; where it was built if the disk is full or read-only, and every start compiles again."""
+    copy = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built, copy)
+        os.replace(copy, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            copy.unlink()
+        return built
+    return path
 
 
 def _open(path: Path) -> ctypes.CDLL:
