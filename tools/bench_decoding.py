@@ -28,7 +28,7 @@ def bench_decoding(
             metavar="N", help="Recycled tokens per full call; by default 1 in alternate, adaptive in verified."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32, bf16, or int8 (bf16 with weights of 8 bits).")] = "fp32",
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="How often everything is run; speeds are medians.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,

@@ -26,7 +26,7 @@ def bench_serving(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 samples.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option(help="Decode the maximum number of tokens from every prompt.")] = False,
-    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32, bf16, or int8 (bf16 with weights of 8 bits).")] = "fp32",
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
     kv_memory_gib: Annotated[float | None, typer.Option(metavar="GIB", help="Memory of the KV cache.")] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="How often everything is run; speeds are medians.")] = 3,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from recycle_ds.inference.errors import DecodingError
 
 MODES = ("autoregressive", "alternate", "verified")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "int8")
 # Below this, logits divided by the temperature may overflow fp32.
 MIN_TEMPERATURE = 1e-4
 SEED_LIMIT = 2**63

@@ -88,6 +88,8 @@ class RecycleGPT(nn.Module):
         """The draft vocabulary when decoding, ascending token ids; None for the complete vocabulary."""
         self.unnamed_ids: tuple[int, ...] = ()
         """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
+        self.int8 = False
+        """Whether decoding rounds the weights of products to int8."""
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
         self.mesh = mesh
         megatron = parallel_config(mesh, dtype)

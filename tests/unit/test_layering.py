@@ -44,7 +44,17 @@ PARTS = {
         *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "conversion", "run"),
     ),
     "inference": (
-        *("errors", "parameters", "protocol", "text_stream", "speculation", "generation", "engine", "decoder"),
+        *(
+            "errors",
+            "parameters",
+            "protocol",
+            "text_stream",
+            "speculation",
+            "generation",
+            "native",
+            "engine",
+            "decoder",
+        ),
         *("loading", "console", "answers", "api", "ranks", "request", "batch", "self_text", "bench"),
     ),
 }

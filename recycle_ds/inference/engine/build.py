@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 
@@ -63,15 +64,22 @@ def local_engine(
     eos_ids: Iterable[int] = (),
     text_source: NewTextSource | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    compiled: bool = True,
 ) -> DecodingEngine:
-    """An engine in this process. The model's weights are packed, and the model itself is not changed."""
-    weights = StageWeights(model)
+    """An engine in this process. The model's weights are packed, and the model itself is not changed.
+
+    compiled: whether bf16 and int8 products on CPUs run in kernels that this machine's compiler makes. Without them a note
+    on stderr says why.
+    """
+    weights = StageWeights(model, compiled=compiled)
+    if compiled and weights.why_not_compiled and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
+        print(f"note: decoding without the compiled kernels: {weights.why_not_compiled}", file=sys.stderr)
     blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
     check_blocks(blocks, weights)
     executor = LocalExecutor(Runner(weights, Cache(weights, blocks, BLOCK_SIZE), Vocabulary(0, model.vocab_size)))
     # else every gathered batch is page-faulted anew: 3.0 instead of 0.7 ms a layer at 16 sequences of 512 positions
     keep_freed_memory()
-    stored = cost_file(model, max_batch, blocks, 1, 1)
+    stored = cost_file(model, max_batch, blocks, 1, 1, compiled=weights.why_not_compiled is None)
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
 
 
@@ -105,7 +113,8 @@ def team_engine(
     if not team.owns:
         executor.follow()
         return None
-    stored = cost_file(model, max_batch, blocks, team.mesh.tensor.size, team.mesh.pipeline.size)
+    sizes = (team.mesh.tensor.size, team.mesh.pipeline.size)
+    stored = cost_file(model, max_batch, blocks, *sizes, compiled=weights.why_not_compiled is None)
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
 
 

@@ -10,32 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recycle_ds.inference.engine.weights import StageWeights
+from recycle_ds.inference.native.spans import Span
+
+if TYPE_CHECKING:
+    from recycle_ds.inference.engine.weights import StageWeights
 
 # A part with more tokens (a chunk of a prompt) attends on its own.
 _FEW_TOKENS = 16
 # Sequences attend together while padding at most doubles the positions that are read.
 _MOST_PADDING = 2.0
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens of one sequence that attend: queries at slots first..first+count-1, keys at slots lowest..query."""
-
-    blocks: Sequence[int]
-    first: int
-    count: int
-    lowest: int = 0
-
-    @property
-    def end(self) -> int:
-        """The first slot that is not read."""
-        return self.first + self.count
 
 
 class Cache:
@@ -77,6 +66,27 @@ class Cache:
             weights.width if weights.module is not None else 0
         )
         return block_size * (per_slot * weights.dtype.itemsize + 8)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one pass, and the cache [layers, slots, 2 H_kv, C] that they are stored in."""
+
+    keys_values: Tensor
+    spans: Sequence[Span]
+    slots_T: Tensor
+    block_size: int
+    shift: int = 0
+    """Added to a token's position for its rotary position."""
+
+    def rotary_positions(self) -> Tensor:
+        """Position of every token for the rotary embedding [T]."""
+        positions = [at + self.shift for span in self.spans for at in range(span.first, span.end)]
+        return torch.tensor(positions, device=self.keys_values.device)
+
+    def attention(self) -> Attention:
+        """Attention in PyTorch's operations."""
+        return Attention(self.keys_values, self.spans, self.slots_T, self.block_size)
 
 
 class Attention:

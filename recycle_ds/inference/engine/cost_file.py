@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from recycle_ds.config.atomic_files import write_json_atomically
+from recycle_ds.config.cache_folder import cache_folder
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
 from recycle_ds.parallel.device import machine_name
@@ -56,11 +56,13 @@ class CostFile:
             return
 
 
-def cost_file(model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipeline: int) -> CostFile | None:
-    """The file for a model in the user's cache folder; None for a user without a home."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recycle_ds"
-    except RuntimeError:
+def cost_file(
+    model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipeline: int, *, compiled: bool
+) -> CostFile | None:
+    """The file for a model in the user's cache folder; None for a user without a home. compiled: whether its blocks run in
+    the compiled kernels."""
+    folder = cache_folder()
+    if folder is None:
         return None
     parameter = next(model.parameters())
     key = {
@@ -69,6 +71,7 @@ def cost_file(model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipel
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(parameter.dtype),
+        "products": ["int8" if model.int8 else "float", "compiled" if compiled else "torch"],
         "model": model.config.model_dump(mode="json"),
         "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids)],
         "layout": [tensor, pipeline],

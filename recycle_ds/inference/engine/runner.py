@@ -20,10 +20,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from recycle_ds.inference.engine.cache import Attention, Cache, Span
+from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.generation import Logprobs
+from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation import noise
 from recycle_ds.inference.speculation.sampling import Position, adjust, choose
 from recycle_ds.inference.speculation.verification import verify_equal, verify_sampled
@@ -78,11 +79,9 @@ class Runner:
         spans = [Span(part.blocks, part.start, len(part.tokens)) for part in plan.parts]
         slots_T = cache.slots(spans)
         ids_T = torch.tensor([token for part in plan.parts for token in part.tokens], device=device)
-        positions_T = torch.tensor([at for span in spans for at in range(span.first, span.end)], device=device)
         cache.tokens[slots_T] = ids_T
         x_TD = self._weights.embed(ids_T) if received_TD is None else received_TD
-        attention = Attention(cache.keys_values, spans, slots_T, cache.block_size)
-        states_TD = self._weights.run(x_TD, positions_T, attention)
+        states_TD = self._weights.run(x_TD, Tokens(cache.keys_values, spans, slots_T, cache.block_size))
         if self._weights.final_norm is None:
             return states_TD
         if self._weights.module is not None:
@@ -281,7 +280,5 @@ class Runner:
     def _module(self, hidden_TD: Tensor, ids_T: Tensor, spans: Sequence[Span], slots_T: Tensor) -> Tensor:
         assert self._weights.module is not None
         # entry (h_p, E x_{p+1}) lies in the slot of its token, p + 1, and has the rotary position p
-        rotary = [at - 1 for span in spans for at in range(span.first, span.end)]
-        angles = self._weights.angles(torch.tensor(rotary, device=hidden_TD.device))
-        attention = Attention(self._cache.module_keys_values, spans, slots_T, self._cache.block_size)
-        return self._weights.module(hidden_TD, self._weights.embed(ids_T), angles, attention)
+        tokens = Tokens(self._cache.module_keys_values, spans, slots_T, self._cache.block_size, shift=-1)
+        return self._weights.module(hidden_TD, self._weights.embed(ids_T), tokens)

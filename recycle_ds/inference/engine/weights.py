@@ -1,8 +1,9 @@
-"""A model's weights laid out for decoding: fused projections, packed once for the CPU's matrix product.
+"""A model's weights laid out for decoding: packed once for products of few rows, projections fused.
 
-oneDNN can keep a weight in the order in which its kernel for few rows reads it, which takes half the time of the plain
-call on products of one to sixteen rows. Under tensor parallelism every rank holds its shard; outputs of row-parallel
-products are summed over the axis.
+In bf16 and int8 on CPUs, the blocks of a model that no other rank shares run in compiled kernels (see native/). Everything
+else is computed here, in PyTorch's operations: oneDNN can keep a weight in the order in which its kernel for few rows reads
+it, which takes half the time of the plain call on products of one to sixteen rows. Under tensor parallelism every rank
+holds its shard; outputs of row-parallel products are summed over the axis.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
+from recycle_ds.inference.native.packing import PackedProduct
+from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
+from recycle_ds.inference.native.torch_products import Norm, Product
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
 from recycle_ds.model.mlp import MLP
-from recycle_ds.model.norm import RMSNorm
-from recycle_ds.model.rope import CosineSine, rotate
-from recycle_ds.parallel import products
-
-_LARGE = 2**20
-"""Elements of an fp32 weight from which on it is packed."""
+from recycle_ds.model.rope import CosineSine, Rotary, rotate
 
 
 class Attend(Protocol):
@@ -33,42 +33,11 @@ class Attend(Protocol):
         """Stores the tokens' keys and values [T, 2 H_kv, C] and attends with their queries [T, H, C]. Returns [T, H * C]."""
 
 
-class Product:
-    """y = x W^T + b for a few rows x [T, D]. The weight is packed on CPUs where that is faster, and not copied
-    elsewhere."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight.detach(), bias
-        self._packed = _is_faster_packed(weight)
-        if self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, 1)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, D] to [T, E], plus the residual [T, E]."""
-        if not self._packed:
-            if residual is not None and self._bias is None and not products.upcasts(x):
-                return torch.addmm(residual, x, self._weight.t())
-            y = products.linear(x, self._weight, self._bias)
-            return y if residual is None else y + residual
-        if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
-
-
-def _is_faster_packed(weight: Tensor) -> bool:
-    if weight.device.type != "cpu":
-        return False
-    if weight.dtype == torch.bfloat16:
-        return products.multiplies_bf16()
-    # fp32 products of smaller matrices are faster in MKL: calling oneDNN takes 15 microseconds
-    return weight.dtype == torch.float32 and weight.numel() >= _LARGE
-
-
 class RowProduct:
     """A row-parallel product: the sum of the ranks' products, plus the residual."""
 
-    def __init__(self, weight: Tensor, ranks: Collectives | None) -> None:
-        self._product, self._ranks = Product(weight), ranks
+    def __init__(self, weight: Tensor, ranks: Collectives | None, *, int8: bool = False) -> None:
+        self._product, self._ranks = Product(weight, int8=int8), ranks
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """[T, D of this rank] to [T, E], plus the residual [T, E]."""
@@ -77,41 +46,23 @@ class RowProduct:
         return self._ranks.sum(self._product(x)) + residual
 
 
-class Norm:
-    """RMSNorm. On CPUs it is computed as the layer norm of (x, -x), whose mean is 0 and whose variance is the mean square of
-    x: one operation where PyTorch's RMSNorm takes five, which made decoding with sixteen sequences 9 % faster."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        assert isinstance(norm, RMSNorm)
-        self._weight, self._epsilon = norm.weight.detach(), norm.epsilon
-        self._width = len(self._weight)
-        self._doubled = torch.cat((self._weight, self._weight)) if self._weight.device.type == "cpu" else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
-        if self._doubled is None:
-            return F.rms_norm(x, (self._width,), self._weight, self._epsilon)
-        pair = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * self._width,), self._doubled, None, self._epsilon)
-        return pair[..., : self._width].contiguous()
-
-
 class Layer:
     """One transformer block over a step's tokens, without padding."""
 
-    def __init__(self, block: nn.Module, ranks: Collectives | None) -> None:
+    def __init__(self, block: nn.Module, ranks: Collectives | None, *, int8: bool = False) -> None:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
         self._heads, self._kv_heads, self._channels = attention.heads, attention.kv_heads, attention.channels
         self._attention_norm, self._mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
         projection = attention.query_key_value
-        self._query_key_value = Product(projection.weight, projection.bias)
+        self._query_key_value = Product(projection.weight, projection.bias, int8=int8)
         self._rotated = attention.rotated
         norms = (attention.query_norm, attention.key_norm)
         self._head_norms = [Norm(norm) for norm in norms if norm is not None]
-        self._output = RowProduct(attention.output.weight, ranks)
-        self._gate_up = Product(mlp.gate_up.weight)
-        self._down = RowProduct(mlp.down.weight, ranks)
+        self._output = RowProduct(attention.output.weight, ranks, int8=int8)
+        self._gate_up = Product(mlp.gate_up.weight, int8=int8)
+        self._down = RowProduct(mlp.down.weight, ranks, int8=int8)
 
     def __call__(self, x_TD: Tensor, rotary: CosineSine, attend: Attend, layer: int) -> Tensor:
         """[T, D] to [T, D]."""
@@ -132,20 +83,29 @@ class Layer:
 class Module:
     """The recycle module: W [norm_h(h); norm_e(e)], its blocks and its final norm."""
 
-    def __init__(self, model: RecycleGPT, ranks: Collectives | None) -> None:
-        module = model.recycle
+    def __init__(self, model: RecycleGPT, ranks: Collectives | None, *, compiled: bool) -> None:
+        module, int8 = model.recycle, model.int8
         assert module is not None
+        self._rotary = model.rotary
+        self._stack: NativeStack | None = None
+        if compiled:
+            join = Join((module.hidden_norm, module.embedding_norm), module.projection.weight)
+            self._stack = NativeStack(list(module.blocks), model.rotary, module.final_norm, join, int8=int8)
+            return
         self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
-        self._projection, self._ranks = Product(module.projection.weight), ranks
-        self._layers = [Layer(block, ranks) for block in module.blocks]
+        self._projection, self._ranks = Product(module.projection.weight, int8=int8), ranks
+        self._layers = [Layer(block, ranks, int8=int8) for block in module.blocks]
         self._final_norm = Norm(module.final_norm)
 
-    def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, rotary: CosineSine, attend: Attend) -> Tensor:
+    def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, tokens: Tokens) -> Tensor:
         """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token."""
+        if self._stack is not None:
+            return self._stack((hidden_TD, embedded_TD), tokens.spans, tokens.keys_values, shift=tokens.shift)[0]
         pair = torch.cat((self._hidden_norm(hidden_TD), self._embedding_norm(embedded_TD)), dim=-1)
         x_TD = self._projection(pair)
         if self._ranks is not None:  # every rank has some of the columns
             x_TD = torch.cat(list(self._ranks.gather(x_TD)), dim=-1)
+        rotary, attend = _angles(self._rotary, tokens, x_TD.dtype), tokens.attention()
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
         return self._final_norm(x_TD)
@@ -154,9 +114,10 @@ class Module:
 class Head:
     """The rows of the output head for some token ids of this rank's shard."""
 
-    def __init__(self, weight_VD: Tensor, barred: Tensor | None) -> None:
+    def __init__(self, weight_VD: Tensor, barred: Tensor | None, *, int8: bool, compiled: bool) -> None:
         """barred: rows that are never chosen, int64; None for none."""
-        self._product, self._barred = Product(weight_VD), barred
+        self._product = PackedProduct(weight_VD, int8=int8) if compiled else Product(weight_VD, int8=int8)
+        self._barred = barred
 
     def __call__(self, states_RD: Tensor) -> Tensor:
         """fp32 logits [R, V]."""
@@ -167,26 +128,38 @@ class Head:
 class StageWeights:
     """The weights of this rank: its shard of its pipeline stage. Only the last stage has heads."""
 
-    def __init__(self, model: RecycleGPT, ranks: Collectives | None = None) -> None:
-        """Packs the weights of a model, which is not changed. ranks: that hold it together by tensor parallelism."""
+    def __init__(self, model: RecycleGPT, ranks: Collectives | None = None, *, compiled: bool = True) -> None:
+        """Packs the weights of a model, which is not changed. ranks: that hold it together by tensor parallelism. compiled:
+        whether the compiled kernels are used where they can be."""
         ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rotary = model.rotary
         self._embedding, self._ranks = model.embedding, ranks
-        self._layers = [Layer(block, ranks) for block in model.blocks.values()]
-        self.final_norm = None if model.final_norm is None else Norm(model.final_norm)
+        self.why_not_compiled = (
+            why_not_compiled(model, 1 if ranks is None else ranks.size) if compiled else "they are switched off"
+        )
+        """Why the compiled kernels are not used; None if they are."""
+        self.final_norm: Norm | None = None
+        self._layers: list[Layer] = []
+        self._stack: NativeStack | None = None
+        blocks, compiled = list(model.blocks.values()), self.why_not_compiled is None
+        if compiled and blocks:
+            self._stack = NativeStack(blocks, model.rotary, model.final_norm, int8=model.int8)
+        else:
+            self._layers = [Layer(block, ranks, int8=model.int8) for block in blocks]
         self.head: Head | None = None
         self.draft_head: Head | None = None
         self.draft_ids: Tensor | None = None
         """The token ids of `draft_head`, ascending; None for those of `head`."""
         self.module: Module | None = None
-        if self.final_norm is not None:
-            self.head = self.draft_head = _head(model)[1]
+        if model.final_norm is not None:
+            self.final_norm = Norm(model.final_norm)
+            self.head = self.draft_head = _head(model, compiled)[1]
         if model.recycle is not None:
-            self.module = Module(model, ranks)
+            self.module = Module(model, ranks, compiled=compiled)
             if model.draft_ids is not None:
-                self.draft_ids, self.draft_head = _head(model, model.draft_ids)
+                self.draft_ids, self.draft_head = _head(model, compiled, model.draft_ids)
         attention = _any_block(model).attention
-        self.layers = len(self._layers)
+        self.layers = len(blocks)
         self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
         self.kv_heads, self.channels, self.width = attention.kv_heads, attention.channels, model.config.hidden
         parameter = next(model.parameters())
@@ -203,20 +176,23 @@ class StageWeights:
         rows_TD = F.embedding(local_T.clamp(0, len(weight) - 1), weight).masked_fill_(~own_T[:, None], 0.0)
         return self._ranks.sum(rows_TD)
 
-    def run(self, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def run(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         """Runs this stage's blocks. Returns the states [T, D]: after the final norm on the last stage."""
-        rotary = self.angles(positions_T)
+        if self._stack is not None:
+            return self._stack((x_TD,), tokens.spans, tokens.keys_values)[0]
+        rotary, attend = _angles(self.rotary, tokens, self.dtype), tokens.attention()
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)
 
-    def angles(self, positions_T: Tensor) -> CosineSine:
-        """Cosines and sines [T, 1, C/2] of positions."""
-        cosine, sine = self.rotary(positions_T[:, None], self.dtype)
-        return cosine[:, 0], sine[:, 0]
+
+def _angles(rotary: Rotary, tokens: Tokens, dtype: torch.dtype) -> CosineSine:
+    """Cosines and sines [T, 1, C/2] of the tokens' positions."""
+    cosine, sine = rotary(tokens.rotary_positions()[:, None], dtype)
+    return cosine[:, 0], sine[:, 0]
 
 
-def _head(model: RecycleGPT, ids: Tensor | None = None) -> tuple[Tensor, Head]:
+def _head(model: RecycleGPT, compiled: bool, ids: Tensor | None = None) -> tuple[Tensor, Head]:
     """This shard's part of the vocabulary, or of the given ids: token ids, and their rows of the head.
 
     Ids without a token (of a padded vocabulary) are never chosen: not by the full model and not by the module, so that
@@ -230,7 +206,8 @@ def _head(model: RecycleGPT, ids: Tensor | None = None) -> tuple[Tensor, Head]:
         own, barred = torch.tensor([first]), torch.tensor([True])
     own = own.to(weight.device)
     rows = weight[: len(own)] if ids is None else weight[own - first]
-    return own, Head(rows, barred.nonzero()[:, 0].to(weight.device) if barred.any() else None)
+    barred_ids = barred.nonzero()[:, 0].to(weight.device) if barred.any() else None
+    return own, Head(rows, barred_ids, int8=model.int8, compiled=compiled)
 
 
 def _any_block(model: RecycleGPT) -> Block:

@@ -98,9 +98,10 @@ def test_the_prompt_from_a_file_or_stdin_is_unchanged(
     assert ids[0] == ids[1] == ids[2]
 
 
-def test_half_precision_runs(generate: Generate) -> None:
-    """Prevents a type mismatch between weights, cache and rotary tables in bf16."""
-    outcome = generate("--prompt", PROMPT, "--dtype", "bf16", "--max-new-tokens", "12", "--json")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_half_precision_runs(generate: Generate, dtype: str) -> None:
+    """Prevents a type mismatch between weights, cache and rotary tables in bf16, and int8 from not reaching the weights."""
+    outcome = generate("--prompt", PROMPT, "--dtype", dtype, "--max-new-tokens", "12", "--json")
     assert len(json.loads(outcome.out)["token_ids"]) == 12
 
 

@@ -1,0 +1,245 @@
+/* A stack of transformer blocks over the tokens of one step, in one call: norms, products, rotary embedding, cache and
+   attention. The Python side is stack.py; structures must have the same fields there. */
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+#include "attention.h"
+#include "products.h"
+
+typedef struct {
+    const float *attention_norm, *mlp_norm;
+    const float *query_norm, *key_norm; /* or NULL */
+    Product query_key_value, output, gate_up, down;
+    int64_t rotated;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    uint16_t *cache;           /* [layers][blocks][block] */
+    const float *cosine, *sine; /* [positions][C / 2] */
+    const float *final_norm;   /* or NULL */
+    const float *const *piece_norms;
+    Product joined;  /* of the normalised pieces, to the width D */
+    int64_t count;      /* layers */
+    int64_t pieces;     /* inputs [T, D] that are joined; 0: one input, which enters the first layer unchanged */
+    int64_t layer_size; /* elements of the cache of one layer */
+    int64_t width, heads, kv_heads, channels, ffn;
+    double epsilon;
+} Stack;
+
+typedef struct {
+    int64_t tokens, longest, threads;
+    const int32_t *rotary, *at, *lowest, *table; /* of each token; table: where its sequence's blocks begin in `blocks` */
+    const int32_t *blocks;
+    const uint16_t *const *inputs; /* bf16 [T, D] each */
+    const uint16_t *added;         /* bf16 [T, D], added to the joined inputs, or NULL */
+    uint16_t *const *tapped;       /* of each layer: where its states go, bf16 [T, D], or NULL; may be NULL itself */
+    uint16_t *states;              /* bf16 [T, D] */
+    char *room;                    /* room(...) bytes */
+} Step;
+
+typedef struct {
+    float *x, *wide, *scales;
+    uint16_t *codes, *queries;
+    char *own; /* of the first thread */
+    int64_t own_size, row, stride;
+} Room;
+
+/* A barrier that costs a fraction of a microsecond, where OpenMP's makes a system call, and that yields the core if others
+   need it: a thread that waits for one without a core would keep it from getting this one. */
+enum { SPINS = 2000 };
+
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Barrier;
+
+static void wait_for_all(Barrier *barrier, int threads) {
+    const int round = atomic_load_explicit(&barrier->round, memory_order_acquire);
+    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == threads - 1) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->round, round + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == round; spins++) {
+        if (spins < SPINS) _mm_pause();
+        else sched_yield();
+    }
+}
+
+static char *take(char **from, int64_t bytes) {
+    char *start = *from;
+    *from += (bytes + 63) / 64 * 64;
+    return start;
+}
+
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t divide(const Stack *stack, const Step *step, Room *room) {
+    const int64_t t = step->tokens, query = stack->heads * stack->channels;
+    const int64_t mixed = query + 2 * stack->kv_heads * stack->channels;
+    char *at = step->room;
+    room->row = largest(largest(stack->width * largest(stack->pieces, 1), stack->ffn), mixed);
+    room->stride = (step->longest + BLOCK) / BLOCK * BLOCK + BLOCK;
+    room->x = (float *)take(&at, t * stack->width * 4);
+    room->wide = (float *)take(&at, t * largest(mixed, stack->ffn) * 4);
+    room->scales = (float *)take(&at, t * 4);
+    room->codes = (uint16_t *)take(&at, t * room->row * 2);
+    room->queries = (uint16_t *)take(&at, t * query * 2);
+    room->own = at;
+    take(&at, room->row * 4);
+    take(&at, room->stride * MOST_GROUPS * 4);
+    take(&at, room->stride * MOST_GROUPS * 2);
+    room->own_size = at - room->own;
+    return room->own + room->own_size * step->threads - step->room;
+}
+
+/* Bytes that a step needs in `room`. */
+int64_t recycle_ds_room(const Stack *stack, const Step *step) {
+    Room room;
+    return divide(stack, step, &room);
+}
+
+INLINE void widen(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(to + i, from_bf16(from + i));
+}
+
+INLINE void narrow(const float *from, int64_t count, uint16_t *to) {
+    for (int64_t i = 0; i < count; i += 16) _mm256_storeu_si256((__m256i *)(to + i), to_bf16(_mm512_loadu_ps(from + i)));
+}
+
+INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float left = x[i], right = x[i + half];
+        x[i] = left * cosine[i] - right * sine[i];
+        x[i + half] = right * cosine[i] + left * sine[i];
+    }
+}
+
+/* One token: rotates its queries and keys, and stores keys and values. mixed: fp32 [(H + 2 H_kv) C] */
+static void place(const Stack *stack, const Layer *layer, const View *view, int64_t position, float *mixed, uint16_t *queries) {
+    const int64_t channels = stack->channels, half = channels / 2, heads = stack->heads, kv_heads = stack->kv_heads;
+    for (int64_t h = 0; h < heads + kv_heads; h++) {
+        float *x = mixed + h * channels;
+        const float *norm = h < heads ? layer->query_norm : layer->key_norm;
+        if (norm) rms_norm(x, norm, channels, (float)stack->epsilon, x);
+        if (layer->rotated) rotate(x, stack->cosine + position * half, stack->sine + position * half, half);
+    }
+    narrow(mixed, heads * channels, queries);
+    const float *keys = mixed + heads * channels, *values = keys + kv_heads * channels;
+    for (int64_t h = 0; h < kv_heads; h++) store(view, h, keys + h * channels, values + h * channels);
+}
+
+#define BARRIER wait_for_all(barrier, threads);
+#define EACH_TOKEN for (int64_t t = thread; t < tokens; t += threads)
+
+static void run_layer(
+    const Stack *stack, const Step *step, const Room *room, int64_t index, int thread, int threads, Barrier *barrier) {
+    const Layer *layer = stack->layers + index;
+    const int64_t tokens = step->tokens, width = stack->width, query = stack->heads * stack->channels;
+    const int64_t mixed = query + 2 * stack->kv_heads * stack->channels, groups = stack->heads / stack->kv_heads;
+    char *own = room->own + thread * room->own_size;
+    float *row = (float *)take(&own, room->row * 4);
+    float *scores = (float *)take(&own, room->stride * MOST_GROUPS * 4);
+    uint16_t *probabilities = (uint16_t *)own;
+    View view = {stack->cache + index * stack->layer_size, 0, 0, 0, stack->kv_heads, stack->channels};
+#define LOOK(t) view.blocks = step->blocks + step->table[t], view.lowest = step->lowest[t], view.at = step->at[t]
+#define MULTIPLY(product, y, add) multiply(product, tokens, room->codes, room->scales, y, add, thread, threads)
+
+    EACH_TOKEN {
+        rms_norm(room->x + t * width, layer->attention_norm, width, (float)stack->epsilon, row);
+        encode(row, width, layer->query_key_value.limit, room->codes + t * width, room->scales + t);
+    }
+    BARRIER
+    MULTIPLY(&layer->query_key_value, room->wide, 0);
+    BARRIER
+    EACH_TOKEN {
+        LOOK(t);
+        place(stack, layer, &view, step->rotary[t], room->wide + t * mixed, room->queries + t * query);
+    }
+    BARRIER
+    for (int64_t i = thread; i < tokens * stack->kv_heads; i += threads) {
+        const int64_t t = i / stack->kv_heads, head = i % stack->kv_heads, at = t * query + head * groups * stack->channels;
+        LOOK(t);
+        attend(&view, head, groups, room->queries + at, room->wide + at, scores, probabilities, room->stride);
+    }
+    BARRIER
+    EACH_TOKEN encode(room->wide + t * query, query, layer->output.limit, room->codes + t * query, room->scales + t);
+    BARRIER
+    MULTIPLY(&layer->output, room->x, 1);
+    BARRIER
+    EACH_TOKEN {
+        rms_norm(room->x + t * width, layer->mlp_norm, width, (float)stack->epsilon, row);
+        encode(row, width, layer->gate_up.limit, room->codes + t * width, room->scales + t);
+    }
+    BARRIER
+    MULTIPLY(&layer->gate_up, room->wide, 0);
+    BARRIER
+    EACH_TOKEN encode(
+        room->wide + t * stack->ffn, stack->ffn, layer->down.limit, room->codes + t * stack->ffn, room->scales + t);
+    BARRIER
+    MULTIPLY(&layer->down, room->x, 1);
+    BARRIER
+}
+
+/* Runs all layers. The states leave through the final norm, if there is one. */
+void recycle_ds_run(const Stack *stack, const Step *step) {
+    Room room;
+    divide(stack, step, &room);
+    const int64_t tokens = step->tokens, width = stack->width, joined = width * stack->pieces;
+    Barrier all = {0}, *barrier = &all;
+#pragma omp parallel num_threads((int)step->threads)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        float *row = (float *)(room.own + thread * room.own_size);
+        if (stack->pieces) {
+            EACH_TOKEN {
+                for (int64_t i = 0; i < stack->pieces; i++) {
+                    float *piece = row + i * width;
+                    widen(step->inputs[i] + t * width, width, piece);
+                    if (stack->piece_norms[i])
+                        rms_norm(piece, stack->piece_norms[i], width, (float)stack->epsilon, piece);
+                }
+                encode(row, joined, stack->joined.limit, room.codes + t * joined, room.scales + t);
+            }
+            BARRIER
+            if (step->added) EACH_TOKEN widen(step->added + t * width, width, room.x + t * width);
+            BARRIER
+            multiply(&stack->joined, tokens, room.codes, room.scales, room.x, step->added != 0, thread, threads);
+        } else {
+            EACH_TOKEN widen(step->inputs[0] + t * width, width, room.x + t * width);
+        }
+        BARRIER
+        for (int64_t i = 0; i < stack->count; i++) {
+            run_layer(stack, step, &room, i, thread, threads, barrier);
+            if (step->tapped && step->tapped[i]) EACH_TOKEN narrow(room.x + t * width, width, step->tapped[i] + t * width);
+        }
+        EACH_TOKEN {
+            float *x = room.x + t * width;
+            if (stack->final_norm) rms_norm(x, stack->final_norm, width, (float)stack->epsilon, x);
+            narrow(x, width, step->states + t * width);
+        }
+    }
+}
+
+/* y = x W^T + b, bf16 [rows, inputs] to fp32 [rows, outputs]. room: rows x (inputs x 2 + 4) + most x inputs x 4
+   bytes; most: threads. */
+void recycle_ds_multiply(
+    const Product *product, int64_t rows, const uint16_t *x, float *y, char *room, int64_t most) {
+    const int64_t inputs = product->inputs;
+    float *scales = (float *)room, *rows_of_threads = scales + rows;
+    uint16_t *codes = (uint16_t *)(rows_of_threads + most * inputs);
+    Barrier all = {0}, *barrier = &all;
+#pragma omp parallel num_threads((int)most)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int64_t r = thread; r < rows; r += threads) {
+            float *row = rows_of_threads + thread * inputs;
+            widen(x + r * inputs, inputs, row);
+            encode(row, inputs, product->limit, codes + r * inputs, scales + r);
+        }
+        BARRIER
+        multiply(product, rows, codes, scales, y, 0, thread, threads);
+    }
+}

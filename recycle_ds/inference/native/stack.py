@@ -1,0 +1,201 @@
+"""A stack of transformer blocks as one call: see stack.c. The numbers of a token do not depend on the other tokens of a call.
+
+Inside, sums and the residual stream are fp32; what enters products, and what the cache keeps, is rounded to bf16 (with
+int8 weights, what enters products to integers). Shapes: T tokens, D width, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recycle_ds.inference.native.arena import Arena
+from recycle_ds.inference.native.library import KernelsUnavailable, kernels
+from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
+from recycle_ds.inference.native.spans import Span
+from recycle_ds.model import RecycleGPT
+from recycle_ds.model.attention import Attention
+from recycle_ds.model.block import Block
+from recycle_ds.model.mlp import MLP
+from recycle_ds.model.norm import RMSNorm
+from recycle_ds.model.rope import Rotary
+
+BLOCK = 16
+"""Positions of a block of the cache."""
+_LANES = 16
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+class _LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, ProductStruct) for name in ("query_key_value", "output", "gate_up", "down")),
+        ("rotated", _INTEGER),
+    )
+
+
+class _StackStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("layers", "cache", "cosine", "sine", "final_norm", "piece_norms")),
+        ("joined", ProductStruct),
+        *((name, _INTEGER) for name in ("count", "pieces", "layer_size")),
+        *((name, _INTEGER) for name in ("width", "heads", "kv_heads", "channels", "ffn")),
+        ("epsilon", ctypes.c_double),
+    )
+
+
+class _StepStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, _INTEGER) for name in ("tokens", "longest", "threads")),
+        *((name, _POINTER) for name in ("rotary", "at", "lowest", "table", "blocks")),
+        *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room")),
+    )
+
+
+@dataclass(frozen=True)
+class Join:
+    """How several inputs become one: W [norm_1(a); norm_2(b); ...]."""
+
+    norms: Sequence[nn.Module]
+    projection: Tensor
+
+
+def why_not_compiled(model: RecycleGPT, tensor_ranks: int) -> str | None:
+    """Why a model's blocks cannot run in the compiled kernels; None if they can."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        return f"they run on CPUs, not on {parameter.device.type}"
+    if parameter.dtype != torch.bfloat16:
+        return "they compute in bf16 and int8, not in fp32"
+    if tensor_ranks > 1:
+        return f"they hold complete blocks, not those of {tensor_ranks} tensor ranks"
+    for block in (*model.blocks.values(), *(() if model.recycle is None else model.recycle.blocks)):
+        assert isinstance(block, Block) and isinstance(block.attention, Attention) and isinstance(block.mlp, MLP)
+        ffn = len(block.mlp.gate_up.weight) // 2
+        sizes = {"hidden": model.config.hidden, "ffn": ffn, "channels of a head": block.attention.channels}
+        for name, size in sizes.items():
+            if size % _LANES:
+                return f"{name} is {size}, no multiple of {_LANES}"
+    try:
+        kernels()
+    except KernelsUnavailable as error:
+        return str(error)
+    return None
+
+
+class NativeStack:
+    """Blocks with packed weights, in bf16 or int8."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        rotary: Rotary,
+        final_norm: nn.Module | None,
+        join: Join | None = None,
+        *,
+        int8: bool = False,
+        arena: Arena | None = None,
+    ) -> None:
+        """final_norm: applied to the states that leave the last block. arena: where packed weights go. Raises
+        KernelsUnavailable."""
+        self._kernels, self._arena = kernels(), arena or Arena()
+        self._kept: list[object] = []
+        layers = (_LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
+        first = blocks[0]
+        assert isinstance(first, Block) and isinstance(first.attention, Attention)
+        attention, norm = first.attention, first.attention_norm
+        assert isinstance(norm, RMSNorm)
+        self._width, self._count = len(norm.weight), len(blocks)
+        norms = [] if join is None else [self._numbers(norm.weight) for norm in join.norms]
+        norm_addresses = (_POINTER * max(len(norms), 1))(*norms)
+        joined = ProductStruct()
+        if join is not None:
+            projection = PackedProduct(join.projection, int8=int8, arena=self._arena)
+            self._kept.append(projection)
+            joined = projection.struct
+        self._kept += [layers, norm_addresses]
+        self._stack = _StackStruct(
+            ctypes.addressof(layers), None, self._numbers(rotary.cosine), self._numbers(rotary.sine),
+            None if final_norm is None else self._numbers(final_norm.weight), ctypes.addressof(norm_addresses), joined,
+            len(blocks), len(norms), 0, self._width, attention.heads, attention.kv_heads, attention.channels,
+            len(first.mlp.gate_up.weight) // 2, norm.epsilon,
+        )  # fmt: skip
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def _numbers(self, values: object) -> int:
+        """Address of a tensor's numbers in fp32."""
+        assert isinstance(values, Tensor)
+        numbers = values.detach().float().contiguous()
+        self._kept.append(numbers)
+        return numbers.data_ptr()
+
+    def _layer(self, block: nn.Module, int8: bool) -> _LayerStruct:
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+        mixing = attention.query_key_value
+        products = (
+            PackedProduct(mixing.weight, mixing.bias, int8=int8, arena=self._arena),
+            PackedProduct(attention.output.weight, int8=int8, arena=self._arena),
+            PackedProduct(mlp.gate_up.weight, int8=int8, gated=True, arena=self._arena),
+            PackedProduct(mlp.down.weight, int8=int8, arena=self._arena),
+        )
+        self._kept.append(products)
+        head_norms = [
+            None if norm is None else self._numbers(norm.weight) for norm in (attention.query_norm, attention.key_norm)
+        ]
+        norms = [self._numbers(norm.weight) for norm in (block.attention_norm, block.mlp_norm)]
+        return _LayerStruct(*norms, *head_norms, *(product.struct for product in products), int(attention.rotated))
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        spans: Sequence[Span],
+        keys_values: Tensor,
+        *,
+        shift: int = 0,
+        added: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the blocks over the tokens of some spans, and stores their keys and values.
+
+        inputs: bf16 [T, D] each; several are joined. keys_values: the cache [layers, slots, 2 H_kv, C]; a block of 16 slots
+        has an order of its own, see attention.h. shift: what to add to a slot's position for its rotary position. added:
+        bf16 [T, D], added to the joined inputs. taps: numbers of blocks whose states are returned too. Returns the states
+        and the tapped ones, bf16 [T, D] each.
+        """
+        tokens = sum(span.count for span in spans)
+        at, rotary, lowest, table, blocks = (array("i") for _ in range(5))
+        for span in spans:
+            at.extend(range(span.first, span.end))
+            rotary.extend(range(span.first + shift, span.end + shift))
+            lowest.extend([span.lowest] * span.count)
+            table.extend([len(blocks)] * span.count)
+            blocks.extend(span.blocks)
+        inputs = [one.contiguous() for one in inputs]
+        added = None if added is None else added.contiguous()
+        states = torch.empty(1 + len(taps), tokens, self._width, dtype=torch.bfloat16)
+        input_addresses = (_POINTER * len(inputs))(*(one.data_ptr() for one in inputs))
+        tapped = None
+        if taps:
+            tapped = (_POINTER * self._count)()
+            for number, layer in enumerate(taps):
+                tapped[layer] = states[1 + number].data_ptr()
+        self._stack.cache, self._stack.layer_size = keys_values.data_ptr(), keys_values.stride(0)
+        step = _StepStruct(
+            tokens, max(span.end for span in spans), torch.get_num_threads(),
+            *(numbers.buffer_info()[0] for numbers in (rotary, at, lowest, table, blocks)),
+            ctypes.addressof(input_addresses), address(added), None if tapped is None else ctypes.addressof(tapped),
+            states.data_ptr(), None,
+        )  # fmt: skip
+        needed = self._kernels.recycle_ds_room(ctypes.byref(self._stack), ctypes.byref(step))
+        if len(self._room) < needed + 64:
+            self._room = torch.empty(needed + 64, dtype=torch.uint8)
+        step.room = -(-self._room.data_ptr() // 64) * 64
+        self._kernels.recycle_ds_run(ctypes.byref(self._stack), ctypes.byref(step))
+        return states[0], list(states[1:])
