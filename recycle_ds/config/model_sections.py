@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.section import NonNegative, Positive, Section
 
 
@@ -118,7 +119,23 @@ class RecycleConfig(Section):
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
     """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
     the module trains."""
+    taps: tuple[NonNegative, ...] = ()
+    """Blocks of the backbone, counted from 0, whose output states join h in the module's input (EAGLE-3, arXiv 2503.01840):
+    for example one low, one middle and one high block. They enter the first step; later steps have r in their place."""
     start_step: NonNegative = 0
     """Steps before the recycle loss starts to count."""
     warmup_steps: NonNegative = 0
     """Steps over which its weight then rises linearly to `loss_weight`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecycleConfig:
+        if list(self.taps) != sorted(set(self.taps)):
+            raise ValueError(f"taps ({list(self.taps)}) must be different blocks in ascending order")
+        if self.taps and not self.layers:
+            raise ValueError(f"taps ({list(self.taps)}) need a module, but layers is 0")
+        return self
+
+    def check_taps(self, layers: int) -> None:
+        """Raises ConfigError for a tapped block that a backbone of `layers` blocks does not have."""
+        if self.taps and self.taps[-1] >= layers:
+            raise ConfigError(f"recycle.taps: {self.taps[-1]}: must be below model.layers ({layers})")

@@ -11,7 +11,8 @@ def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
     embedding = config.vocab_size * config.hidden * (1 if config.tied_embeddings else 2)
     total = embedding + config.layers * _block(config) + config.hidden
     if recycle.layers:
-        total += 2 * config.hidden**2 + 3 * config.hidden + recycle.layers * _block(config)
+        taps = len(recycle.taps) * (config.hidden**2 + config.hidden)
+        total += 2 * config.hidden**2 + 3 * config.hidden + taps + recycle.layers * _block(config)
     return total
 
 
@@ -36,7 +37,7 @@ def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_len
         return 0.0
     stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
     head_passes = 6 if recycle.gradient == "joint" else 4
-    total = 0.0
+    total = 6.0 * len(recycle.taps) * config.hidden**2
     for step in range(recycle.depth):
         attention = recycle.layers * _attention(config, seq_length / 2 + step)
         total += 6.0 * (stack + attention) + head_passes * _head(config)

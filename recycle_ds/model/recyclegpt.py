@@ -5,8 +5,6 @@ Activations are [S, B, D], sequence first, as megatron-core's sequence paralleli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
+from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
 from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
 from recycle_ds.model.masks import AttentionMask
@@ -25,35 +24,6 @@ from recycle_ds.model.rope import Rotary
 from recycle_ds.model.stages import partition
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class EvaluationSums:
-    """Sums over a batch, [K+1] each, index 0 the backbone.
-
-    `agreed[k]` counts positions whose drafts agree with the backbone's argmax at depths 1..k, out of the `judged[k]`
-    positions that agree at depths 1..k-1 and have a target at depth k."""
-
-    loss: Tensor
-    count: Tensor
-    agreed: Tensor
-    judged: Tensor
-
-
-def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
-    """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]."""
-    valid = targets >= 0
-    agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
-    agreeing = torch.ones_like(valid[0])
-    for depth in range(1, len(targets)):
-        # r^k_t and h_{t+k} both predict x_{t+k+1}
-        agreeing = agreeing & valid[depth]
-        judged[depth] = agreeing.sum()
-        ahead = torch.full_like(best[0], -1)
-        ahead[:-depth] = best[0][depth:]
-        agreeing = agreeing & (best[depth] == ahead)
-        agreed[depth] = agreeing.sum()
-    return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
 
 
 class RecycleGPT(nn.Module):
@@ -77,9 +47,10 @@ class RecycleGPT(nn.Module):
         """seq_length (default: max_positions) decides attention's cost when blocks are distributed over pipeline stages.
         blocks: those of this stage, to be distributed in another way.
 
-        Raises ConfigError when there are more pipeline stages than blocks.
+        Raises ConfigError when there are more pipeline stages than blocks, and for taps beyond the last block.
         """
         super().__init__()
+        recycle.check_taps(config.layers)
         assert config.vocab_size is not None, "model.vocab_size must be set before a model is built"
         self.config, self.recycle_config = config, recycle
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
@@ -112,7 +83,10 @@ class RecycleGPT(nn.Module):
             self.head = OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.recycle: RecycleModule | None = None
         if last and recycle.layers:
-            self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype)
+            self.recycle = RecycleModule(recycle, config, mesh, megatron, dtype)
+        first_block = min(blocks, default=config.layers)
+        self.received_taps = sum(tap < first_block for tap in recycle.taps)
+        """Tapped states that earlier pipeline stages send along with the residual stream."""
         rows = padded // mesh.tensor.size
         first = rows * mesh.tensor.rank
         self.shard = HeadShard(first, max(0, min(config.vocab_size - first, rows)), mesh.tensor, mesh.sequence)
@@ -139,7 +113,7 @@ class RecycleGPT(nn.Module):
         the root's forward.
 
         Every pipeline stage except the first takes `received` [S, B, D] from the previous stage; every stage except the
-        last returns such a tensor."""
+        last returns such a tensor. Tapped states follow in the last dimension, [S, B, (1 + received_taps) D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and scales is not None):
             states = self.states(batch, received)
         if self.final_norm is None:
@@ -164,8 +138,10 @@ class RecycleGPT(nn.Module):
         mask = AttentionMask(batch.documents_BS)
         frozen = self.recycle_config.gradient == "frozen_backbone"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            hidden = self._backbone(batch, mask, received)
-        return [hidden, *self._recycled(batch, mask, hidden)]
+            hidden, taps = self._backbone(batch, mask, received)
+        if self.final_norm is None:
+            return [torch.cat((hidden, *taps), dim=-1) if taps else hidden]
+        return [hidden, *self._recycled(batch, mask, hidden, taps)]
 
     def evaluate(self, batch: Batch) -> EvaluationSums:
         """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data.
@@ -201,13 +177,14 @@ class RecycleGPT(nn.Module):
         rows = self.head_weight[ids]
         return torch.cat([ids[F.linear(part, rows).float().argmax(-1)] for part in states_ND.split(self.loss_chunk)])
 
-    def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor) -> list[Tensor]:
+    def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor, taps: list[Tensor]) -> list[Tensor]:
         """The module's states r^1..r^K, each [S, B, D]; an empty list without a module."""
         if self.recycle is None:
             return []
         assert self.embedding is not None
         joint = self.recycle_config.gradient == "joint"
         state = hidden if joint else hidden.detach()
+        tapped = tuple(tap if joint else tap.detach() for tap in taps)
         states = []
         earlier: StepKeysValues = ()
         for step in range(1, self.depth + 1):
@@ -216,7 +193,7 @@ class RecycleGPT(nn.Module):
             positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
             rotary = self.rotary(positions, hidden.dtype)
             embedded = embedded if joint else embedded.detach()
-            arguments = (state, embedded, rotary, mask.at_step(step), earlier)
+            arguments = (state, embedded, rotary, mask.at_step(step), earlier, tapped if step == 1 else ())
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 state, earlier = checkpoint(self.recycle, *arguments, use_reentrant=False)
             else:
@@ -224,19 +201,25 @@ class RecycleGPT(nn.Module):
             states.append(state)
         return states
 
-    def _backbone(self, batch: Batch, mask: AttentionMask, received: Tensor | None) -> Tensor:
+    def _backbone(self, batch: Batch, mask: AttentionMask, received: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The states after this stage, final norm included on the last one, and the tapped ones up to here."""
+        taps: list[Tensor] = []
         if received is None:
             assert self.embedding is not None
             x = self.embedding(batch.tokens_BS.t())
+        elif self.received_taps:
+            x, *taps = received.split(self.config.hidden, dim=-1)
         else:
             x = received
         rotary = self.rotary(batch.positions_BS.t(), x.dtype)
-        for block in self.blocks.values():
+        for index, block in self.blocks.items():
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, _ = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x, _ = block(x, rotary, mask)
-        return x if self.final_norm is None else self.final_norm(x)
+            if int(index) in self.recycle_config.taps:
+                taps.append(x)
+        return x if self.final_norm is None else self.final_norm(x), taps
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor) -> Tensor:
@@ -244,7 +227,7 @@ class RecycleGPT(nn.Module):
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         documents = torch.zeros_like(tokens_BT)
         batch = Batch(tokens_BT, positions, documents, tokens_BT[None], tokens_BT[None])
-        return self._backbone(batch, AttentionMask(documents), None)
+        return self._backbone(batch, AttentionMask(documents), None)[0]
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """fp32 logits [T, B, V] without vocabulary padding, gathered over the tensor axis. Collective over that axis."""

@@ -60,6 +60,7 @@ def cost_file(model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipel
     except RuntimeError:
         return None
     parameter = next(model.parameters())
+    parts = [len(model.recycle_config.taps)] if model.recycle_config.taps else []
     key = {
         "machine": machine_name(parameter.device),
         "device": str(parameter.device.type),
@@ -67,7 +68,7 @@ def cost_file(model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipel
         "torch": torch.__version__,
         "dtype": str(parameter.dtype),
         "model": model.config.model_dump(mode="json"),
-        "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids)],
+        "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids), *parts],
         "layout": [tensor, pipeline],
         "batch": [max_batch, blocks],
     }

@@ -52,7 +52,7 @@ class _Clock:
 
 
 class TeamExecutor:
-    """The owner's executor, and what the other ranks run. width: of the states between stages."""
+    """The owner's executor, and what the other ranks run. width: of the states from the stage before."""
 
     def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._runner, self._team, self._width, self._dtype, self._device = runner, team, width, dtype, device

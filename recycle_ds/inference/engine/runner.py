@@ -86,6 +86,8 @@ class Runner:
             return states_TD
         if self._weights.module is not None:
             cache.hidden[slots_T] = states_TD
+            if states_TD.shape[1] > self._weights.width:
+                states_TD = states_TD[:, : self._weights.width].contiguous()
         chosen = self._choose(plan.parts, states_TD)
         if self._weights.module is None:
             return tuple(chosen.values())

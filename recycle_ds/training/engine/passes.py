@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
+from recycle_ds.model.evaluation import EvaluationSums
+from recycle_ds.model.recyclegpt import RecycleGPT
 
 
 class Passes(Protocol):

@@ -17,7 +17,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
+from recycle_ds.model.evaluation import EvaluationSums
+from recycle_ds.model.recyclegpt import RecycleGPT
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine.passes import stack_sums

@@ -1,0 +1,76 @@
+"""The retrofit's settings at every layout: losses, gradient norms and evaluations equal those of the single process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, curves_of, run_cases
+from tests.runs import make_corpus, read_metrics, zero
+
+BASE: Change = {
+    "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
+    "training__learning_rate": 2e-3, "training__dry_run": False,
+}  # fmt: skip
+# Several settings in one run: each changes the losses, so that none can be wrong unnoticed.
+SHAPES: dict[str, Change] = {
+    "joint": {"recycle__depth": 2, "recycle__taps": [0, 1]},
+    "frozen": {"recycle__depth": 2, "recycle__taps": [1, 2], "recycle__gradient": "frozen_backbone"},
+}
+LAYOUTS: dict[int, dict[str, Change]] = {
+    2: {
+        "tp2": {"parallel__tensor": 2},
+        "tp2_sp": {"parallel__tensor": 2, "parallel__sequence": True},
+        "ulysses2_zero3": {"parallel__ulysses": 2, "deepspeed": zero(3)},
+        "pp2": {"parallel__pipeline": 2, "deepspeed": PIPELINE},
+    },
+    4: {"pp2_tp2_sp": {
+        "parallel__pipeline": 2, "parallel__tensor": 2, "parallel__sequence": True, "deepspeed": PIPELINE,
+        "training__activation_checkpointing": "full",
+    }},
+}  # fmt: skip
+CASES = {
+    size: {
+        f"{layout}/{shape}": BASE | change | given
+        for layout, given in layouts.items()
+        for shape, change in SHAPES.items()
+        if not (shape == "frozen" and "parallel__pipeline" in given)
+    }
+    for size, layouts in LAYOUTS.items()
+}
+ALL = [name for cases in CASES.values() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("retrofit")
+
+
+@pytest.fixture(scope="module")
+def curves(root: Path) -> dict[str, Curve]:
+    """Metrics by step of every reference and case."""
+    corpus = make_corpus(root / "corpus")
+    run_cases(corpus, root, 1, {name: BASE | change | {"deepspeed": zero(0)} for name, change in SHAPES.items()})
+    for world_size, cases in CASES.items():
+        run_cases(corpus, root, world_size, cases)
+    return curves_of(root, [*SHAPES, *ALL])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equals_the_single_process(curves: dict[str, Curve], root: Path, name: str) -> None:
+    """Prevents tapped states and losses that are sharded, sent or reduced wrongly, in training and in evaluation."""
+    shape = name.rpartition("/")[2]
+    assert_equal(curves[name], curves[shape])
+    own, reference = ([r for r in read_metrics(root / run) if "eval_loss" in r][-1] for run in (name, shape))
+    for key in set(reference) - {"step"}:
+        assert own[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-9), key
+
+
+def test_taps_count(curves: dict[str, Curve], root: Path) -> None:
+    """Prevents parity of runs in which the tapped states have no influence."""
+    untapped = {name: BASE | change | {"recycle__taps": [], "deepspeed": zero(0)} for name, change in SHAPES.items()}
+    run_cases(root / "corpus", root / "untapped", 1, untapped)
+    for name, curve in curves_of(root / "untapped", SHAPES).items():
+        assert curve[0] != curves[name][0], "gradient norm of the first step"
+        assert curve[4][0] != pytest.approx(curves[name][4][0], rel=1e-5)
