@@ -122,6 +122,9 @@ class RecycleConfig(Section):
     taps: tuple[NonNegative, ...] = ()
     """Blocks of the backbone, counted from 0, whose output states join h in the module's input (EAGLE-3, arXiv 2503.01840):
     for example one low, one middle and one high block. They enter the first step; later steps have r in their place."""
+    objective: Literal["cross_entropy", "kl", "acceptance"] = "cross_entropy"
+    """What the module learns: the text (`cross_entropy`), the backbone's distribution p of the next token (`kl`), or to be
+    accepted by it (`acceptance`: -log sum min(p, q), the LK loss of arXiv 2602.23881, which suits sampled drafts best)."""
     start_step: NonNegative = 0
     """Steps before the recycle loss starts to count."""
     warmup_steps: NonNegative = 0

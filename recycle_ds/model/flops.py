@@ -19,10 +19,13 @@ def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
 def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
     """FLOPs of one token's forward and backward pass. Causal attention counts at its mean length, recomputation does not count.
 
-    With detached gradients, the recycle losses need no weight gradient of the head. A frozen backbone only runs forward.
+    With detached gradients, the recycle losses need no weight gradient of the head. A frozen backbone only runs forward. An
+    objective that compares with the backbone needs its logits once more, unless it is frozen.
     """
     frozen = recycle.layers > 0 and recycle.gradient == "frozen_backbone"
     backbone = config.layers * block_flops_per_token(config, seq_length) + 6.0 * _head(config)
+    if recycle.layers and recycle.objective != "cross_entropy" and not frozen:
+        backbone += 2.0 * _head(config)
     return (backbone / 3 if frozen else backbone) + recycle_flops_per_token(config, recycle, seq_length)
 
 

@@ -16,7 +16,7 @@ from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
 from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
-from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
+from recycle_ds.model.losses import HeadShard, head_predictions, training_losses
 from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import RecycleModule, StepKeysValues
@@ -106,7 +106,8 @@ class RecycleGPT(nn.Module):
     def forward(
         self, batch: Batch, scales: Tensor | None, received: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
-        """Training: returns the weighted total loss (scalar) and the unweighted sums of cross entropy [K+1], backbone first.
+        """Training: returns the weighted total loss (scalar) and the unweighted sums over rows [K+1]: the backbone's cross
+        entropy first, then the recycle module's objective by depth.
 
         scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None
         evaluates the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in
@@ -120,17 +121,15 @@ class RecycleGPT(nn.Module):
             return states[0]
         if scales is None:
             return self._evaluate(batch, states)
-        targets = batch.targets_KBS[: len(states)].transpose(1, 2).flatten(1)
-        joint = self.recycle_config.gradient == "joint"
-        train_head = [index == 0 or joint for index in range(len(states))]
-        return head_losses(
-            [state.flatten(0, 1) for state in states],
-            self.head_weight,
-            targets,
+        return training_losses(
+            states,
+            batch.targets_KBS,
             scales,
+            self.head_weight,
             self.shard,
+            self.mesh,
+            self.recycle_config,
             chunk=self.loss_chunk,
-            train_head=train_head,
         )
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:

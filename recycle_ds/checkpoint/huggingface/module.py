@@ -17,7 +17,7 @@ MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"
 _FORMAT = "recycle_ds module"
 _ONE_FILE, _FILES = 1, 2
 """Format versions: 1 describes one `file`, recycle.safetensors; 2 describes `files` by name."""
-_LATER: dict[str, Any] = {"taps": []}
+_LATER: dict[str, Any] = {"taps": [], "objective": "cross_entropy"}
 """Settings that older releases refuse, with the defaults that are left out for their sake."""
 _NAME = re.compile(r"recycle(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -74,7 +74,7 @@ def _read_files(path: Path, listed: Any) -> dict[str, FileEntry]:
 
 
 def recycle_settings(recycle: RecycleConfig) -> dict[str, Any]:
-    """Returns the module's settings for recycle.json. Older releases, which do not know the key, read a module without taps."""
+    """Returns the settings for recycle.json. Older releases refuse unknown keys, so defaults of later ones are left out."""
     settings = recycle.model_dump(mode="json")
     return {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
 
