@@ -116,6 +116,10 @@ class RecycleConfig(Section):
     draft_vocabulary: Positive | None = None
     """When decoding, drafts are chosen among this many of the most frequent tokens of the training data, which makes them
     cheaper; `null`: among all tokens. The text of `verified` does not depend on it."""
+    draft_vocabulary_in_training: bool = False
+    """Train the module over the draft vocabulary alone, with that part of the head: cheaper, and drafts come from nowhere else.
+    `cross_entropy` then ignores other targets, `kl` scales the backbone's probabilities of that vocabulary to sum to 1, and
+    `acceptance` takes them as they are."""
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
     """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
     the module trains."""
@@ -136,6 +140,10 @@ class RecycleConfig(Section):
             raise ValueError(f"taps ({list(self.taps)}) must be different blocks in ascending order")
         if self.taps and not self.layers:
             raise ValueError(f"taps ({list(self.taps)}) need a module, but layers is 0")
+        if self.draft_vocabulary_in_training and (self.draft_vocabulary is None or not self.layers):
+            raise ValueError(
+                "draft_vocabulary_in_training needs a module and its draft_vocabulary: set draft_vocabulary=N"
+            )
         return self
 
     def check_taps(self, layers: int) -> None:

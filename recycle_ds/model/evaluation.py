@@ -21,8 +21,9 @@ class EvaluationSums:
     judged: Tensor
 
 
-def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
-    """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]."""
+def judge(loss: Tensor, targets: Tensor, best: Tensor, counted: Tensor | None = None) -> EvaluationSums:
+    """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]; counted: bool [K+1, S, B],
+    the targets that the losses count, all by default."""
     valid = targets >= 0
     agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
     agreeing = torch.ones_like(valid[0])
@@ -34,4 +35,5 @@ def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
         ahead[:-depth] = best[0][depth:]
         agreeing = agreeing & (best[depth] == ahead)
         agreed[depth] = agreeing.sum()
-    return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
+    counted = valid if counted is None else counted
+    return EvaluationSums(loss, counted.flatten(1).sum(1).float(), agreed, judged)

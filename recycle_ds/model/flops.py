@@ -40,10 +40,13 @@ def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_len
         return 0.0
     stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
     head_passes = 6 if recycle.gradient == "joint" else 4
+    head = _head(config)
+    if recycle.draft_vocabulary_in_training and recycle.draft_vocabulary is not None:
+        head = min(head, recycle.draft_vocabulary * config.hidden)
     total = 6.0 * len(recycle.taps) * config.hidden**2
     for step in range(recycle.depth):
         attention = recycle.layers * _attention(config, seq_length / 2 + step)
-        total += 6.0 * (stack + attention) + head_passes * _head(config)
+        total += 6.0 * (stack + attention) + head_passes * head
     return total
 
 

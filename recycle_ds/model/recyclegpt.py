@@ -16,7 +16,7 @@ from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
 from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
-from recycle_ds.model.losses import HeadShard, head_predictions, training_losses
+from recycle_ds.model.losses import DraftColumns, HeadShard, head_predictions, training_losses
 from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import RecycleModule, StepKeysValues
@@ -57,6 +57,10 @@ class RecycleGPT(nn.Module):
         self.recycle_layers = recycle.layers
         self.draft_ids: Tensor | None = None
         """The draft vocabulary when decoding, ascending token ids; None for the complete vocabulary."""
+        self.trained_drafts: DraftColumns | None = None
+        """The draft vocabulary that the module's losses are restricted to, see `train_on_drafts`."""
+        self.counted_tokens: Tensor | None = None
+        """Bool [V] on the CPU: the targets that count for the module's losses; None if all do."""
         self.unnamed_ids: tuple[int, ...] = ()
         """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
@@ -96,6 +100,13 @@ class RecycleGPT(nn.Module):
         """Number of unrolled steps of the recycle module; 0 without a module."""
         return self.recycle_config.depth if self.recycle_config.layers else 0
 
+    def train_on_drafts(self, ids: Tensor) -> None:
+        """Restricts the module's losses and drafts to a draft vocabulary. ids: ascending, on the model's device."""
+        self.draft_ids = ids
+        self.trained_drafts = DraftColumns.of(ids, self.vocab_size, self.shard)
+        if self.recycle_config.objective == "cross_entropy":
+            self.counted_tokens = self.trained_drafts.table.cpu()
+
     @property
     def head_weight(self) -> Tensor:
         """Weight of the output head [V_local, D], or of the embedding if tied. Only on the last pipeline stage."""
@@ -130,6 +141,7 @@ class RecycleGPT(nn.Module):
             self.mesh,
             self.recycle_config,
             chunk=self.loss_chunk,
+            draft=self.trained_drafts,
         )
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
@@ -155,26 +167,38 @@ class RecycleGPT(nn.Module):
     def _evaluate(self, batch: Batch, states: list[Tensor]) -> EvaluationSums:
         targets = batch.targets_KBS[: len(states)].transpose(1, 2)
         results = [
-            head_predictions(state.flatten(0, 1), self.head_weight, target.flatten(), self.shard, chunk=self.loss_chunk)
-            for state, target in zip(states, targets, strict=True)
+            self._predictions(depth, state.flatten(0, 1), target.flatten())
+            for depth, (state, target) in enumerate(zip(states, targets, strict=True))
         ]
         loss = torch.stack([total for total, _ in results])
-        best = torch.stack([tokens for _, tokens in results])
-        if self.draft_ids is not None:
-            best[1:] = torch.stack([self._drafts(state.flatten(0, 1), self.draft_ids) for state in states[1:]])
-        best = best.view(targets.shape)
+        best = torch.stack([tokens for _, tokens in results]).view(targets.shape)
         axis = self.mesh.ulysses
         if axis.size > 1:  # drafts at the end of a part are compared with predictions of the next rank
             dist.all_reduce(loss, group=axis.group)
             targets = gather_sequence(targets.transpose(0, 1), axis).transpose(0, 1)
             best = gather_sequence(best.transpose(0, 1), axis).transpose(0, 1)
-        return judge(loss, targets, best)
+        counted = targets >= 0
+        if self.trained_drafts is not None:  # other targets have no cross entropy
+            counted[1:] &= self.trained_drafts.table[targets[1:].clamp_min(0)]
+        return judge(loss, targets, best, counted)
 
-    def _drafts(self, states_ND: Tensor, ids: Tensor) -> Tensor:
-        """The likeliest token of the draft vocabulary in each row [N]. For models without tensor parallelism."""
-        assert self.mesh.tensor.size == 1, "a draft vocabulary is set for decoding and evaluation in one process"
-        rows = self.head_weight[ids]
-        return torch.cat([ids[F.linear(part, rows).float().argmax(-1)] for part in states_ND.split(self.loss_chunk)])
+    def _predictions(self, depth: int, states_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the cross entropy, and the likeliest token of each row [N]: of the draft vocabulary at depths above 0.
+
+        The loss is that of the complete vocabulary, unless the module is trained on the draft vocabulary alone."""
+        weight, shard, chunk = self.head_weight, self.shard, self.loss_chunk
+        draft = self.trained_drafts
+        if depth == 0 or (draft is None and self.draft_ids is None):
+            return head_predictions(states_ND, weight, targets_N, shard, chunk=chunk)
+        if draft is not None:
+            rows, part = draft.head(weight, shard)
+            loss, best_N = head_predictions(states_ND, rows, draft.number(targets_N), part, chunk=chunk)
+            return loss, draft.ids[best_N]
+        assert self.draft_ids is not None
+        loss, _ = head_predictions(states_ND, weight, targets_N, shard, chunk=chunk)
+        draft = DraftColumns.of(self.draft_ids, self.vocab_size, shard)
+        rows, part = draft.head(weight, shard)
+        return loss, draft.ids[head_predictions(states_ND, rows, draft.number(targets_N), part, chunk=chunk)[1]]
 
     def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor, taps: list[Tensor]) -> list[Tensor]:
         """The module's states r^1..r^K, each [S, B, D]; an empty list without a module."""

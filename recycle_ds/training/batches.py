@@ -41,14 +41,20 @@ class StepBatches:
         return [total / max(1.0, count) for total, count in zip(sums, self.count_list, strict=True)]
 
 
-def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:
+def assemble(
+    micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device, counted_V: Tensor | None = None
+) -> StepBatches:
     """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis.
 
-    With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences.
+    With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences. counted_V: bool, the
+    tokens that count as targets of the recycle module; None for all.
     """
     counts = torch.zeros(losses, dtype=torch.float64)
     for batch in micro:
-        counts += (batch.targets_KBS[:losses] >= 0).flatten(1).sum(1)
+        counted = batch.targets_KBS[:losses] >= 0
+        if counted_V is not None:
+            counted[1:] &= counted_V[batch.targets_KBS[1:losses].clamp_min(0)]
+        counts += counted.flatten(1).sum(1)
     counts = counts.to(device)
     if mesh.data.size > 1:
         dist.all_reduce(counts, group=mesh.data.group)

@@ -147,7 +147,7 @@ class Trainer:
             raise LocalError(f"step {self.state.step + 1}: {error}") from error
         self._reporter.work.data(time.perf_counter() - start)
         self._watchdog.beat(self.state.step + 1, "count")
-        return assemble(micro, losses, self.engine.mesh, self.device)
+        return assemble(micro, losses, self.engine.mesh, self.device, self.engine.model.counted_tokens)
 
     def _dry_run(self) -> None:
         weights = loss_weights(self.config.training.steps, self.config.recycle)

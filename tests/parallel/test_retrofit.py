@@ -22,6 +22,13 @@ SHAPES: dict[str, Change] = {
         "recycle__taps": [1, 2],
         "recycle__gradient": "frozen_backbone",
         "recycle__objective": "acceptance",
+        "recycle__draft_vocabulary": 40,
+        "recycle__draft_vocabulary_in_training": True,
+    },
+    "drafted": {
+        "recycle__depth": 2,
+        "recycle__draft_vocabulary": 100,
+        "recycle__draft_vocabulary_in_training": True,
     },
 }
 LAYOUTS: dict[int, dict[str, Change]] = {

@@ -152,11 +152,12 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
         )
     current, saved = _flat(config.model_dump(mode="json")), _defaults() | _flat(manifest.config)
     notes = []
+    trains_on_drafts = config.recycle.draft_vocabulary_in_training
     for key in sorted(current.keys() | saved.keys()):
         if current.get(key) == saved.get(key):
             continue
         change = f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        if _under(key, _FIXED) and key not in _FREE:
+        if _under(key, _FIXED) and (key not in _FREE or (key == "recycle.draft_vocabulary" and trains_on_drafts)):
             raise CheckpointError(
                 f"{folder}: cannot resume: {change}; change it back, or use another run_dir (init_from keeps the weights)"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +12,10 @@ from torch import Tensor
 from recycle_ds.config import RecycleConfig
 from recycle_ds.model.losses.chunks import HeadShard
 from recycle_ds.model.losses.cross_entropy import head_losses
+from recycle_ds.model.losses.draft_columns import DraftColumns
 from recycle_ds.model.losses.module_losses import ModuleHead, module_losses
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Axis, Mesh
-
-
-@dataclass(frozen=True)
-class DraftColumns:
-    """The draft vocabulary that a module is trained on."""
-
-    table: Tensor
-    """Bool [V]: whether a token is in it."""
-    columns: Tensor
-    """The rows of this rank's head that are in it, ascending."""
 
 
 def training_losses(

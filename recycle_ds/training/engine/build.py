@@ -13,6 +13,7 @@ from recycle_ds.config import RunConfig
 from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
+from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
 from recycle_ds.training.engine.master_state import MasterState, owning_replica, write_partition
@@ -123,6 +124,15 @@ def _build_model(
         if not parameter.requires_grad and owners[name] == mesh.replicas.rank:
             kept[name] = value
     return model, kept if training.dtype == "bf16" else None
+
+
+def train_on_drafts(engine: TrainingEngine, config: RunConfig, ranking: list[int] | None, device: torch.device) -> None:
+    """Restricts the module's losses to the draft vocabulary, if the run says so. ranking: all tokens, the most frequent first,
+    on rank 0. Collective over all ranks."""
+    count = config.recycle.draft_vocabulary
+    if config.recycle.draft_vocabulary_in_training and count is not None:
+        ids = broadcast_from(0, sorted((ranking or [])[:count]), engine.mesh, device)
+        engine.model.train_on_drafts(torch.tensor(ids, device=device))
 
 
 def freeze(model: RecycleGPT, gradient: str) -> None:

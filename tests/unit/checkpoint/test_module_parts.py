@@ -95,6 +95,13 @@ def test_a_run_of_an_older_release_resumes(tmp_path: Path) -> None:
     identity = DataIdentity(tokenizer="t", train=[])
     manifest = Manifest.model_construct(config=tree, data=identity)
     assert check_same_run(config, identity, manifest, tmp_path) == []
+    drafts = {"recycle__draft_vocabulary": 8, "recycle__draft_vocabulary_in_training": True}
+    earlier, later = (
+        tiny_run(tmp_path, tmp_path / "run", **(drafts | {"recycle__draft_vocabulary": n})) for n in (8, 9)
+    )
+    other = Manifest.model_construct(config=earlier.model_dump(mode="json"), data=identity)
+    with pytest.raises(CheckpointError, match=r"recycle\.draft_vocabulary was 8 and is 9"):
+        check_same_run(later, identity, other, tmp_path)
     changed = tiny_run(tmp_path, tmp_path / "run", recycle__taps=[1])
     with pytest.raises(CheckpointError, match=r"recycle\.taps was \[\] and is \[1\]"):
         check_same_run(changed, identity, manifest, tmp_path)

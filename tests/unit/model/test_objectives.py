@@ -15,6 +15,7 @@ from recycle_ds.data.targets import make_targets
 from recycle_ds.model import build_model
 from recycle_ds.model.losses import DraftColumns, HeadShard, training_losses
 from recycle_ds.parallel.mesh import Axis, Mesh
+from recycle_ds.training.batches import assemble
 from recycle_ds.training.benchmark.live_memory import PeakMemory
 
 OBJECTIVES = ("cross_entropy", "kl", "acceptance")
@@ -77,7 +78,7 @@ def problem(dtype: torch.dtype, requires_hidden: bool) -> tuple[list[Tensor], Te
 def columns(ids: list[int] | None) -> DraftColumns | None:
     if ids is None:
         return None
-    return DraftColumns(torch.isin(torch.arange(VOCAB), torch.tensor(ids)), torch.tensor(ids))
+    return DraftColumns.of(torch.tensor(ids), VOCAB, HeadShard(0, VOCAB, Axis()))
 
 
 @pytest.mark.parametrize("ids", [None, DRAFTED], ids=["complete", "drafted"])
@@ -198,3 +199,37 @@ def test_peak_memory_is_below_the_logits_of_one_depth() -> None:
         total.backward()
     one_depth = rows * 2 * vocab * 4
     assert chunked.peak < one_depth
+
+
+def test_evaluation_over_the_draft_vocabulary() -> None:
+    """Prevents an evaluation of a head that the module was not trained on, and counts of targets that have no loss."""
+    config = ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=VOCAB, max_positions=32, init_std=0.5
+    )
+    recycle = RecycleConfig(layers=1, depth=2, draft_vocabulary=9, draft_vocabulary_in_training=True)
+    model = build_model(config, recycle, seed=2)
+    model.train_on_drafts(torch.tensor(DRAFTED))
+    tokens_BT = torch.randint(0, VOCAB, (3, 29), generator=torch.Generator().manual_seed(1))
+    documents_BT = torch.zeros_like(tokens_BT)
+    targets = make_targets(tokens_BT, documents_BT, 2)
+    positions = torch.arange(28).expand(3, -1)
+    batch = Batch(tokens_BT[:, :-1], positions, documents_BT[:, :-1], targets.inputs, targets.targets)
+    found, counts = (
+        model.evaluate(batch),
+        assemble([batch], 3, Mesh(), torch.device("cpu"), model.counted_tokens).counts,
+    )
+    states = model.states(batch)
+    best = model.logits(states[0]).argmax(-1)
+    drafts = torch.tensor(DRAFTED)[model.logits(states[1])[..., DRAFTED].argmax(-1)]
+    number = torch.full((VOCAB,), -100)
+    number[DRAFTED] = torch.arange(len(DRAFTED))
+    for depth in (1, 2):
+        wanted = targets.targets[depth].t()
+        inside = (wanted >= 0) & (number[wanted.clamp_min(0)] >= 0)
+        logits = model.logits(states[depth])[..., DRAFTED]
+        loss = F.cross_entropy(logits[inside], number[wanted[inside]], reduction="sum")
+        assert found.loss[depth].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert found.count[depth] == counts[depth] == inside.sum() < (wanted >= 0).sum()
+    assert found.count[0] == counts[0] == 3 * 28
+    assert found.judged[1] == 3 * 27, "a token outside the draft vocabulary is a rejected draft"
+    assert found.agreed[1] == (drafts[:-1] == best[1:]).sum()
