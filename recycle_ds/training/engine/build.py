@@ -16,7 +16,7 @@ from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
-from recycle_ds.training.engine.master_state import MasterState, owning_replica, write_partition
+from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica, write_partition
 from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
 from recycle_ds.training.engine.passes import FullDepthPasses, Passes
 from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline
@@ -83,8 +83,9 @@ def build_engine(
 
 def _build_model(
     config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, initial: bool
-) -> tuple[RecycleGPT, dict[str, torch.Tensor] | None]:
-    """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16)."""
+) -> tuple[RecycleGPT, dict[str, torch.Tensor | None] | None]:
+    """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16): only of
+    those that bf16 rounds."""
     import deepspeed
 
     training = config.training
@@ -113,7 +114,7 @@ def _build_model(
         )
     model = model.to(device)
     freeze(model, config.recycle.gradient)
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor | None] = {}
     owners = owning_replica([name for name, _ in model.named_parameters()], mesh.replicas.size)
     for name, value in initial_values(model, config.model, mesh, training.seed if initial else None):
         parameter = model.get_parameter(name)
@@ -122,7 +123,7 @@ def _build_model(
         else:
             parameter.data.copy_(value)
         if not parameter.requires_grad and owners[name] == mesh.replicas.rank:
-            kept[name] = value
+            kept[name] = fp32_copy(value)
     return model, kept if training.dtype == "bf16" else None
 
 
