@@ -129,6 +129,9 @@ class RecycleConfig(Section):
     objective: Literal["cross_entropy", "kl", "acceptance"] = "cross_entropy"
     """What the module learns: the text (`cross_entropy`), the backbone's distribution p of the next token (`kl`), or to be
     accepted by it (`acceptance`: -log sum min(p, q), the LK loss of arXiv 2602.23881, which suits sampled drafts best)."""
+    confidence: bool = False
+    """Add a linear layer on r that learns the probability that a draft is accepted at temperature 0, without a gradient into
+    the module. Decoding then decides by it, in place of the draft's own probability, how many drafts pay."""
     start_step: NonNegative = 0
     """Steps before the recycle loss starts to count."""
     warmup_steps: NonNegative = 0
@@ -140,6 +143,8 @@ class RecycleConfig(Section):
             raise ValueError(f"taps ({list(self.taps)}) must be different blocks in ascending order")
         if self.taps and not self.layers:
             raise ValueError(f"taps ({list(self.taps)}) need a module, but layers is 0")
+        if self.confidence and not self.layers:
+            raise ValueError("confidence=true needs a module, but layers is 0")
         if self.draft_vocabulary_in_training and (self.draft_vocabulary is None or not self.layers):
             raise ValueError(
                 "draft_vocabulary_in_training needs a module and its draft_vocabulary: set draft_vocabulary=N"

@@ -12,6 +12,7 @@ def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
     total = embedding + config.layers * _block(config) + config.hidden
     if recycle.layers:
         taps = len(recycle.taps) * (config.hidden**2 + config.hidden)
+        total += config.hidden + 1 if recycle.confidence else 0
         total += 2 * config.hidden**2 + 3 * config.hidden + taps + recycle.layers * _block(config)
     return total
 

@@ -19,12 +19,12 @@ _RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
 
 
 # Projections that are added to what a trained module computes: zero, so that its output stays what it was.
-_ADDED = re.compile(r"^recycle\.tap_projection\.weight$")
+_ADDED = re.compile(r"^recycle\.(tap_projection|confidence)\.weight$")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
-    """Fills every parameter: norms with 1, biases, the projection of taps and vocabulary padding with 0, other matrices
+    """Fills every parameter: norms with 1, biases, taps, confidence and vocabulary padding with 0, other matrices
     from N(0, init_std^2)."""
     for name, value in initial_values(model, config, mesh, seed):
         model.get_parameter(name).copy_(value)

@@ -51,6 +51,8 @@ class RecycleModule(nn.Module):
         self.tensor, self.sequence = mesh.tensor, mesh.sequence
         self.blocks = nn.ModuleList([Block(config, mesh, megatron, dtype) for _ in range(recycle.layers)])
         self.final_norm = RMSNorm(config.hidden, config.norm_epsilon, mesh, dtype)
+        self.confidence = nn.Linear(config.hidden, 1, dtype=dtype) if recycle.confidence else None
+        """The logit of the probability that the draft of a state r is accepted at temperature 0."""
 
     def join(self, hidden_SBD: Tensor, embedded_SBD: Tensor, taps: Sequence[Tensor] = ()) -> Tensor:
         """The stack's input from the states (h, or r of the previous step), the embedding of the next token, and in step 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,13 @@ from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
 from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
-from recycle_ds.model.losses import DraftColumns, HeadShard, head_predictions, training_losses
+from recycle_ds.model.losses import (
+    DraftColumns,
+    HeadShard,
+    confidence_losses,
+    head_predictions,
+    training_losses,
+)
 from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import RecycleModule, StepKeysValues
@@ -100,6 +107,11 @@ class RecycleGPT(nn.Module):
         """Number of unrolled steps of the recycle module; 0 without a module."""
         return self.recycle_config.depth if self.recycle_config.layers else 0
 
+    @property
+    def losses(self) -> int:
+        """Number of losses that a forward pass in training returns."""
+        return 1 + self.depth * (2 if self.recycle_config.confidence else 1)
+
     def train_on_drafts(self, ids: Tensor) -> None:
         """Restricts the module's losses and drafts to a draft vocabulary. ids: ascending, on the model's device."""
         self.draft_ids = ids
@@ -117,8 +129,8 @@ class RecycleGPT(nn.Module):
     def forward(
         self, batch: Batch, scales: Tensor | None, received: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
-        """Training: returns the weighted total loss (scalar) and the unweighted sums over rows [K+1]: the backbone's cross
-        entropy first, then the recycle module's objective by depth.
+        """Training: returns the weighted total loss (scalar) and the unweighted sums over rows [losses]: the backbone's cross
+        entropy first, then the recycle module's objective by depth, then the confidence layer's loss by depth if it has one.
 
         scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None
         evaluates the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in
@@ -132,7 +144,7 @@ class RecycleGPT(nn.Module):
             return states[0]
         if scales is None:
             return self._evaluate(batch, states)
-        return training_losses(
+        total, sums, agrees = training_losses(
             states,
             batch.targets_KBS,
             scales,
@@ -143,6 +155,20 @@ class RecycleGPT(nn.Module):
             chunk=self.loss_chunk,
             draft=self.trained_drafts,
         )
+        return (total, sums) if agrees is None else self._with_confidence(total, sums, agrees, batch, states, scales)
+
+    def _with_confidence(
+        self, total: Tensor, sums: Tensor, agrees_KN: Tensor, batch: Batch, states: list[Tensor], scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the confidence layer's loss, whose gradient stops at the states, to the total, and its sums [K] to the sums."""
+        assert self.recycle is not None and self.recycle.confidence is not None
+        rows = [state.detach() for state in states[1:]]
+        if self.shard.scattered:  # every tensor rank sees all rows, so that the layer's gradient is complete
+            rows = [gather_from_sequence_parallel_region(row, False, self.shard.axis.group) for row in rows]
+        logits_KN = torch.stack([self.recycle.confidence(row).flatten() for row in rows])
+        valid_KN = batch.targets_KBS[1 : len(states)].transpose(1, 2).flatten(1) >= 0
+        own, own_sums = confidence_losses(logits_KN, agrees_KN, valid_KN, scales[1:])
+        return total + own, torch.cat((sums, own_sums.to(sums.dtype)))
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
         """h and r^1..r^K, each [S, B, D]. A pipeline stage before the last returns only its output for the next stage."""

@@ -92,6 +92,7 @@ def local_weights(
             taps = len(recycle.taps)
             module_large = recycle.layers * block + (2 + taps) * config.hidden**2 // tensor
             module_small = recycle.layers * small + (3 + taps) * config.hidden
+            module_small += config.hidden + 1 if recycle.confidence else 0
     return LocalWeights(large_total + module_large, small_total + module_small, module_large + module_small)
 
 

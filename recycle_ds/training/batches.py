@@ -37,8 +37,9 @@ class StepBatches:
         return (weight * replicas / self.counts.clamp_min(1)).float()
 
     def means(self, sums: Sequence[float]) -> list[float]:
-        """Mean loss by depth from the global batch's sums; 0 if a depth has no target."""
-        return [total / max(1.0, count) for total, count in zip(sums, self.count_list, strict=True)]
+        """Mean losses from the global batch's sums, in the order of `RecycleGPT.losses`; 0 if a depth has no target."""
+        counts = [*self.count_list, *self.count_list[1:]]
+        return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
 
 
 def assemble(

@@ -167,7 +167,7 @@ class Trainer:
         self._watchdog.beat(step, "agree")
         shared, stopping, writing = self._agree(sums, stop.poll(self._margin))
         losses = batches.means(shared)
-        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=False))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.training)
         self._watchdog.beat(step, "update")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, curves_of, run_cases
-from tests.runs import make_corpus, read_metrics, zero
+from tests.runs import make_corpus, read_metrics, steps_of, zero
 
 BASE: Change = {
     "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
@@ -15,22 +15,21 @@ BASE: Change = {
 }  # fmt: skip
 # Several settings in one run: each changes the losses, so that none can be wrong unnoticed.
 SHAPES: dict[str, Change] = {
-    "joint": {"recycle__depth": 2, "recycle__taps": [0, 1], "recycle__objective": "kl", "training__loss_chunk": 50},
+    "joint": {
+        "recycle__depth": 2, "recycle__taps": [0, 1], "recycle__objective": "kl", "recycle__confidence": True,
+        "training__loss_chunk": 50,
+    },
     "detached": {"recycle__depth": 3, "recycle__gradient": "detached", "recycle__objective": "acceptance"},
     "frozen": {
-        "recycle__depth": 2,
-        "recycle__taps": [1, 2],
-        "recycle__gradient": "frozen_backbone",
-        "recycle__objective": "acceptance",
-        "recycle__draft_vocabulary": 40,
-        "recycle__draft_vocabulary_in_training": True,
+        "recycle__depth": 2, "recycle__taps": [1, 2], "recycle__gradient": "frozen_backbone",
+        "recycle__objective": "acceptance", "recycle__draft_vocabulary": 40,
+        "recycle__draft_vocabulary_in_training": True, "recycle__confidence": True,
     },
     "drafted": {
-        "recycle__depth": 2,
-        "recycle__draft_vocabulary": 100,
-        "recycle__draft_vocabulary_in_training": True,
+        "recycle__depth": 2, "recycle__draft_vocabulary": 100, "recycle__draft_vocabulary_in_training": True,
+        "recycle__confidence": True,
     },
-}
+}  # fmt: skip
 LAYOUTS: dict[int, dict[str, Change]] = {
     2: {
         "tp2": {"parallel__tensor": 2},
@@ -48,7 +47,7 @@ CASES = {
         f"{layout}/{shape}": BASE | change | given
         for layout, given in layouts.items()
         for shape, change in SHAPES.items()
-        if not (shape == "frozen" and "parallel__pipeline" in given)
+        if not (shape == "frozen" and "parallel__pipeline" in given) and (shape == "frozen" or layout != "tp2")
     }
     for size, layouts in LAYOUTS.items()
 }
@@ -80,6 +79,8 @@ def test_equals_the_single_process(curves: dict[str, Curve], root: Path, name: s
         assert_equal(*([one[:-1] for one in curves[run]] for run in (name, shape)))
     else:
         assert_equal(curves[name], curves[shape])
+    for left, right in zip(steps_of(root / name), steps_of(root / shape), strict=True):
+        assert left.get("confidence_loss", []) == pytest.approx(right.get("confidence_loss", []), rel=1e-4)
     own, reference = ([r for r in read_metrics(root / run) if "eval_loss" in r][-1] for run in (name, shape))
     for key in set(reference) - {"step"}:
         assert own[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-9), key

@@ -75,6 +75,8 @@ def check_fits(source: Source) -> None:
         raise CheckpointError(f"{where}: recycle.layers={recycle.layers}: the MTP head has one block: {other}")
     if recycle.taps:
         raise CheckpointError(f"{where}: recycle.taps={list(recycle.taps)}: the MTP head takes one state only: {other}")
+    if recycle.confidence:
+        raise CheckpointError(f"{where}: recycle.confidence=true: the MTP head has no confidence layer: {other}")
     if model.qk_norm or model.rope.unrotated_layers:
         setting = "qk_norm" if model.qk_norm else "rope.unrotated_layers"
         raise CheckpointError(f"{where}: model.{setting}: a Qwen2 block has no such setting: {other}")

@@ -17,7 +17,12 @@ MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"
 _FORMAT = "recycle_ds module"
 _ONE_FILE, _FILES = 1, 2
 """Format versions: 1 describes one `file`, recycle.safetensors; 2 describes `files` by name."""
-_LATER: dict[str, Any] = {"taps": [], "objective": "cross_entropy", "draft_vocabulary_in_training": False}
+_LATER: dict[str, Any] = {
+    "taps": [],
+    "objective": "cross_entropy",
+    "draft_vocabulary_in_training": False,
+    "confidence": False,
+}
 """Settings that older releases refuse, with the defaults that are left out for their sake."""
 _NAME = re.compile(r"recycle(-\d{5}-of-\d{5})?\.safetensors")
 

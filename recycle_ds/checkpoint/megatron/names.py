@@ -115,6 +115,10 @@ def check_module(recycle: RecycleConfig) -> None:
             f"recycle.taps={list(recycle.taps)}: an MTP layer of Megatron takes one state only; "
             "convert to portable or hf instead"
         )
+    if recycle.confidence:
+        raise CheckpointError(
+            "recycle.confidence=true: an MTP layer of Megatron has no confidence layer; convert to portable or hf instead"
+        )
     if recycle.layers > 1:
         raise CheckpointError(
             f"recycle.layers={recycle.layers}: an MTP layer of Megatron has one block; convert to portable or hf instead"

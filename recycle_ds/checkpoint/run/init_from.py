@@ -11,7 +11,7 @@ import yaml
 from recycle_ds.checkpoint.portable.folders import check_folder, completed
 from recycle_ds.config import RecycleConfig
 
-_INHERITED = ("layers", "depth", "draft_vocabulary", "taps")
+_INHERITED = ("layers", "depth", "draft_vocabulary", "taps", "confidence")
 """Settings of the recycle module that a run takes from the folder."""
 
 

@@ -30,7 +30,7 @@ from recycle_ds.training.state import TrainingState
 
 RECYCLE = "recycle."
 # Parts of the module that a trained one can be given. Their initial values do not change its output.
-_EXTENSIONS = ("recycle.tap_",)
+_EXTENSIONS = ("recycle.tap_", "recycle.confidence.")
 # Settings that must not change at a resume: another model, data order or batch size makes it another run.
 _FIXED = (
     "model",

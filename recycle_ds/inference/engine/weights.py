@@ -144,6 +144,7 @@ class Module:
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._layers = [Layer(block, ranks) for block in module.blocks]
         self._final_norm = Norm(module.final_norm)
+        self._confidence = module.confidence
 
     def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, rotary: CosineSine, attend: Attend) -> Tensor:
         """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token.
@@ -158,6 +159,10 @@ class Module:
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
         return self._final_norm(x_TD)
+
+    def confidence(self, states_TD: Tensor) -> Tensor | None:
+        """The probability that the draft of each state is accepted [T], by the module's confidence layer; None without one."""
+        return None if self._confidence is None else self._confidence(states_TD)[:, 0].float().sigmoid()
 
     def tapped(self, taps: Sequence[Tensor]) -> Tensor:
         """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""

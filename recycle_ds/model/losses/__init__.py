@@ -1,6 +1,7 @@
 """The output head in chunks of rows: cross entropy of all states, and the recycle module's objectives."""
 
 from recycle_ds.model.losses.chunks import HeadShard
+from recycle_ds.model.losses.confidence import confidence_losses
 from recycle_ds.model.losses.cross_entropy import head_losses, head_predictions
 from recycle_ds.model.losses.draft_columns import DraftColumns
 from recycle_ds.model.losses.module_losses import ModuleHead, module_losses
@@ -10,6 +11,7 @@ __all__ = [
     "DraftColumns",
     "HeadShard",
     "ModuleHead",
+    "confidence_losses",
     "head_losses",
     "head_predictions",
     "module_losses",

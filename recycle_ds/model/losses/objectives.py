@@ -37,11 +37,7 @@ class Expected:
 def softmax(logits: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """Probabilities over all shards, in place of the logits [n, M], and the logarithm of the sum of exponentials [n].
     Collective."""
-    if logits.shape[1]:
-        peak = logits.amax(dim=1)
-    else:
-        peak = logits.new_full((len(logits),), -torch.inf)
-    reduce(peak, dist.ReduceOp.MAX, axis)
+    peak = _peak(logits, axis)
     exponentials = logits.sub_(peak[:, None]).exp_()
     total = exponentials.sum(dim=1)
     reduce(total, dist.ReduceOp.SUM, axis)
@@ -65,11 +61,14 @@ def kl(logits: Tensor, expected: Expected, axis: Axis) -> tuple[Tensor, Tensor]:
     """Loss [n] and gradient [n, M], which takes the logits' memory."""
     p = expected.probs
     assert p is not None, "the divergence is from the backbone's probabilities"
-    # p log p is 0 where p is 0
-    gain = torch.special.xlogy(p, p).sum(dim=1) - (p * logits).sum(dim=1)
-    reduce(gain, dist.ReduceOp.SUM, axis)
-    q, logsumexp = softmax(logits, axis)
-    return gain + logsumexp, q.sub_(p)
+    peak = _peak(logits, axis)
+    total = (logits - peak[:, None]).exp_().sum(dim=1)
+    reduce(total, dist.ReduceOp.SUM, axis)
+    log_q = logits.sub_((peak + total.log())[:, None])
+    # column by column: the sums are far larger than their difference. p log p is 0 where p is 0
+    loss = torch.special.xlogy(p, p).sub_(p * log_q).sum(dim=1)
+    reduce(loss, dist.ReduceOp.SUM, axis)
+    return loss, log_q.exp_().sub_(p)
 
 
 def acceptance(logits: Tensor, expected: Expected, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -83,6 +82,13 @@ def acceptance(logits: Tensor, expected: Expected, axis: Axis) -> tuple[Tensor, 
     accepted, low = sums
     accepted = accepted.clamp_min(torch.finfo(q.dtype).tiny)
     return -accepted.log(), q.mul_((low[:, None] - below.to(q.dtype)).div_(accepted[:, None]))
+
+
+def _peak(logits: Tensor, axis: Axis) -> Tensor:
+    """The highest logit of each row over all shards [n]."""
+    peak = logits.amax(dim=1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
+    reduce(peak, dist.ReduceOp.MAX, axis)
+    return peak
 
 
 OBJECTIVES = {"cross_entropy": cross_entropy, "kl": kl, "acceptance": acceptance}

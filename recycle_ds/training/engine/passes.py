@@ -19,8 +19,8 @@ class Passes(Protocol):
     def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
         """Accumulates the gradients of all micro-batches and reduces them over the replicas.
 
-        scales: [K+1], weight of one target's loss by depth. Returns the sums of cross entropy [K+1] float64 over this rank's
-        micro-batches; zero on ranks that compute no loss.
+        scales: [K+1], weight of one target's loss by depth. Returns the sums of the model's losses [model.losses] float64 over
+        this rank's micro-batches; zero on ranks that compute no loss.
         """
 
     def evaluate(self, micro: Sequence[Batch]) -> Tensor:
@@ -34,7 +34,7 @@ class FullDepthPasses:
     """Passes without a pipeline: each rank runs all layers of the model."""
 
     def __init__(self, engine: Any, model: RecycleGPT) -> None:
-        self._engine, self._losses = engine, 1 + model.depth
+        self._engine, self._losses = engine, model.losses
 
     def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
         """See `Passes`."""

@@ -39,8 +39,7 @@ class Stage(nn.Module):
         """Sets the micro-batches of the next forward passes. scales: None for evaluation."""
         self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
         device = micro[0].tokens_BS.device
-        losses = 1 + self.model.depth
-        shape = (4, losses) if scales is None else (losses,)
+        shape = (4, 1 + self.model.depth) if scales is None else (self.model.losses,)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def forward(self, received: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Reporter:
             "step": step,
             "loss": total,
             "backbone_loss": losses[0],
-            "recycle_loss": losses[1:],
+            "recycle_loss": losses[1 : 1 + self._engine.model.depth],
             "grad_norm": gradients.norm,
             "learning_rate": learning_rate(step, training),
             "tokens": step * tokens_a_step,
@@ -98,6 +98,8 @@ class Reporter:
             "time": time.time(),
         }
         recycle = self._config.recycle
+        if recycle.confidence:
+            record["confidence_loss"] = losses[1 + self._engine.model.depth :]
         if recycle.layers and recycle.gradient != "frozen_backbone":
             record["grad_norm_by_part"] = gradients.by_part
         self._look_for_stragglers(step, record)

@@ -28,6 +28,7 @@ from tests.unit.inference.models import spread_added
 
 PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "taps": ({"taps": (0, 2)}, "recycle.tap_projection.weight"),
+    "confidence": ({"confidence": True}, "recycle.confidence.weight"),
 }
 """The settings of each part, and one of its tensors."""
 

@@ -48,7 +48,7 @@ def test_the_backbone_is_never_optional() -> None:
 def test_a_module_without_taps_can_be_given_them() -> None:
     """Prevents a trained module from being trained from scratch because it gets taps, and taps that are silently dropped."""
     shapes = whole_shapes(CONFIG, RecycleConfig(layers=1, taps=(0, 1)))
-    optional = ["recycle.", "recycle.tap_"]
+    optional = ["recycle.", "recycle.tap_", "recycle.confidence."]
     added = [name for name in shapes if name.startswith("recycle.tap_")]
     assert check_tensors(source(1), shapes, optional) == sorted(added) and len(added) == 3
     with pytest.raises(CheckpointError, match=r"missing: recycle\.tap_norms"):

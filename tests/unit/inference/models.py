@@ -18,7 +18,7 @@ from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.sharding import pieces
 
 LETTERS = "abcdefghijklmnop"
-ADDED = ("recycle.tap_projection",)
+ADDED = ("recycle.tap_projection", "recycle.confidence")
 
 
 @lru_cache(maxsize=64)

@@ -100,7 +100,7 @@ def test_equals_the_definition(objective: Any, gradient: Any, ids: list[int] | N
             total, sums = plain(states, targets, scales, weight, recycle, ids)
         else:
             shard = HeadShard(0, VOCAB, Axis())
-            total, sums = training_losses(
+            total, sums, _ = training_losses(
                 states, targets, scales, weight, shard, Mesh(), recycle, chunk=chunk, draft=columns(ids)
             )
         (total * 3).backward()
@@ -119,7 +119,7 @@ def test_a_module_that_equals_the_backbone_has_no_loss(objective: Any) -> None:
     states, weight, targets = problem(torch.float64, False)
     shifted = [F.pad(states[0][k:], (0, 0, 0, 0, 0, k)).detach().requires_grad_() for k in range(1, DEPTH + 1)]
     recycle = RecycleConfig(layers=1, depth=DEPTH, objective=objective, gradient="frozen_backbone")
-    total, sums = training_losses(
+    total, sums, _ = training_losses(
         [states[0], *shifted],
         targets,
         torch.ones(4),
@@ -141,7 +141,7 @@ def test_bf16_states_and_far_distributions(objective: Any) -> None:
     states, weight, targets = problem(torch.bfloat16, False)
     far = [(state * 300).detach().requires_grad_() for state in states[1:]]
     recycle = RecycleConfig(layers=1, depth=DEPTH, objective=objective, gradient="frozen_backbone")
-    total, sums = training_losses(
+    total, sums, _ = training_losses(
         [states[0] * 300, *far], targets, torch.ones(4), weight.detach(), HeadShard(0, VOCAB, Axis()), Mesh(), recycle,
         chunk=7,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def test_peak_memory_is_below_the_logits_of_one_depth() -> None:
     targets = make_targets(tokens_BT, torch.zeros_like(tokens_BT), 3).targets
     recycle = RecycleConfig(layers=1, depth=3, objective="acceptance", gradient="frozen_backbone")
     with PeakMemory() as chunked:
-        total, _ = training_losses(
+        total, _, _ = training_losses(
             states, targets, torch.ones(4), weight, HeadShard(0, vocab, Axis()), Mesh(), recycle, chunk=128
         )
         total.backward()
