@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.evaluation import EvaluationSums
 from recycle_ds.model.recyclegpt import RecycleGPT
 
 
@@ -24,7 +23,7 @@ class Passes(Protocol):
         """
 
     def evaluate(self, micro: Sequence[Batch]) -> Tensor:
-        """[4, K+1] float64: loss, count, agreed and judged (`EvaluationSums`), summed; zero on ranks that compute no loss."""
+        """[SUMS, K+1] float64: `EvaluationSums.stacked`, summed; zero on ranks that compute no loss."""
 
     def take_step(self) -> None:
         """Runs DeepSpeed's optimizer step."""
@@ -50,13 +49,8 @@ class FullDepthPasses:
     @torch.no_grad()
     def evaluate(self, micro: Sequence[Batch]) -> Tensor:
         """See `Passes`."""
-        return torch.stack([stack_sums(self._engine.module(batch, None)) for batch in micro]).sum(0)
+        return torch.stack([self._engine.module(batch, None).stacked() for batch in micro]).sum(0)
 
     def take_step(self) -> None:
         """See `Passes`."""
         self._engine.step()
-
-
-def stack_sums(sums: EvaluationSums) -> Tensor:
-    """The sums as one tensor, [4, K+1] float64."""
-    return torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()

@@ -17,11 +17,10 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.evaluation import EvaluationSums
+from recycle_ds.model.evaluation import SUMS, EvaluationSums
 from recycle_ds.model.recyclegpt import RecycleGPT
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.training.engine.passes import stack_sums
 
 
 class Stage(nn.Module):
@@ -39,7 +38,7 @@ class Stage(nn.Module):
         """Sets the micro-batches of the next forward passes. scales: None for evaluation."""
         self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
         device = micro[0].tokens_BS.device
-        shape = (4, 1 + self.model.depth) if scales is None else (self.model.losses,)
+        shape = (SUMS, 1 + self.model.depth) if scales is None else (self.model.losses,)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def forward(self, received: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class Stage(nn.Module):
         if isinstance(output, Tensor):
             return output
         if isinstance(output, EvaluationSums):
-            self.sums += stack_sums(output)
+            self.sums += output.stacked()
             return output.loss
         total, sums = output
         self.sums += sums

@@ -113,12 +113,14 @@ class Reporter:
         available = sum(validation.dataset.samples_per_epoch) // validation.global_batch_size
         batches = min(self._config.training.eval_batches, max(1, available))
         result = evaluate(self._engine, validation, batches, self._device)
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "eval_loss": result.loss,
             "eval_recycle_loss": result.recycle_loss,
             "eval_acceptance": result.acceptance,
         }
+        if result.tokens_per_full_call is not None:
+            record["eval_tokens_per_full_call"] = result.tokens_per_full_call
         self.work.reset()
         if self._logs.metrics is not None:
             self._logs.metrics.write(record)
