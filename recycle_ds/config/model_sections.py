@@ -113,6 +113,8 @@ class RecycleConfig(Section):
     """Lambda: weight of the mean recycle loss relative to the backbone's."""
     depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Depth k has weight depth_decay^(k-1), normalised over depths."""
+    step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """The weights of the depths one by one, normalised likewise, in place of `depth_decay`."""
     draft_vocabulary: Positive | None = None
     """When decoding, drafts are chosen among this many of the most frequent tokens of the training data, which makes them
     cheaper; `null`: among all tokens. The text of `verified` does not depend on it."""
@@ -143,6 +145,11 @@ class RecycleConfig(Section):
             raise ValueError(f"taps ({list(self.taps)}) must be different blocks in ascending order")
         if self.taps and not self.layers:
             raise ValueError(f"taps ({list(self.taps)}) need a module, but layers is 0")
+        weights = self.step_weights
+        if weights is not None and (len(weights) != self.depth or not sum(weights)):
+            raise ValueError(
+                f"step_weights ({list(weights)}) must have one number for each of depth={self.depth} steps, not all 0"
+            )
         if self.confidence and not self.layers:
             raise ValueError("confidence=true needs a module, but layers is 0")
         if self.draft_vocabulary_in_training and (self.draft_vocabulary is None or not self.layers):

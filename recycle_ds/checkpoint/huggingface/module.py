@@ -18,6 +18,7 @@ _FORMAT = "recycle_ds module"
 _ONE_FILE, _FILES = 1, 2
 """Format versions: 1 describes one `file`, recycle.safetensors; 2 describes `files` by name."""
 _LATER: dict[str, Any] = {
+    "step_weights": None,
     "taps": [],
     "objective": "cross_entropy",
     "draft_vocabulary_in_training": False,
