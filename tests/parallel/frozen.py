@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,7 +72,13 @@ def _hold(config: RunConfig) -> Held:
     batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, device)
     scales = batches.scales([0.0] + [0.5] * config.recycle.depth, mesh.replicas.size)
     attached = []
-    hook = engine.model.final_norm.register_forward_hook(lambda *args: attached.append(args[2].requires_grad))  # type: ignore
+    last = engine.model.final_norm or list(engine.model.blocks.values())[-1]
+
+    def watch(_: object, __: object, output: Any) -> None:
+        state = output if isinstance(output, torch.Tensor) else output[0]
+        attached.append(state.requires_grad)
+
+    hook = last.register_forward_hook(watch)
     for _ in range(2):
         engine.passes.train(batches.micro, scales)
         engine.gradients.step(lambda _: True)

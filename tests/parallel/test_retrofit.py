@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import run_in_sets
 from tests.parallel.parity import PIPELINE, Change, Curve, assert_equal, curves_of, run_cases
-from tests.runs import make_corpus, read_metrics, steps_of, zero
+from tests.parallel.ranks import run_all
+from tests.runs import make_corpus, read_metrics, steps_of, tiny_run, zero
 
 BASE: Change = {
     "model__layers": 3, "training__eval_every": 5, "training__eval_batches": 1, "training__micro_batch_size": 4,
@@ -42,12 +44,19 @@ LAYOUTS: dict[int, dict[str, Change]] = {
         "training__activation_checkpointing": "full",
     }},
 }  # fmt: skip
+# Not every shape at every layout: each run takes two seconds.
+SHAPES_OF = {
+    "tp2": ("frozen",),
+    "tp2_sp": ("joint", "drafted", "frozen"),
+    "ulysses2_zero3": ("joint", "frozen"),
+    "pp2": ("joint", "detached", "frozen"),
+    "pp2_tp2_sp": ("joint", "drafted"),
+}
 CASES = {
     size: {
-        f"{layout}/{shape}": BASE | change | given
+        f"{layout}/{shape}": BASE | SHAPES[shape] | given
         for layout, given in layouts.items()
-        for shape, change in SHAPES.items()
-        if not (shape == "frozen" and "parallel__pipeline" in given) and (shape == "frozen" or layout != "tp2")
+        for shape in SHAPES_OF[layout]
     }
     for size, layouts in LAYOUTS.items()
 }
@@ -93,3 +102,22 @@ def test_taps_count(curves: dict[str, Curve], root: Path) -> None:
     for name, curve in curves_of(root / "untapped", untapped).items():
         assert curve[0] != curves[name][0], "gradient norm of the first step"
         assert curve[4][0] != pytest.approx(curves[name][4][0], rel=1e-5)
+
+
+def test_a_frozen_pipeline_resumes(curves: dict[str, Curve], root: Path) -> None:
+    """Prevents a checkpoint that lacks the optimizer's state of the only stage that trains, at this and at other layouts."""
+    changes = BASE | SHAPES["frozen"] | {"recycle__confidence": True}
+    first, second = (changes | LAYOUTS[2]["pp2"] | {"training__stop_at": step} for step in (3, 5))
+    halves = {"pp2_stopped": first, "pp2_moved": first}
+    run_cases_until(root, 2, halves, "stop_at")
+    run_cases_until(root, 2, {"pp2_stopped": second}, "finished")
+    run_cases_until(root, 1, {"pp2_moved": changes | {"deepspeed": zero(0)}}, "finished")
+    found = curves_of(root, halves)
+    assert found["pp2_stopped"] == curves["pp2/frozen"]
+    assert_equal(*([one[:-1] for one in curve] for curve in (found["pp2_moved"], curves["frozen"])))
+
+
+def run_cases_until(root: Path, world_size: int, cases: dict[str, Change], ending: str) -> None:
+    """Runs cases that end in a given way."""
+    runs = [tiny_run(root / "corpus", root / name, **change) for name, change in cases.items()]
+    assert run_in_sets(run_all, world_size, runs) == [[ending] * len(runs)] * world_size

@@ -17,7 +17,7 @@ from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
 from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica, write_partition
-from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
+from recycle_ds.training.engine.optimizer import AdamW, idle_group, parameter_groups, part_of
 from recycle_ds.training.engine.passes import FullDepthPasses, Passes
 from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline
 
@@ -58,14 +58,16 @@ def build_engine(
     training = config.training
     stage = zero_stage(deepspeed_config)
     model, frozen = _build_model(config, deepspeed_config, mesh, device, initial)
-    optimizer = AdamW(parameter_groups(model, training.weight_decay), training)
     pipeline = mesh.pipeline.size > 1
+    with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
+        module = RecyclePipeline(model) if pipeline else model
+    optimizer = AdamW(parameter_groups(model, training.weight_decay) or idle_group(module), training)
     if stage == 3:
         # the root module uses this weight too, not only its owner: ZeRO-3 must gather it for both
         deepspeed.zero.register_external_parameter(model, model.head_weight)
-    with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
+    with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(
-            model=RecyclePipeline(model) if pipeline else model,
+            model=module,
             optimizer=optimizer,
             config=deepspeed_config,
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order

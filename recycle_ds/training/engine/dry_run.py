@@ -33,7 +33,7 @@ def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) ->
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
         trainable = [p for p in engine.model.parameters() if p.requires_grad]
         requested = trainable if engine.zero_stage < 2 else trainable[:1]
-        for output in outputs:
+        for output in outputs if trainable else ():
             torch.autograd.grad(output, requested, allow_unused=True)
 
 
