@@ -66,6 +66,7 @@ def evaluate(
             "perplexity": result.perplexity,
             "recycle_loss": result.recycle_loss,
             "acceptance": result.acceptance,
+            "tokens_per_full_call": result.tokens_per_full_call,
         }
         print(json.dumps(record))
         return
@@ -73,6 +74,9 @@ def evaluate(
     print(f"backbone: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     for depth, (loss, share) in enumerate(zip(result.recycle_loss, result.acceptance, strict=True), start=1):
         print(f"recycle depth {depth}: loss {loss:.4f}, acceptance {100 * share:.1f}%")
+    if result.tokens_per_full_call is not None:
+        chain = "1 draft" if len(result.acceptance) == 1 else f"{len(result.acceptance)} drafts"
+        print(f"tokens per full call, {chain} in a chain: {result.tokens_per_full_call:.2f}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -186,7 +186,7 @@ def _train(
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
     from recycle_ds.data.token_ranking import ranking_of_run
     from recycle_ds.parallel.agree import on_all_ranks, on_first_rank
-    from recycle_ds.training.engine.build import build_engine
+    from recycle_ds.training.engine.build import build_engine, train_on_drafts
     from recycle_ds.training.errors import LocalError
     from recycle_ds.training.faults.job_end import conclude, print_local_error, stop_request
     from recycle_ds.training.faults.stop_requests import REASONS
@@ -208,6 +208,7 @@ def _train(
         logs = on_first_rank(open_logs, mesh, device) or RunLogs()
         write_layout_file(config, engine, device)
         ranking = on_first_rank(functools.partial(ranking_of_run, config), mesh, device)
+        train_on_drafts(engine, config, ranking, device)
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
         trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, logs, device)
         ended, refused = "", False

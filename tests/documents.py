@@ -31,6 +31,7 @@ _PRETRAIN = (
 )
 # Options added to a command that contains the key, for fewer steps, tokens and documents.
 SMALL = {
+    "^retrofit_smollm2$": f"{_PRETRAIN} recycle.taps=[0,1]",  # of a smaller model
     "pretrain": _PRETRAIN,
     "generate": "--max-new-tokens 6 --threads 1",
     "serve": "--threads 1 --max-batch 4",

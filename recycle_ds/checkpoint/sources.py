@@ -58,21 +58,22 @@ def assemble(source: Source, row: Sequence[Piece], shape: tuple[int, ...], kind:
     return value
 
 
-def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], optional: str | None = None) -> list[str]:
+def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], optional: Sequence[str] = ()) -> list[str]:
     """Compares the names and shapes of a source with those of the model (`wanted`), before any weight changes.
 
-    optional: name prefix of a part that the source or the model may be without. Returns the names of that part if only the
-    model has it, else an empty list; a source with some of its tensors is refused. Raises CheckpointError listing tensors that
-    are missing, not in the model or of the wrong shape.
+    optional: name prefixes of parts. The source or the model may be without the first one, the source without the others.
+    Returns the names in parts that only the model has; a source with some of a part's tensors is refused. Raises
+    CheckpointError listing tensors that are missing, not in the model or of the wrong shape.
     """
     available = source.shapes
     missing, extra = sorted(set(wanted) - set(available)), sorted(set(available) - set(wanted))
-    one_sided = optional is not None and not all(
-        any(name.startswith(optional) for name in names) for names in (available, wanted)
-    )
-    absent = [name for name in missing if one_sided and name.startswith(str(optional))]
-    if one_sided:
-        missing, extra = ([n for n in names if not n.startswith(str(optional))] for names in (missing, extra))
+    absent: list[str] = []
+    for number, part in enumerate(optional):
+        if not any(name.startswith(part) for name in available):
+            absent += [name for name in missing if name.startswith(part)]
+            missing = [name for name in missing if not name.startswith(part)]
+        elif number == 0 and not any(name.startswith(part) for name in wanted):
+            extra = [name for name in extra if not name.startswith(part)]
     shapes = [
         f"{name} {list(available[name])} instead of {list(wanted[name])}"
         for name in sorted(wanted)
@@ -92,7 +93,7 @@ def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]], optiona
             f"{source.folder} does not fit the model: {'; '.join(problems)}; "
             "set model.* and recycle.layers to the values it was saved with"
         )
-    return absent
+    return sorted(absent)
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -103,11 +103,6 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
             f"{config.deepspeed}: offload_optimizer does not work with parallel.pipeline={stages}: {OFFLOAD_IN_PIPELINE}; "
             "use pipeline.json, or parallel.tensor instead of parallel.pipeline"
         )
-    if config.recycle.gradient == "frozen_backbone":
-        raise ConfigError(
-            f"recycle.gradient=frozen_backbone does not work with parallel.pipeline={stages}: it trains the last stage only, "
-            "and the others would hang; use parallel.tensor and ZeRO 3"
-        )
     if config.training.compile:
         raise ConfigError(
             f"training.compile=true does not work with parallel.pipeline={stages}: leave it false, or use parallel.tensor"

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.section import NonNegative, Positive, Section
 
 
@@ -112,13 +113,52 @@ class RecycleConfig(Section):
     """Lambda: weight of the mean recycle loss relative to the backbone's."""
     depth_decay: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Depth k has weight depth_decay^(k-1), normalised over depths."""
+    step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """The weights of the depths one by one, normalised likewise, in place of `depth_decay`."""
     draft_vocabulary: Positive | None = None
     """When decoding, drafts are chosen among this many of the most frequent tokens of the training data, which makes them
     cheaper; `null`: among all tokens. The text of `verified` does not depend on it."""
+    draft_vocabulary_in_training: bool = False
+    """Train the module over the draft vocabulary alone, with that part of the head: cheaper, and drafts come from nowhere else.
+    `cross_entropy` then ignores other targets, `kl` scales the backbone's probabilities of that vocabulary to sum to 1, and
+    `acceptance` takes them as they are."""
     gradient: Literal["joint", "detached", "frozen_backbone"] = "joint"
     """`joint`: both losses train everything. `detached`: the recycle loss reaches the module only. `frozen_backbone`: only
     the module trains."""
+    taps: tuple[NonNegative, ...] = ()
+    """Blocks of the backbone, counted from 0, whose output states join h in the module's input (EAGLE-3, arXiv 2503.01840):
+    for example one low, one middle and one high block. They enter the first step; later steps have r in their place."""
+    objective: Literal["cross_entropy", "kl", "acceptance"] = "cross_entropy"
+    """What the module learns: the text (`cross_entropy`), the backbone's distribution p of the next token (`kl`), or to be
+    accepted by it (`acceptance`: -log sum min(p, q), the LK loss of arXiv 2602.23881, which suits sampled drafts best)."""
+    confidence: bool = False
+    """Add a linear layer on r that learns the probability that a draft is accepted at temperature 0, without a gradient into
+    the module. Decoding then decides by it, in place of the draft's own probability, how many drafts pay."""
     start_step: NonNegative = 0
     """Steps before the recycle loss starts to count."""
     warmup_steps: NonNegative = 0
     """Steps over which its weight then rises linearly to `loss_weight`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecycleConfig:
+        if list(self.taps) != sorted(set(self.taps)):
+            raise ValueError(f"taps ({list(self.taps)}) must be different blocks in ascending order")
+        if self.taps and not self.layers:
+            raise ValueError(f"taps ({list(self.taps)}) need a module, but layers is 0")
+        weights = self.step_weights
+        if weights is not None and (len(weights) != self.depth or not sum(weights)):
+            raise ValueError(
+                f"step_weights ({list(weights)}) must have one number for each of depth={self.depth} steps, not all 0"
+            )
+        if self.confidence and not self.layers:
+            raise ValueError("confidence=true needs a module, but layers is 0")
+        if self.draft_vocabulary_in_training and (self.draft_vocabulary is None or not self.layers):
+            raise ValueError(
+                "draft_vocabulary_in_training needs a module and its draft_vocabulary: set draft_vocabulary=N"
+            )
+        return self
+
+    def check_taps(self, layers: int) -> None:
+        """Raises ConfigError for a tapped block that a backbone of `layers` blocks does not have."""
+        if self.taps and self.taps[-1] >= layers:
+            raise ConfigError(f"recycle.taps: {self.taps[-1]}: must be below model.layers ({layers})")

@@ -223,6 +223,7 @@ class RunConfig(Section):
         if recycle.layers == 0 and recycle.gradient != "joint":
             raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
         self._divides()
+        recycle.check_taps(model.layers)
         if training.decay_steps is not None and training.schedule != "wsd":
             raise ValueError(f"training.decay_steps belongs to training.schedule=wsd, not to {training.schedule}")
         if training.profile is not None and training.profile.start > training.steps:

@@ -14,6 +14,7 @@ from recycle_ds.config import RecycleError
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.model import RecycleGPT
+from recycle_ds.model.evaluation import EvaluationResult
 
 
 class EvaluationError(RecycleError):
@@ -29,6 +30,8 @@ class Evaluation:
     loss: float
     recycle_loss: list[float]
     acceptance: list[float]
+    tokens_per_full_call: float | None
+    """Tokens that a call of the backbone would yield on this text with chains of K drafts; None without a module."""
 
     @property
     def perplexity(self) -> float:
@@ -48,13 +51,14 @@ def evaluate_documents(
     totals: Tensor | None = None
     for batch in _batches(_sequences(documents, eos, seq_length), batch_size, model.depth):
         sums = model.evaluate(batch.to(device))
-        stacked = torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()
+        stacked = sums.stacked()
         totals = stacked if totals is None else totals + stacked
     if totals is None or totals[1, 0] == 0:
         raise EvaluationError("the text has fewer than two tokens: there is nothing to predict")
-    loss, count, agreed, judged = totals
-    means = (loss / count.clamp_min(1)).tolist()
-    return Evaluation(int(count[0]), means[0], means[1:], (agreed / judged.clamp_min(1)).tolist()[1:])
+    result = EvaluationResult.of(totals)
+    return Evaluation(
+        int(totals[1, 0]), result.loss, result.recycle_loss, result.acceptance, result.tokens_per_full_call
+    )
 
 
 def _sequences(documents: Iterable[list[int]], eos: int, seq_length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -11,17 +11,22 @@ def parameters(config: ModelConfig, recycle: RecycleConfig) -> int:
     embedding = config.vocab_size * config.hidden * (1 if config.tied_embeddings else 2)
     total = embedding + config.layers * _block(config) + config.hidden
     if recycle.layers:
-        total += 2 * config.hidden**2 + 3 * config.hidden + recycle.layers * _block(config)
+        taps = len(recycle.taps) * (config.hidden**2 + config.hidden)
+        total += config.hidden + 1 if recycle.confidence else 0
+        total += 2 * config.hidden**2 + 3 * config.hidden + taps + recycle.layers * _block(config)
     return total
 
 
 def training_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
     """FLOPs of one token's forward and backward pass. Causal attention counts at its mean length, recomputation does not count.
 
-    With detached gradients, the recycle losses need no weight gradient of the head. A frozen backbone only runs forward.
+    With detached gradients, the recycle losses need no weight gradient of the head. A frozen backbone only runs forward. An
+    objective that compares with the backbone needs its logits once more, unless it is frozen.
     """
     frozen = recycle.layers > 0 and recycle.gradient == "frozen_backbone"
     backbone = config.layers * block_flops_per_token(config, seq_length) + 6.0 * _head(config)
+    if recycle.layers and recycle.objective != "cross_entropy" and not frozen:
+        backbone += 2.0 * _head(config)
     return (backbone / 3 if frozen else backbone) + recycle_flops_per_token(config, recycle, seq_length)
 
 
@@ -36,10 +41,13 @@ def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_len
         return 0.0
     stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
     head_passes = 6 if recycle.gradient == "joint" else 4
-    total = 0.0
+    head = _head(config)
+    if recycle.draft_vocabulary_in_training and recycle.draft_vocabulary is not None:
+        head = min(head, recycle.draft_vocabulary * config.hidden)
+    total = 6.0 * len(recycle.taps) * config.hidden**2
     for step in range(recycle.depth):
         attention = recycle.layers * _attention(config, seq_length / 2 + step)
-        total += 6.0 * (stack + attention) + head_passes * _head(config)
+        total += 6.0 * (stack + attention) + head_passes * head
     return total
 
 

@@ -18,9 +18,14 @@ from recycle_ds.parallel.mesh import Mesh
 _RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
 
 
+# Projections that are added to what a trained module computes: zero, so that its output stays what it was.
+_ADDED = re.compile(r"^recycle\.(tap_projection|confidence)\.weight$")
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
-    """Fills every parameter: norms with 1, biases and vocabulary padding with 0, matrices from N(0, init_std^2)."""
+    """Fills every parameter: norms with 1, biases, taps, confidence and vocabulary padding with 0, other matrices
+    from N(0, init_std^2)."""
     for name, value in initial_values(model, config, mesh, seed):
         model.get_parameter(name).copy_(value)
 
@@ -43,7 +48,7 @@ def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int 
 
 def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The full canonical tensor `name` in fp32, drawn on the CPU so that the values do not depend on the device."""
-    if name.endswith(".bias"):
+    if name.endswith(".bias") or _ADDED.search(name):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)

@@ -5,19 +5,25 @@ Activations are [S, B, D], sequence first, as megatron-core's sequence paralleli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.model.block import Block
+from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
-from recycle_ds.model.losses import HeadShard, head_losses, head_predictions
+from recycle_ds.model.losses import (
+    DraftColumns,
+    HeadShard,
+    confidence_losses,
+    head_predictions,
+    training_losses,
+)
 from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.recycle import RecycleModule, StepKeysValues
@@ -25,35 +31,6 @@ from recycle_ds.model.rope import Rotary
 from recycle_ds.model.stages import partition
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class EvaluationSums:
-    """Sums over a batch, [K+1] each, index 0 the backbone.
-
-    `agreed[k]` counts positions whose drafts agree with the backbone's argmax at depths 1..k, out of the `judged[k]`
-    positions that agree at depths 1..k-1 and have a target at depth k."""
-
-    loss: Tensor
-    count: Tensor
-    agreed: Tensor
-    judged: Tensor
-
-
-def judge(loss: Tensor, targets: Tensor, best: Tensor) -> EvaluationSums:
-    """Acceptance from the argmax of every depth. loss: [K+1] sums; targets and best: [K+1, S, B]."""
-    valid = targets >= 0
-    agreed, judged = torch.zeros_like(loss), torch.zeros_like(loss)
-    agreeing = torch.ones_like(valid[0])
-    for depth in range(1, len(targets)):
-        # r^k_t and h_{t+k} both predict x_{t+k+1}
-        agreeing = agreeing & valid[depth]
-        judged[depth] = agreeing.sum()
-        ahead = torch.full_like(best[0], -1)
-        ahead[:-depth] = best[0][depth:]
-        agreeing = agreeing & (best[depth] == ahead)
-        agreed[depth] = agreeing.sum()
-    return EvaluationSums(loss, valid.flatten(1).sum(1).float(), agreed, judged)
 
 
 class RecycleGPT(nn.Module):
@@ -77,15 +54,20 @@ class RecycleGPT(nn.Module):
         """seq_length (default: max_positions) decides attention's cost when blocks are distributed over pipeline stages.
         blocks: those of this stage, to be distributed in another way.
 
-        Raises ConfigError when there are more pipeline stages than blocks.
+        Raises ConfigError when there are more pipeline stages than blocks, and for taps beyond the last block.
         """
         super().__init__()
+        recycle.check_taps(config.layers)
         assert config.vocab_size is not None, "model.vocab_size must be set before a model is built"
         self.config, self.recycle_config = config, recycle
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.recycle_layers = recycle.layers
         self.draft_ids: Tensor | None = None
         """The draft vocabulary when decoding, ascending token ids; None for the complete vocabulary."""
+        self.trained_drafts: DraftColumns | None = None
+        """The draft vocabulary that the module's losses are restricted to, see `train_on_drafts`."""
+        self.counted_tokens: Tensor | None = None
+        """Bool [V] on the CPU: the targets that count for the module's losses; None if all do."""
         self.unnamed_ids: tuple[int, ...] = ()
         """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
         self.int8 = False
@@ -114,7 +96,10 @@ class RecycleGPT(nn.Module):
             self.head = OutputHead(config.vocab_size, padded, config.hidden, mesh, megatron)
         self.recycle: RecycleModule | None = None
         if last and recycle.layers:
-            self.recycle = RecycleModule(recycle.layers, config, mesh, megatron, dtype)
+            self.recycle = RecycleModule(recycle, config, mesh, megatron, dtype)
+        first_block = min(blocks, default=config.layers)
+        self.received_taps = sum(tap < first_block for tap in recycle.taps)
+        """Tapped states that earlier pipeline stages send along with the residual stream."""
         rows = padded // mesh.tensor.size
         first = rows * mesh.tensor.rank
         self.shard = HeadShard(first, max(0, min(config.vocab_size - first, rows)), mesh.tensor, mesh.sequence)
@@ -123,6 +108,18 @@ class RecycleGPT(nn.Module):
     def depth(self) -> int:
         """Number of unrolled steps of the recycle module; 0 without a module."""
         return self.recycle_config.depth if self.recycle_config.layers else 0
+
+    @property
+    def losses(self) -> int:
+        """Number of losses that a forward pass in training returns."""
+        return 1 + self.depth * (2 if self.recycle_config.confidence else 1)
+
+    def train_on_drafts(self, ids: Tensor) -> None:
+        """Restricts the module's losses and drafts to a draft vocabulary. ids: ascending, on the model's device."""
+        self.draft_ids = ids
+        self.trained_drafts = DraftColumns.of(ids, self.vocab_size, self.shard)
+        if self.recycle_config.objective == "cross_entropy":
+            self.counted_tokens = self.trained_drafts.table.cpu()
 
     @property
     def head_weight(self) -> Tensor:
@@ -134,40 +131,56 @@ class RecycleGPT(nn.Module):
     def forward(
         self, batch: Batch, scales: Tensor | None, received: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | EvaluationSums:
-        """Training: returns the weighted total loss (scalar) and the unweighted sums of cross entropy [K+1], backbone first.
+        """Training: returns the weighted total loss (scalar) and the unweighted sums over rows [losses]: the backbone's cross
+        entropy first, then the recycle module's objective by depth, then the confidence layer's loss by depth if it has one.
 
         scales: [K+1], the weight of one target's loss in the total, by depth (see `training.batches`). scales=None
         evaluates the batch and returns EvaluationSums; it goes through this method because ZeRO-3 gathers weights in
         the root's forward.
 
         Every pipeline stage except the first takes `received` [S, B, D] from the previous stage; every stage except the
-        last returns such a tensor."""
+        last returns such a tensor. Tapped states follow in the last dimension, [S, B, (1 + received_taps) D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and scales is not None):
             states = self.states(batch, received)
         if self.final_norm is None:
             return states[0]
         if scales is None:
             return self._evaluate(batch, states)
-        targets = batch.targets_KBS[: len(states)].transpose(1, 2).flatten(1)
-        joint = self.recycle_config.gradient == "joint"
-        train_head = [index == 0 or joint for index in range(len(states))]
-        return head_losses(
-            [state.flatten(0, 1) for state in states],
-            self.head_weight,
-            targets,
+        total, sums, agrees = training_losses(
+            states,
+            batch.targets_KBS,
             scales,
+            self.head_weight,
             self.shard,
+            self.mesh,
+            self.recycle_config,
             chunk=self.loss_chunk,
-            train_head=train_head,
+            draft=self.trained_drafts,
         )
+        return (total, sums) if agrees is None else self._with_confidence(total, sums, agrees, batch, states, scales)
+
+    def _with_confidence(
+        self, total: Tensor, sums: Tensor, agrees_KN: Tensor, batch: Batch, states: list[Tensor], scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the confidence layer's loss, whose gradient stops at the states, to the total, and its sums [K] to the sums."""
+        assert self.recycle is not None and self.recycle.confidence is not None
+        rows = [state.detach() for state in states[1:]]
+        if self.shard.scattered:  # every tensor rank sees all rows, so that the layer's gradient is complete
+            rows = [gather_from_sequence_parallel_region(row, False, self.shard.axis.group) for row in rows]
+        logits_KN = torch.stack([self.recycle.confidence(row).flatten() for row in rows])
+        valid_KN = batch.targets_KBS[1 : len(states)].transpose(1, 2).flatten(1) >= 0
+        own, own_sums = confidence_losses(logits_KN, agrees_KN, valid_KN, scales[1:])
+        return total + own, torch.cat((sums, own_sums.to(sums.dtype)))
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
         """h and r^1..r^K, each [S, B, D]. A pipeline stage before the last returns only its output for the next stage."""
         mask = AttentionMask(batch.documents_BS)
         frozen = self.recycle_config.gradient == "frozen_backbone"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            hidden = self._backbone(batch, mask, received)
-        return [hidden, *self._recycled(batch, mask, hidden)]
+            hidden, taps = self._backbone(batch, mask, received)
+        if self.final_norm is None:
+            return [torch.cat((hidden, *taps), dim=-1) if taps else hidden]
+        return [hidden, *self._recycled(batch, mask, hidden, taps)]
 
     def evaluate(self, batch: Batch) -> EvaluationSums:
         """Losses and acceptance of a batch; acceptance is agreement with the backbone's own argmax, not with the data.
@@ -182,34 +195,47 @@ class RecycleGPT(nn.Module):
     def _evaluate(self, batch: Batch, states: list[Tensor]) -> EvaluationSums:
         targets = batch.targets_KBS[: len(states)].transpose(1, 2)
         results = [
-            head_predictions(state.flatten(0, 1), self.head_weight, target.flatten(), self.shard, chunk=self.loss_chunk)
-            for state, target in zip(states, targets, strict=True)
+            self._predictions(depth, state.flatten(0, 1), target.flatten())
+            for depth, (state, target) in enumerate(zip(states, targets, strict=True))
         ]
         loss = torch.stack([total for total, _ in results])
-        best = torch.stack([tokens for _, tokens in results])
-        if self.draft_ids is not None:
-            best[1:] = torch.stack([self._drafts(state.flatten(0, 1), self.draft_ids) for state in states[1:]])
-        best = best.view(targets.shape)
+        best = torch.stack([tokens for _, tokens in results]).view(targets.shape)
         axis = self.mesh.ulysses
         if axis.size > 1:  # drafts at the end of a part are compared with predictions of the next rank
             dist.all_reduce(loss, group=axis.group)
             targets = gather_sequence(targets.transpose(0, 1), axis).transpose(0, 1)
             best = gather_sequence(best.transpose(0, 1), axis).transpose(0, 1)
-        return judge(loss, targets, best)
+        counted = targets >= 0
+        if self.trained_drafts is not None:  # other targets have no cross entropy
+            counted[1:] &= self.trained_drafts.table[targets[1:].clamp_min(0)]
+        return judge(loss, targets, best, counted)
 
-    def _drafts(self, states_ND: Tensor, ids: Tensor) -> Tensor:
-        """The likeliest token of the draft vocabulary in each row [N]. For models without tensor parallelism."""
-        assert self.mesh.tensor.size == 1, "a draft vocabulary is set for decoding and evaluation in one process"
-        rows = self.head_weight[ids]
-        return torch.cat([ids[F.linear(part, rows).float().argmax(-1)] for part in states_ND.split(self.loss_chunk)])
+    def _predictions(self, depth: int, states_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the cross entropy, and the likeliest token of each row [N]: of the draft vocabulary at depths above 0.
 
-    def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor) -> list[Tensor]:
+        The loss is that of the complete vocabulary, unless the module is trained on the draft vocabulary alone."""
+        weight, shard, chunk = self.head_weight, self.shard, self.loss_chunk
+        draft = self.trained_drafts
+        if depth == 0 or (draft is None and self.draft_ids is None):
+            return head_predictions(states_ND, weight, targets_N, shard, chunk=chunk)
+        if draft is not None:
+            rows, part = draft.head(weight, shard)
+            loss, best_N = head_predictions(states_ND, rows, draft.number(targets_N), part, chunk=chunk)
+            return loss, draft.ids[best_N]
+        assert self.draft_ids is not None
+        loss, _ = head_predictions(states_ND, weight, targets_N, shard, chunk=chunk)
+        draft = DraftColumns.of(self.draft_ids, self.vocab_size, shard)
+        rows, part = draft.head(weight, shard)
+        return loss, draft.ids[head_predictions(states_ND, rows, draft.number(targets_N), part, chunk=chunk)[1]]
+
+    def _recycled(self, batch: Batch, mask: AttentionMask, hidden: Tensor, taps: list[Tensor]) -> list[Tensor]:
         """The module's states r^1..r^K, each [S, B, D]; an empty list without a module."""
         if self.recycle is None:
             return []
         assert self.embedding is not None
         joint = self.recycle_config.gradient == "joint"
         state = hidden if joint else hidden.detach()
+        tapped = tuple(tap if joint else tap.detach() for tap in taps)
         states = []
         earlier: StepKeysValues = ()
         for step in range(1, self.depth + 1):
@@ -218,7 +244,7 @@ class RecycleGPT(nn.Module):
             positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
             rotary = self.rotary(positions, hidden.dtype)
             embedded = embedded if joint else embedded.detach()
-            arguments = (state, embedded, rotary, mask.at_step(step), earlier)
+            arguments = (state, embedded, rotary, mask.at_step(step), earlier, tapped if step == 1 else ())
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 state, earlier = checkpoint(self.recycle, *arguments, use_reentrant=False)
             else:
@@ -226,19 +252,25 @@ class RecycleGPT(nn.Module):
             states.append(state)
         return states
 
-    def _backbone(self, batch: Batch, mask: AttentionMask, received: Tensor | None) -> Tensor:
+    def _backbone(self, batch: Batch, mask: AttentionMask, received: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The states after this stage, final norm included on the last one, and the tapped ones up to here."""
+        taps: list[Tensor] = []
         if received is None:
             assert self.embedding is not None
             x = self.embedding(batch.tokens_BS.t())
+        elif self.received_taps:
+            x, *taps = received.split(self.config.hidden, dim=-1)
         else:
             x = received
         rotary = self.rotary(batch.positions_BS.t(), x.dtype)
-        for block in self.blocks.values():
+        for index, block in self.blocks.items():
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, _ = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x, _ = block(x, rotary, mask)
-        return x if self.final_norm is None else self.final_norm(x)
+            if int(index) in self.recycle_config.taps:
+                taps.append(x)
+        return x if self.final_norm is None else self.final_norm(x), taps
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor) -> Tensor:
@@ -246,7 +278,7 @@ class RecycleGPT(nn.Module):
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         documents = torch.zeros_like(tokens_BT)
         batch = Batch(tokens_BT, positions, documents, tokens_BT[None], tokens_BT[None])
-        return self._backbone(batch, AttentionMask(documents), None)
+        return self._backbone(batch, AttentionMask(documents), None)[0]
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """fp32 logits [T, B, V] without vocabulary padding, gathered over the tensor axis. Collective over that axis."""

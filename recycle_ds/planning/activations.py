@@ -138,7 +138,11 @@ class Activations:
         query, kv, _ = self._widths
         total = 0
         for step in range(1, recycle.depth + 1):
+            tapped = len(recycle.taps) if step == 1 else 0
+            if tapped and not self.recompute:  # norms, and the projection's input
+                total += tapped * (self.norm() + self.element * self._stream)
             if self.recompute:
+                total += tapped * self.element * self._stream
                 total += 2 * self.element * self._stream + self.rotary() + self.mask(step)
                 if step < recycle.depth:  # the step's keys and values, which are views of larger tensors
                     total += recycle.layers * self.element * self.tokens * ((query + kv) + (query + 2 * kv))
@@ -149,6 +153,8 @@ class Activations:
 
     def head(self) -> int:
         """After the last block: the final norm, and the gradients that the loss computes in its forward pass."""
+        if is_frozen(self.recycle):
+            return self.recycle.depth * self.element * self._stream
         losses = 1 + (self.recycle.depth if self.recycle.layers else 0)
         return self.norm() + losses * self.element * self._stream + self.head_gradient(self.element)
 
@@ -158,17 +164,23 @@ class Activations:
 
     def stage(self, blocks: int, *, last: bool) -> int:
         """What one pipeline stage keeps for one micro-batch."""
-        return self.blocks(blocks) + (self.module() + self.head() if last else 0)
+        return self.blocks(0 if is_frozen(self.recycle) else blocks) + (self.module() + self.head() if last else 0)
 
     def logits(self, chunk: int) -> int:
         """The loss's workspace: a chunk's logits in fp32 and in the model's dtype, and the head's fp32 gradient."""
         rows = min(chunk, self.tokens)
         per_logit = 4 + (self.element if self.element < 4 else 0)
-        return rows * padded_rows(self.config, self.tensor) * per_logit + self.head_gradient(4)
+        logits = rows * padded_rows(self.config, self.tensor) * per_logit
+        return logits if is_frozen(self.recycle) else logits + self.head_gradient(4)
 
     def working_set(self) -> int:
         """With recomputation: what one block keeps while it is recomputed."""
         return self.block() if self.recompute else 0
+
+
+def is_frozen(recycle: RecycleConfig) -> bool:
+    """Whether only the recycle module trains: the backbone keeps nothing for a backward pass."""
+    return recycle.layers > 0 and recycle.gradient == "frozen_backbone"
 
 
 def padded_rows(config: ModelConfig, tensor: int) -> int:

@@ -89,8 +89,6 @@ def _layout_problem(config: RunConfig, layout: Layout) -> str:
         return f"training.seq_length ({training.seq_length}) is not divisible by ulysses {layout.ulysses}"
     if layout.pipeline > model.layers:
         return f"pipeline {layout.pipeline} exceeds model.layers ({model.layers})"
-    if layout.pipeline > 1 and config.recycle.gradient == "frozen_backbone" and config.recycle.layers:
-        return "recycle.gradient=frozen_backbone trains the last stage only: pipeline must be 1"
     if training.global_batch_size % layout.data:
         return f"training.global_batch_size ({training.global_batch_size}) is not divisible by data {layout.data}"
     return ""

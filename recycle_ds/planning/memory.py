@@ -11,7 +11,8 @@ What DeepSpeed 0.19.8 keeps per weight (e bytes in the model's type, r ranks tha
 "Summing" marks bf16 runs that accumulate gradients in fp32 (`accumulates_in_fp32`, or the run's DeepSpeed file); s is 4 for
 them and for fp32 runs, otherwise 2. From stage 1 on, fp32 runs have an fp32 master too (Rajbhandari et al., arXiv 1910.02054,
 section 3). Building a model needs no more memory: weights are created on the device in the training dtype, and DeepSpeed
-flattens them on the host if the device has no room. Tests compare these figures with the tensors that real runs hold.
+flattens them on the host if the device has no room. With a frozen backbone, gradients, master and moments are the module's
+only. Tests compare these figures with the tensors that real runs hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import lru_cache
 from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
 from recycle_ds.config.deepspeed_json import accumulates_in_fp32
 from recycle_ds.model.stages import partition
-from recycle_ds.planning.activations import CUDA, Activations, Kernels, padded_rows
+from recycle_ds.planning.activations import CUDA, Activations, Kernels, is_frozen, padded_rows
 from recycle_ds.planning.candidates import Candidate
 from recycle_ds.planning.settings import Settings, read_settings
 
@@ -37,6 +38,8 @@ class LocalWeights:
 
     large: int
     small: int
+    module: int = 0
+    """Those of the recycle module: all that a frozen backbone leaves to train."""
 
     @property
     def total(self) -> int:
@@ -79,15 +82,18 @@ def local_weights(
     small += 2 * config.dim_per_head if config.qk_norm else 0
     embedding = padded_rows(config, tensor) * config.hidden
     large_total, small_total = blocks * block, blocks * small
+    module_large = module_small = 0
     if first or (last and (config.tied_embeddings or recycle.layers)):
         large_total += embedding
     if last:
         small_total += config.hidden
         large_total += 0 if config.tied_embeddings else embedding
         if recycle.layers:
-            large_total += recycle.layers * block + 2 * config.hidden**2 // tensor
-            small_total += recycle.layers * small + 3 * config.hidden
-    return LocalWeights(large_total, small_total)
+            taps = len(recycle.taps)
+            module_large = recycle.layers * block + (2 + taps) * config.hidden**2 // tensor
+            module_small = recycle.layers * small + (3 + taps) * config.hidden
+            module_small += config.hidden + 1 if recycle.confidence else 0
+    return LocalWeights(large_total + module_large, small_total + module_small, module_large + module_small)
 
 
 def stage_counts(config: RunConfig, stages: int) -> tuple[int, ...]:
@@ -173,10 +179,12 @@ def _states(config: RunConfig, weights: LocalWeights, candidate: Candidate, sett
     """Weights, gradients, optimizer state and buckets, by ZeRO stage."""
     element = 2 if config.training.dtype == "bf16" else 4
     summing = sums_in_fp32(config, candidate, settings)
-    count, stage = weights.total, candidate.zero_stage
-    shared = count / candidate.layout.replicas
-    held: float = element * count
-    gradients, optimizer, buckets = held, 12 * shared, element * settings.reduce_bucket_size
+    stage, replicas = candidate.zero_stage, candidate.layout.replicas
+    count = weights.module if is_frozen(config.recycle) else weights.total
+    shared = count / replicas
+    held: float = element * weights.total
+    gradients: float = element * count
+    optimizer, buckets = 12 * shared, element * settings.reduce_bucket_size
     summed = 4 if summing else element
     if stage == 0:
         # fp32: the weight is the master. bf16 (a single model rank): plus an fp32 master and gradient
@@ -190,10 +198,10 @@ def _states(config: RunConfig, weights: LocalWeights, candidate: Candidate, sett
     elif stage == 2:
         gradients = summed * shared
     elif stage == 3:
-        persistent = weights.small * (1 - 1 / candidate.layout.replicas)
-        held = element * (shared + persistent)
+        persistent = weights.small * (1 - 1 / replicas)
+        held = element * (weights.total / replicas + persistent)
         gradients = summed * shared
-        buckets += element * min(_largest(config, candidate) + settings.kept_gathered, count)
+        buckets += element * min(_largest(config, candidate) + settings.kept_gathered, weights.total)
     host = 0.0
     if candidate.offload:
         host, optimizer = optimizer, 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from recycle_ds.config import RunConfig
 from recycle_ds.model.flops import block_flops_per_token, tail_flops_per_token, training_flops_per_token
+from recycle_ds.planning.activations import is_frozen
 from recycle_ds.planning.candidates import Candidate
 from recycle_ds.planning.communication import Communication
 from recycle_ds.planning.hardware import Cluster
@@ -90,6 +91,8 @@ def _stage_flops(config: RunConfig, candidate: Candidate, counts: tuple[int, ...
         total = training_flops_per_token(config.model, config.recycle, length)
         return total + (counts[0] * block / 3 if candidate.recompute == "full" else 0.0)
     recomputed = 4 / 3 if candidate.recompute == "full" else 1.0
+    if is_frozen(config.recycle):  # blocks run forward only, and so does the head for the backbone's own loss
+        recomputed = 1 / 3
     return max([count * block * recomputed for count in counts[:-1]] + [counts[-1] * block * recomputed + tail])
 
 

@@ -37,18 +37,25 @@ class StepBatches:
         return (weight * replicas / self.counts.clamp_min(1)).float()
 
     def means(self, sums: Sequence[float]) -> list[float]:
-        """Mean loss by depth from the global batch's sums; 0 if a depth has no target."""
-        return [total / max(1.0, count) for total, count in zip(sums, self.count_list, strict=True)]
+        """Mean losses from the global batch's sums, in the order of `RecycleGPT.losses`; 0 if a depth has no target."""
+        counts = [*self.count_list, *self.count_list[1:]]
+        return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
 
 
-def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device) -> StepBatches:
+def assemble(
+    micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device, counted_V: Tensor | None = None
+) -> StepBatches:
     """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis.
 
-    With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences.
+    With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences. counted_V: bool, the
+    tokens that count as targets of the recycle module; None for all.
     """
     counts = torch.zeros(losses, dtype=torch.float64)
     for batch in micro:
-        counts += (batch.targets_KBS[:losses] >= 0).flatten(1).sum(1)
+        counted = batch.targets_KBS[:losses] >= 0
+        if counted_V is not None:
+            counted[1:] &= counted_V[batch.targets_KBS[1:losses].clamp_min(0)]
+        counts += counted.flatten(1).sum(1)
     counts = counts.to(device)
     if mesh.data.size > 1:
         dist.all_reduce(counts, group=mesh.data.group)

@@ -147,7 +147,7 @@ class Trainer:
             raise LocalError(f"step {self.state.step + 1}: {error}") from error
         self._reporter.work.data(time.perf_counter() - start)
         self._watchdog.beat(self.state.step + 1, "count")
-        return assemble(micro, losses, self.engine.mesh, self.device)
+        return assemble(micro, losses, self.engine.mesh, self.device, self.engine.model.counted_tokens)
 
     def _dry_run(self) -> None:
         weights = loss_weights(self.config.training.steps, self.config.recycle)
@@ -167,7 +167,7 @@ class Trainer:
         self._watchdog.beat(step, "agree")
         shared, stopping, writing = self._agree(sums, stop.poll(self._margin))
         losses = batches.means(shared)
-        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=False))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.training)
         self._watchdog.beat(step, "update")

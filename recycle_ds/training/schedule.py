@@ -38,13 +38,14 @@ def recycle_weight(step: int, config: RecycleConfig) -> float:
 
 
 def loss_weights(step: int, config: RecycleConfig) -> list[float]:
-    """Weight of each loss in the total, the backbone's first: 1, then lambda w_k / sum w with w_k = depth_decay^(k-1).
+    """Weight of each loss in the total, the backbone's first: 1, then lambda w_k / sum w with w_k = depth_decay^(k-1), or
+    those of step_weights.
 
     A frozen backbone's own loss is reported but has weight 0.
     """
     backbone = 0.0 if config.gradient == "frozen_backbone" else 1.0
     if config.layers == 0:
         return [backbone]
-    shares = [config.depth_decay**k for k in range(config.depth)]
+    shares = config.step_weights or [config.depth_decay**k for k in range(config.depth)]
     weight = recycle_weight(step, config)
     return [backbone] + [weight * share / sum(shares) for share in shares]

@@ -31,20 +31,28 @@ from tests.unit.inference.engine.requests import (
     memory_of,
     requests,
 )
+from tests.unit.inference.models import spread_added
 
 CONFIG = ModelConfig(
     layers=3, hidden=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, vocab_multiple=4, max_positions=96, init_std=0.6
 )
 RECYCLE = RecycleConfig(layers=1)
+TAPPED = RecycleConfig(layers=1, taps=(0, 1, 2))
+"""Of two stages the first has the blocks 0 and 1."""
 DRAFT_IDS = [0, 1, 2, 4, 5]
 """All on the first of two tensor ranks."""
-LAYOUTS = {"TP2": (2, 1, 2), "PP2": (1, 2, 2), "TP2 x PP2": (2, 2, 4), "DP2": (1, 1, 2)}
+LAYOUTS = {
+    "TP2": (2, 1, 2, RECYCLE), "PP2": (1, 2, 2, TAPPED), "TP2 x PP2": (2, 2, 4, RECYCLE), "DP2": (1, 1, 2, RECYCLE),
+    "TP2 with taps": (2, 1, 2, TAPPED),
+}  # fmt: skip
 
 
-def _serve(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[Asked]) -> list[Generation] | None:
+def _serve(
+    rank: int, world_size: int, tensor: int, pipeline: int, recycle: RecycleConfig, asked: list[Asked]
+) -> list[Generation] | None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     team = build_team(tensor, pipeline)
-    model = build_model(CONFIG, RECYCLE, team.mesh, seed=5).eval()
+    model = spread_added(build_model(CONFIG, recycle, team.mesh, seed=5).eval())
     model.draft_ids = torch.tensor(DRAFT_IDS)
     engine = team_engine(model, team, max_batch=12, kv_memory_gib=memory_of(model, 9))
     if engine is None:
@@ -62,12 +70,12 @@ def _serve(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[A
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_do_not_depend_on_the_layout(layout: str) -> None:
     """Prevents a shard, a stage or a micro-batch from changing a token, and a choice of tokens that needs all logits."""
-    tensor, pipeline, ranks = LAYOUTS[layout]
+    tensor, pipeline, ranks, recycle = LAYOUTS[layout]
     asked = requests(64, vocabulary=11, seed=3)
-    model = build_model(CONFIG, RECYCLE, seed=5).eval()
+    model = spread_added(build_model(CONFIG, recycle, seed=5).eval())
     model.draft_ids = torch.tensor(DRAFT_IDS)
     expected = decode_alone(model, asked)
-    found = [answers for answers in run_ranks(_serve, ranks, tensor, pipeline, asked) if answers is not None]
+    found = [answers for answers in run_ranks(_serve, ranks, tensor, pipeline, recycle, asked) if answers is not None]
     for data, part in enumerate(found):
         own = slice(data, None, len(found))
         check_answers(asked[own], part, expected[own])

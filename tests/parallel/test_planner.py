@@ -20,6 +20,7 @@ from tests.runs import make_corpus, tiny_run, zero
 
 BF16 = {"training__dtype": "bf16"}
 PP2, TP2, SP = {"parallel__pipeline": 2}, {"parallel__tensor": 2}, {"parallel__sequence": True}
+FROZEN = {"recycle__gradient": "frozen_backbone", "recycle__taps": [1, 8], "recycle__depth": 2}
 FULL = {"training__activation_checkpointing": "full"}
 # Sizes of buffers that ZeRO allocates even for a small model, and of weights that it keeps gathered. They are reduced
 # to almost zero here.
@@ -41,6 +42,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ZeRO 2, DP 2, bf16, depth 3": (2, 2, BF16 | {"recycle__depth": 3}),
     "ZeRO 3, DP 2": (2, 3, {"model__tied_embeddings": False}),
     "ZeRO 3, DP 2, bf16, recompute": (2, 3, BF16 | FULL | {"recycle__depth": 3}),
+    "ZeRO 3, DP 2, frozen": (2, 3, FROZEN),
     "TP 2": (2, 1, TP2),
     "TP 2 + SP, recompute, depth 3": (2, 1, TP2 | SP | FULL | {"recycle__depth": 3}),
     "TP 2 + SP, bf16": (2, 1, TP2 | SP | BF16),

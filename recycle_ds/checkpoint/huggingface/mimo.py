@@ -22,7 +22,7 @@ from typing import Any
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.checksums import read_json
 from recycle_ds.checkpoint.huggingface.families import write_model
-from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG
+from recycle_ds.checkpoint.huggingface.module import MODULE_CONFIG, recycle_settings
 from recycle_ds.checkpoint.huggingface.names import BLOCK, hugging_face_name
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.sources import Source
@@ -73,6 +73,10 @@ def check_fits(source: Source) -> None:
         raise CheckpointError(f"{where}: no recycle module, which --to vllm writes as the MTP head: use --to hf")
     if recycle.layers > 1:
         raise CheckpointError(f"{where}: recycle.layers={recycle.layers}: the MTP head has one block: {other}")
+    if recycle.taps:
+        raise CheckpointError(f"{where}: recycle.taps={list(recycle.taps)}: the MTP head takes one state only: {other}")
+    if recycle.confidence:
+        raise CheckpointError(f"{where}: recycle.confidence=true: the MTP head has no confidence layer: {other}")
     if model.qk_norm or model.rope.unrotated_layers:
         setting = "qk_norm" if model.qk_norm else "rope.unrotated_layers"
         raise CheckpointError(f"{where}: model.{setting}: a Qwen2 block has no such setting: {other}")
@@ -109,7 +113,7 @@ def describe_head(source: Source, before_norm: bool) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "version": _VERSION,
-        "recycle": source.recycle.model_dump(mode="json"),
+        "recycle": recycle_settings(source.recycle),
         "qkv_bias": source.model.qkv_bias,
         "before_norm": before_norm,
         "provenance": provenance(),

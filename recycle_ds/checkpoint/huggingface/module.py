@@ -17,6 +17,14 @@ MODULE_CONFIG, MODULE_WEIGHTS = "recycle.json", "recycle.safetensors"
 _FORMAT = "recycle_ds module"
 _ONE_FILE, _FILES = 1, 2
 """Format versions: 1 describes one `file`, recycle.safetensors; 2 describes `files` by name."""
+_LATER: dict[str, Any] = {
+    "step_weights": None,
+    "taps": [],
+    "objective": "cross_entropy",
+    "draft_vocabulary_in_training": False,
+    "confidence": False,
+}
+"""Settings that older releases refuse, with the defaults that are left out for their sake."""
 _NAME = re.compile(r"recycle(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -71,6 +79,12 @@ def _read_files(path: Path, listed: Any) -> dict[str, FileEntry]:
     return files
 
 
+def recycle_settings(recycle: RecycleConfig) -> dict[str, Any]:
+    """Returns the settings for recycle.json. Older releases refuse unknown keys, so defaults of later ones are left out."""
+    settings = recycle.model_dump(mode="json")
+    return {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
+
+
 def describe_module(
     recycle: RecycleConfig, folder: Path, files: list[str], provenance: dict[str, Any]
 ) -> dict[str, Any]:
@@ -80,7 +94,7 @@ def describe_module(
     return {
         "format": _FORMAT,
         "version": _ONE_FILE if single else _FILES,
-        "recycle": recycle.model_dump(mode="json"),
+        "recycle": recycle_settings(recycle),
         **({"file": entries[MODULE_WEIGHTS]} if single else {"files": entries}),
         "provenance": provenance,
     }

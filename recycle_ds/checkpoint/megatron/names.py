@@ -90,7 +90,7 @@ class _Names:
 
 
 def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
-    """Returns all tensors of Megatron's model, in its order. Raises CheckpointError for a module with several blocks."""
+    """Returns all tensors of Megatron's model, in its order. Raises CheckpointError for a module as `check_module` does."""
     check_module(recycle)
     names = _Names(whole_shapes(model, recycle), model.qkv_bias, model.qk_norm)
     found = [names.entry("embedding.word_embeddings.weight", ("embedding.weight",), "vocabulary", 0)]
@@ -109,7 +109,16 @@ def entries(model: ModelConfig, recycle: RecycleConfig) -> list[Entry]:
 
 
 def check_module(recycle: RecycleConfig) -> None:
-    """Raises CheckpointError for a module with several blocks."""
+    """Raises CheckpointError for a module with several blocks, and for one with parts that Megatron's has not."""
+    if recycle.taps:
+        raise CheckpointError(
+            f"recycle.taps={list(recycle.taps)}: an MTP layer of Megatron takes one state only; "
+            "convert to portable or hf instead"
+        )
+    if recycle.confidence:
+        raise CheckpointError(
+            "recycle.confidence=true: an MTP layer of Megatron has no confidence layer; convert to portable or hf instead"
+        )
     if recycle.layers > 1:
         raise CheckpointError(
             f"recycle.layers={recycle.layers}: an MTP layer of Megatron has one block; convert to portable or hf instead"

@@ -11,14 +11,14 @@ import yaml
 from recycle_ds.checkpoint.portable.folders import check_folder, completed
 from recycle_ds.config import RecycleConfig
 
-_INHERITED = ("layers", "depth", "draft_vocabulary")
+_INHERITED = ("layers", "depth", "draft_vocabulary", "taps", "confidence")
 """Settings of the recycle module that a run takes from the folder."""
 
 
 def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults for a tree of settings, see `load_config`. Empty without `init_from`.
 
-    They are the model's shape, its tokenizer, and the module's layers, depth and draft vocabulary if the folder has it.
+    They are the model's shape, its tokenizer, and the module's layers, taps, depth and draft vocabulary if the folder has it.
     A run that has a checkpoint takes them from its own config.yaml, since the folder may be gone by then. Raises
     CheckpointError for a folder that does not exist or cannot be read.
     """
@@ -37,7 +37,8 @@ def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     source = open_source(folder, verify=False)
     found: dict[str, Any] = {"model": source.model.model_dump(mode="json")}
     if source.recycle.layers:
-        found["recycle"] = {key: getattr(source.recycle, key) for key in _INHERITED}
+        settings = source.recycle.model_dump(mode="json")
+        found["recycle"] = {key: settings[key] for key in _INHERITED}
     if source.tokenizer is not None:
         found["data"] = {"tokenizer": str(source.tokenizer)}
     return found

@@ -19,7 +19,7 @@ from recycle_ds.checkpoint.portable.newest import newest_intact
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
-from recycle_ds.config import ModelConfig, RunConfig
+from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.agree import SharedError, broadcast_from, on_all_ranks
@@ -29,6 +29,8 @@ from recycle_ds.training.engine.build import TrainingEngine
 from recycle_ds.training.state import TrainingState
 
 RECYCLE = "recycle."
+# Parts of the module that a trained one can be given. Their initial values do not change its output.
+_EXTENSIONS = ("recycle.tap_", "recycle.confidence.")
 # Settings that must not change at a resume: another model, data order or batch size makes it another run.
 _FIXED = (
     "model",
@@ -148,13 +150,14 @@ def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest
             f"{folder}: cannot resume: the token files or weights of data.train are not those of the run; "
             "restore them, or use another run_dir"
         )
-    current, saved = _flat(config.model_dump(mode="json")), _flat(manifest.config)
+    current, saved = _flat(config.model_dump(mode="json")), _defaults() | _flat(manifest.config)
     notes = []
+    trains_on_drafts = config.recycle.draft_vocabulary_in_training
     for key in sorted(current.keys() | saved.keys()):
         if current.get(key) == saved.get(key):
             continue
         change = f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        if _under(key, _FIXED) and key not in _FREE:
+        if _under(key, _FIXED) and (key not in _FREE or (key == "recycle.draft_vocabulary" and trains_on_drafts)):
             raise CheckpointError(
                 f"{folder}: cannot resume: {change}; change it back, or use another run_dir (init_from keeps the weights)"
             )
@@ -184,15 +187,15 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
 def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Source, list[str]]:
     """Loads the weights of a run, a checkpoint or a folder in another format; each rank reads only its part.
 
-    Returns the source, and the names of the recycle module's tensors if the source has no module: they keep their initial
-    values. Raises CheckpointError for any other difference in names, shapes or rotary embedding. Collective: each rank
-    verifies its share of the files.
+    Returns the source, and the names of the recycle module's tensors that keep their initial values: all of them if the source
+    has no module, and those of a part that its module has not. Raises CheckpointError for any other difference in names, shapes
+    or rotary embedding. Collective: each rank verifies its share of the files.
     """
     mesh = engine.mesh
 
     def open_checked() -> Source:
         source = open_source(path, verify=False)
-        mismatch = _setting_mismatch(engine.model.config, source)
+        mismatch = _setting_mismatch(engine.model.config, engine.model.recycle_config, source)
         if mismatch is not None:
             raise CheckpointError(mismatch)
         source.verify(mesh.rank, mesh.world_size)
@@ -202,10 +205,10 @@ def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> 
         source = on_all_ranks(open_checked, mesh, device)
     except SharedError as error:
         raise CheckpointError(f"init_from={path}: {error}") from None
-    return source, _load_tensors(engine, source, moments=False, optional=RECYCLE)
+    return source, _load_tensors(engine, source, moments=False, optional=(RECYCLE, *_EXTENSIONS))
 
 
-def _setting_mismatch(config: ModelConfig, source: Source) -> str | None:
+def _setting_mismatch(config: ModelConfig, recycle: RecycleConfig, source: Source) -> str | None:
     """A difference that names and shapes do not show, or None: with another RoPE or epsilon the weights are another model's."""
     for key in ("rope", "norm_epsilon", "heads"):
         configured, stored = getattr(config, key), getattr(source.model, key)
@@ -214,10 +217,17 @@ def _setting_mismatch(config: ModelConfig, source: Source) -> str | None:
             return (
                 f"model.{key} is {shown[0]} here and {shown[1]} in the source; set it as in the training of the weights"
             )
+    taps = source.recycle.taps
+    if recycle.layers and taps and taps != recycle.taps:
+        return (
+            f"recycle.taps is {list(recycle.taps)} here and {list(taps)} in the source; set recycle.taps={list(taps)}"
+        )
     return None
 
 
-def _load_tensors(engine: TrainingEngine, source: Source, *, moments: bool, optional: str | None = None) -> list[str]:
+def _load_tensors(
+    engine: TrainingEngine, source: Source, *, moments: bool, optional: tuple[str, ...] = ()
+) -> list[str]:
     """Returns the names of optional tensors that the source does not have. An error on one rank is raised on all of them, so
     that none continues with part of the weights."""
     master, model = engine.master, engine.model
@@ -266,6 +276,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, part in tree.items()
         for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()
     }
+
+
+def _defaults() -> dict[str, Any]:
+    """Settings of the recycle module that a run of an older release, which did not have them, was trained with."""
+    return _flat(RecycleConfig().model_dump(mode="json"), "recycle")
 
 
 def _under(key: str, roots: tuple[str, ...]) -> bool:

@@ -41,7 +41,7 @@ class Cache:
         self.keys_values = empty(weights.layers, *shape)
         self.module_keys_values = empty(weights.module_layers, *shape)
         self.tokens = empty(shape[0], dtype=torch.int64)
-        self.hidden = empty(shape[0] if weights.module is not None else 0, weights.width)
+        self.hidden = empty(shape[0] if weights.module is not None else 0, weights.kept_width)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, (from, to)."""
@@ -62,9 +62,7 @@ class Cache:
     def bytes_per_block(weights: StageWeights, block_size: int) -> int:
         """Memory of one block on this rank, in bytes."""
         layers = weights.layers + weights.module_layers
-        per_slot = 2 * weights.kv_heads * weights.channels * layers + (
-            weights.width if weights.module is not None else 0
-        )
+        per_slot = 2 * weights.kv_heads * weights.channels * layers + weights.kept_width
         return block_size * (per_slot * weights.dtype.itemsize + 8)
 
 

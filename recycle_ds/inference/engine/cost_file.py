@@ -65,6 +65,7 @@ def cost_file(
     if folder is None:
         return None
     parameter = next(model.parameters())
+    parts = [len(model.recycle_config.taps)] if model.recycle_config.taps else []
     key = {
         "machine": machine_name(parameter.device),
         "device": str(parameter.device.type),
@@ -73,7 +74,7 @@ def cost_file(
         "dtype": str(parameter.dtype),
         "products": ["int8" if model.int8 else "float", "compiled" if compiled else "torch"],
         "model": model.config.model_dump(mode="json"),
-        "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids)],
+        "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids), *parts],
         "layout": [tensor, pipeline],
         "batch": [max_batch, blocks],
     }

@@ -51,7 +51,7 @@ class TeamExecutor:
     """The owner's executor, and what the other ranks run."""
 
     def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """width, dtype, device: of the states between stages. Collective over the team."""
+        """width, dtype, device: of the states from the stage before. Collective over the team."""
         self._runner, self._team, self._width, self._dtype, self._device = runner, team, width, dtype, device
         self.depth = team.mesh.pipeline.size
         self._links = open_links(team, device)

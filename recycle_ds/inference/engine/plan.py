@@ -100,7 +100,7 @@ class Chosen:
     drafts: tuple[int, ...] = ()
     """Drafts of the recycle module for what follows."""
     confidences: tuple[float, ...] = ()
-    """Probability that the module gave to each draft."""
+    """Probability that each draft is accepted, by the module's confidence layer; without one, that of its likeliest token."""
     logprobs: Logprobs = ()
     """For each token, if asked for: its log probability, and the most likely tokens with theirs."""
     scored: Logprobs = ()

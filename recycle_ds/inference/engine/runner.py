@@ -86,6 +86,8 @@ class Runner:
             return states_TD
         if self._weights.module is not None:
             cache.hidden[slots_T] = states_TD
+            if states_TD.shape[1] > self._weights.width:
+                states_TD = states_TD[:, : self._weights.width].contiguous()
         scored = self._score(plan.parts, states_TD)
         chosen = self._choose(plan.parts, states_TD)
         if self._weights.module is not None:
@@ -220,7 +222,7 @@ class Runner:
     def _chain(self, drafting: Sequence[_Draft], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
         live, vocabulary = list(drafting), self._draft_vocabulary
-        assert self._weights.draft_head is not None, "only the last stage drafts"
+        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
         while True:
             at = [draft.index + len(draft.ids) + 1 for draft in live]
             positions = [self._position(draft.part, index) for draft, index in zip(live, at, strict=True)]
@@ -228,8 +230,10 @@ class Runner:
             coupled = all(self._is_coupled(self._rules[draft.part.sequence]) for draft in live)
             ids_N, probs_NV = self._choose_drafts(logits_NV, positions, live, coupled)
             # of the distribution, not of the token drawn: which drafts are verified must not depend on what was drawn
-            highest_N = vocabulary.max(logits_NV.amax(-1))
-            confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
+            confidence_N = self._weights.module.confidence(states_ND)
+            if confidence_N is None:
+                highest_N = vocabulary.max(logits_NV.amax(-1))
+                confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
             slots_N = self._cache.slots(
                 [Span(draft.part.blocks, index, 1) for draft, index in zip(live, at, strict=True)]
             )

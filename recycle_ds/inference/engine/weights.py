@@ -8,6 +8,7 @@ holds its shard; outputs of row-parallel products are summed over the axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -88,27 +89,48 @@ class Module:
         assert module is not None
         self._rotary = model.rotary
         self._stack: NativeStack | None = None
+        self._tap_norms = [Norm(norm) for norm in module.tap_norms]
+        taps = module.tap_projection
+        self._tap_projection = None if taps is None else Product(taps.weight, int8=int8)
+        self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
+        self._ranks = ranks
+        self._confidence = module.confidence
         if compiled:
             join = Join((module.hidden_norm, module.embedding_norm), module.projection.weight)
             self._stack = NativeStack(list(module.blocks), model.rotary, module.final_norm, join, int8=int8)
             return
         self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
-        self._projection, self._ranks = Product(module.projection.weight, int8=int8), ranks
+        self._projection = Product(module.projection.weight, int8=int8)
         self._layers = [Layer(block, ranks, int8=int8) for block in module.blocks]
         self._final_norm = Norm(module.final_norm)
 
     def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, tokens: Tokens) -> Tensor:
-        """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token."""
+        """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token.
+
+        hidden_TD: with what `tapped` returned for h in `tapped_width` further columns."""
+        tapped_TE = hidden_TD[:, self._width :].contiguous() if hidden_TD.shape[1] > self._width else None
+        hidden_TD = hidden_TD[:, : self._width]
         if self._stack is not None:
-            return self._stack((hidden_TD, embedded_TD), tokens.spans, tokens.keys_values, shift=tokens.shift)[0]
+            inputs = (hidden_TD, embedded_TD)
+            return self._stack(inputs, tokens.spans, tokens.keys_values, shift=tokens.shift, added=tapped_TE)[0]
         pair = torch.cat((self._hidden_norm(hidden_TD), self._embedding_norm(embedded_TD)), dim=-1)
-        x_TD = self._projection(pair)
+        x_TD = self._projection(pair, tapped_TE)
         if self._ranks is not None:  # every rank has some of the columns
             x_TD = torch.cat(list(self._ranks.gather(x_TD)), dim=-1)
         rotary, attend = _angles(self._rotary, tokens, x_TD.dtype), tokens.attention()
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
         return self._final_norm(x_TD)
+
+    def confidence(self, states_TD: Tensor) -> Tensor | None:
+        """The probability that the draft of each state is accepted [T], by the module's confidence layer; None without one."""
+        return None if self._confidence is None else self._confidence(states_TD)[:, 0].float().sigmoid()
+
+    def tapped(self, taps: Sequence[Tensor]) -> Tensor:
+        """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""
+        assert self._tap_projection is not None, "the module has no taps"
+        normed = [norm(state) for norm, state in zip(self._tap_norms, taps, strict=True)]
+        return self._tap_projection(torch.cat(normed, dim=-1))
 
 
 class Head:
@@ -159,9 +181,14 @@ class StageWeights:
             if model.draft_ids is not None:
                 self.draft_ids, self.draft_head = _head(model, compiled, model.draft_ids)
         attention = _any_block(model).attention
+        self._taps = [number for number, index in enumerate(model.blocks) if int(index) in model.recycle_config.taps]
         self.layers = len(blocks)
         self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
         self.kv_heads, self.channels, self.width = attention.kv_heads, attention.channels, model.config.hidden
+        self.received_width = (1 + model.received_taps) * self.width
+        """Columns of the states from the stage before: tapped ones follow the residual stream."""
+        self.kept_width = 0 if self.module is None else self.width + self.module.tapped_width
+        """Columns that the cache keeps of every position for the recycle module."""
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
 
@@ -177,13 +204,26 @@ class StageWeights:
         return self._ranks.sum(rows_TD)
 
     def run(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        """Runs this stage's blocks. Returns the states [T, D]: after the final norm on the last stage."""
+        """Runs this stage's blocks. Returns the states [T, D], after the final norm on the last stage, and with taps further
+        columns: the tapped states for the next stage, or what they add to the recycle module's input."""
+        taps: list[Tensor] = []
+        if x_TD.shape[1] > self.width:
+            x_TD, *taps = (part.contiguous() for part in x_TD.split(self.width, dim=1))
         if self._stack is not None:
-            return self._stack((x_TD,), tokens.spans, tokens.keys_values)[0]
+            x_TD, own = self._stack((x_TD,), tokens.spans, tokens.keys_values, taps=self._taps)
+            return self._with_taps(x_TD, [*taps, *own])
         rotary, attend = _angles(self.rotary, tokens, self.dtype), tokens.attention()
         for layer, block in enumerate(self._layers):
             x_TD = block(x_TD, rotary, attend, layer)
-        return x_TD if self.final_norm is None else self.final_norm(x_TD)
+            if layer in self._taps:
+                taps.append(x_TD)
+        return self._with_taps(x_TD if self.final_norm is None else self.final_norm(x_TD), taps)
+
+    def _with_taps(self, x_TD: Tensor, taps: list[Tensor]) -> Tensor:
+        """The states with the columns for taps."""
+        if self.final_norm is not None:
+            taps = [self.module.tapped(taps)] if taps and self.module is not None else []
+        return torch.cat((x_TD, *taps), dim=1) if taps else x_TD
 
 
 def _angles(rotary: Rotary, tokens: Tokens, dtype: torch.dtype) -> CosineSine:

@@ -13,10 +13,11 @@ from recycle_ds.config import RunConfig
 from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
+from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
-from recycle_ds.training.engine.master_state import MasterState, owning_replica, write_partition
-from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
+from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica, write_partition
+from recycle_ds.training.engine.optimizer import AdamW, idle_group, parameter_groups, part_of
 from recycle_ds.training.engine.passes import FullDepthPasses, Passes
 from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline
 
@@ -57,14 +58,16 @@ def build_engine(
     training = config.training
     stage = zero_stage(deepspeed_config)
     model, frozen = _build_model(config, deepspeed_config, mesh, device, initial)
-    optimizer = AdamW(parameter_groups(model, training.weight_decay), training)
     pipeline = mesh.pipeline.size > 1
+    with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
+        module = RecyclePipeline(model) if pipeline else model
+    optimizer = AdamW(parameter_groups(model, training.weight_decay) or idle_group(module), training)
     if stage == 3:
         # the root module uses this weight too, not only its owner: ZeRO-3 must gather it for both
         deepspeed.zero.register_external_parameter(model, model.head_weight)
-    with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
+    with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(
-            model=RecyclePipeline(model) if pipeline else model,
+            model=module,
             optimizer=optimizer,
             config=deepspeed_config,
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order
@@ -82,8 +85,9 @@ def build_engine(
 
 def _build_model(
     config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, initial: bool
-) -> tuple[RecycleGPT, dict[str, torch.Tensor] | None]:
-    """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16)."""
+) -> tuple[RecycleGPT, dict[str, torch.Tensor | None] | None]:
+    """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16): only of
+    those that bf16 rounds."""
     import deepspeed
 
     training = config.training
@@ -112,7 +116,7 @@ def _build_model(
         )
     model = model.to(device)
     freeze(model, config.recycle.gradient)
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor | None] = {}
     owners = owning_replica([name for name, _ in model.named_parameters()], mesh.replicas.size)
     for name, value in initial_values(model, config.model, mesh, training.seed if initial else None):
         parameter = model.get_parameter(name)
@@ -121,8 +125,17 @@ def _build_model(
         else:
             parameter.data.copy_(value)
         if not parameter.requires_grad and owners[name] == mesh.replicas.rank:
-            kept[name] = value
+            kept[name] = fp32_copy(value)
     return model, kept if training.dtype == "bf16" else None
+
+
+def train_on_drafts(engine: TrainingEngine, config: RunConfig, ranking: list[int] | None, device: torch.device) -> None:
+    """Restricts the module's losses to the draft vocabulary, if the run says so. ranking: all tokens, the most frequent first,
+    on rank 0. Collective over all ranks."""
+    count = config.recycle.draft_vocabulary
+    if config.recycle.draft_vocabulary_in_training and count is not None:
+        ids = broadcast_from(0, sorted((ranking or [])[:count]), engine.mesh, device)
+        engine.model.train_on_drafts(torch.tensor(ids, device=device))
 
 
 def freeze(model: RecycleGPT, gradient: str) -> None:

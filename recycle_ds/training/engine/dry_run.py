@@ -33,7 +33,7 @@ def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) ->
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
         trainable = [p for p in engine.model.parameters() if p.requires_grad]
         requested = trainable if engine.zero_stage < 2 else trainable[:1]
-        for output in outputs:
+        for output in outputs if trainable else ():
             torch.autograd.grad(output, requested, allow_unused=True)
 
 
@@ -52,8 +52,7 @@ def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torc
         weight = next(model.parameters())
         rows, length = batch.tokens_BS.shape
         length //= mesh.tensor.size if mesh.sequence else 1
-        received = torch.zeros(
-            length, rows, model.config.hidden, dtype=weight.dtype, device=weight.device, requires_grad=True
-        )
+        width = (1 + model.received_taps) * model.config.hidden
+        received = torch.zeros(length, rows, width, dtype=weight.dtype, device=weight.device, requires_grad=True)
     output = model(batch, scales, received)
     return output[0] if mesh.last_stage else output.sum()

@@ -23,6 +23,12 @@ def owning_replica(names: list[str], replicas: int) -> dict[str, int]:
     return {name: number % replicas for number, name in enumerate(sorted(names))}
 
 
+def fp32_copy(value: Tensor) -> Tensor | None:
+    """A frozen weight in fp32 on the host, for checkpoints; None if bf16 holds its exact value, as of a model saved in bf16."""
+    exact = value.to("cpu", torch.float32, copy=True)
+    return None if torch.equal(exact.to(torch.bfloat16).float(), exact) else exact
+
+
 @torch.no_grad()
 def write_partition(parameter: nn.Parameter, value: Tensor, replicas: int, rank: int) -> None:
     """Writes a replica's slice of an unpartitioned local value into a parameter that ZeRO-3 keeps partitioned."""
@@ -41,9 +47,10 @@ class MasterState:
     """Reads and writes master weights and moments. Values are this rank's tensor shard, not partitioned by ZeRO."""
 
     def __init__(
-        self, engine: Any, model: nn.Module, optimizer: AdamW, frozen: dict[str, Tensor] | None = None
+        self, engine: Any, model: nn.Module, optimizer: AdamW, frozen: dict[str, Tensor | None] | None = None
     ) -> None:
-        """frozen: fp32 copies of the frozen weights that this replica saves; None unless training in bf16."""
+        """frozen: fp32 copies, on the host, of the frozen weights that this replica saves, see `fp32_copy`; None unless
+        training in bf16."""
         self._engine, self._optimizer, self._frozen = engine, optimizer, frozen
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
@@ -76,9 +83,13 @@ class MasterState:
         """The unpartitioned local master weight or moment, fp32; undefined for a frozen one that another replica saves."""
         parameter = self.parameters[name]
         if not parameter.requires_grad:
-            if self._frozen is not None:  # the rank that has the fp32 copy is the one that saves it
-                return self._frozen.get(name, parameter.data)
-            return self._read_frozen(parameter)
+            copies = self._frozen
+            # at stage 3 this is collective, whether or not this replica has a copy
+            value = self._read_frozen(parameter) if copies is None or self._stage == 3 else parameter.data
+            if copies is None or name not in copies:  # another replica saves it
+                return value
+            copy = copies[name]
+            return value.float() if copy is None else copy
         if self._stage == 0:
             return self._plain(parameter, kind)
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -95,7 +106,7 @@ class MasterState:
         parameter = self.parameters[name]
         if not parameter.requires_grad:
             if self._frozen is not None and name in self._frozen:
-                self._frozen[name] = value.to("cpu", torch.float32, copy=True)
+                self._frozen[name] = fp32_copy(value)
             self._write_frozen(parameter, value)
         elif self._stage == 0:
             self._plain(parameter, kind).copy_(value)

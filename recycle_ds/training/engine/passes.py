@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
+from recycle_ds.model.recyclegpt import RecycleGPT
 
 
 class Passes(Protocol):
@@ -18,12 +18,12 @@ class Passes(Protocol):
     def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
         """Accumulates the gradients of all micro-batches and reduces them over the replicas.
 
-        scales: [K+1], weight of one target's loss by depth. Returns the sums of cross entropy [K+1] float64 over this rank's
-        micro-batches; zero on ranks that compute no loss.
+        scales: [K+1], weight of one target's loss by depth. Returns the sums of the model's losses [model.losses] float64 over
+        this rank's micro-batches; zero on ranks that compute no loss.
         """
 
     def evaluate(self, micro: Sequence[Batch]) -> Tensor:
-        """[4, K+1] float64: loss, count, agreed and judged (`EvaluationSums`), summed; zero on ranks that compute no loss."""
+        """[SUMS, K+1] float64: `EvaluationSums.stacked`, summed; zero on ranks that compute no loss."""
 
     def take_step(self) -> None:
         """Runs DeepSpeed's optimizer step."""
@@ -33,7 +33,7 @@ class FullDepthPasses:
     """Passes without a pipeline: each rank runs all layers of the model."""
 
     def __init__(self, engine: Any, model: RecycleGPT) -> None:
-        self._engine, self._losses = engine, 1 + model.depth
+        self._engine, self._losses = engine, model.losses
 
     def train(self, micro: Sequence[Batch], scales: Tensor) -> Tensor:
         """See `Passes`."""
@@ -49,13 +49,8 @@ class FullDepthPasses:
     @torch.no_grad()
     def evaluate(self, micro: Sequence[Batch]) -> Tensor:
         """See `Passes`."""
-        return torch.stack([stack_sums(self._engine.module(batch, None)) for batch in micro]).sum(0)
+        return torch.stack([self._engine.module(batch, None).stacked() for batch in micro]).sum(0)
 
     def take_step(self) -> None:
         """See `Passes`."""
         self._engine.step()
-
-
-def stack_sums(sums: EvaluationSums) -> Tensor:
-    """The sums as one tensor, [4, K+1] float64."""
-    return torch.stack((sums.loss, sums.count, sums.agreed, sums.judged)).double()

@@ -12,15 +12,22 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.schedule import InferenceSchedule, OptimizerStep, TrainSchedule
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    InferenceSchedule,
+    OptimizerStep,
+    ReduceGrads,
+    TrainSchedule,
+)
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.recyclegpt import EvaluationSums, RecycleGPT
+from recycle_ds.model.evaluation import SUMS, EvaluationSums
+from recycle_ds.model.recyclegpt import RecycleGPT
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.training.engine.passes import stack_sums
 
 
 class Stage(nn.Module):
@@ -33,13 +40,17 @@ class Stage(nn.Module):
         self._micro: Iterator[Batch] = iter(())
         self._scales: Tensor | None = None
         self._factor = 1
+        # DeepSpeed's optimizer needs a parameter on every rank, and a frozen backbone leaves none on this one
+        self.idle: nn.Parameter | None = None
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            weight = next(model.parameters())
+            self.idle = nn.Parameter(torch.zeros(1, dtype=weight.dtype, device=weight.device))
 
     def feed(self, micro: Sequence[Batch], scales: Tensor | None) -> None:
         """Sets the micro-batches of the next forward passes. scales: None for evaluation."""
         self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
         device = micro[0].tokens_BS.device
-        losses = 1 + self.model.depth
-        shape = (4, losses) if scales is None else (losses,)
+        shape = (SUMS, 1 + self.model.depth) if scales is None else (self.model.losses,)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def forward(self, received: Tensor) -> Tensor:
@@ -49,7 +60,7 @@ class Stage(nn.Module):
         if isinstance(output, Tensor):
             return output
         if isinstance(output, EvaluationSums):
-            self.sums += stack_sums(output)
+            self.sums += output.stacked()
             return output.loss
         total, sums = output
         self.sums += sums
@@ -67,7 +78,8 @@ class RecyclePipeline(PipelineModule):
         ends = mesh.first_stage or mesh.last_stage
         # a list, so that the weight is not registered a second time under another name
         self._tied: list[nn.Parameter] = []
-        if ends and (model.config.tied_embeddings or model.recycle_layers):
+        frozen = model.recycle_config.gradient == "frozen_backbone"
+        if ends and not frozen and (model.config.tied_embeddings or model.recycle_layers):
             assert model.embedding is not None
             self._tied.append(model.embedding.weight)
 
@@ -94,6 +106,16 @@ class _GradientSchedule(TrainSchedule):
             yield [command for command in commands if not isinstance(command, OptimizerStep)]
 
 
+class _ForwardSchedule(InferenceSchedule):
+    """With a frozen backbone: a backward pass on the last stage only, after each of its forward passes."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        for commands in super().steps():
+            backward = [BackwardPass(one.buffer_id) for one in commands if isinstance(one, ForwardPass)]
+            yield [*commands, *(backward if self.is_last_stage else ())]
+        yield [ReduceGrads()]
+
+
 class PipelinePasses:
     """Passes through DeepSpeed's PipelineEngine (see `Passes`). Relies on how DeepSpeed 0.19.8 executes schedules."""
 
@@ -102,6 +124,8 @@ class PipelinePasses:
         module = engine.module
         assert isinstance(module, RecyclePipeline)
         self._stage = module.stage
+        frozen = module.stage.model.recycle_config.gradient == "frozen_backbone"
+        self._schedule = _ForwardSchedule if frozen else _GradientSchedule
         if hasattr(engine.optimizer, "fp32_groups_gradients"):
             # DeepSpeed reads tied gradients from _hp_grad, which BF16_Optimizer sets only after the first gradient
             for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
@@ -116,7 +140,7 @@ class PipelinePasses:
         self._stage.feed(micro, scales)
         engine.module.train()
         engine.total_loss, engine.total_additional_losses, engine._compute_loss = None, None, True
-        engine._exec_schedule(_GradientSchedule(len(micro), engine.num_stages, engine.stage_id))
+        engine._exec_schedule(self._schedule(len(micro), engine.num_stages, engine.stage_id))
         return self._stage.sums
 
     @torch.no_grad()

@@ -1,30 +1,20 @@
-"""Validation during a run: losses and top-1 acceptance by depth over a fixed set of samples."""
+"""Validation during a run: losses, top-1 acceptance by depth and tokens per call over a fixed set of samples."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from recycle_ds.data.loader import BatchLoader
+from recycle_ds.model.evaluation import SUMS, EvaluationResult
 from recycle_ds.training.batches import local_batches
 from recycle_ds.training.engine.build import TrainingEngine
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Mean losses (nats per token) and acceptance by depth, conditional on all earlier depths having agreed."""
-
-    loss: float
-    recycle_loss: list[float]
-    acceptance: list[float]
 
 
 def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int, device: torch.device) -> EvaluationResult:
     """Runs the first `batches` global batches of the loader. Collective over all ranks."""
     mesh, size = engine.mesh, loader.global_batch_size
-    totals = torch.zeros(4, 1 + engine.model.depth, dtype=torch.float64, device=device)
+    totals = torch.zeros(SUMS, 1 + engine.model.depth, dtype=torch.float64, device=device)
     for number in range(batches):
         totals += engine.passes.evaluate(local_batches(loader.step(number * size), mesh, device))
     # tensor and ulysses ranks of the last stage hold the same sums: only one of them may count
@@ -32,7 +22,4 @@ def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int, device: 
         totals.zero_()
     if mesh.world_size > 1:
         dist.all_reduce(totals)
-    loss, count, agreed, judged = totals
-    means = (loss / count.clamp_min(1)).tolist()
-    acceptance = (agreed / judged.clamp_min(1)).tolist()
-    return EvaluationResult(means[0], means[1:], acceptance[1:])
+    return EvaluationResult.of(totals)

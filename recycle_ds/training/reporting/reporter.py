@@ -88,7 +88,7 @@ class Reporter:
             "step": step,
             "loss": total,
             "backbone_loss": losses[0],
-            "recycle_loss": losses[1:],
+            "recycle_loss": losses[1 : 1 + self._engine.model.depth],
             "grad_norm": gradients.norm,
             "learning_rate": learning_rate(step, training),
             "tokens": step * tokens_a_step,
@@ -98,6 +98,8 @@ class Reporter:
             "time": time.time(),
         }
         recycle = self._config.recycle
+        if recycle.confidence:
+            record["confidence_loss"] = losses[1 + self._engine.model.depth :]
         if recycle.layers and recycle.gradient != "frozen_backbone":
             record["grad_norm_by_part"] = gradients.by_part
         self._look_for_stragglers(step, record)
@@ -111,12 +113,14 @@ class Reporter:
         available = sum(validation.dataset.samples_per_epoch) // validation.global_batch_size
         batches = min(self._config.training.eval_batches, max(1, available))
         result = evaluate(self._engine, validation, batches, self._device)
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "eval_loss": result.loss,
             "eval_recycle_loss": result.recycle_loss,
             "eval_acceptance": result.acceptance,
         }
+        if result.tokens_per_full_call is not None:
+            record["eval_tokens_per_full_call"] = result.tokens_per_full_call
         self.work.reset()
         if self._logs.metrics is not None:
             self._logs.metrics.write(record)

@@ -29,9 +29,9 @@ def test_a_module_is_complete_or_absent(held: int, wanted: int) -> None:
         with pytest.raises(
             CheckpointError, match=r"recycle\.blocks\.\d.* recycle\.layers to the values it was saved with"
         ):
-            check_tensors(source(held), shapes, "recycle.")
+            check_tensors(source(held), shapes, ["recycle."])
         return
-    absent = check_tensors(source(held), shapes, "recycle.")
+    absent = check_tensors(source(held), shapes, ["recycle."])
     assert absent == sorted(name for name in shapes if name.startswith("recycle.") and not held)
     if held != wanted:
         with pytest.raises(CheckpointError, match=r"recycle\."):
@@ -42,4 +42,20 @@ def test_the_backbone_is_never_optional() -> None:
     """Prevents a model with a random layer because its source had fewer layers."""
     shapes = whole_shapes(CONFIG.model_copy(update={"layers": 3}), RecycleConfig(layers=0))
     with pytest.raises(CheckpointError, match=r"missing: blocks\.2\."):
-        check_tensors(source(1), shapes, "recycle.")
+        check_tensors(source(1), shapes, ["recycle."])
+
+
+def test_a_module_without_taps_can_be_given_them() -> None:
+    """Prevents a trained module from being trained from scratch because it gets taps, and taps that are silently dropped."""
+    shapes = whole_shapes(CONFIG, RecycleConfig(layers=1, taps=(0, 1)))
+    optional = ["recycle.", "recycle.tap_", "recycle.confidence."]
+    added = [name for name in shapes if name.startswith("recycle.tap_")]
+    assert check_tensors(source(1), shapes, optional) == sorted(added) and len(added) == 3
+    with pytest.raises(CheckpointError, match=r"missing: recycle\.tap_norms"):
+        check_tensors(source(1), shapes, ["recycle."])
+    plain = whole_shapes(CONFIG, RecycleConfig(layers=1))
+    module = RecycleConfig(layers=1, taps=(1,))
+    tapped = ModelSource(build_model(CONFIG, module, seed=1), CONFIG, module, Path("models/one"))
+    for wanted in (plain, shapes):
+        with pytest.raises(CheckpointError, match=r"recycle\.tap_"):
+            check_tensors(tapped, wanted, optional)

@@ -51,7 +51,6 @@ def test_sizes_that_do_not_divide(overrides: list[str], parts: list[str]) -> Non
             [f"deepspeed={zero('1_offload')}"],
             ["offload_optimizer", "parallel.pipeline=2", "tied embedding", "pipeline.json", "parallel.tensor"],
         ),
-        (["recycle.gradient=frozen_backbone"], ["frozen_backbone", "parallel.pipeline=2", "ZeRO 3"]),
         (["training.compile=true"], ["training.compile=true", "parallel.pipeline=2"]),
     ],
 )

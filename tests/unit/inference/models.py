@@ -16,8 +16,10 @@ from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation import sampling
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT, build_model
+from recycle_ds.model.sharding import pieces
 
 LETTERS = "abcdefghijklmnop"
+ADDED = ("recycle.tap_projection", "recycle.confidence")
 
 
 @lru_cache(maxsize=64)
@@ -29,6 +31,7 @@ def random_model(
     recycle_layers: int = 1,
     max_positions: int = 48,
     std: float = 0.6,
+    taps: tuple[int, ...] = (),
 ) -> RecycleGPT:
     """Random weights, large enough that the most likely token changes from position to position.
 
@@ -44,7 +47,19 @@ def random_model(
         max_positions=max_positions,
         init_std=std,
     )
-    return build_model(config, RecycleConfig(layers=recycle_layers), seed=seed).eval()
+    return spread_added(build_model(config, RecycleConfig(layers=recycle_layers, taps=taps), seed=seed).eval())
+
+
+@torch.no_grad()
+def spread_added(model: RecycleGPT, std: float = 0.4) -> RecycleGPT:
+    """Random values for the parts of the module that start at zero, the same at every layout."""
+    for name, row in pieces(model, model.mesh).items():
+        for piece in row:
+            if name.startswith("recycle.") and piece.name.startswith(ADDED):
+                full = torch.empty(piece.shape).normal_(0.0, std, generator=torch.Generator().manual_seed(len(name)))
+                part = full.narrow(piece.axis, piece.start, piece.length)
+                model.get_parameter(name).narrow(piece.axis, piece.local_start, piece.length).copy_(part)
+    return model
 
 
 def overfitted_model(

@@ -52,3 +52,12 @@ def test_depths_share_the_weight() -> None:
     assert weights[1] / weights[2] == pytest.approx(2.0) == weights[2] / weights[3]
     assert loss_weights(50, RecycleConfig(layers=0)) == [1.0]
     assert loss_weights(50, RecycleConfig(gradient="frozen_backbone"))[0] == 0.0
+
+
+def test_weights_of_the_steps_one_by_one() -> None:
+    """Prevents listed weights that are ignored, not normalised, or fewer than the steps."""
+    config = RecycleConfig(depth=3, loss_weight=0.5, step_weights=(3.0, 0.0, 1.0), gradient="frozen_backbone")
+    assert loss_weights(50, config) == [0.0, 0.5 * 0.75, 0.0, 0.5 * 0.25]
+    for wrong in ((1.0, 2.0), (0.0, 0.0, 0.0), (1.0, -1.0, 1.0)):
+        with pytest.raises(ValueError, match="step_weights"):
+            RecycleConfig(depth=3, step_weights=wrong)

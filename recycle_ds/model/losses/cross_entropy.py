@@ -24,24 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recycle_ds.data.targets import IGNORE
-from recycle_ds.parallel.mesh import Axis
+from recycle_ds.model.losses.chunks import HeadGradient, HeadShard, global_argmax, reduce
 from recycle_ds.parallel.products import upcasts
 
 _ROWS_IN_CACHE = 32
 """Rows of logits that a CPU processes together, to keep them in its cache: 2 MiB for a vocabulary of 16,384."""
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """The rows of the output head on this rank: vocabulary [first, first + rows), of which the first `valid` are not padding.
-
-    scattered: whether this rank has only the states of its part of the sequence (sequence parallelism).
-    """
-
-    first: int
-    valid: int
-    axis: Axis
-    scattered: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,27 +90,6 @@ def head_predictions(
     return total, best
 
 
-class _HeadGradient:
-    """The head's gradient, summed over chunks. Two or more chunks are summed in fp32, for bf16 weights too."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._sum: Tensor | None = None
-
-    def add(self, error: Tensor, states: Tensor) -> None:
-        """Adds error^T states. error: [n, V_local], states: [n, D]."""
-        if self._sum is None:
-            self._sum = error.t() @ states
-        elif error.dtype == torch.float32:
-            self._sum.addmm_(error.t(), states)
-        else:
-            self._sum = self._sum.float().add_(error.t() @ states)
-
-    def total(self) -> Tensor:
-        """[V_local, D] in the weight's dtype."""
-        return torch.zeros_like(self._weight) if self._sum is None else self._sum.to(self._weight.dtype)
-
-
 class _HeadLosses(torch.autograd.Function):
     """Computes the gradients in the forward pass; the backward pass only scales them."""
 
@@ -141,7 +107,7 @@ class _HeadLosses(torch.autograd.Function):
         want_weight = ctx.needs_input_grad[0]
         want_hidden = ctx.needs_input_grad[6:]
         sums = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
-        head = _HeadGradient(weight)
+        head = HeadGradient(weight)
         grads: list[Tensor | None] = []
         for index, hidden in enumerate(hiddens):
             head_gradient = head if want_weight and train_head[index] else None
@@ -200,16 +166,16 @@ def _softmax(
         peak, local_best = logits.new_full((logits.shape[0],), float("-inf")), torch.zeros_like(targets)
     best = None
     if want_best:
-        best = _global_argmax(peak, local_best + shard.first, shard.axis)
-    _reduce(peak, dist.ReduceOp.MAX, shard.axis)
+        best = global_argmax(peak, local_best + shard.first, shard.axis)
+    reduce(peak, dist.ReduceOp.MAX, shard.axis)
     column = targets - shard.first
     owned = (column >= 0) & (column < shard.valid)
     column = column.clamp(0, max(shard.valid - 1, 0))
     target_logit = (logits.gather(1, column[:, None]).squeeze(1) - peak).masked_fill(~owned, 0.0)
     exponentials = logits.sub_(peak[:, None]).exp_()
     total = exponentials.sum(dim=1)
-    _reduce(total, dist.ReduceOp.SUM, shard.axis)
-    _reduce(target_logit, dist.ReduceOp.SUM, shard.axis)
+    reduce(total, dist.ReduceOp.SUM, shard.axis)
+    reduce(target_logit, dist.ReduceOp.SUM, shard.axis)
     loss = (total.log() - target_logit).masked_fill(targets == IGNORE, 0.0)
     return ChunkLogits(
         rows, states, exponentials, total.masked_fill(targets == IGNORE, float("inf")), loss, column, owned, best
@@ -236,7 +202,7 @@ def _chunk_gradients(
     shard: HeadShard,
     scale: Tensor,
     grad: Tensor | None,
-    head_gradient: _HeadGradient | None,
+    head_gradient: HeadGradient | None,
 ) -> None:
     """Adds a chunk's contribution to the gradients. A row without a target has total = inf, so its softmax is zero."""
     error = part.exponentials.mul_((scale / part.total)[:, None])
@@ -253,19 +219,3 @@ def _chunk_gradients(
             grad[part.rows] = grad_states
     if head_gradient is not None:
         head_gradient.add(error, states)
-
-
-def _global_argmax(peak: Tensor, token: Tensor, axis: Axis) -> Tensor:
-    """The lowest token with the highest logit over the tensor axis, the same as argmax on one rank."""
-    if axis.size == 1:
-        return token
-    highest = peak.clone()
-    _reduce(highest, dist.ReduceOp.MAX, axis)
-    candidate = torch.where(peak == highest, token, torch.iinfo(token.dtype).max)
-    dist.all_reduce(candidate, op=dist.ReduceOp.MIN, group=axis.group)
-    return candidate
-
-
-def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, axis: Axis) -> None:
-    if axis.size > 1:
-        dist.all_reduce(values, op=operation, group=axis.group)
