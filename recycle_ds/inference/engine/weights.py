@@ -91,7 +91,8 @@ class Module:
         self._stack: NativeStack | None = None
         self._tap_norms = [Norm(norm) for norm in module.tap_norms]
         taps = module.tap_projection
-        self._tap_projection = None if taps is None else Product(taps.weight, int8=int8)
+        product = PackedProduct if compiled else Product
+        self._tap_projection = None if taps is None else product(taps.weight, int8=int8)
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
         self._confidence = module.confidence
@@ -130,7 +131,7 @@ class Module:
         """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""
         assert self._tap_projection is not None, "the module has no taps"
         normed = [norm(state) for norm, state in zip(self._tap_norms, taps, strict=True)]
-        return self._tap_projection(torch.cat(normed, dim=-1))
+        return self._tap_projection(torch.cat(normed, dim=-1)).to(normed[0].dtype)
 
 
 class Head:

@@ -17,6 +17,7 @@ from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.native.stack import NativeStack
 from tests.unit.inference.engine.requests import check_answers, decode_alone, decode_together, memory_of, requests
+from tests.unit.inference.models import drafts_from_scratch, spread_added
 from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -126,3 +127,27 @@ def test_paths_agree(int8: bool) -> None:
         assert abs(one.logprobs[0][0] - two.logprobs[0][0]) < 0.1
         agreeing += one.token_ids == two.token_ids
     assert agreeing >= 5
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+def test_drafts_use_tapped_states(int8: bool) -> None:
+    """Prevents kernels that leave a module's tapped states out, or add them in another place than training does."""
+    model = spread_added(bf16_model(3, taps=(0, 2), layers=3))
+    model.int8 = int8
+    reference, untapped = copy.deepcopy(model).float(), copy.deepcopy(model).float()
+    assert untapped.recycle is not None and untapped.recycle.tap_projection is not None
+    untapped.recycle.tap_projection.weight.data.zero_()
+    engine = local_engine(model, max_batch=1)
+    (sequence,) = engine.add([1, 2, 3], SamplingParams(max_new_tokens=60, draft_tokens=3), "verified")
+    found = []
+    while sequence.ended_at is None:
+        engine.step()
+        if sequence.drafts:
+            expected = [
+                drafts_from_scratch(one, sequence.tokens, len(sequence.drafts)) for one in (reference, untapped)
+            ]
+            found.append([list(sequence.drafts) == one for one in expected])
+    tapped, without = (sum(row) for row in zip(*found, strict=True))
+    assert len(found) > 10 and tapped > 0.8 * len(found)  # near ties fall another way
+    assert without < 0.5 * len(found)
