@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from recycle_ds.inference.engine.cost_file import CostFile
@@ -16,6 +16,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
 _FURTHER = 3
 """Drafts after the first one in the longer of two chains, so that their difference is not lost in noise."""
+_MOST_SECONDS = 15.0
+"""Seconds after which no larger size is timed: on a busy machine a start should not take minutes."""
 _CONTEXT = 128
 """Tokens of context that the timed sequences have."""
 # Stored costs hold as long as a call takes at most this factor more or less time.
@@ -66,16 +68,32 @@ def measure(
     most = min(blocks - context, 2 * max_batch * 4)
     sizes = [size for size in _SIZES if size <= most]
     run = partial(_run, executor, context, context * block_size)
-    full = tuple((size, _shortest(partial(run, size, 0))) for size in sizes)
-    first, module = [], []
-    for size, seconds in full if with_module else ():
-        if size <= max_batch:
+    end = time.monotonic() + _MOST_SECONDS
+    full: list[tuple[int, float]] = []
+    first: list[tuple[int, float]] = []
+    module: list[tuple[int, float]] = []
+    for size in sizes:
+        if len(full) > 1 and time.monotonic() > end:
+            break
+        plain = _shortest(partial(run, size, 0))
+        full.append((size, plain))
+        if with_module and size <= max_batch:
             single, longer = _shortest(partial(run, size, 1)), _shortest(partial(run, size, 1 + _FURTHER))
-            first.append((size, max(single - seconds, 1e-3 * seconds)))
-            module.append((size, max((longer - single) / _FURTHER, 1e-3 * seconds)))
+            first.append((size, max(single - plain, 1e-3 * plain)))
+            module.append((size, max((longer - single) / _FURTHER, 1e-3 * plain)))
     if len(full) < 2:
-        full = (full[0], (full[0][0] + 1, full[0][1]))
-    return CostModel(full, tuple(module) or CostModel().module, tuple(first))
+        full.append((full[0][0] + 1, full[0][1]))
+    return CostModel(without_outliers(full), without_outliers(module) or CostModel().module, without_outliers(first))
+
+
+def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Measurements (size, seconds), ascending, without what other programs added to single ones: a call does not cost more
+    than a larger one, nor more than smaller ones that do the same work."""
+    found: list[tuple[int, float]] = []
+    for index, (size, _) in enumerate(points):
+        shortest = min(seconds for _, seconds in points[index:])
+        found.append((size, min([shortest, *(-(-size // other) * seconds for other, seconds in found)])))
+    return tuple(found)
 
 
 def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:

@@ -68,3 +68,13 @@ def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
     file = CostFile(tmp_path / "file" / "below", {})
     file.write(COSTS)
     assert file.read() is None
+
+
+def test_measurements_on_a_busy_machine_are_repaired() -> None:
+    """Prevents verified decoding that drafts nothing for hundreds of tokens because one size was timed while another program
+    ran: four tokens were stored at thirteen times the cost of one."""
+    points = [(1, 0.044), (2, 0.02), (4, 0.597), (8, 0.08), (16, 2.96)]
+    assert costs.without_outliers(points) == ((1, 0.02), (2, 0.02), (4, 0.04), (8, 0.08), (16, 0.16))
+    calm = ((1, 0.008), (2, 0.009), (4, 0.009), (8, 0.012))
+    assert costs.without_outliers(calm) == calm
+    assert costs.without_outliers([]) == ()
