@@ -219,6 +219,7 @@ class _Work:
             "train": len(request.prompts.train),
             "validation": len(request.prompts.held_out),
             "repeated": request.prompts.repeated,
+            "beside_held_out": request.prompts.beside_held_out,
         }
         manifest = {
             "model": str(self._loaded.path),

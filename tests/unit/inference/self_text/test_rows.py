@@ -39,6 +39,20 @@ def test_prompts_are_used_once_before_one_is_used_again() -> None:
     assert len({row.seed_of(turn) for row in rows for turn in range(3)}) == 1200
 
 
+def test_prompts_with_one_opening_are_answered_greedily_once() -> None:
+    """Prevents equal greedy answers to one question that a file has with several follow-ups."""
+    prompts = tuple(Prompt("f", "prompt", f"question {n}", (f"then {then}",)) for n in range(6) for then in range(3))
+    for temperatures, free in (((0.0, 0.6, 1.0), 0.25), ((0.0,), 0.5), ((0.0, 1.0), 0.0)):
+        planner = RowPlanner(SelfTextSettings(tokens=1, temperatures=temperatures, free=free), PromptSet(prompts))
+        rows = [planner.row(TRAIN, number) for number in range(300)]
+        greedy = [row.prompt.opening for row in rows if row.prompt is not None and row.temperature == 0]
+        assert sorted(greedy) == sorted({prompt.opening for prompt in prompts})
+    only = RowPlanner(SelfTextSettings(tokens=1, temperatures=(0.0,), free=0.0), PromptSet(prompts))
+    assert only.rows(TRAIN) == 6
+    found = [only.row(TRAIN, number).prompt for number in range(6)]
+    assert len({prompt.opening for prompt in found if prompt is not None}) == 6
+
+
 def test_a_temperature_that_is_listed_twice_is_used_twice_as_often() -> None:
     """Prevents weights of temperatures that have no effect."""
     counts = Counter(row.temperature for row in planned(3000, temperatures=(0.5, 0.5, 1.0), free=0.5))
