@@ -124,7 +124,7 @@ class _Work:
                 f"--row-tokens {settings.row_tokens}: the model's context holds {loaded.model.max_positions} tokens; lower it"
             )
         chat = None if settings.raw else chat_frame(loaded)
-        check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
+        self._refused = check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
         self._writer = Writer(settings, loaded.tokenizer, chat, request.exclusion)
         self._planner = RowPlanner(settings, request.prompts)
         self._engine = text_engine(loaded, settings, ranks.on_host)
@@ -220,6 +220,7 @@ class _Work:
             "validation": len(request.prompts.held_out),
             "repeated": request.prompts.repeated,
             "beside_held_out": request.prompts.beside_held_out,
+            "refused_by_the_chat_template": self._refused,
         }
         manifest = {
             "model": str(self._loaded.path),
