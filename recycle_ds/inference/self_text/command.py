@@ -175,6 +175,10 @@ def _print(manifest: dict[str, Any], output: Path) -> None:
         print(
             f"excluded texts: {exclude['texts']}; left out for them: {exclude['prompts']} prompts, {exclude['rows']} rows"
         )
+    asked = manifest["settings"]["held_out"]
+    if asked and manifest["validation"]["rows"] < asked:
+        left = ", ".join(f"{number} {end}" for end, number in manifest["validation"]["rows_left_out"].items())
+        print(f"warning: only {manifest['validation']['rows']} of {asked} held-out rows remain; left out: {left}")
     if manifest["train"]["tokens"] < manifest["settings"]["tokens"]:
         print(f"the prompts gave only {manifest['train']['tokens']:,} tokens of {manifest['settings']['tokens']:,}")
 

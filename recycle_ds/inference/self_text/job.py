@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from typing import Any
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.inference.batch.claims import Claim
-from recycle_ds.inference.batch.parts import remove_parts, remove_unfinished
 from recycle_ds.inference.batch.parts_record import RECORD, read_record
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import load
@@ -30,7 +30,7 @@ from recycle_ds.inference.self_text.prompts import PromptSet
 from recycle_ds.inference.self_text.row import Writer
 from recycle_ds.inference.self_text.rows import TRAIN, VALIDATION, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
-from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, Job, errors_of_host, job_of
+from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
 _MARGIN = 15.0
@@ -60,6 +60,19 @@ class SelfText:
         tree = {"prompts": self.prompts.digest, "exclude": self.exclusion.digest, "settings": asdict(self.settings)}
         return hashlib.sha256(json.dumps({**tree, "text": self.output.with_text}, sort_keys=True).encode()).hexdigest()
 
+    def is_complete(self) -> bool:
+        """Whether the output is. Raises DecodingError if it is that of another command."""
+        return self.output.check(self.key, self.claim.model_path)
+
+    def check_vanished(self, error: FileNotFoundError) -> None:
+        """Call this when a file of the job is missing. Raises DecodingError unless the text is complete, and its parts are
+        removed."""
+        if not self.is_complete():
+            missing = error.filename or self.output.parts
+            raise DecodingError(
+                f"{missing}: has been removed during the job; the same command writes what is missing"
+            ) from error
+
     @property
     def claim(self) -> Claim:
         """The claim on the parts folder."""
@@ -82,34 +95,35 @@ def run_self_text(request: SelfText, ranks: Ranks) -> dict[str, Any] | None:
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 sys.exit(REQUEUE_EXIT_CODE)
             return None
+        if ranks.rank == 0:
+            manifest = _publish(request, work)
+        if ranks.rank == 0 or request.is_complete():
+            request.output.tidy()  # every rank: one that starts late may have created the parts again
         if ranks.rank:
             return None
-        return _finish(request, work, job)
+        job.write_note("outcome", FINISHED)
+        return manifest
 
 
-def _finish(request: SelfText, work: _Work | None, job: Job) -> dict[str, Any]:
-    """Writes the output, if this or an earlier start has not, and removes the parts. Rank 0 only."""
-    manifest = request.output.manifest() if work is None else work.write()
-    remove_parts(request.output.parts)
-    remove_unfinished(request.output.parts)
-    job.write_note("outcome", FINISHED)
-    return manifest
+def _publish(request: SelfText, work: _Work | None) -> dict[str, Any]:
+    """Writes the output, unless it is complete, and returns the manifest."""
+    try:
+        if work is not None and not request.is_complete():
+            return work.write()
+    except FileNotFoundError as error:  # a start of the same command beside this one has removed the parts?
+        request.check_vanished(error)
+    return request.output.manifest()
 
 
 def _settle(request: SelfText, ranks: Ranks) -> LoadedModel | None:
     """Loads the model, unless the text is complete."""
-    claim, output = request.claim, request.output
-
-    def is_complete() -> bool:
-        return output.check(claim.key, claim.model_path)
-
-    if is_complete():
+    if request.is_complete():
         return None
 
     def load_own(path: str) -> LoadedModel:
         return load(path, request.settings.dtype, request.threads, ranks.device_index)
 
-    return claim.settle(load_own, is_complete, lambda: None)
+    return request.claim.settle(load_own, request.is_complete, lambda: None)
 
 
 class _Work:
@@ -187,25 +201,24 @@ class _Work:
             return taken
         try:
             self._groups.publish(group, written)
-        except FileNotFoundError:  # rank 0 has removed the parts
-            if self._finished() is not None:
-                raise
+        except FileNotFoundError as error:
+            self._request.check_vanished(error)
         return True
 
     def _finished(self) -> dict[Group, int] | None:
         """The finished groups; None if the text is complete, and its parts are removed."""
         try:
             return self._groups.finished()
-        except FileNotFoundError:
-            if self._request.output.check(self._request.key, self._request.claim.model_path):
-                return None
-            raise
+        except FileNotFoundError as error:
+            self._request.check_vanished(error)
+            return None
 
     def write(self) -> dict[str, Any]:
-        """Writes the output from the finished groups, and returns its manifest."""
+        """Writes the output from the finished groups, and returns its manifest. Raises FileNotFoundError without parts."""
         request, settings, tokenizer = self._request, self._request.settings, self._loaded.tokenizer
         record = read_record(request.output.parts / RECORD)
-        assert record is not None, "the parts were claimed before they were written"
+        if record is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(request.output.parts))
         recipe = {**asdict(settings), "model_digest": record.digest, "prompts": request.prompts.digest}
         exclude = {
             "files": [str(path) for path in request.exclude_files],

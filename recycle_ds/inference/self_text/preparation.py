@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.reading.chat import ChatTemplate
+from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.engine.build import BLOCK_SIZE
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -67,8 +67,8 @@ def check_prompts(
         raise DecodingError(f"all {len(every)} prompts are refused, the first one: {refused[0]}")
     if refused and warn:
         print(f"note: rows of {len(refused)} prompts are left out:", file=sys.stderr)
-        for error in refused[:_SHOWN]:
-            print(f"  {error}", file=sys.stderr)
+        for one in refused[:_SHOWN]:
+            print(f"  {one}", file=sys.stderr)
         if len(refused) > _SHOWN:
             print(f"  and {len(refused) - _SHOWN} more, listed in self_text.json at the end", file=sys.stderr)
     if marked and warn:
