@@ -49,7 +49,10 @@ def self_generate(
     ] = 32,
     held_out: Annotated[
         str,
-        typer.Option(metavar="N", help="Greedy rows to evaluate on, from prompts of their own: a number, or a share."),
+        typer.Option(
+            metavar="N",
+            help="Greedy rows to evaluate on, from prompts of their own: a number, or a share of --tokens, in full rows.",
+        ),
     ] = "0",
     exclude: Annotated[
         list[Path] | None,

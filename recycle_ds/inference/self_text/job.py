@@ -30,6 +30,7 @@ from recycle_ds.inference.self_text.prompts import PromptSet
 from recycle_ds.inference.self_text.row import Writer
 from recycle_ds.inference.self_text.rows import TRAIN, VALIDATION, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
+from recycle_ds.inference.self_text.takeover import Takeover
 from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
@@ -37,6 +38,8 @@ _MARGIN = 15.0
 """Seconds before the end of the job at which nothing more is written."""
 _PATIENCE = 64
 """Rows without enough text of the model's own, from the first, after which the job gives up."""
+_LEAST_SHARE = 0.01
+"""Share of rows with enough text below which it gives up too."""
 _LOOK = 2.0
 """Seconds between looks at what other processes have finished."""
 
@@ -156,23 +159,41 @@ class _Work:
             )
         held_out, limit = -(-settings.held_out // size), None if rows is None else -(-rows // size)
         patience = -(-_PATIENCE // size)
-        return Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit, patience)
+        least = _LEAST_SHARE * size * settings.min_tokens  # a row that is kept has as many
+        demand = Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit, patience, least)
+        groups, processes = held_out + demand.needed({}), self._ranks.world_size
+        if processes > groups and self._ranks.rank == 0:
+            print(
+                f"note: {processes} processes for about {groups} groups of {size} rows: the others wait, in case one is lost; "
+                "start fewer processes, or lower --max-batch",
+                file=sys.stderr,
+                flush=True,
+            )
+        return demand
 
     def run(self) -> bool:
         """Writes groups until all are finished. Returns False if the job must end before."""
         name, settings = f"rank {self._ranks.rank}", self._request.settings
-        progress = TextProgress(name, settings.tokens)
+        progress, takeover = TextProgress(name, settings.tokens), Takeover()
         try:
             while True:
                 finished = self._finished()
                 if finished is None:  # rank 0 has written the output
                     return True
                 progress.finished(sum(tokens for group, tokens in finished.items() if group.side == TRAIN))
-                group = self._demand.next_group(finished, self._ranks.rank, self._ranks.world_size)
-                if group is None:
+                chosen = self._demand.next_group(finished, self._ranks.rank, self._ranks.world_size)
+                if chosen is None:
                     break
-                if not self._write_group(group, progress):
+                if not chosen.own and not takeover.is_due(len(finished)):
+                    if self._stopping.poll(_MARGIN) is not None:
+                        return False
+                    time.sleep(takeover.pause)
+                    continue
+                start = time.monotonic()
+                published = self._write_group(chosen.group, progress)
+                if published is None:
                     return False
+                takeover.wrote(time.monotonic() - start, own=chosen.own, published=published)
         finally:
             progress.close()
         if progress.written:
@@ -180,8 +201,8 @@ class _Work:
             print(f"{name}: {text}", file=sys.stderr, flush=True)
         return True
 
-    def _write_group(self, group: Group, progress: TextProgress) -> bool:
-        """Writes one group, unless another process finishes it first. Returns False if the job must end."""
+    def _write_group(self, group: Group, progress: TextProgress) -> bool | None:
+        """Writes one group. Returns False if another process finishes it first, None if the job must end."""
         settings, looked, taken = self._request.settings, time.monotonic(), False
         rows = self._planner.rows(group.side)
         first = group.number * settings.group_rows
@@ -198,11 +219,12 @@ class _Work:
         progress.counts = group.side == TRAIN
         written = write_rows(self._engine, plans, self._writer, stop, progress.add)
         if written is None:
-            return taken
+            return False if taken else None
         try:
             self._groups.publish(group, written)
         except FileNotFoundError as error:
             self._request.check_vanished(error)
+            return False
         return True
 
     def _finished(self) -> dict[Group, int] | None:
