@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from recycle_ds.checkpoint.run.init_from import init_from_defaults
 from recycle_ds.config import parse_config
 from recycle_ds.data.token_files import open_token_file
 from recycle_ds.data.tokenizer import Tokenizer
-from recycle_ds.inference.self_text.command import main
 from tests.distributed import RankError, run_ranks
+from tests.end_to_end.self_generate import alone, is_final, killed, overtaken, self_generate, watched
 from tests.in_the_wild.folders import edit_json
 from tests.parallel.ranks import run_all
 from tests.runs import make_corpus, read_metrics, zero
@@ -29,8 +27,6 @@ TEMPLATE = (
 )
 FILES = [f"{side}{suffix}" for side in ("train", "validation") for suffix in (".bin", ".idx", ".json", ".jsonl")]
 KILLS = 8 if os.environ.get("RECYCLE_TEST_ALL") == "1" else 3
-# File operations in the output folder of a complete job, about.
-_OPERATIONS = 70
 
 
 @pytest.fixture(scope="module")
@@ -81,39 +77,22 @@ def asked(model: Path) -> list[str]:
 def whole(model: Path, asked: list[str]) -> Path:
     """The output of a job that was not interrupted."""
     output = model.with_name("whole")
-    assert run_ranks(self_generate, 1, [*asked, "--output", str(output)], None) == [(0, "")]
+    ((end, operations),) = run_ranks(watched, 1, [*asked, "--output", str(output)])
+    assert end == (0, "")
+    model.with_name("operations.json").write_text(json.dumps(operations))
     return output
 
 
-def self_generate(rank: int, world_size: int, arguments: list[str], die_at: int | None) -> tuple[int, str]:
-    """Runs the command. Returns its exit code and its error. die_at: kills this process by SIGKILL at a file operation in the
-    output folder."""
-    import contextlib
-    import io
-
-    if die_at is not None:
-        sys.addaudithook(_die_at(arguments[arguments.index("--output") + 1], die_at))
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            main(arguments)
-    except SystemExit as end:
-        found = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
-        return int(end.code or 0), "\n".join(found)
-    raise AssertionError("main always exits")
-
-
-def _die_at(folder: str, operation: int) -> Any:
-    done = 0
-
-    def watch(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal done
-        if name in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-            done += str(args[0]).startswith(folder)
-            if done >= operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return watch
+@pytest.fixture(scope="module")
+def phases(model: Path, whole: Path) -> tuple[int, int, int]:
+    """Numbers of file operations of that job: before it writes the output, until the manifest has its name, after that."""
+    operations = json.loads(model.with_name("operations.json").read_text())
+    first = next(number for number, path in enumerate(operations) if is_final(path))
+    # the manifest is opened and renamed under its temporary name, then the parts are removed
+    last = max(number for number, path in enumerate(operations) if path.endswith("-self_text.json"))
+    counts = first, last - first, len(operations) - last
+    assert min(counts) > 2, operations
+    return counts
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -125,24 +104,51 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ranks
-def test_a_killed_job_and_two_processes_write_the_same_text(model: Path, asked: list[str], whole: Path) -> None:
+def test_a_killed_job_and_two_processes_write_the_same_text(
+    model: Path, asked: list[str], whole: Path, phases: tuple[int, int, int]
+) -> None:
     """Prevents rows that are lost, written twice or written otherwise (in bf16) after kills at any moment, and with another
     number of processes; and files that killed processes leave for ever."""
-    killed, two = model.with_name("killed"), model.with_name("two")
+    output, two = model.with_name("killed"), model.with_name("two")
+    writing, publishing, removing = phases
     draw = random.Random(KILLS)
-    for number in range(KILLS):
-        try:
-            end = run_ranks(self_generate, 1, [*asked, "--output", str(killed)], draw.randrange(1, _OPERATIONS))
-            print(f"kill {number}: after the end, {end}")
-        except RankError as error:
-            assert "exited with code -9" in str(error)
-            left = sorted(path.name for path in killed.glob("**/*") if path.is_file())
-            print(f"kill {number}: {left}")
-    for output, ranks, starts in ((killed, 1, 2), (two, 2, 1)):
+    # the first start dies among the groups, the last one in the final phase, the others before the manifest has its name: every
+    # one has at least as many operations until there as the final phase
+    points = [(draw.randrange(writing), False)]
+    points += [(draw.randrange(publishing), False) for _ in range(KILLS - 2)]
+    points += [(draw.randrange(publishing + removing), True)]
+    for number, final in points:
+        with pytest.raises(RankError, match="exited with code -9"):
+            run_ranks(killed, 1, [*asked, "--output", str(output)], number, final)
+        left = sorted(path.name for path in output.glob("**/*") if path.is_file())
+        print(f"kill at {number} of {phases}, final phase: {final}; left: {left}")
+    for folder, ranks, starts in ((output, 1, 2), (two, 2, 1)):
         for _ in range(starts):  # the second one finds a complete output
-            assert run_ranks(self_generate, ranks, [*asked, "--output", str(output)], None) == [(0, "")] * ranks
-            assert contents(output) == contents(whole)
-        assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, "self_text.json"])
+            assert run_ranks(self_generate, ranks, [*asked, "--output", str(folder)]) == [(0, "")] * ranks
+            assert_same(folder, whole)
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    """An output is complete and nothing is beside it."""
+    assert contents(output) == contents(whole)
+    assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, "self_text.json"])
+
+
+@pytest.mark.ranks
+def test_two_starts_of_one_command_complete_one_text(
+    model: Path, asked: list[str], whole: Path, phases: tuple[int, int, int]
+) -> None:
+    """Prevents a traceback, and files that are lost, if a command is started twice without a launcher: each process is the
+    first rank then, and publishes the text."""
+    both = model.with_name("both")
+    assert run_ranks(alone, 2, [*asked, "--output", str(both)]) == [(0, "")] * 2
+    assert_same(both, whole)
+    _, publishing, removing = phases
+    for name, number in (("early", 2), ("late", publishing - 2), ("removing", publishing + removing // 2)):
+        flags, output = model.with_name(f"{name}-flags"), model.with_name(name)
+        flags.mkdir()
+        assert run_ranks(overtaken, 2, [*asked, "--output", str(output)], number, flags) == [(0, "")] * 2
+        assert_same(output, whole)
 
 
 @pytest.mark.ranks
@@ -225,4 +231,4 @@ def test_wrong_requests_are_one_line(model: Path, asked: list[str], whole: Path,
 
 def several(rank: int, world_size: int, requests: list[list[str]]) -> list[tuple[int, str]]:
     """Runs the command several times in one process."""
-    return [self_generate(rank, world_size, arguments, None) for arguments in requests]
+    return [self_generate(rank, world_size, arguments) for arguments in requests]

@@ -50,6 +50,8 @@ class Claim:
         loaded = load(record.checkpoint if record and record.portable else self.model)
         own = self._record_of(loaded)
         if record is None:
+            if is_complete():  # and its parts are removed: they must not be created again
+                return None
             before_claim()
             claim(self.parts, own)
             record = self.record()

@@ -49,7 +49,10 @@ def self_generate(
     ] = 32,
     held_out: Annotated[
         str,
-        typer.Option(metavar="N", help="Greedy rows to evaluate on, from prompts of their own: a number, or a share."),
+        typer.Option(
+            metavar="N",
+            help="Greedy rows to evaluate on, from prompts of their own: a number, or a share of --tokens, in full rows.",
+        ),
     ] = "0",
     exclude: Annotated[
         list[Path] | None,
@@ -175,6 +178,10 @@ def _print(manifest: dict[str, Any], output: Path) -> None:
         print(
             f"excluded texts: {exclude['texts']}; left out for them: {exclude['prompts']} prompts, {exclude['rows']} rows"
         )
+    asked = manifest["settings"]["held_out"]
+    if asked and manifest["validation"]["rows"] < asked:
+        left = ", ".join(f"{number} {end}" for end, number in manifest["validation"]["rows_left_out"].items())
+        print(f"warning: only {manifest['validation']['rows']} of {asked} held-out rows remain; left out: {left}")
     if manifest["train"]["tokens"] < manifest["settings"]["tokens"]:
         print(f"the prompts gave only {manifest['train']['tokens']:,} tokens of {manifest['settings']['tokens']:,}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,21 @@ _LONG = 13
 """Words in a row that two texts share only if one quotes the other (as in GPT-3's check of its training data, arXiv
 2005.14165, appendix C)."""
 _SHORT = 4
-_WORD = re.compile(r"\w+")
+# Scripts that are written without spaces, or whose words are short: CJK, kana, bopomofo, Hangul, Thai, Lao, Burmese, Khmer.
+_CHARACTERS = (
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3041-\u3096\u309d-\u309f\u30a1-\u30fa"
+    "\u30fc-\u30ff\u31f0-\u31ff\u3105-\u312f\u31a0-\u31bf\u1100-\u11ff\uac00-\ud7af\u0e01-\u0e3a\u0e40-\u0e4e"
+    "\u0e50-\u0e59\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff"
+)
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W{_CHARACTERS}]+")
 
 
 class Exclusion:
     """Recognises texts that quote an excluded one, whatever their case, spaces and punctuation.
 
     A text matches if it shares 13 consecutive words with an excluded text, or contains a shorter one of at least four words
-    completely, or equals a still shorter one.
+    completely, or equals a still shorter one. A character of a script without spaces, such as Chinese, Japanese or Thai, is a
+    word; so is a syllable of Hangul.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -72,7 +80,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.casefold()))
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _runs(words: tuple[str, ...], length: int) -> Iterable[tuple[str, ...]]:

@@ -1,16 +1,18 @@
 """Groups of finished rows: one file each in the parts folder, published at once. Which group a process writes next.
 
 Processes share only the folder. A process writes the groups of its own number first; when none of these is needed any
-more, it writes those that others have not finished, which are the same whoever writes them. So no process waits for
-one that has been lost.
+more, it writes those that others have not finished in their usual time (see `Takeover`), which are the same whoever writes
+them. So no process waits for one that has been lost for longer than that.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,20 @@ class GroupFolder:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A group to be written. own: whether it has the process's own number; otherwise another process has not finished it."""
+
+    group: Group
+    own: bool
+
+
+@dataclass(frozen=True)
 class Demand:
     """What must be written: `held_out` groups of the evaluation side, and as many groups to train on as have `tokens`.
 
     largest: most tokens that a group can have. limit: number of groups that can be written at all; None: any number.
-    patience: how many of the first groups may be without text before the job gives up.
+    patience: how many of the first groups may be without text before the job gives up. least: tokens of a group on average
+    below which it gives up after these.
     """
 
     held_out: int
@@ -78,6 +89,7 @@ class Demand:
     largest: int
     limit: int | None = None
     patience: int = 4
+    least: float = 0.0
 
     def needed(self, finished: Mapping[Group, int]) -> int:
         """How many groups to train on are needed, from the first. Exact if all of these are finished, else an estimate
@@ -85,23 +97,33 @@ class Demand:
         known = {group.number: tokens for group, tokens in finished.items() if group.side == TRAIN}
         found = sum(known.values())
         usual = found / len(known) if found else self.largest
-        if not found and all(number in known for number in range(self.patience)):
+        if found <= self.least * len(known) and all(number in known for number in range(self.patience)):
             raise DecodingError(
-                f"no row of the first {len(known)} groups has enough text of the model's own: lower --min-tokens, allow more "
-                "--repeats, or use other prompts or temperatures"
+                f"the first {len(known)} groups have only {found} tokens, because fewer than one row in a hundred has enough "
+                "text of the model's own: lower --min-tokens, allow more --repeats, or use other prompts or temperatures"
             )
-        total, number = 0.0, 0
-        while total < self.tokens and number != self.limit:
+        total, number, end = 0.0, 0, max(known, default=-1) + 1
+        while total < self.tokens and number < end and number != self.limit:
             total += known.get(number, usual)
             number += 1
-        return number
+        if total < self.tokens:
+            number += math.ceil((self.tokens - total) / usual)
+        return number if self.limit is None else min(number, self.limit)
 
-    def next_group(self, finished: Mapping[Group, int], rank: int, world_size: int) -> Group | None:
-        """The group that a process writes next; None if all are finished. Raises DecodingError if none has any text."""
-        wanted = [Group(VALIDATION, number) for number in range(self.held_out)]
-        wanted += [Group(TRAIN, number) for number in range(self.needed(finished))]
-        missing = [place for place, group in enumerate(wanted) if group not in finished]
-        own = [place for place in missing if place % world_size == rank]
-        if own:
-            return wanted[own[0]]
-        return wanted[missing[rank % len(missing)]] if missing else None
+    def next_group(self, finished: Mapping[Group, int], rank: int, world_size: int) -> Choice | None:
+        """The group that a process writes next; None if all are finished. Raises DecodingError if hardly a row has any text."""
+        count = self.held_out + self.needed(finished)  # may be very many: no list of all
+
+        def missing(start: int, step: int) -> Iterator[Group]:
+            places = range(start, count, step)
+            groups = (
+                Group(VALIDATION, place) if place < self.held_out else Group(TRAIN, place - self.held_out)
+                for place in places
+            )
+            return (group for group in groups if group not in finished)
+
+        own = next(missing(rank, world_size), None)
+        if own is not None:
+            return Choice(own, own=True)
+        others = list(islice(missing(0, 1), world_size))
+        return Choice(others[rank % len(others)], own=False) if others else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from typing import Any
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.inference.batch.claims import Claim
-from recycle_ds.inference.batch.parts import remove_parts, remove_unfinished
 from recycle_ds.inference.batch.parts_record import RECORD, read_record
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import load
@@ -30,13 +30,16 @@ from recycle_ds.inference.self_text.prompts import PromptSet
 from recycle_ds.inference.self_text.row import Writer
 from recycle_ds.inference.self_text.rows import TRAIN, VALIDATION, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
-from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, Job, errors_of_host, job_of
+from recycle_ds.inference.self_text.takeover import Takeover
+from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
 _MARGIN = 15.0
 """Seconds before the end of the job at which nothing more is written."""
 _PATIENCE = 64
 """Rows without enough text of the model's own, from the first, after which the job gives up."""
+_LEAST_SHARE = 0.01
+"""Share of rows with enough text below which it gives up too."""
 _LOOK = 2.0
 """Seconds between looks at what other processes have finished."""
 
@@ -60,6 +63,19 @@ class SelfText:
         tree = {"prompts": self.prompts.digest, "exclude": self.exclusion.digest, "settings": asdict(self.settings)}
         return hashlib.sha256(json.dumps({**tree, "text": self.output.with_text}, sort_keys=True).encode()).hexdigest()
 
+    def is_complete(self) -> bool:
+        """Whether the output is. Raises DecodingError if it is that of another command."""
+        return self.output.check(self.key, self.claim.model_path)
+
+    def check_vanished(self, error: FileNotFoundError) -> None:
+        """Call this when a file of the job is missing. Raises DecodingError unless the text is complete, and its parts are
+        removed."""
+        if not self.is_complete():
+            missing = error.filename or self.output.parts
+            raise DecodingError(
+                f"{missing}: has been removed during the job; the same command writes what is missing"
+            ) from error
+
     @property
     def claim(self) -> Claim:
         """The claim on the parts folder."""
@@ -82,34 +98,35 @@ def run_self_text(request: SelfText, ranks: Ranks) -> dict[str, Any] | None:
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 sys.exit(REQUEUE_EXIT_CODE)
             return None
+        if ranks.rank == 0:
+            manifest = _publish(request, work)
+        if ranks.rank == 0 or request.is_complete():
+            request.output.tidy()  # every rank: one that starts late may have created the parts again
         if ranks.rank:
             return None
-        return _finish(request, work, job)
+        job.write_note("outcome", FINISHED)
+        return manifest
 
 
-def _finish(request: SelfText, work: _Work | None, job: Job) -> dict[str, Any]:
-    """Writes the output, if this or an earlier start has not, and removes the parts. Rank 0 only."""
-    manifest = request.output.manifest() if work is None else work.write()
-    remove_parts(request.output.parts)
-    remove_unfinished(request.output.parts)
-    job.write_note("outcome", FINISHED)
-    return manifest
+def _publish(request: SelfText, work: _Work | None) -> dict[str, Any]:
+    """Writes the output, unless it is complete, and returns the manifest."""
+    try:
+        if work is not None and not request.is_complete():
+            return work.write()
+    except FileNotFoundError as error:  # a start of the same command beside this one has removed the parts?
+        request.check_vanished(error)
+    return request.output.manifest()
 
 
 def _settle(request: SelfText, ranks: Ranks) -> LoadedModel | None:
     """Loads the model, unless the text is complete."""
-    claim, output = request.claim, request.output
-
-    def is_complete() -> bool:
-        return output.check(claim.key, claim.model_path)
-
-    if is_complete():
+    if request.is_complete():
         return None
 
     def load_own(path: str) -> LoadedModel:
         return load(path, request.settings.dtype, request.threads, ranks.device_index)
 
-    return claim.settle(load_own, is_complete, lambda: None)
+    return request.claim.settle(load_own, request.is_complete, lambda: None)
 
 
 class _Work:
@@ -124,7 +141,7 @@ class _Work:
                 f"--row-tokens {settings.row_tokens}: the model's context holds {loaded.model.max_positions} tokens; lower it"
             )
         chat = None if settings.raw else chat_frame(loaded)
-        check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
+        self._refused = check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
         self._writer = Writer(settings, loaded.tokenizer, chat, request.exclusion)
         self._planner = RowPlanner(settings, request.prompts)
         self._engine = text_engine(loaded, settings, ranks.on_host)
@@ -142,23 +159,41 @@ class _Work:
             )
         held_out, limit = -(-settings.held_out // size), None if rows is None else -(-rows // size)
         patience = -(-_PATIENCE // size)
-        return Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit, patience)
+        least = _LEAST_SHARE * size * settings.min_tokens  # a row that is kept has as many
+        demand = Demand(held_out, settings.tokens, size * (settings.row_tokens + 1), limit, patience, least)
+        groups, processes = held_out + demand.needed({}), self._ranks.world_size
+        if processes > groups and self._ranks.rank == 0:
+            print(
+                f"note: {processes} processes for about {groups} groups of {size} rows: the others wait, in case one is lost; "
+                "start fewer processes, or lower --max-batch",
+                file=sys.stderr,
+                flush=True,
+            )
+        return demand
 
     def run(self) -> bool:
         """Writes groups until all are finished. Returns False if the job must end before."""
         name, settings = f"rank {self._ranks.rank}", self._request.settings
-        progress = TextProgress(name, settings.tokens)
+        progress, takeover = TextProgress(name, settings.tokens), Takeover()
         try:
             while True:
                 finished = self._finished()
                 if finished is None:  # rank 0 has written the output
                     return True
                 progress.finished(sum(tokens for group, tokens in finished.items() if group.side == TRAIN))
-                group = self._demand.next_group(finished, self._ranks.rank, self._ranks.world_size)
-                if group is None:
+                chosen = self._demand.next_group(finished, self._ranks.rank, self._ranks.world_size)
+                if chosen is None:
                     break
-                if not self._write_group(group, progress):
+                if not chosen.own and not takeover.is_due(len(finished)):
+                    if self._stopping.poll(_MARGIN) is not None:
+                        return False
+                    time.sleep(takeover.pause)
+                    continue
+                start = time.monotonic()
+                published = self._write_group(chosen.group, progress)
+                if published is None:
                     return False
+                takeover.wrote(time.monotonic() - start, own=chosen.own, published=published)
         finally:
             progress.close()
         if progress.written:
@@ -166,8 +201,8 @@ class _Work:
             print(f"{name}: {text}", file=sys.stderr, flush=True)
         return True
 
-    def _write_group(self, group: Group, progress: TextProgress) -> bool:
-        """Writes one group, unless another process finishes it first. Returns False if the job must end."""
+    def _write_group(self, group: Group, progress: TextProgress) -> bool | None:
+        """Writes one group. Returns False if another process finishes it first, None if the job must end."""
         settings, looked, taken = self._request.settings, time.monotonic(), False
         rows = self._planner.rows(group.side)
         first = group.number * settings.group_rows
@@ -184,28 +219,28 @@ class _Work:
         progress.counts = group.side == TRAIN
         written = write_rows(self._engine, plans, self._writer, stop, progress.add)
         if written is None:
-            return taken
+            return False if taken else None
         try:
             self._groups.publish(group, written)
-        except FileNotFoundError:  # rank 0 has removed the parts
-            if self._finished() is not None:
-                raise
+        except FileNotFoundError as error:
+            self._request.check_vanished(error)
+            return False
         return True
 
     def _finished(self) -> dict[Group, int] | None:
         """The finished groups; None if the text is complete, and its parts are removed."""
         try:
             return self._groups.finished()
-        except FileNotFoundError:
-            if self._request.output.check(self._request.key, self._request.claim.model_path):
-                return None
-            raise
+        except FileNotFoundError as error:
+            self._request.check_vanished(error)
+            return None
 
     def write(self) -> dict[str, Any]:
-        """Writes the output from the finished groups, and returns its manifest."""
+        """Writes the output from the finished groups, and returns its manifest. Raises FileNotFoundError without parts."""
         request, settings, tokenizer = self._request, self._request.settings, self._loaded.tokenizer
         record = read_record(request.output.parts / RECORD)
-        assert record is not None, "the parts were claimed before they were written"
+        if record is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(request.output.parts))
         recipe = {**asdict(settings), "model_digest": record.digest, "prompts": request.prompts.digest}
         exclude = {
             "files": [str(path) for path in request.exclude_files],
@@ -219,6 +254,8 @@ class _Work:
             "train": len(request.prompts.train),
             "validation": len(request.prompts.held_out),
             "repeated": request.prompts.repeated,
+            "beside_held_out": request.prompts.beside_held_out,
+            "refused_by_the_chat_template": self._refused,
         }
         manifest = {
             "model": str(self._loaded.path),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 from recycle_ds.config.atomic_files import publish, temporary_name, write_json_atomically
 from recycle_ds.data.token_files import TokenFileWriter, pair_paths
 from recycle_ds.data.tokenizer import Tokenizer
-from recycle_ds.inference.batch.parts import remove_unfinished
+from recycle_ds.inference.batch.parts import remove_parts, remove_unfinished
 from recycle_ds.inference.batch.parts_record import PartsRecord
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.self_text.row import EXCLUDED, LOOP
@@ -110,13 +111,14 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DecodingError(f"{self.path}: cannot be created ({error.strerror}); name another --output") from None
-        record = self._record()
-        if record is not None and record.matches(key, model_path):
+        if self._is_of(key, model_path):
             return True
         found = [path for path in self._files() if path.exists()]
-        if record is not None or (found and not self.parts.exists()):
-            raise DecodingError(f"{found[0]}: already exists, from another command; name another --output")
-        return False
+        if not found or (self.parts.exists() and self.path / MANIFEST not in found):
+            return False
+        if self._is_of(key, model_path):  # completed in the meantime
+            return True
+        raise DecodingError(f"{found[0]}: already exists, from another command; name another --output")
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of a complete text. Raises DecodingError if it cannot be read."""
@@ -140,43 +142,76 @@ class OutputFolder:
     ) -> dict[str, Any]:
         """Writes everything, the manifest last, and returns it. Leaves rows out after those that have `tokens`.
 
-        rows: by side. Files of a process that was killed while it wrote them are replaced. Raises OSError.
+        rows: by side. Everything is written aside first, then renamed file by file: several processes that do so at once
+        replace files by equal ones. Raises DecodingError for a side without rows, before any file appears, FileNotFoundError
+        if another process has completed the text and removed the parts, OSError.
         """
-        remove_unfinished(*self._files(), self.parts)
+        aside = temporary_name(self._unfinished)
         tree = {"format": _FORMAT, "version": 1, **manifest}
-        for side, records in rows.items():
-            counts = SideCounts()
-            with TokenFileWriter(self.path / side, tokenizer, source, recipe) as writer, self._view(side) as view:
-                for row in records:
-                    counts.add(row)
-                    if row["ids"]:
-                        writer.add(row["ids"])
-                        _show(view, row, tokenizer)
-                    if side == TRAIN and counts.tokens >= tokens:
-                        break
-            tree[side] = counts.tree()
-            excluded = counts.left_out[EXCLUDED]
-            tree["exclude"] = {**tree["exclude"], "rows": tree["exclude"]["rows"] + excluded}
-        write_json_atomically(self.path / MANIFEST, tree)
+        try:
+            aside.mkdir()
+            for side, records in rows.items():
+                counts = self._write_side(
+                    aside / side, records, tokens if side == TRAIN else None, tokenizer, source, recipe
+                )
+                if not counts.rows:
+                    reasons = ", ".join(f"{number} {end}" for end, number in sorted(counts.left_out.items()))
+                    raise DecodingError(
+                        f"{side}: all rows are left out ({reasons or 'there are none'}): lower --min-tokens, use other or more "
+                        f"prompts, and name another --output or remove {self.path}"
+                    )
+                tree[side] = counts.tree()
+                excluded = counts.left_out[EXCLUDED]
+                tree["exclude"] = {**tree["exclude"], "rows": tree["exclude"]["rows"] + excluded}
+            for path in self._files():
+                if (
+                    path.name != MANIFEST
+                    and path.name.split(".")[0] in rows
+                    and (self.with_text or path.suffix != ".jsonl")
+                ):
+                    publish(aside / path.name, path)
+            write_json_atomically(self.path / MANIFEST, tree)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         return tree
 
-    @contextlib.contextmanager
-    def _view(self, side: str) -> Iterator[TextIO | None]:
-        """The readable view of a side, published when the block ends; None if none is wanted."""
-        if not self.with_text:
-            yield None
-            return
-        path = self.path / f"{side}.jsonl"
-        temporary = temporary_name(path)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                yield file
-            publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _write_side(
+        self,
+        prefix: Path,
+        records: Iterable[Mapping[str, Any]],
+        tokens: int | None,
+        tokenizer: Tokenizer,
+        source: str,
+        recipe: Mapping[str, Any],
+    ) -> SideCounts:
+        """Writes the files of a side, until they have `tokens`."""
+        counts = SideCounts()
+        view = prefix.with_suffix(".jsonl").open("w", encoding="utf-8") if self.with_text else contextlib.nullcontext()
+        with TokenFileWriter(prefix, tokenizer, source, recipe) as writer, view as shown:
+            for row in records:
+                counts.add(row)
+                if row["ids"]:
+                    writer.add(row["ids"])
+                    _show(shown, row, tokenizer)
+                if tokens is not None and counts.tokens >= tokens:
+                    break
+        return counts
 
-    def _record(self) -> PartsRecord | None:
-        return PartsRecord(**self.manifest()["generated_by"]) if (self.path / MANIFEST).exists() else None
+    def tidy(self) -> None:
+        """Removes the parts, and what killed processes have left. Only for a complete text."""
+        remove_parts(self.parts)
+        remove_unfinished(self._unfinished, self.path / MANIFEST, self.parts)
+
+    def _is_of(self, key: str, model_path: str) -> bool:
+        """Whether there is a manifest, of this request."""
+        if not (self.path / MANIFEST).exists():
+            return False
+        return PartsRecord(**self.manifest()["generated_by"]).matches(key, model_path)
+
+    @property
+    def _unfinished(self) -> Path:
+        """The folder that files are written in before they get their names, always with a temporary name."""
+        return self.path / "output"
 
     def _files(self) -> list[Path]:
         sides = [self.path / side for side in (TRAIN, VALIDATION)]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.reading.chat import ChatTemplate
+from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.engine.build import BLOCK_SIZE
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of
-from recycle_ds.inference.self_text.prompts import MESSAGES, PROMPT, PromptSet
+from recycle_ds.inference.self_text.prompts import MESSAGES, PROMPT, RAW, PromptSet
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.turns import ChatFrame
 from recycle_ds.parallel.device import free_memory, torch_dtype
+
+_SHOWN = 5
+"""Refused prompts that are shown; all are listed in the manifest."""
 
 
 def chat_frame(loaded: LoadedModel) -> ChatFrame | None:
@@ -30,17 +34,22 @@ def chat_frame(loaded: LoadedModel) -> ChatFrame | None:
 
 def check_prompts(
     prompts: PromptSet, settings: SelfTextSettings, chat: ChatFrame | None, tokenizer: Tokenizer, *, warn: bool
-) -> None:
-    """Raises DecodingError or DataError for prompts that cannot be used with the model. warn: print a note about those that
-    are probably not meant."""
+) -> list[str]:
+    """Places of the prompts that the model's chat template refuses, whose rows will be left out.
+
+    warn: print a note about these, and about prompts that are probably not meant. Raises DecodingError for prompts that
+    cannot be used with the model.
+    """
     if chat is not None and chat.frame.question_end is None and settings.free:
         raise DecodingError(
             f"--free {settings.free}: the model's chat template writes no special token after a user's message, so "
             "that the model cannot end one of its own; use --free 0"
         )
-    pattern, known = tokenizer.special_pattern, set[tuple[str, ...]]()
-    marked = 0
-    for prompt in (*prompts.train, *prompts.held_out):
+    pattern, marked = tokenizer.special_pattern, 0
+    refused: list[InvalidRow] = []
+    places: list[str] = []
+    every = (*prompts.train, *prompts.held_out)
+    for prompt in every:
         if chat is None and (prompt.form == MESSAGES or prompt.follow_ups):
             raise DecodingError(f"{prompt.where}: a chat, but the model has no chat template; give raw texts")
         if chat is not None and prompt.follow_ups and chat.frame.answer_end is None:
@@ -48,11 +57,20 @@ def check_prompts(
                 f"{prompt.where}: follow_ups, but the chat template writes no special token after an answer"
             )
         marked += chat is not None and prompt.form == PROMPT and bool(pattern.search(prompt.content))
-        if chat is not None and prompt.form == MESSAGES:
-            roles = tuple(one["role"] for one in prompt.content)
-            if roles not in known:  # templates refuse chats by their roles
-                chat.first(prompt)
-                known.add(roles)
+        if chat is not None and prompt.form != RAW:
+            try:
+                chat.render(prompt)
+            except InvalidRow as error:
+                refused.append(error)
+                places.append(prompt.where)
+    if refused and len(refused) == len(every):
+        raise DecodingError(f"all {len(every)} prompts are refused, the first one: {refused[0]}")
+    if refused and warn:
+        print(f"note: rows of {len(refused)} prompts are left out:", file=sys.stderr)
+        for one in refused[:_SHOWN]:
+            print(f"  {one}", file=sys.stderr)
+        if len(refused) > _SHOWN:
+            print(f"  and {len(refused) - _SHOWN} more, listed in self_text.json at the end", file=sys.stderr)
     if marked and warn:
         print(
             f"note: {marked} prompts contain special tokens of the model, which are plain text in a user's message; give "
@@ -60,6 +78,7 @@ def check_prompts(
             file=sys.stderr,
             flush=True,
         )
+    return places
 
 
 def text_engine(loaded: LoadedModel, settings: SelfTextSettings, ranks_on_host: int) -> DecodingEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,16 @@ class Prompt:
         return [*texts, *self.follow_ups]
 
     @property
+    def opening(self) -> str:
+        """The user's first message, or the raw text, in lower case and without superfluous spaces: prompts with one opening
+        ask the same at first, whatever their form and follow-ups."""
+        if isinstance(self.content, str):
+            first = self.content
+        else:
+            first = next(one["content"] for one in self.content if one["role"] == "user")
+        return " ".join(unicodedata.normalize("NFKC", first).casefold().split())
+
+    @property
     def identity(self) -> str:
         """Equal for equal prompts of any place and kind."""
         return json.dumps([self.form, self.content, self.follow_ups], sort_keys=True)
@@ -50,6 +61,8 @@ class PromptSet:
     """Prompts that were left out because they occur twice."""
     excluded: int = 0
     """Prompts that were left out because they contain an excluded text."""
+    beside_held_out: int = 0
+    """Prompts that were left out because they have the opening of a held-out one."""
 
     @property
     def digest(self) -> str:
@@ -61,9 +74,10 @@ class PromptSet:
 
 
 def select(prompts: Iterable[Prompt], exclusion: Exclusion, held_out: int, seed: int) -> PromptSet:
-    """Leaves out repeats and excluded prompts, and holds out `held_out` prompts, drawn by seed and text.
+    """Leaves out repeats and excluded prompts, and holds out `held_out` prompts, drawn by seed and opening.
 
-    Raises DecodingError if none remains, or none to train on.
+    Of the prompts that share a held-out opening one is held out, and the others are left out. Raises
+    DecodingError if none remains, or none to train on.
     """
     known: dict[str, Prompt] = {}
     repeated = excluded = 0
@@ -76,14 +90,20 @@ def select(prompts: Iterable[Prompt], exclusion: Exclusion, held_out: int, seed:
             known[prompt.identity] = prompt
     if not known and excluded:
         raise DecodingError(f"all {excluded} prompts contain a text of --exclude; give others")
-    if held_out >= len(known) > 0:
+    # of each opening, the prompt that can be held out: the draw does not depend on the order of the file
+    openings: dict[str, str] = {}
+    for identity, prompt in known.items():
+        openings[prompt.opening] = min(identity, openings.get(prompt.opening, identity))
+    if held_out >= len(openings) > 0:
         raise DecodingError(
-            f"--held-out needs {held_out} prompts that are not trained on, of {len(known)} in all: give more prompts, or "
-            "hold out fewer rows"
+            f"--held-out needs {held_out} prompts that are not trained on, of {len(openings)} in all with different first "
+            "messages: give more prompts, or hold out fewer rows"
         )
-    drawn = sorted(known, key=lambda identity: hashlib.blake2b(f"{seed}/{identity}".encode()).digest())[:held_out]
-    left = [prompt for identity, prompt in known.items() if identity not in set(drawn)]
-    return PromptSet(tuple(left), tuple(known[identity] for identity in drawn), repeated, excluded)
+    drawn = sorted(openings, key=lambda opening: hashlib.blake2b(f"{seed}/{opening}".encode()).digest())[:held_out]
+    held = set(drawn)
+    left = tuple(prompt for prompt in known.values() if prompt.opening not in held)
+    beside = len(known) - len(left) - len(drawn)
+    return PromptSet(left, tuple(known[openings[opening]] for opening in drawn), repeated, excluded, beside)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

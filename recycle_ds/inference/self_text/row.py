@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.self_text.exclusion import Exclusion
@@ -16,6 +17,7 @@ from recycle_ds.inference.self_text.turns import ChatFrame
 
 QUESTION, ANSWER, OPENING, TEXT = "question", "answer", "opening", "text"
 LOOP, TOO_SHORT, EXCLUDED, TOO_LONG = "loop", "too short", "excluded", "prompt too long"
+REFUSED = "prompt refused by the chat template"
 _FEWEST_OF_QUESTION = 3
 _LONGEST_OPENING = 24
 # Tokens that must be left in a row for another turn.
@@ -36,7 +38,6 @@ class Row:
     """A row in progress. `tokens` is what the next request continues; `params` says how."""
 
     def __init__(self, plan: RowPlan, writer: Writer) -> None:
-        """Raises DataError for a prompt that the template refuses."""
         self.plan = plan
         self._writer = writer
         self._settings = writer.settings
@@ -58,7 +59,11 @@ class Row:
             self._give([start], OPENING)
             self._start = int(start == tokenizer.eos_id)  # the end of the document before is not part of this one
         elif chat is not None and prompt.form != RAW:
-            self._give(chat.first(prompt), ANSWER)
+            try:
+                self._give(chat.first(prompt), ANSWER)
+            except InvalidRow:  # noted before the first row was written
+                self.end = REFUSED
+                return
         else:
             self._give(tokenizer.encode(prompt.content), TEXT)
         if len(self.tokens) + self._settings.min_tokens > self._settings.row_tokens:
@@ -102,6 +107,8 @@ class Row:
 
     def end_turn(self) -> None:
         """Decides what follows the tokens of a request that has ended: another turn, or the end of the row."""
+        if self._quotes_excluded():
+            self.end = EXCLUDED
         if self.end is not None:
             return
         self._turn += 1
@@ -111,11 +118,7 @@ class Row:
             self._repetition.start_turn()
             self._state = TEXT
         elif self._state == QUESTION and chat is not None and last == chat.frame.question_end:
-            question = self._writer.tokenizer.decode(self.tokens[self._turn_start : -1])
-            if self._writer.exclusion.matches(question):
-                self.end = EXCLUDED
-            else:
-                self._next(chat.frame.to_answer, ANSWER)
+            self._next(chat.frame.to_answer, ANSWER)
         elif self._state == ANSWER and chat is not None and last == chat.frame.answer_end:
             self._answers += 1
             if self._answers >= settings.turns:
@@ -129,6 +132,14 @@ class Row:
         else:
             self.end = "end of text" if last in self._writer.tokenizer.end_ids else "length"
 
+    def _quotes_excluded(self) -> bool:
+        """Whether what the model has written in the user's place, or as a text of its own, quotes an excluded text, however
+        it ended."""
+        prompt_of_model = self._state in (QUESTION, OPENING) or (self._state == TEXT and self.plan.prompt is None)
+        if not (prompt_of_model and self._writer.exclusion.texts):
+            return False
+        return self._writer.exclusion.matches(self._writer.tokenizer.decode(self.tokens[self._turn_start :]))
+
     def _next(self, ids: list[int], state: str) -> None:
         if self._settings.row_tokens - len(self.tokens) - len(ids) < _ROOM_OF_TURN:
             self.end = "length"
@@ -141,7 +152,7 @@ class Row:
         kept = len(self.tokens) if repetition.cut is None else repetition.cut
         own = repetition.own_tokens(kept)
         end = self.end
-        if end not in (EXCLUDED, TOO_LONG) and own < self._settings.min_tokens:
+        if end not in (EXCLUDED, TOO_LONG, REFUSED) and own < self._settings.min_tokens:
             end = TOO_SHORT
         ids = self.tokens[self._start : kept] if end in ("turns", "end of text", "length", LOOP) else []
         if ids and ids[-1] == self._writer.tokenizer.eos_id:

@@ -94,8 +94,8 @@ def parse_temperatures(text: str) -> tuple[float, ...]:
 
 
 def parse_held_out(text: str, tokens: int, row_tokens: int) -> int:
-    """The number of rows that --held-out asks for: a whole number of rows, or a share of the tokens, below 1, as complete
-    rows. Raises DecodingError."""
+    """The number of rows that --held-out asks for: a whole number, or a share below 1, which asks for as many rows as would
+    have this share of `tokens` if all were full. Most are shorter, so they have fewer tokens. Raises DecodingError."""
     try:
         value = float(text)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recycle_ds.data.reading.chat import ChatTemplate, encode_chat
+from recycle_ds.data.reading.chat import ChatTemplate, RenderedChat, encode_chat
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.self_text.prompts import MESSAGES, Prompt
@@ -56,12 +56,16 @@ class ChatFrame:
         self.frame = Frame(tokenizer.encode_parts(segments[0]), question_end, to_answer, answer_end, to_question)
 
     def first(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt, up to where the answer begins. Raises DataError if the template refuses it."""
+        """Ids of a prompt, up to where the answer begins. Raises InvalidRow if the template refuses it."""
+        return encode_chat(self._tokenizer, self.render(prompt))
+
+    def render(self, prompt: Prompt) -> RenderedChat:
+        """A prompt, up to where the answer begins. Raises InvalidRow if the template refuses it."""
         content = prompt.content
         messages = content if prompt.form == MESSAGES else [{"role": "user", "content": content}]
         chat = self._template.render(messages, prompt.where, prompt.form, add_generation_prompt=True)
         assert chat is not None, "a prompt has messages"
-        return encode_chat(self._tokenizer, chat)
+        return chat
 
     def follow_up(self, text: str) -> list[int]:
         """Ids after the token that ends an answer: the user's next message, up to where the next answer begins."""

@@ -91,6 +91,47 @@ def test_held_out_prompts_are_drawn_by_their_text() -> None:
         select(prompts, Exclusion(), 20, seed=1)
 
 
+def test_prompts_with_a_held_out_opening_are_not_trained_on() -> None:
+    """Prevents an evaluation on questions that were trained on with other follow-ups, in another form or layout, or as the
+    beginning of a chat."""
+    prompts = [Prompt("f", "prompt", f"question {n}", (f"then {then}",)) for n in range(20) for then in range(3)]
+    prompts += [Prompt("f", "raw", f"Question  {n}\n") for n in range(20)]
+    prompts += [Prompt("f", "messages", [{"role": "system", "content": "Be brief."}, *chat]) for chat in (
+        [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+        for n in range(20)
+    )]  # fmt: skip
+    found = select(prompts, Exclusion(), 10, seed=0)
+    openings = {one.opening for one in found.held_out}
+    assert len(openings) == len(found.held_out) == 10
+    assert openings.isdisjoint(one.opening for one in found.train)
+    assert openings | {one.opening for one in found.train} == {f"question {n}" for n in range(20)}
+    assert (len(found.train), found.beside_held_out) == (50, 40)
+    assert select(prompts[::-1], Exclusion(), 10, seed=0).held_out == found.held_out
+    with pytest.raises(DecodingError, match="of 20 in all"):
+        select(prompts, Exclusion(), 20, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("question", "other"),
+    [
+        (
+            "小明有五个苹果，又买了三个苹果，请问他一共有多少个苹果？",
+            "小明有五个朋友，他们一共买了三本书，请问每本多少钱？",
+        ),
+        ("りんごが五つあります。三つ買うと、全部でいくつになりますか。", "りんごを三つください。"),
+        ("사과가 다섯 개 있고 세 개를 더 사면 모두 몇 개입니까?", "사과를 좋아합니다."),
+        ("มีแอปเปิลห้าลูกซื้อเพิ่มอีกสามลูกรวมเป็นกี่ลูก", "แอปเปิลอร่อยมาก"),
+    ],
+    ids=["chinese", "japanese", "korean", "thai"],
+)
+def test_texts_without_spaces_are_recognised(question: str, other: str) -> None:
+    """Prevents an exclusion that takes a sentence without spaces for one word and finds it only if nothing is around it."""
+    exclusion = Exclusion([question])
+    assert exclusion.matches(f"A: {question} B") and exclusion.matches(f"请回答：{question}谢谢")
+    assert exclusion.matches(question.replace("，", "").replace("、", ""))
+    assert not exclusion.matches(other)
+
+
 def test_excluded_texts_are_recognised(tmp_path: Path) -> None:
     """Prevents questions of a benchmark among the prompts, in other case or layout or inside a longer text, and the
     exclusion of everything that shares a few words with one."""

@@ -21,7 +21,7 @@ from recycle_ds.inference.self_text.decoding import write_rows
 from recycle_ds.inference.self_text.exclusion import Exclusion
 from recycle_ds.inference.self_text.preparation import check_prompts
 from recycle_ds.inference.self_text.prompts import Prompt, PromptSet
-from recycle_ds.inference.self_text.row import Writer
+from recycle_ds.inference.self_text.row import Row, Writer
 from recycle_ds.inference.self_text.rows import TRAIN, RowPlan, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.turns import ChatFrame
@@ -227,6 +227,42 @@ def test_left_out_rows_say_why() -> None:
     assert questions
     again = rows(writer(free=1.0, turns=1, exclude=(questions[0],)), 6)
     assert "excluded" in {row["end"] for row in again}
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "base"])
+@pytest.mark.parametrize("how", ["length", "end of text", "loop", "later"])
+def test_excluded_questions_are_left_out_however_they_end(template: str | None, how: str) -> None:
+    """Prevents questions of a benchmark in rows that end inside the question, or in the text of a base model."""
+    question = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    ids = tokenizer().encode(question)
+    given = writer(template, (question,), free=1.0, ngram=4, repeats=2 if how == "loop" else 0, row_tokens=4 * ROW)
+    row = Row(RowPlan(TRAIN, 0, None, 0.0, 0), given)
+    if how == "later" and template is None:  # behind the opening
+        row.take(tokenizer().encode("abc"))
+        row.end_turn()
+        assert row.end is None
+    row.take(ids)
+    if how == "loop":
+        row.take(tokenizer().encode(" abc def gh" * 40))
+    elif how == "end of text":
+        row.take([tokenizer().eos_id])
+    row.end_turn()
+    assert (row.record()["end"], row.record()["ids"]) == ("excluded", [])
+
+
+def test_a_prompt_that_the_template_refuses_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    """Prevents a job that ends at a prompt in the middle, at every start again, because the template refuses its content."""
+    given = writer(
+        "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE, free=0.0
+    )
+    bad = Prompt("f:7", "prompt", "bad")
+    assert check_prompts(PromptSet((*PROMPTS, bad)), given.settings, given.chat, tokenizer(), warn=True) == ["f:7"]
+    note = capfd.readouterr().err
+    assert note.startswith("note: rows of 1 prompts are left out:\n") and "f:7: the chat template refuses" in note
+    (row,) = rows(given, 1, (bad,))
+    assert (row["end"], row["ids"], row["written"]) == ("prompt refused by the chat template", [], 0)
+    with pytest.raises(DecodingError, match="all 1 prompts are refused, the first one: f:7"):
+        check_prompts(PromptSet((bad,)), given.settings, given.chat, tokenizer(), warn=False)
 
 
 def test_a_job_that_must_end_leaves_the_engine_empty() -> None:
