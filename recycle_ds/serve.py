@@ -33,6 +33,10 @@ def serve(
     api_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Valid API keys, one a line; without it no key is needed.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A further name of this server, for clients behind a proxy; repeatable."),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="Mode of requests that name none: autoregressive, alternate or verified (lossless).")
     ] = "verified",
@@ -51,6 +55,12 @@ def serve(
     max_requests: Annotated[
         int, typer.Option(metavar="N", min=1, help="Requests that are answered at once; further ones get 429.")
     ] = 256,
+    max_connections: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Open connections; further ones get 503.")
+    ] = 512,
+    max_priority: Annotated[
+        int, typer.Option(metavar="N", min=0, max=1000, help="How far a request may raise itself above others.")
+    ] = 0,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Most tokens of a prompt; by default the model's context.")
     ] = None,
@@ -99,6 +109,7 @@ def serve(
         default_mode=mode,
         run_folder=Path(model) if (Path(model) / "metrics.jsonl").exists() else None,
         host=host,
+        allowed_hosts=tuple(allowed_host or ()),
         api_keys=read_keys(Path(api_key_file)) if api_key_file is not None else (),
         max_body_bytes=int(max_body_mib * 2**20),
         max_prompt_tokens=max_prompt_tokens,
@@ -106,6 +117,8 @@ def serve(
         max_n=max_n,
         max_prompts=max_prompts,
         max_requests=max_requests,
+        max_connections=max_connections,
+        max_priority=max_priority,
         request_seconds=request_seconds,
         body_seconds=body_seconds,
         write_seconds=write_seconds,

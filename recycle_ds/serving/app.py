@@ -32,8 +32,9 @@ def create_app(
     """The application. It answers as soon as it runs, and generates once `state.model` is set.
 
     log: receives the log's lines; None for stderr. No documentation pages: they would load scripts from elsewhere.
+    No redirects for a slash at the end: they would go to whatever host the request names.
     """
-    app = FastAPI(title="recycle_ds", docs_url=None, redoc_url=None)
+    app = FastAPI(title="recycle_ds", docs_url=None, redoc_url=None, redirect_slashes=False)
     service = Service(state, settings, log=log, clock=clock)
     app.state.service = service
     for router in (answers.router, tokenizing.router, status.router):

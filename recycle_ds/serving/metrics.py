@@ -23,7 +23,7 @@ class Metrics:
     """Metrics of requests, observed when they end, and of the engine, read when they are asked for."""
 
     def __init__(self, state: State, running: Callable[[], int], max_requests: int) -> None:
-        """running: generating requests at this moment, of at most max_requests."""
+        """running: requests with a body at this moment, of at most max_requests."""
         self._registry = registry = CollectorRegistry()
 
         def by_mode(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -32,7 +32,7 @@ class Metrics:
         self.requests = Counter(
             "recycle_requests", "Requests by route and status.", ["route", "status"], registry=registry
         )
-        now = Gauge("recycle_requests_running", "Generating requests that are being answered.", registry=registry)
+        now = Gauge("recycle_requests_running", "Requests with a body that are being answered.", registry=registry)
         now.set_function(running)
         most = Gauge("recycle_request_limit", "Requests that can be answered at once.", registry=registry)
         most.set(max_requests)

@@ -15,13 +15,14 @@ from starlette.requests import Request
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.parameters import MODES
+from recycle_ds.serving.access import sees_causes
 from recycle_ds.serving.answers.chat import Chats
 from recycle_ds.serving.answers.sampling import Capacity
 from recycle_ds.serving.answers.tokens import TokenNames
 from recycle_ds.serving.conduct.log import Log
 from recycle_ds.serving.metrics import Metrics
 from recycle_ds.serving.protocol.chats import ChatFields
-from recycle_ds.serving.protocol.errors import ApiError, busy, invalid, unavailable
+from recycle_ds.serving.protocol.errors import ENGINE_FAILED, ApiError, busy, invalid, unavailable
 from recycle_ds.serving.settings import ServerSettings
 from recycle_ds.serving.state import ServedModel, State
 from recycle_ds.serving.worker import Worker
@@ -38,6 +39,8 @@ class Model:
     names: TokenNames
     chats: Chats
     capacity: Capacity
+    most_characters: int
+    """Characters that the longest tokens could make of a full context: a longer text is not even encoded."""
 
     @classmethod
     def of(cls, served: ServedModel) -> Model:
@@ -46,10 +49,14 @@ class Model:
         pool = engine.scheduler.pool
         modes = MODES if engine.has_module else ("autoregressive",)
         capacity = Capacity(engine.max_positions, pool.count * pool.size, pool.size, modes)
-        return cls(served.worker, tokenizer, TokenNames(tokenizer), Chats(tokenizer), capacity)
+        names = TokenNames(tokenizer)
+        # bytes, so that it is right for tokens that are parts of characters
+        longest = max((len(names.bytes_of(one)) for one in tokenizer.token_ids), default=1)
+        return cls(served.worker, tokenizer, names, Chats(tokenizer), capacity, capacity.context * max(longest, 1))
 
     async def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Token ids of a text. Raises ApiError (400) for a text that cannot be encoded."""
+        """Token ids of a text. Raises ApiError (400) for a text that cannot be encoded, or that cannot fit."""
+        self._check_length(len(text), "prompt")
         encode = functools.partial(self.tokenizer.encode, text, parse_special=parse_special)
         try:
             return encode() if len(text) < _LONG else await asyncio.to_thread(encode)
@@ -58,11 +65,21 @@ class Model:
 
     async def encode_chat(self, chat: ChatFields) -> list[int]:
         """Token ids of a chat, rendered by the model's template. Raises ApiError (400)."""
+        self._check_length(sum(len(message.text) for message in chat.messages), "messages")
         # in a thread: the first call imports the renderer, and a template may be slow
         try:
             return await asyncio.to_thread(self.chats.encode, chat)
         except DataError as error:
             raise invalid(str(error), "messages") from error
+
+    def _check_length(self, characters: int, param: str) -> None:
+        if characters > self.most_characters:
+            raise invalid(
+                f"{param}: {characters} characters, more than the model's context of {self.capacity.context} tokens can "
+                f"hold (at most {self.most_characters}): shorten it",
+                param,
+                "context_length_exceeded",
+            )
 
 
 class Service:
@@ -79,9 +96,9 @@ class Service:
         self._lock = asyncio.Lock()
         self._requests = 0
 
-    async def model(self, name: str | None = None) -> Model:
+    async def model(self, request: Request, name: str | None = None) -> Model:
         """The model. Raises ApiError: 503 if no request is taken now, 404 if it is not the one named."""
-        self.check_ready()
+        self._check_ready(request)
         if name is not None and name != self.settings.model_name:
             raise ApiError(
                 404,
@@ -95,18 +112,27 @@ class Service:
                 self._model = await asyncio.to_thread(Model.of, self.state.model)
         return self._model
 
-    def check_ready(self) -> None:
-        """Raises ApiError (503) if no request is taken now."""
+    def shows_causes(self, request: Request) -> bool:
+        """Whether the client may see why the engine failed."""
+        return sees_causes(request.headers.get("authorization"), self.settings.host, self.settings.api_keys)
+
+    def check_alive(self, request: Request) -> None:
+        """Raises ApiError (503) if the server does not do its work any more."""
+        problem = self.state.problem
+        if problem is not None:
+            shown = problem if self.shows_causes(request) else ENGINE_FAILED
+            raise unavailable(shown, "failed", self.settings.retry_after)
+
+    def _check_ready(self, request: Request) -> None:
         state, retry_after = self.state, self.settings.retry_after
-        if state.problem is not None:
-            raise unavailable(state.problem, "failed", retry_after)
+        self.check_alive(request)
         if state.draining:
             raise unavailable("the server is shutting down and takes no new requests", "draining", retry_after)
         if state.model is None:
             raise unavailable("the model is being loaded: try again later", "loading", retry_after)
 
     def take_slot(self) -> Callable[[], None]:
-        """Counts a generating request until the returned function is called. Raises ApiError (429) if there are too many."""
+        """Counts a request with a body until the returned function is called. Raises ApiError (429) if there are too many."""
         most = self.settings.max_requests
         if self._requests >= most:
             raise busy(

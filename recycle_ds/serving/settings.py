@@ -19,6 +19,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Valid API keys; without any, no key is needed."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names, besides its own, under which clients may ask a loopback server (header `Host`)."""
     max_body_bytes: int = 4 * 2**20
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
@@ -28,11 +30,15 @@ class ServerSettings:
     max_prompts: int = 64
     """Most prompts of one completion request."""
     max_requests: int = 256
-    """Most generating requests at once, queued ones included. More get 429."""
+    """Most requests with a body at once, queued ones included. More get 429."""
+    max_connections: int = 512
+    """Most open connections. More get 503 and are closed."""
+    max_priority: int = 0
+    """How far a request may raise itself above others: its `priority` is at least minus this."""
     request_seconds: float = 600.0
     """Time for a complete answer."""
     body_seconds: float = 30.0
-    """Time for a client to send the body of its request."""
+    """Time for a client to send the head of its request, and for its body."""
     write_seconds: float = 60.0
     """Time for a client to read what is sent before its request is cancelled."""
     keep_alive_seconds: float = 15.0

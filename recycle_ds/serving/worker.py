@@ -49,6 +49,8 @@ class Worker:
 
     def __init__(self, engine: DecodingEngine, *, max_queued: int = 256, keep_alive: float = 60.0) -> None:
         self.engine, self.max_queued, self._keep_alive = engine, max_queued, keep_alive
+        self.most_answers = engine.scheduler.max_batch + max_queued
+        """Answers that can be decoded and wait at once."""
         self.failure: str | None = None
         """Why the engine broke, in one line."""
         self.error: Exception | None = None
@@ -97,7 +99,7 @@ class Worker:
         prompt = list(prompt_ids)
         self._refuse_if_closed()
         self.engine.check(prompt, params, mode)
-        most = self.engine.scheduler.max_batch + self.max_queued
+        most = self.most_answers
         if params.n > most:
             raise DecodingError(f"n={params.n}: this server decodes and queues at most {most} answers (--max-queued)")
         channel = Channel(asyncio.get_running_loop(), params.n)

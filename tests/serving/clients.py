@@ -37,14 +37,16 @@ def post(
 ) -> bytes:
     """A request as bytes. declared: its content-length; by default the right one."""
     length = len(content) if declared is None else declared
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n"
     head += f"x-request-id: {request_id}\r\n" if request_id else ""
     return f"{head}connection: close\r\n\r\n".encode() + content
 
 
 def chunked(path: str, pieces: list[bytes]) -> bytes:
     """A request whose body has no declared length."""
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
+    )
     body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
     return f"{head}connection: close\r\n\r\n".encode() + body + b"0\r\n\r\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -15,8 +16,13 @@ import openai
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.serving.conduct.event_stream import EventStream, SlowReader, event
+from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.serving.answers.answering import Answering, Task
+from recycle_ds.serving.answers.tokens import TokenNames
+from recycle_ds.serving.conduct.event_stream import EventStream, SlowReader, bounded, event
 from recycle_ds.serving.process.listening import listen
+from recycle_ds.serving.protocol.errors import ApiError
 from tests.serving.servers import NAME, TEXT, Server, serving, until
 from tests.unit.inference.engine.requests import memory_of
 
@@ -43,6 +49,12 @@ def slow(loaded: LoadedModel) -> Iterator[Server]:
         server.wait_idle()
 
 
+def head_of(path: str, length: int) -> bytes:
+    """The head of a request with a body of so many bytes."""
+    kind = "content-type: application/json\r\n"
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{kind}content-length: {length}\r\n\r\n".encode()
+
+
 def ended(server: Server, how: str) -> list[dict[str, Any]]:
     return [line for line in server.lines if line.get("ended") == how]
 
@@ -58,8 +70,7 @@ def test_a_client_that_goes_away_ends_its_generation(slow: Server, stream: bool,
         body["messages"] = [{"role": "user", "content": "hi"}]
     content = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", int(slow.url.rpartition(":")[2]))) as connection:
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
+        connection.sendall(head_of(path, len(content)) + content)
         until(lambda: slow.worker.statistics().new_tokens > tokens + 2)
     slow.wait_idle()
     until(lambda: len(ended(slow, "disconnected")) == before + 1)
@@ -90,15 +101,16 @@ def test_a_client_that_does_not_read_holds_nobody_up(slow: Server) -> None:
     with socket.socket() as sleeper:
         sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sleeper.connect(("127.0.0.1", int(slow.url.rpartition(":")[2])))
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         sleeper.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         answer = slow.client().completions.create(model=NAME, prompt="the", max_tokens=5)
         assert answer.usage is not None and answer.usage.completion_tokens > 0
         slow.wait_idle()
 
 
-def test_a_reader_that_is_too_slow_is_dropped() -> None:
-    """Prevents connections that stay open for ever because nobody reads them."""
+@pytest.mark.parametrize("read", [0, 3])
+def test_a_reader_that_is_too_slow_is_dropped(read: int) -> None:
+    """Prevents connections that stay open for ever because nobody reads them. read: messages, with the response's start."""
     closed, results = [], []
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
@@ -114,17 +126,182 @@ def test_a_reader_that_is_too_slow_is_dropped() -> None:
         async def send(message: Any) -> None:
             nonlocal sent
             sent += 1
-            if sent > 3:
+            if sent > read:
                 await asyncio.sleep(60)  # as uvicorn does while the socket's buffer is full
 
         async def receive() -> Any:
             await asyncio.sleep(60)
 
-        stream = EventStream(chunks(), keep_alive_seconds=5, write_seconds=0.05, on_end=results.append)
-        await stream({"type": "http"}, receive, send)
+        stream = EventStream(chunks(), keep_alive_seconds=5, on_end=results.append)
+        await stream({"type": "http"}, receive, bounded(send, 0.05))
 
     asyncio.run(serve())
-    assert closed == [True] and [type(one) for one in results] == [SlowReader]
+    assert [type(one) for one in results] == [SlowReader] and closed == ([True] if read else [])
+
+
+def test_a_response_that_cannot_start_holds_no_place(loaded: LoadedModel) -> None:
+    """Prevents a client that reads nothing from keeping a request's place, its answer or its connection for ever: its
+    responses to earlier requests fill the connection, and the last one cannot even begin."""
+    large = json.dumps(LONG | {"n": 16, "logprobs": 10, "max_tokens": 30}).encode()
+    stream = json.dumps(LONG | {"stream": True}).encode()
+    path = "/v1/completions"
+    with serving(loaded, send_buffer=4096, write_seconds=0.3, max_requests=1) as server, socket.socket() as sleeper:
+        sent = server.http().post(path, content=large, headers={"content-type": "application/json"})
+        assert len(sent.content) > 100_000, "fits into the buffers: the test has no power"
+        sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sleeper.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        sleeper.sendall(head_of(path, len(large)) + large + head_of(path, len(stream)) + stream)
+        until(lambda: ended(server, "slow_reader") != [])
+        assert [line["ended"] for line in server.lines] == ["complete", "complete", "slow_reader"]
+        server.wait_idle()
+        assert server.http().post(path, json=LONG).status_code == 200
+        server.clients[-1].close()
+        server.clients[0].close()
+        until(lambda: not server.http_server.server_state.connections)
+
+
+def test_the_time_for_an_answer_begins_with_it(loaded: LoadedModel) -> None:
+    """Prevents answers whose time never begins because nobody reads them."""
+    with serving(loaded) as server:
+        slow_down(server, 0.05)
+        task = Task([[1, 2, 3]], SamplingParams(max_new_tokens=100, ignore_eos=True), "verified", seconds=0.2)
+
+        async def ask() -> None:
+            answering = Answering(server.worker, loaded.tokenizer, task)
+            while server.worker.open:
+                await asyncio.sleep(0.01)
+            with pytest.raises(ApiError, match=r"not complete after 0\.2 s"):
+                async for _ in answering.steps():
+                    pass
+
+        asyncio.run(ask())
+        server.wait_idle()
+
+
+def test_connections_without_a_request_end(loaded: LoadedModel) -> None:
+    """Prevents connections that send nothing, or a head that never ends, from staying open; streams must outlast the limit."""
+    with serving(loaded, body_seconds=0.4, max_connections=3) as server:
+        slow_down(server)
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for sent in (
+            b"",
+            b"GET /health HTTP/1.1\r\nhost: local",
+            b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /he",
+        ):
+            with socket.create_connection(address, timeout=30) as connection:
+                for byte in (sent[:-1], sent[-1:]):  # the last one comes when an earlier request has been answered
+                    connection.sendall(byte)
+                    time.sleep(0.05)
+                data = b""
+                while part := connection.recv(4096):
+                    data += part
+                assert data.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+        stream = server.client().completions.create(model=NAME, prompt="the", max_tokens=60, stream=True)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] is not None
+
+
+def test_connections_are_limited(loaded: LoadedModel) -> None:
+    """Prevents connections from using up all of the process's files."""
+    with serving(loaded, max_connections=2, retry_after=7) as server, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(address))
+        until(lambda: len(server.http_server.server_state.connections) == 2)
+        with socket.create_connection(address, timeout=30) as third:
+            data = b""
+            while part := third.recv(4096):
+                data += part
+            assert data.startswith(b"HTTP/1.1 503 ") and b"\r\nretry-after: 7\r\n" in data
+            assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
+        stack.close()
+        until(lambda: not server.http_server.server_state.connections)
+        assert server.http().get("/health").status_code == 200
+
+
+def test_texts_that_cannot_fit_are_not_encoded(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents megabytes of text from being encoded for nothing, and texts that fit from being refused."""
+    with serving(loaded, max_body_bytes=2**20) as server:
+        http, names = server.http(), TokenNames(loaded.tokenizer)
+        encoded: list[int] = []
+        encode = Tokenizer.encode
+        monkeypatch.setattr(
+            Tokenizer,
+            "encode",
+            lambda self, text, **options: (encoded.append(len(text)), encode(self, text, **options))[1],
+        )
+        context = http.get("/v1/models").json()["data"][0]["max_model_len"]
+        most = context * max(len(names.bytes_of(one)) for one in loaded.tokenizer.token_ids)
+        assert http.post("/tokenize", json={"prompt": "a" * most}).status_code == 200 and encoded == [most]
+        for path, body, param in (
+            ("/tokenize", {"prompt": "a" * (most + 1)}, "prompt"),
+            ("/v1/completions", {"prompt": "a" * (most + 1)}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * (most + 1)}]}, "messages"),
+        ):
+            error = http.post(path, json=body).json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert len(encoded) == 1
+
+
+def test_every_body_needs_a_place(loaded: LoadedModel) -> None:
+    """Prevents bodies and texts from being read without limit: the place is taken before the body comes."""
+    with serving(loaded, max_requests=1) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        http = server.http()
+        with socket.create_connection(address) as connection:
+            connection.sendall(head_of("/tokenize", 50) + b"{")
+            until(lambda: "recycle_requests_running 1.0" in http.get("/metrics").text)
+            for path in ("/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions"):
+                assert http.post(path, json={}).status_code == 429
+        until(lambda: "recycle_requests_running 0.0" in http.get("/metrics").text)
+        assert http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+
+
+def test_priority_is_limited(loaded: LoadedModel) -> None:
+    """Prevents a client from starving all others: lower priorities run first."""
+    for most in (0, 5):
+        with serving(loaded, max_priority=most) as server:
+            for priority, status in ((-most - 1, 400), (-most, 200), (1000, 200)):
+                answer = server.http().post("/v1/completions", json={"prompt": "a", "priority": priority})
+                assert answer.status_code == status
+                assert status == 200 or answer.json()["error"]["param"] == "priority"
+
+
+def test_no_redirects(server: Server) -> None:
+    """Prevents a slash at the end from sending a client, with its key and prompt, to whatever host the request names."""
+    found = server.http().post("/v1/completions/", json={"prompt": "a"})
+    assert found.status_code == 404 and "location" not in found.headers
+
+
+def test_probes_by_head(server: Server) -> None:
+    """Prevents load balancers that probe with HEAD from taking the server for dead."""
+    for path in ("/health", "/ready"):
+        found = server.http().head(path)
+        assert found.status_code == 200 and not found.content
+
+
+def test_the_client_in_the_log_is_the_connection(server: Server) -> None:
+    """Prevents a client from choosing the address that is logged for it."""
+    server.http().get("/nothing/forged", headers={"x-forwarded-for": "203.0.113.9", "x-forwarded-proto": "https"})
+    until(lambda: any(line["path"] == "/nothing/forged" for line in server.lines))
+    assert [line["client"] for line in server.lines if line["path"] == "/nothing/forged"] == ["127.0.0.1"]
+
+
+def test_names_of_a_loopback_server(loaded: LoadedModel) -> None:
+    """Prevents a web page whose name points to this machine (DNS rebinding) from using the server, and names that users do
+    use from being refused."""
+    with serving(loaded, allowed_hosts=("llm.example",)) as server:
+        http = server.http()
+        for name, status in (
+            ("evil.example", 403),
+            ("localhost.evil.example:80", 403),
+            ("", 403),
+            ("LLM.example:443", 200),
+        ):
+            found = http.get("/ready", headers={"host": name})
+            assert found.status_code == status
+            assert status == 200 or found.json()["error"]["code"] == "host_not_allowed"
+        for name in ("localhost", "localhost:1234", "127.0.0.1", "[::1]:8000"):
+            assert http.post("/v1/completions", json={"prompt": "a"}, headers={"host": name}).status_code == 200
 
 
 def test_tokens_are_sent_at_once() -> None:
@@ -180,6 +357,12 @@ def test_answers_that_take_too_long_end(loaded: LoadedModel) -> None:
                     model=NAME, prompt="the", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
                 )
             )
+        before = len(server.lines)
+        with pytest.raises(openai.InternalServerError):  # not repeated: it would take as long again
+            server.client().with_options(max_retries=2).completions.create(
+                model=NAME, prompt="the", max_tokens=100, extra_body={"ignore_eos": True}
+            )
+        assert len(server.lines) == before + 1
         text = server.http().post("/v1/completions", json=LONG | {"stream": True}).text
         assert text.endswith("data: [DONE]\n\n") and '"code":"timeout"' in text
         server.wait_idle()
@@ -203,8 +386,18 @@ def test_more_requests_than_the_server_takes(loaded: LoadedModel) -> None:
         assert all(one.headers["retry-after"] == "7" and one.json()["error"]["code"] == "queue_full" for one in refused)
         server.wait_idle()
         assert server.http().post("/v1/completions", json=LONG | {"n": 2}).status_code == 200
-        with pytest.raises(openai.RateLimitError):
-            server.client().completions.create(model=NAME, prompt=["a", "b", "c"], max_tokens=50)
+        server.wait_idle()
+
+
+def test_more_answers_than_the_server_ever_takes(loaded: LoadedModel) -> None:
+    """Prevents clients from trying again for ever what can never be taken."""
+    with serving(loaded, max_queued=1, engine={"max_batch": 2}) as server:
+        client = server.client()
+        for prompts, n, param in ((["a", "b"], 2, "prompt"), (["a"], 4, "n"), (["a", "b", "c", "d"], 1, "prompt")):
+            with pytest.raises(openai.BadRequestError, match="at most 3") as found:
+                client.completions.create(model=NAME, prompt=prompts, n=n)
+            assert found.value.param == param
+        assert len(client.completions.create(model=NAME, prompt=["a", "b", "c"], max_tokens=2).choices) == 3
         server.wait_idle()
 
 
@@ -225,8 +418,7 @@ def test_bodies_have_limits(loaded: LoadedModel) -> None:
         for found in (declared, chunked):
             assert found.status_code == 413 and found.json()["error"]["code"] == "body_too_large"
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
-            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
-            connection.sendall(head)
+            connection.sendall(head_of("/v1/completions", 50) + b"{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
             found = http.post(
@@ -340,6 +532,31 @@ def test_a_server_that_loads_drains_or_is_broken(loaded: LoadedModel) -> None:
         with pytest.raises(openai.APIError, match="the engine failed: RuntimeError: no memory"):
             list(stream)
         assert http.get("/health").status_code == 503 and http.post("/v1/completions", json=LONG).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen_by"),
+    [({}, {"all"}), ({"api_keys": ("a-key",)}, {"key"}), ({"host": "0.0.0.0"}, set())],
+)
+def test_who_sees_why_the_engine_failed(loaded: LoadedModel, settings: dict[str, Any], seen_by: set[str]) -> None:
+    """Prevents paths, hosts and memory of the machine from being shown to strangers, and clients that repeat a request that
+    breaks the engine."""
+    with serving(loaded, **settings) as server, httpx.Client(base_url=server.url, trust_env=False) as stranger:
+
+        def fail() -> Any:
+            raise RuntimeError("no memory at /secret")
+
+        server.worker.engine.step = fail  # type: ignore[method-assign]
+        http = server.http()
+        answer = http.post("/v1/completions", json=LONG)
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "failed"
+        assert answer.headers["x-should-retry"] == "false"
+        known = [answer, *(http.get(path) for path in ("/health", "/ready")), http.post("/v1/completions", json=LONG)]
+        unknown = [stranger.get(path) for path in ("/health", "/ready")]
+        assert [one.status_code for one in (*known[1:], *unknown)] == [503] * 5
+        for found, visible in ((known, bool(seen_by)), (unknown, seen_by == {"all"})):
+            assert {"secret" in one.text for one in found} == {visible}
+            assert all("the engine failed" in one.text for one in found)
 
 
 def test_logs_and_ids(server: Server) -> None:

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from tests.serving.servers import NAME, TEXT, Server
-
-lm_eval = pytest.importorskip("lm_eval")
 
 ROWS = [
     {"context": "the cat sat", "choices": [" on the mat", " na\u00efve", "\uc774"], "answer": 0},

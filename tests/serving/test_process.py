@@ -151,9 +151,14 @@ def test_a_second_signal_ends_the_server_at_once(model_folder: Path, tmp_path: P
 
 
 def test_a_broken_engine_ends_the_server(model_folder: Path, tmp_path: Path) -> None:
-    """Prevents a server that answers nothing any more and is not restarted, and clients that wait for it."""
-    with started(tmp_path, model_folder, module="tests.serving.hindered", STEP_SECONDS="0.01", FAIL_AT="30") as server:
+    """Prevents a server that answers nothing any more and is not restarted, clients that wait for it, and a client that
+    never sends the rest of its request and so keeps the process from ending."""
+    hindered = {"module": "tests.serving.hindered", "STEP_SECONDS": "0.01", "FAIL_AT": "30"}
+    with started(tmp_path, model_folder, "--body-seconds", "900", **hindered) as server, socket.socket() as silent:
         server.until_ready()
+        silent.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        silent.sendall(f"{head}content-length: 50\r\n\r\n{{".encode())
         reader = Reader(server, 110)
         until(lambda: server.status("/health") == 503)
         assert server.client.get(f"{server.url}/health").json()["error"]["code"] == "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -19,8 +20,8 @@ TIME = ("--time=10",)
 
 
 def test_a_server_that_is_drained_at_the_end_of_its_job(jobs: Jobs, tmp_path: Path) -> None:
-    """Prevents a server whose address nobody finds, ranks that do not form one model, and a job that is requeued, fails or
-    stays after a planned end."""
+    """Prevents a server whose address nobody finds, ranks that do not form one model, and a job that is requeued, fails,
+    stays, or cuts off an open stream at a planned end."""
     model = tmp_path / "tiny"
     write_model(make_model(tmp_path / "source"), model)
     job = jobs.submit("serve.sbatch", "--model", str(model), "--tensor", "2", options=TIME, nodes=2, tasks=1)
@@ -34,8 +35,17 @@ def test_a_server_that_is_drained_at_the_end_of_its_job(jobs: Jobs, tmp_path: Pa
     tokens = Tokenizer.load(model).encode("the cat")
     answer = httpx.post(f"{url}/v1/completions", json={"prompt": tokens, "max_tokens": 8}, timeout=60, trust_env=False)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8, answer.text
-    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    # a request that takes many batches, so that it is open when the job must end
+    body = {"prompt": [tokens] * 16, "n": 16, "max_tokens": 90, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: "), "the stream has not begun"
+        jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    reasons = [choice["finish_reason"] for event in events for choice in event.get("choices", ())]
+    assert reasons.count("length") == 256 and not [event for event in events if "error" in event], jobs.log(job)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     assert jobs.field(job, "Restarts") == "0", jobs.log(job)
-    assert '"the job ends: 0 answers are completed' in jobs.log(job)
+    completed = re.search(r'"the job ends: (\d+) answers are completed', jobs.log(job))
+    assert completed is not None and int(completed[1]) > 0, jobs.log(job)
     assert jobs.log(job).splitlines()[-1].endswith("the ranks exited with code 0, outcome: finished"), jobs.log(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,16 @@ from recycle_ds.serving.answers.sampling import as_invalid
 from recycle_ds.serving.answers.text import AnswerText, TokenText
 from recycle_ds.serving.answers.usage import Usage
 from recycle_ds.serving.events import Delta, Event, Failed, Finished
-from recycle_ds.serving.protocol.errors import ApiError, busy, internal, timeout, unavailable
+from recycle_ds.serving.protocol.errors import (
+    ENGINE_FAILED,
+    ApiError,
+    busy,
+    failed,
+    internal,
+    invalid,
+    timeout,
+    unavailable,
+)
 from recycle_ds.serving.refusals import Draining, QueueFull, WorkerError
 from recycle_ds.serving.streams import Stream
 from recycle_ds.serving.worker import Worker
@@ -39,7 +49,8 @@ class Step:
 @dataclass(frozen=True)
 class Task:
     """What is to be decoded. by_token: whether single tokens are reported. prompt_only: whether
-    only prompts are asked for. seconds: time for all of it."""
+    only prompts are asked for. seconds: time for all of it. shows_causes: whether the client may see why the engine
+    failed."""
 
     prompts: Sequence[list[int]]
     params: SamplingParams
@@ -50,6 +61,7 @@ class Task:
     prompt_only: bool = False
     seconds: float = 600.0
     retry_after: int = 2
+    shows_causes: bool = True
 
 
 class Answering:
@@ -59,7 +71,8 @@ class Answering:
         self, worker: Worker, tokenizer: Tokenizer, task: Task, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         """Submits everything, or nothing. Raises ApiError for a request that cannot be taken."""
-        self.task, self._clock = task, clock
+        self.task, self._worker, self._clock = task, worker, clock
+        check_count(len(task.prompts), task.params.n, worker.most_answers)
         self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)), task.prompt_only)
         hidden = tokenizer.end_ids | set(task.params.stop_tokens)
         self._texts = [
@@ -70,6 +83,9 @@ class Answering:
         self._unfinished = len(self._texts)
         self._expired = False
         self._streams: list[Stream] = []
+        # from now on, whether or not somebody reads; the timer does not keep alive what nobody uses any more
+        reference = weakref.ref(self)
+        self._expiry = asyncio.get_running_loop().call_later(task.seconds, _expire, reference)
         try:
             for prompt in task.prompts:  # a lower priority is earlier, as in vLLM
                 stream = worker.submit(prompt, task.params, task.mode, priority=-task.priority, rejected=task.rejected)
@@ -79,11 +95,12 @@ class Answering:
             if isinstance(error, DecodingError):
                 raise as_invalid(error) from error
             if isinstance(error, WorkerError):
-                raise refusal(error, task.retry_after) from error
+                raise refusal(error, task.retry_after, task.shows_causes) from error
             raise
 
     def cancel(self) -> None:
         """Ends what still runs and frees its memory."""
+        self._expiry.cancel()
         for stream in self._streams:
             stream.cancel()
 
@@ -92,13 +109,11 @@ class Answering:
 
         Whatever ends the iteration cancels the rest.
         """
-        expiry = asyncio.get_running_loop().call_later(self.task.seconds, self._expire)
         events = self._events()
         try:
             async for number, event in events:
                 if isinstance(event, Failed):
-                    message = f"the answer was not completed: {event.error}"
-                    raise ApiError(500, message, kind="server_error", code="failed")
+                    raise failed(f"the answer was not completed: {self._shown(event.error)}")
                 step = self._take(number, event)
                 if step is not None:
                     yield step
@@ -107,13 +122,12 @@ class Answering:
             if self._unfinished:
                 raise internal()
         finally:
-            expiry.cancel()
             self.cancel()
             await events.aclose()
 
-    def _expire(self) -> None:
-        self._expired = True
-        self.cancel()
+    def _shown(self, cause: str) -> str:
+        """Why the engine ended an answer, for the client."""
+        return cause if self.task.shows_causes or self._worker.failure is None else ENGINE_FAILED
 
     def _take(self, number: int, event: Delta | Finished) -> Step | None:
         """The step that an event of a prompt's stream makes; None for tokens that release nothing yet."""
@@ -155,8 +169,28 @@ class Answering:
                 task.cancel()
 
 
-def refusal(error: WorkerError, retry_after: int) -> ApiError:
+def _expire(reference: weakref.ref[Answering]) -> None:
+    answering = reference()
+    if answering is not None:
+        answering._expired = True
+        answering.cancel()
+
+
+def check_count(prompts: int, n: int, most: int) -> None:
+    """Raises ApiError (400) for a request with more answers than can ever be decoded and wait."""
+    if prompts * n <= most:
+        return
+    raise invalid(
+        f"{prompts} prompts with n={n} are {prompts * n} answers, this server decodes and queues at most {most} "
+        "(--max-batch and --max-queued); ask for fewer at once",
+        "prompt" if prompts > 1 else "n",
+    )
+
+
+def refusal(error: WorkerError, retry_after: int, shows_causes: bool) -> ApiError:
     """Why the worker takes no request now, for the client."""
     if isinstance(error, QueueFull):
         return busy(str(error), retry_after)
-    return unavailable(str(error), "draining" if isinstance(error, Draining) else "failed", retry_after)
+    if isinstance(error, Draining):
+        return unavailable(str(error), "draining", retry_after)
+    return unavailable(str(error) if shows_causes else ENGINE_FAILED, "failed", retry_after)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from recycle_ds.serving.conduct.disconnects import ClientGone, unless_disconnected
 from recycle_ds.serving.protocol.errors import ApiError, internal
@@ -24,6 +24,18 @@ class SlowReader(ClientGone):
     """The client has not read what was sent for too long."""
 
 
+def bounded(send: Send, seconds: float) -> Send:
+    """`send`, which raises SlowReader for a message that waits longer than `seconds` for the client to read."""
+
+    async def sending(message: Message) -> None:
+        try:
+            await asyncio.wait_for(send(message), seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise SlowReader from None
+
+    return sending
+
+
 class EventStream(Response):
     """Sends JSON objects as events. An error in the middle becomes an event, since the status has been sent."""
 
@@ -34,14 +46,13 @@ class EventStream(Response):
         events: AsyncGenerator[dict[str, Any], None],
         *,
         keep_alive_seconds: float,
-        write_seconds: float,
         on_end: Callable[[BaseException | None], None],
     ) -> None:
         """on_end: called once with the error that ended the stream, or None."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end
-        self._keep_alive_seconds, self._write_seconds = keep_alive_seconds, write_seconds
+        self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response. Raises an error of the server itself when the client has been told of it."""
@@ -94,12 +105,7 @@ class EventStream(Response):
                     await following
 
     async def _write(self, send: Send, body: bytes, last: bool = False) -> None:
-        """Sends a part. The server waits in here while the client does not read."""
-        try:
-            message = {"type": "http.response.body", "body": body, "more_body": not last}
-            await asyncio.wait_for(send(message), self._write_seconds)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise SlowReader from None
+        await send({"type": "http.response.body", "body": body, "more_body": not last})
 
 
 def event(content: dict[str, Any]) -> bytes:

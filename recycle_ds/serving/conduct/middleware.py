@@ -9,9 +9,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recycle_ds.serving.access import is_allowed
+from recycle_ds.serving.access import is_allowed, is_host_allowed
 from recycle_ds.serving.conduct.disconnects import ClientGone
-from recycle_ds.serving.conduct.event_stream import SlowReader
+from recycle_ds.serving.conduct.event_stream import SlowReader, bounded
 from recycle_ds.serving.conduct.log import Record, request_id
 from recycle_ds.serving.protocol.errors import ApiError, internal
 from recycle_ds.serving.service import Service
@@ -39,27 +39,50 @@ class Conduct:
             started=service.clock(),
         )
         scope.setdefault("state", {})["record"] = record
+        bounded_send = bounded(send, service.settings.write_seconds)
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.request_id
-            await send(message)
+            await bounded_send(message)
 
         try:
-            self._check(scope, headers)
-            await self._app(scope, _Body(receive, service).receive, sending)
+            try:
+                await self._serve(scope, headers, receive, sending)
+            except ClientGone:
+                raise
+            except Exception as error:
+                await self._answer(error, record, scope, receive, sending)
         except ClientGone as error:
             record.status = record.status or _GONE
             record.ended = "slow_reader" if isinstance(error, SlowReader) else "disconnected"
-        except Exception as error:
-            await self._answer(error, record, scope, receive, sending)
         finally:
             self._finish(record, scope)
+
+    async def _serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        self._check(scope, headers)
+        body = _Body(receive, self._service).receive
+        if scope["method"] != "POST":
+            await self._app(scope, body, send)
+            return
+        # taken before the body is read: bodies take memory, and their texts take time to encode
+        release = self._service.take_slot()
+        try:
+            await self._app(scope, body, send)
+        finally:
+            release()
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises ApiError for a request that no route needs to see."""
         settings = self._service.settings
+        if not is_host_allowed(headers.get("host"), settings.host, settings.allowed_hosts, settings.api_keys):
+            raise ApiError(
+                403,
+                f"host {headers['host'][:80]!r}: not a name of this server; ask for 127.0.0.1 or localhost, or start it with "
+                "--allowed-host NAME",
+                code="host_not_allowed",
+            )
         if not is_allowed(scope["path"], headers.get("authorization"), settings.api_keys):
             raise ApiError(
                 401,

@@ -68,6 +68,9 @@ class HttpServer:
                 self._state.failure = self._state.problem or f"the server could not start: {engine.error}"
                 await asyncio.sleep(_GRACE)
         finally:
+            # however it ends: clients that neither send nor read do not hold up the end of the process
+            seconds = max(self._http.config.timeout_graceful_shutdown or 0, math.ceil(_FLUSH))
+            self._http.config.timeout_graceful_shutdown = seconds
             self._http.should_exit = True
             await serving
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 INVALID = "invalid_request_error"
+ENGINE_FAILED = "the engine failed; the server's log has the reason"
+"""What clients get that may not see the reason."""
+_NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients repeat every 5xx unless this header forbids it."""
 
 
 class ApiError(Exception):
@@ -52,7 +56,12 @@ def internal(message: str = "internal error; the server's log has the details un
     return ApiError(500, message, kind="server_error", code="internal_error")
 
 
+def failed(message: str) -> ApiError:
+    """An answer that cannot be completed because the engine broke or the server shuts down: 500."""
+    return ApiError(500, message, kind="server_error", code="failed", headers=_NO_RETRY)
+
+
 def timeout(seconds: float) -> ApiError:
     """An answer that took too long: 504."""
     message = f"the answer was not complete after {seconds:g} s: lower max_tokens, or raise the server's time limit"
-    return ApiError(504, message, kind="timeout_error", code="timeout")
+    return ApiError(504, message, kind="timeout_error", code="timeout", headers=_NO_RETRY)

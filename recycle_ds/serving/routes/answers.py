@@ -31,7 +31,7 @@ async def create_completion(request: Request) -> Response:
     """Continues prompts."""
     service = service_of(request)
     fields = parse(CompletionRequest, await service.body(request))
-    model = await service.model(fields.model)
+    model = await service.model(request, fields.model)
     prompts = fields.prompts
     if len(prompts) > service.settings.max_prompts:
         most = service.settings.max_prompts
@@ -52,7 +52,7 @@ async def create_completion(request: Request) -> Response:
         pairs = zip(ids, texts, strict=True)
         echoed = [EchoedPrompt.of(model.tokenizer, model.names, one, text) for one, text in pairs]
     shape = CompletionFormat(parts, fields.n or 1, echoed, drop_answer=fields.max_tokens == 0)
-    task = _task(service, model, fields, ids, mode, fields.logprobs, scores)
+    task = _task(request, service, model, fields, ids, mode, fields.logprobs, scores)
     return await _reply(request, service, model, fields, task, shape)
 
 
@@ -61,16 +61,17 @@ async def create_chat_completion(request: Request) -> Response:
     """Answers a chat."""
     service = service_of(request)
     fields = parse(ChatRequest, await service.body(request))
-    model = await service.model(fields.model)
+    model = await service.model(request, fields.model)
     ids = await model.encode_chat(fields)
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     mode = mode_of(fields, service.settings, model.capacity)
     shape = ChatFormat(ChoiceParts(model.names, details=bool(fields.token_details), logprobs=logprobs))
-    task = _task(service, model, fields, [ids], mode, logprobs, False)
+    task = _task(request, service, model, fields, [ids], mode, logprobs, False)
     return await _reply(request, service, model, fields, task, shape)
 
 
 def _task(
+    request: Request,
     service: Service,
     model: Model,
     fields: GenerationFields,
@@ -83,6 +84,13 @@ def _task(
     details, settings = bool(fields.token_details), service.settings
     if details and logprobs is None and mode != "alternate":
         logprobs = 0  # single tokens are shown with their probability
+    priority = fields.priority or 0
+    if priority < -settings.max_priority:
+        raise invalid(
+            f"priority={priority}: lower runs first, this server takes {-settings.max_priority} at least; give no less, or "
+            "restart the server with --max-priority",
+            "priority",
+        )
     params = params_of(
         fields,
         mode=mode,
@@ -96,12 +104,13 @@ def _task(
         prompts,
         params,
         mode,
-        priority=fields.priority or 0,
+        priority=priority,
         rejected=details,
         by_token=details or logprobs is not None,
         prompt_only=fields.max_tokens == 0,
         seconds=settings.request_seconds,
         retry_after=settings.retry_after,
+        shows_causes=service.shows_causes(request),
     )
 
 
@@ -110,18 +119,12 @@ async def _reply(
 ) -> Response:
     """Decodes a task for a client, until it is done or the client is gone."""
     record: Record = request.state.record
-    release = service.take_slot()
-    try:
-        answering = Answering(model.worker, model.tokenizer, task, service.clock)
-        answering.usage.started = record.started
-    except BaseException:
-        release()
-        raise
+    answering = Answering(model.worker, model.tokenizer, task, service.clock)
+    answering.usage.started = record.started
 
     def end(error: BaseException | None) -> None:
         """Frees everything and counts, once, however the request ended."""
         answering.cancel()
-        release()
         usage = answering.usage
         service.metrics.observe(usage, service.clock())
         figures = usage.figures()
@@ -144,11 +147,9 @@ async def _reply(
 
     reply = Reply(answering, shape, service.settings.model_name)
     if fields.stream:
-        settings = service.settings
         return EventStream(
             reply.chunks(fields.wants_usage, fields.wants_running_usage),
-            keep_alive_seconds=settings.keep_alive_seconds,
-            write_seconds=settings.write_seconds,
+            keep_alive_seconds=service.settings.keep_alive_seconds,
             on_end=end,
         )
     try:

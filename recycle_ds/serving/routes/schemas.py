@@ -40,6 +40,7 @@ def body_of(model: type[Body]) -> dict[str, Any]:
     texts = {
         "400": "A field is wrong.",
         "401": "No valid key.",
+        "403": "The host is not a name of this server.",
         "404": "No such model.",
         "413": "The body is too large.",
     }

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from recycle_ds.serving.protocol.errors import unavailable
 from recycle_ds.serving.service import Service, service_of
 
 router = APIRouter()
@@ -18,17 +17,17 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """The one model of this server."""
     service = service_of(request)
-    return JSONResponse({"object": "list", "data": [await _model(service, None)]})
+    return JSONResponse({"object": "list", "data": [await _model(service, request)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(request: Request, name: str) -> Response:
     """The model, by its name."""
-    return JSONResponse(await _model(service_of(request), name))
+    return JSONResponse(await _model(service_of(request), request, name))
 
 
-async def _model(service: Service, name: str | None) -> dict[str, Any]:
-    model, settings = await service.model(name), service.settings
+async def _model(service: Service, request: Request, name: str | None = None) -> dict[str, Any]:
+    model, settings = await service.model(request, name), service.settings
     modes = list(model.capacity.modes)
     return {
         "id": settings.model_name,
@@ -43,20 +42,19 @@ async def _model(service: Service, name: str | None) -> dict[str, Any]:
     }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether the process does its work: it loads, decodes or shuts down."""
-    service = service_of(request)
-    problem = service.state.problem
-    if problem is not None:
-        raise unavailable(problem, "failed", service.settings.retry_after)
+    service_of(request).check_alive(request)
     return JSONResponse({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Whether new requests are taken."""
-    await service_of(request).model()  # also reads what the first request needs
+    await service_of(request).model(request)  # also reads what the first request needs
     return JSONResponse({"status": "ready"})
 
 

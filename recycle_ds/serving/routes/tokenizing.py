@@ -21,7 +21,7 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text or of a rendered chat."""
     service = service_of(request)
     fields = parse(TokenizeRequest, await service.body(request))
-    model = await service.model(fields.model)
+    model = await service.model(request, fields.model)
     if fields.prompt is None:
         ids = await model.encode_chat(fields)
     else:
@@ -37,7 +37,7 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids, special tokens included. Bytes that are no text become U+FFFD."""
     service = service_of(request)
     fields = parse(DetokenizeRequest, await service.body(request))
-    model = await service.model(fields.model)
+    model = await service.model(request, fields.model)
     wrong = next((one for one in fields.tokens if one not in model.tokenizer.token_ids), None)
     if wrong is not None:
         raise invalid(f"tokens: {wrong} is not in the model's vocabulary of {len(model.tokenizer.token_ids)}", "tokens")
