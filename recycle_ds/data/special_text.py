@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import tokenizers
@@ -47,6 +47,23 @@ def special_tokens(
     return found
 
 
+def tokens_of_template(added: Mapping[str, int], template: str) -> dict[str, int]:
+    """The added tokens of a vocabulary that a chat template writes, and their ids: roles need not be marked as special.
+
+    Words and spaces, which some vocabularies have as added tokens, are not meant where a template contains them.
+    """
+    return {
+        token: i for token, i in added.items() if re.search(r"[^\w\s]", token) and len(token) > 2 and token in template
+    }
+
+
+def paired_tags(tokens: Iterable[str]) -> set[str]:
+    """Those that open and close a part of a text, such as `<think>` and `</think>`."""
+    known = set(tokens)
+    opening = {token for token in known if token.startswith("<") and f"</{token[1:]}" in known}
+    return opening | {f"</{token[1:]}" for token in opening}
+
+
 def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the tokens, the longest one first, as one group; nothing if there are none."""
     ordered = sorted(filter(None, tokens), key=len, reverse=True)
@@ -57,9 +74,15 @@ def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"(?={starts})({'|'.join(map(re.escape, ordered))})")
 
 
-def private_characters(used: Container[str]) -> Iterator[str]:
-    """Characters that no text has a meaning for, without those that are used: they can stand for special tokens."""
-    return (chr(code) for code in _PRIVATE if chr(code) not in used)
+def private_characters(used: Set[str]) -> Iterator[str]:
+    """Characters that no text has a meaning for, without those that are used: they can stand for special tokens.
+
+    used: a set of characters. Raises DataError when there are no more.
+    """
+    yield from (chr(code) for code in _PRIVATE if chr(code) not in used)
+    raise DataError(
+        "a text contains every private character (U+F0000 to U+10FFFF), and one must stand for each special token: remove some"
+    )
 
 
 class TextEncoder:
@@ -92,10 +115,13 @@ class TextEncoder:
         `encode_batch`.
         """
         written = frozenset("".join(parts[::2]))
-        if self._stand_ins is None or not written.isdisjoint(self._stand_ins.characters.values()):
-            self._stand_ins = _StandIns(self._tokenizer, self._tokens, written)
+        stand_ins = (
+            self._stand_ins
+        )  # read once: another thread may replace it by one whose characters this text contains
+        if stand_ins is None or not written.isdisjoint(stand_ins.characters.values()):
+            stand_ins = self._stand_ins = _StandIns(self._tokenizer, self._tokens, written)
         ids: list[int] = []
-        for number, token in self._stand_ins.encode(parts):
+        for number, token in stand_ins.encode(parts):
             ids += [self._tokens[token]] if token else self._without_special([number])
         return ids
 

@@ -63,6 +63,8 @@ class Tokenizer:
         """Ids range from 0 to this minus one. Not all of them need have a token."""
         self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         """Ids of special tokens (end of text, chat roles), which are not text."""
+        self.added_tokens = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        """Tokens beside those of the vocabulary's model, and their ids; not all of them are special."""
         self._named = special = special or SpecialIds()
         eos_id = self._special("eos_token", _KNOWN_EOS, special.eos)
         if eos_id is None:
@@ -171,14 +173,22 @@ class Tokenizer:
                 return self._text_encoder.encode_batch(texts)
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+    def encode_parts(self, parts: Sequence[str], also: Iterable[str] = ()) -> list[int]:
         """Ids of a text, a special token, a text and so on, as of one text in which only these tokens are special.
+
+        Args:
+            parts: the text, divided.
+            also: added tokens that are text in these texts although they are not marked as special.
 
         Raises:
             DataError: as `encode_batch`.
         """
         with encoding_errors(self.name):
-            return self._text_encoder.encode_parts(parts)
+            more = frozenset((*parts[1::2], *also)).difference(self.special_tokens)
+            if more not in self._encoders:
+                tokens = self.special_tokens | {token: self.added_tokens[token] for token in sorted(more)}
+                self._encoders[more] = TextEncoder(self._json, tokens, self.name)
+            return self._encoders[more].encode_parts(parts)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -223,6 +233,11 @@ class Tokenizer:
     @functools.cached_property
     def _text_encoder(self) -> TextEncoder:
         return TextEncoder(self._json, self.special_tokens, self.name)
+
+    @functools.cached_property
+    def _encoders(self) -> dict[frozenset[str], TextEncoder]:
+        """By the tokens that are special in a chat in addition to `special_tokens`."""
+        return {frozenset(): self._text_encoder}
 
     def _id_of(self, token: str) -> int | None:
         try:

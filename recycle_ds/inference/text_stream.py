@@ -8,6 +8,7 @@ from recycle_ds.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
+_MOST_PENDING = 32  # ids that are decoded again with each new one
 
 
 class TextStream:
@@ -48,6 +49,8 @@ class TextStream:
         self._shown = max(self._shown, end)
         if text and not held:
             self._context, self._pending, self._shown = self._pending, [], 0
+        elif len(self._pending) > _MOST_PENDING:
+            self._shorten(text)
         return piece
 
     def flush(self) -> str:
@@ -58,6 +61,25 @@ class TextStream:
         self._context, self._pending, self._shown = [], [], 0
         return piece
 
+    def _shorten(self, text: str) -> None:
+        """Drops ids from the middle of the pending ones, whose text has been returned: else n bytes that are no characters
+        would take n * n steps.
+
+        The first ids stay because a decoder may treat all bytes after an invalid one as invalid (SentencePiece's), the last
+        ones because a character may still be completed. text: that of the pending ids.
+        """
+        head = self._pending[:_LONGEST_CHARACTER]
+        before = len(self._decode(self._context))
+        kept = len(self._decode(self._context + head)) - before
+        for count in range(3 * _LONGEST_CHARACTER, 4 * _LONGEST_CHARACTER):
+            pending = head + self._pending[-count:]
+            shorter = self._decode(self._context + pending)[before:]
+            dropped = len(text) - len(shorter)
+            # not so if a character would be cut, or if two of its parts would meet that are no neighbours
+            if 0 <= dropped <= self._shown - kept and shorter == text[:kept] + text[kept + dropped :]:
+                self._pending, self._shown = pending, self._shown - dropped
+                return
+
     def _continue(self, after: Sequence[int]) -> None:
         """Takes the last ids of a text as context, the bytes of an incomplete character as pending."""
         tail: list[int] = []
@@ -67,7 +89,7 @@ class TextStream:
             tail.insert(0, token_id)
         self._context = tail
         while self._context and len(tail) - len(self._context) < _LONGEST_CHARACTER:
-            if not self._tokenizer.decode(self._context, skip_special_tokens=self._skip).endswith(_REPLACEMENT):
+            if not self._decode(self._context).endswith(_REPLACEMENT):
                 break
             self._pending.insert(0, self._context.pop())
         self._incomplete = self._pending_text() if self._pending else ""
@@ -84,6 +106,7 @@ class TextStream:
         return bool(self._pending)
 
     def _pending_text(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
-        return both[len(before) :]
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

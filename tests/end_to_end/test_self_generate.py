@@ -227,6 +227,7 @@ def test_wrong_requests_are_one_line(model: Path, asked: list[str], whole: Path,
     for (code, error), (arguments, message) in zip(ends, cases, strict=True):
         assert (code, error.startswith("error: "), error.count("\n")) == (2, True, 0), error
         assert message in error, (error, arguments)
+    assert not (tmp_path / "a" / "parts").exists(), "a refused command claims nothing"
 
 
 def several(rank: int, world_size: int, requests: list[list[str]]) -> list[tuple[int, str]]:

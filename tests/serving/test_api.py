@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.serving.answers.prompts import EchoedPrompt
 from tests.serving.servers import NAME, TEXT, Server, engine_of, make_tokenizer, serving
 from tests.unit.inference.models import random_model
 
@@ -139,6 +141,21 @@ def test_an_echoed_prompt_is_scored(server: Server, loaded: LoadedModel) -> None
     (plain,) = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, temperature=0, echo=True).choices
     streamed = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, temperature=0, echo=True, stream=True)
     assert plain.text == "".join(chunk.choices[0].text for chunk in streamed) and plain.text.startswith(PROMPT)
+
+
+def test_a_prompt_that_is_too_long_is_not_echoed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents the text of a prompt from being made, for seconds and in the event loop, before its length is checked."""
+    made, original = [], EchoedPrompt.of
+
+    def of(*arguments: Any) -> EchoedPrompt:
+        made.append(threading.current_thread().name)
+        return original(*arguments)
+
+    monkeypatch.setattr(EchoedPrompt, "of", of)
+    for count, status in ((60_000, 400), (20, 200)):
+        answer = server.http().post("/v1/completions", json={"prompt": [7] * count, "echo": True, "max_tokens": 1})
+        assert answer.status_code == status
+    assert len(made) == 1 and made[0].startswith("asyncio_"), "not in a thread of its own"
 
 
 def test_a_chat_and_its_stream(server: Server, loaded: LoadedModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import tokenizers
 from hypothesis import example, given
@@ -161,6 +163,63 @@ def test_names_of_tokens_are_their_bytes(tokenizer: Tokenizer) -> None:
     assert len(set(everything)) == len(everything) and not any("\ufffd" in name for name in everything)
     assert names.name_of(tokenizer.eos_id) == "<|im_end|>" and names.bytes_of(10**6) == b""
     assert any(name.startswith("bytes:\\x") for name in everything)
+
+
+class Measured(Tokenizer):
+    """Counts the ids that it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        self.decoded += len(ids)
+        return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def byte_ids(tokenizer: Tokenizer) -> dict[int, int]:
+    """The tokens of single bytes, by byte."""
+    names = TokenNames(tokenizer)
+    return {names.bytes_of(one)[0]: one for one in sorted(tokenizer.token_ids) if len(names.bytes_of(one)) == 1}
+
+
+def test_bytes_that_are_no_characters_take_linear_time(tokenizer: Tokenizer) -> None:
+    """Prevents an echoed prompt or an answer of invalid bytes from decoding all of them again with each one: 64 KB of them
+    stopped the server for 24 s."""
+    for original in (tokenizer, sentencepiece()):
+        measured = Measured(original.to_json(), original.config)
+        for byte in (0x80, 0xED):
+            measured.decoded, stream, count = 0, TextStream(measured), 2000
+            token = byte_ids(original)[byte]
+            text = "".join(stream.feed(token) for _ in range(count))
+            assert len(text) >= count - 4 and text + stream.flush() == "\ufffd" * count
+            assert measured.decoded < 150 * count
+
+
+BYTES = st.sampled_from([0x80, 0x98, 0x95, 0xED, 0xF0, 0x9F, 0x99, 0x82, 0xC3, 0xA9])
+
+
+@given(
+    st.lists(st.lists(BYTES, min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(BYTES, max_size=150),
+    st.booleans(),
+)
+@example([[0x80, 0xED, 0x95, 0x98]], [], True)
+@example([[0xED, 0xF0], [0x9F, 0x99, 0x82]], [], False)
+def test_long_runs_of_invalid_bytes(
+    tokenizer: Tokenizer, parts: list[list[int]], end: list[int], sentence: bool
+) -> None:
+    """Prevents characters from being lost, doubled or made up where many bytes wait for the rest of a character."""
+    chosen = sentencepiece() if sentence else tokenizer
+    known = byte_ids(chosen)
+    invalid = [0x80] if sentence else []  # its decoder shows bytes as characters only if all of them in a row are
+    run = [*invalid, *(byte for part in parts for byte in part * 20), *end]
+    letter = chosen.encode("t")[-1]
+    for ids in ([known[byte] for byte in run], [known[byte] for byte in run] + [letter, known[0x80], letter]):
+        stream, pieces = TextStream(chosen), []
+        for number, one in enumerate(ids, start=1):
+            pieces.append(stream.feed(one))
+            if number % 7 == 0:
+                assert chosen.decode(ids[:number]).startswith("".join(pieces))
+        assert "".join(pieces) + stream.flush() == chosen.decode(ids)
 
 
 def test_an_answer_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:

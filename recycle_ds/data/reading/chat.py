@@ -15,7 +15,7 @@ from typing import Any
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.reading.report import InvalidRow
 from recycle_ds.data.reading.rows import checked_text
-from recycle_ds.data.special_text import private_characters
+from recycle_ds.data.special_text import paired_tags, pattern_of, private_characters, tokens_of_template
 from recycle_ds.data.tokenizer import Tokenizer
 
 RENDERER = "transformers.utils.chat_template_utils"
@@ -25,17 +25,21 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 
 
 class RenderedChat(str):
-    """A rendered chat. `parts` alternates between text, in which special tokens are text, and special tokens."""
+    """A rendered chat. `parts` alternates between text, in which special tokens are text, and special tokens.
+
+    roles: tokens that the template writes and that tokenizer.json does not mark as special. They are special in this chat.
+    """
 
     parts: tuple[str, ...]
+    roles: tuple[str, ...]
 
-    def __new__(cls, parts: tuple[str, ...]) -> RenderedChat:
+    def __new__(cls, parts: tuple[str, ...], roles: tuple[str, ...] = ()) -> RenderedChat:
         chat = super().__new__(cls, "".join(parts))
-        chat.parts = parts
+        chat.parts, chat.roles = parts, roles
         return chat
 
-    def __reduce__(self) -> tuple[type[RenderedChat], tuple[tuple[str, ...]]]:
-        return RenderedChat, (self.parts,)  # sent to the processes that tokenise
+    def __reduce__(self) -> tuple[type[RenderedChat], tuple[tuple[str, ...], tuple[str, ...]]]:
+        return RenderedChat, (self.parts, self.roles)  # sent to the processes that tokenise
 
 
 class ChatTemplate:
@@ -44,7 +48,12 @@ class ChatTemplate:
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         """template: in Jinja, as in chat_template.jinja. tokenizer: names the special tokens that it may write."""
         self._template = template
-        self._special = tokenizer.special_pattern
+        self.special_tokens = tokenizer.special_tokens | tokens_of_template(tokenizer.added_tokens, template)
+        """Tokens, and their ids, that only the template may write: those of the tokenizer and those of the template itself."""
+        self._roles = tuple(sorted(self.special_tokens.keys() - tokenizer.special_tokens.keys()))
+        self._special = pattern_of(self.special_tokens)
+        # Models write tags into their answers, and templates look for them in an answer (to leave out its reasoning).
+        self._not_in_answers = pattern_of(self.special_tokens.keys() - paired_tags(self._roles))
         names = {key: _content(value) for key, value in tokenizer.config.items() if key.endswith("_token")}
         self._tokens = {key: value for key, value in names.items() if value is not None}
 
@@ -103,37 +112,44 @@ class ChatTemplate:
 
         Raises whatever Jinja or the template raises.
         """
-        hidden = _Hidden(self._special, json.dumps([chat, options], ensure_ascii=False, default=str))
+        hidden = _Hidden(json.dumps([chat, options], ensure_ascii=False, default=str))
+        safe = [
+            hidden.hide(message, self._not_in_answers if message.get("role") == "assistant" else self._special)
+            for message in chat
+        ]
         from transformers.utils.chat_template_utils import render_jinja_template
 
         (rendered, *_), _ = render_jinja_template(
-            [hidden.hide(chat)], chat_template=self._template, **hidden.hide(options), **self._tokens
+            [safe], chat_template=self._template, **hidden.hide(options, self._special), **self._tokens
         )
         parts = self._special.split(rendered)
-        return RenderedChat(tuple(part if number % 2 else hidden.show(part) for number, part in enumerate(parts)))
+        shown = tuple(part if number % 2 else hidden.show(part) for number, part in enumerate(parts))
+        return RenderedChat(shown, self._roles)
 
 
 def encode_chat(tokenizer: Tokenizer, chat: RenderedChat) -> list[int]:
     """Ids of a rendered chat: special tokens of the template stand for themselves, those inside messages are text."""
-    if not any(tokenizer.special_pattern.search(text) for text in chat.parts[::2]):
-        return tokenizer.encode(chat)
-    return tokenizer.encode_parts(chat.parts)
+    special = tokenizer.special_tokens | {token: tokenizer.added_tokens[token] for token in chat.roles}
+    ids, numbers = tokenizer.encode(chat), frozenset(special.values())
+    # Not by a search for the tokens in the messages: the tokenizer's normalizer may make one of other characters.
+    if [one for one in ids if one in numbers] == [special[token] for token in chat.parts[1::2]]:
+        return ids
+    return tokenizer.encode_parts(chat.parts, chat.roles)
 
 
 class _Hidden:
     """Replaces special tokens inside messages by private characters that occur nowhere in the chat, and back."""
 
-    def __init__(self, special: re.Pattern[str], content: str) -> None:
-        self._special = special
+    def __init__(self, content: str) -> None:
         self._characters: dict[str, str] = {}
-        self._free = private_characters(content)
+        self._free = private_characters(frozenset(content))
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: Any, special: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return self._special.sub(self._character, value)
+            return special.sub(self._character, value)
         if isinstance(value, list):
-            return [self.hide(item) for item in value]
-        return {key: self.hide(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+            return [self.hide(item, special) for item in value]
+        return {key: self.hide(item, special) for key, item in value.items()} if isinstance(value, Mapping) else value
 
     def show(self, text: str) -> str:
         for token, character in self._characters.items():

@@ -124,7 +124,11 @@ def _settle(request: SelfText, ranks: Ranks) -> LoadedModel | None:
         return None
 
     def load_own(path: str) -> LoadedModel:
-        return load(path, request.settings.dtype, request.threads, ranks.device_index)
+        loaded = load(path, request.settings.dtype, request.threads, ranks.device_index)
+        rows, context = request.settings.row_tokens, loaded.model.max_positions
+        if rows > context:  # before the folder is claimed, or the corrected command would be another one's
+            raise DecodingError(f"--row-tokens {rows}: the model's context holds {context} tokens; lower it")
+        return loaded
 
     return request.claim.settle(load_own, request.is_complete, lambda: None)
 
@@ -136,10 +140,6 @@ class _Work:
         """Raises DecodingError or DataError for settings and prompts that do not fit the model."""
         self._request, self._loaded, self._ranks, self._stopping = request, loaded, ranks, stopping
         settings = request.settings
-        if settings.row_tokens > loaded.model.max_positions:
-            raise DecodingError(
-                f"--row-tokens {settings.row_tokens}: the model's context holds {loaded.model.max_positions} tokens; lower it"
-            )
         chat = None if settings.raw else chat_frame(loaded)
         self._refused = check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
         self._writer = Writer(settings, loaded.tokenizer, chat, request.exclusion)

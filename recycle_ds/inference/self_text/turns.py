@@ -53,7 +53,8 @@ class ChatFrame:
         self._to_question, self._to_answer = segments[2], segments[3]
         question_end, to_answer = self._after_end(self._to_answer)
         answer_end, to_question = self._after_end(self._to_question)
-        self.frame = Frame(tokenizer.encode_parts(segments[0]), question_end, to_answer, answer_end, to_question)
+        start = tokenizer.encode_parts(segments[0], template.special_tokens)
+        self.frame = Frame(start, question_end, to_answer, answer_end, to_question)
 
     def first(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt, up to where the answer begins. Raises InvalidRow if the template refuses it."""
@@ -71,7 +72,7 @@ class ChatFrame:
         """Ids after the token that ends an answer: the user's next message, up to where the next answer begins."""
         *start, last = self._to_question
         head, *rest = self._to_answer
-        ids = self._tokenizer.encode_parts((*start, f"{last}{text}{head}", *rest))
+        ids = self._tokenizer.encode_parts((*start, f"{last}{text}{head}", *rest), self._template.special_tokens)
         assert self.frame.answer_end is not None
         return ids[ids.index(self.frame.answer_end) + 1 :]
 
@@ -79,8 +80,8 @@ class ChatFrame:
         """The special token with which a segment begins, and the ids after it."""
         if len(segment) == 1 or segment[0].strip():
             return None, []
-        end = self._tokenizer.special_tokens[segment[1]]
-        ids = self._tokenizer.encode_parts(segment)
+        end = self._template.special_tokens[segment[1]]
+        ids = self._tokenizer.encode_parts(segment, self._template.special_tokens)
         return end, ids[ids.index(end) + 1 :]
 
 

@@ -45,14 +45,15 @@ async def create_completion(request: Request) -> Response:
     if scores and fields.stream:
         raise invalid("stream: not together with echo and logprobs; leave one of them out", "stream")
     mode = mode_of(fields, service.settings, model.capacity)
+    # checks lengths, before anything takes long
+    task = _task(request, service, model, fields, ids, mode, fields.logprobs, scores)
     parts = ChoiceParts(model.names, details=bool(fields.token_details), logprobs=fields.logprobs)
     echoed = []
     if fields.echo:
         texts = [one if isinstance(one, str) else None for one in prompts]
         pairs = zip(ids, texts, strict=True)
-        echoed = [EchoedPrompt.of(model.tokenizer, model.names, one, text) for one, text in pairs]
+        echoed = [await asyncio.to_thread(EchoedPrompt.of, model.tokenizer, model.names, *pair) for pair in pairs]
     shape = CompletionFormat(parts, fields.n or 1, echoed, drop_answer=fields.max_tokens == 0)
-    task = _task(request, service, model, fields, ids, mode, fields.logprobs, scores)
     return await _reply(request, service, model, fields, task, shape)
 
 
