@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -9,6 +10,7 @@ from typing import TextIO
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from recycle_ds.serving.access import warning_about
 from recycle_ds.serving.conduct.log import Record
@@ -37,9 +39,10 @@ def create_app(
     app = FastAPI(title="recycle_ds", docs_url=None, redoc_url=None, redirect_slashes=False)
     service = Service(state, settings, log=log, clock=clock)
     app.state.service = service
-    for router in (answers.router, tokenizing.router, status.router):
+    routers = (answers.router, tokenizing.router, status.router, page_router(settings.run_folder))
+    for router in routers:
         app.include_router(router)
-    app.include_router(page_router(settings.run_folder))
+    app.state.paths = {route.path for router in routers for route in router.routes if isinstance(route, Route)}
     app.add_middleware(Conduct, service=service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -64,6 +67,18 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message, code = texts.get(error.status_code, (str(error.detail), None))
     headers = dict(error.headers or {})
     text = f"{request.method} {request.url.path[:200]!r}: {message}"
+    near = _near(request.url.path, request.app.state.paths)
+    if error.status_code == 404 and near:
+        text += f"; did you mean {near}? (a client's base_url ends in /v1)"
     if "allow" in {name.lower() for name in headers}:
         text += f"; use {', '.join(value for name, value in headers.items() if name.lower() == 'allow')}"
     return await _on_api_error(request, ApiError(error.status_code, text, code=code, headers=headers))
+
+
+def _near(path: str, known: set[str]) -> str | None:
+    """The route that a wrong path was probably meant for."""
+    plain = path[:200].rstrip("/")
+    if f"/v1{plain}" in known:
+        return f"/v1{plain}"
+    found = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=0.8)
+    return found[0] if found else None

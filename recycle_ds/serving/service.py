@@ -110,6 +110,11 @@ class Service:
             if self._model is None:
                 assert self.state.model is not None
                 self._model = await asyncio.to_thread(Model.of, self.state.model)
+                if self.settings.default_mode not in self._model.capacity.modes:
+                    self.log.warning(
+                        f"the model has no recycle module: requests are decoded autoregressively, not in mode "
+                        f"{self.settings.default_mode}"
+                    )
         return self._model
 
     def shows_causes(self, request: Request) -> bool:

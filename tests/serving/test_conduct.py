@@ -279,6 +279,27 @@ def test_probes_by_head(server: Server) -> None:
         assert found.status_code == 200 and not found.content
 
 
+def test_a_wrong_path_is_answered_with_the_right_one(server: Server) -> None:
+    """Prevents a puzzle for those whose base_url lacks /v1."""
+    for path, meant in (("/completions", "/v1/completions"), ("/v1/chat/completion", "/v1/chat/completions")):
+        assert f"did you mean {meant}?" in server.http().post(path, json={}).json()["error"]["message"]
+    assert "did you mean" not in server.http().get("/nothing/like/it").text
+
+
+def test_probes_that_repeat_are_not_logged(loaded: LoadedModel) -> None:
+    """Prevents probes of every second from filling the log, and a probe that begins to fail from missing in it."""
+    with serving(loaded) as server:
+        http = server.http()
+        for _ in range(5):
+            assert http.get("/ready").status_code == 200
+        server.state.draining = True
+        assert http.get("/ready").status_code == http.get("/ready").status_code == 503
+        http.get("/nothing/last")
+        until(lambda: any(line["path"] == "/nothing/last" for line in server.lines))
+        assert [line["status"] for line in server.lines if line["path"] == "/ready"] == [503]
+        server.state.draining = False
+
+
 def test_the_client_in_the_log_is_the_connection(server: Server) -> None:
     """Prevents a client from choosing the address that is logged for it."""
     server.http().get("/nothing/forged", headers={"x-forwarded-for": "203.0.113.9", "x-forwarded-proto": "https"})

@@ -133,7 +133,7 @@ def test_a_drain_has_an_end(model_folder: Path, tmp_path: Path) -> None:
         server.ranks[0].send_signal(signal.SIGINT)
         assert reader.ended().errors == [f"{LOST}the server is shutting down, 0.3 s after it was asked to"]
         assert server.wait() == [0], server.output()
-    assert "1 answers are not complete after 0.3 s" in server.output()
+    assert "answers that are not complete after 0.3 s: 1" in server.output()
 
 
 def test_a_second_signal_ends_the_server_at_once(model_folder: Path, tmp_path: Path) -> None:

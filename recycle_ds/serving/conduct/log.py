@@ -14,6 +14,10 @@ from typing import Any, TextIO
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
+_PROBES = ("/health", "/ready", "/metrics", "/static/")
+"""Paths that programs ask for all the time."""
+
+
 @dataclass
 class Record:
     """What is known of a request when it has ended."""
@@ -37,11 +41,17 @@ class Log:
 
     def __init__(self, stream: TextIO, enabled: bool = True) -> None:
         self._stream, self._enabled = stream, enabled
+        self._statuses: dict[str, int | None] = {}
+        """Of the latest probe of each kind."""
         self._lock = threading.Lock()
 
     def request(self, record: Record, seconds: float) -> None:
-        """A request that has ended."""
-        if self._enabled:
+        """A request that has ended. Of probes, which come every second, only those with a new status are logged."""
+        probe = next((path for path in _PROBES if record.path.startswith(path)), None)
+        repeats = probe is not None and self._statuses.get(probe, 200) == record.status
+        if probe is not None:
+            self._statuses[probe] = record.status
+        if self._enabled and not repeats:
             shown: dict[str, Any] = {
                 "request_id": record.request_id,
                 "method": record.method,

@@ -86,10 +86,16 @@ class HttpServer:
             return
         worker = None if self._state.model is None else self._state.model.worker
         count = 0 if worker is None else worker.open
-        _log.info("%s: %d answers are completed, for at most %.1f s; new requests are refused", reason, count, seconds)
+        _log.info(
+            "%s: %d answers are completed, for at most %.1f s; new requests are refused; a "
+            "second signal ends the server at once",
+            reason,
+            count,
+            seconds,
+        )
         await _wait_for(engine, seconds)
         if not engine.ended and worker is not None:
-            _log.warning("%d answers are not complete after %.1f s", worker.open, seconds)
+            _log.warning("answers that are not complete after %.1f s: %d", seconds, worker.open)
             worker.stop(f"the server is shutting down, {seconds:.1f} s after it was asked to")
         await _wait_for(engine, _END)
         # responses that are being sent may take so long; uvicorn reads it when it shuts down
