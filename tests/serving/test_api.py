@@ -186,6 +186,39 @@ def test_a_chat_and_its_stream(server: Server, loaded: LoadedModel) -> None:
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason and len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_chat_of_two_turns(server: Server) -> None:
+    """Prevents the server from refusing its own message as part of the next request, as the official client sends it."""
+    client, messages = server.client(), list(CHAT)
+    for content in ("and the mat?", "and then?"):
+        answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
+        messages += [answer.choices[0].message, {"role": "user", "content": content}]
+    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=4).choices[0].message.content
+
+
+def test_values_that_ask_for_nothing(server: Server) -> None:
+    """Prevents requests of clients that write out defaults from being refused, and values from being ignored that are none."""
+    http, body = server.http(), {"messages": CHAT, "max_tokens": 4, "seed": 3}
+    plain = http.post("/v1/chat/completions", json=body).json()["choices"]
+    neutral: dict[str, Any] = {"response_format": {"type": "text"}, "store": False, "tool_choice": "none", "tools": []}
+    neutral |= {"service_tier": "auto", "modalities": ["text"], "metadata": {}, "parallel_tool_calls": False}
+    neutral |= {"logprobs": False, "top_logprobs": 0, "length_penalty": 1}
+    assert http.post("/v1/chat/completions", json=body | neutral).json()["choices"] == plain
+    for name, value in {
+        "store": 0,
+        "tools": {},
+        "metadata": {"a": "b"},
+        "tool_choice": "required",
+        "top_logprobs": 1,
+    }.items():
+        answer = http.post("/v1/chat/completions", json=body | {name: value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+    greedy, least, *seeds = (
+        http.post("/v1/chat/completions", json=body | fields).json()["choices"]
+        for fields in ({"temperature": 0}, {"top_p": 0}, {"seed": -1}, {"seed": 2**63 - 1})
+    )
+    assert greedy == least and seeds[0] == seeds[1] != plain
+
+
 def test_stop_and_end_reasons(server: Server, loaded: LoadedModel) -> None:
     """Prevents a stop string that leaks into a stream, tokens behind it in log probabilities (vllm#47616), and a wrong reason
     when both the limit and a stop string end an answer (sglang#31599)."""
@@ -265,7 +298,9 @@ def test_errors_are_openais(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="context holds 128"):
         client.completions.create(model=NAME, prompt=[7] * 200)
     with pytest.raises(openai.BadRequestError, match="tools: tools are not supported"):
-        client.chat.completions.create(model=NAME, messages=CHAT, tools=[])
+        client.chat.completions.create(
+            model=NAME, messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
     for path, status in (("/v1/nothing", 404), ("/v1/completions", 405)):
         answer = server.http().get(path)
         assert answer.status_code == status and answer.json()["error"]["message"].startswith("GET")

@@ -91,11 +91,31 @@ def test_parts_of_contents(tmp_path: Path) -> None:
     assert encode(tokenizer, parts) == encode(tokenizer, "a\nb")
     with pytest.raises(ApiError, match="parts of type 'image_url' are not supported: send text"):
         encode(tokenizer, [{"type": "image_url", "image_url": {"url": "data:"}}])
-    for role in ("developer", "tool", "robot", None):
-        with pytest.raises(ApiError, match=r"messages\.0\.role=.*must be one of system, user, assistant"):
+    for role in ("tool", "robot", None):
+        with pytest.raises(ApiError, match=r"messages\.0\.role=.*must be one of system, developer, user, assistant"):
             encode(tokenizer, messages=[{"role": role, "content": "a"}])
     with pytest.raises(ApiError, match=r"messages\.0\.tool_calls: not supported"):
-        encode(tokenizer, messages=[{"role": "assistant", "content": "a", "tool_calls": []}])
+        encode(tokenizer, messages=[{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}])
+    for part in ({"type": "text"}, {"type": "text", "text": 1}, {"type": "text", "text": "a", "more": 1}):
+        with pytest.raises(ApiError, match=r"messages\.0\.content: a part has a type and a text"):
+            encode(tokenizer, [part])
+    with pytest.raises(ApiError, match=r"messages\.0\.content=None"):
+        encode(tokenizer, None)
+
+
+def test_messages_as_other_servers_answer_them(tmp_path: Path) -> None:
+    """Prevents a chat from being refused for empty fields of earlier answers, and a name or `developer` from being lost."""
+    tokenizer = make_tokenizer(
+        tmp_path, CHATML.replace("message['content']", "message['name'] | default('') + message['content']")
+    )
+    empty = {"refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": [], "name": None}
+    told = {"role": "developer", "content": "be kind"}
+    for more in (empty, empty | {"tool_calls": [], "annotations": None}):
+        ids = encode(tokenizer, messages=[told, {"role": "assistant", "content": None} | more])
+        same = encode(tokenizer, messages=[told | {"role": "system"}, {"role": "assistant", "content": ""}])
+        assert ids == same and "system\nbe kind" in tokenizer.decode(ids)
+    named = encode(tokenizer, messages=[{"role": "user", "content": "hi", "name": "bob: "}])
+    assert named == encode(tokenizer, "bob: hi")
 
 
 def test_a_template_that_refuses_or_breaks(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams
 from recycle_ds.serving.protocol.errors import ApiError, invalid
 from recycle_ds.serving.protocol.fields import GenerationFields
 from recycle_ds.serving.settings import ServerSettings
 
+_LEAST_TOP_P = 1e-9  # of the engine, which takes no 0: any token is likelier
 # The engine's names of what a request calls otherwise.
 _NAMES = {
     "max_new_tokens": "max_tokens",
@@ -102,10 +103,10 @@ def params_of(
         return SamplingParams(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_k=max(request.top_k or 0, 0),
-            top_p=1.0 if request.top_p is None else request.top_p,
+            top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
             min_p=request.min_p or 0.0,
             repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-            seed=request.seed,
+            seed=None if request.seed is None else request.seed % SEED_LIMIT,
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=tuple((int(token), value) for token, value in (request.logit_bias or {}).items()),

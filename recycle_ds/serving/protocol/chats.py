@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from recycle_ds.serving.protocol.fields import MAX_LOGPROBS, GenerationFields
 from recycle_ds.serving.protocol.parsing import Body, shown
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 _MAX_MESSAGES = 2048
+_MAX_NAME = 256
+# Fields of the messages that OpenAI's servers and this one answer with: empty, they say nothing.
+_EMPTY = {"refusal": None, "tool_calls": [], "function_call": None, "audio": None, "annotations": []}
 # Names of what the renderer itself passes to a template, or takes as an option.
 _RESERVED = {
     *("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"),
@@ -28,19 +31,29 @@ class TextPart(Body):
 class Message(Body):
     """A message of a chat."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    """Of an assistant it may be null, as OpenAI writes an empty message."""
+    name: str | None = Field(None, max_length=_MAX_NAME)
+    """Who speaks: for templates that show it."""
 
     @property
     def text(self) -> str:
         """The content; its parts are joined by line ends."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        content = self.content or ""
+        return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """The message as templates expect it; they know OpenAI's `developer` by its earlier name."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatFields(Body):
     """The chat itself, and how the model's template renders it."""
 
-    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
     add_generation_prompt: bool | None = None
     """End with the start of the assistant's message: the default, unless the final message is continued."""
     continue_final_message: bool | None = None
@@ -53,9 +66,9 @@ class ChatFields(Body):
     def _check_messages(cls, tree: Any) -> Any:
         """Clear messages for what OpenAI's chats may contain and this server does not have."""
         messages = tree.get("messages") if isinstance(tree, dict) else None
-        for number, message in enumerate(messages if isinstance(messages, list) else ()):
-            _check_message(message, f"messages.{number}")
-        return tree
+        if not isinstance(messages, list) or len(messages) > _MAX_MESSAGES:
+            return tree
+        return {**tree, "messages": [_checked(one, f"messages.{number}") for number, one in enumerate(messages)]}
 
     @model_validator(mode="after")
     def _check_end(self) -> ChatFields:
@@ -72,7 +85,7 @@ class ChatFields(Body):
     @property
     def chat(self) -> list[dict[str, str]]:
         """The messages as templates expect them."""
-        return [{"role": message.role, "content": message.text} for message in self.messages]
+        return [message.for_template for message in self.messages]
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -95,7 +108,7 @@ class ChatRequest(ChatFields, GenerationFields):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs=true")
         if self.max_tokens == 0:
             raise ValueError("max_tokens=0: must be at least 1")
@@ -112,23 +125,26 @@ class ChatRequest(ChatFields, GenerationFields):
         return "max_tokens", self.max_tokens
 
 
-def _check_message(message: Any, path: str) -> None:
-    """Raises ValueError for roles and contents that other servers may have."""
+def _checked(message: Any, path: str) -> dict[str, Any]:
+    """A message without its empty fields. Raises ValueError for roles and contents that other servers may have."""
     if not isinstance(message, dict):
         raise ValueError(f'{path}={shown(message)}: must be a message, such as {{"role": "user", "content": "TEXT"}}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        hint = "; write a system message" if role == "developer" else ""
-        raise ValueError(f"{path}.role={shown(role)}: must be one of {', '.join(ROLES)}{hint}")
-    for name in message:
-        if name not in ("role", "content"):
-            raise ValueError(f"{path}.{str(name)[:60]}: not supported: a message has role and content only")
+        raise ValueError(f"{path}.role={shown(role)}: must be one of {', '.join(ROLES)}")
+    for name, value in message.items():
+        empty = name in _EMPTY and (value is None or value == _EMPTY[name])
+        if name not in ("role", "content", "name") and not empty:
+            raise ValueError(f"{path}.{str(name)[:60]}: not supported: a message has role, content and name only")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise ValueError(f"{path}.content: parts of type {shown(kind)} are not supported: send text")
+            if not isinstance(part.get("text"), str) or len(part) > 2:
+                raise ValueError(f"{path}.content: a part has a type and a text, not {shown(part)}")
         if not content:
             raise ValueError(f"{path}.content: the list of parts is empty; send text")
-    elif not isinstance(content, str):
+    elif not isinstance(content, str) and not (content is None and role == "assistant"):
         raise ValueError(f"{path}.content={shown(content)}: must be a string, or a list of parts of type text")
+    return {name: value for name, value in message.items() if name not in _EMPTY}

@@ -11,6 +11,7 @@ from recycle_ds.serving.protocol.parsing import shown
 
 _FORMS = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
 _DEFAULT_MAX_TOKENS = 16
+_Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(GenerationFields):
@@ -18,9 +19,9 @@ class CompletionRequest(GenerationFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | _Ids
+        | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)]
     )
     echo: bool | None = None
     """The prompt comes before each answer; with logprobs, with the log probabilities of its tokens."""

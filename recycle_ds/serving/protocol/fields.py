@@ -14,9 +14,11 @@ _MAX_IDS = 8192
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_DRAFTS = 32
+_MAX_OPTIONS = 64
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(max_length=_MAX_IDS)]
+# fail_fast: one error for a list, not one for each of a million elements
+TokenIds = Annotated[list[TokenId], Field(max_length=_MAX_IDS, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -41,11 +43,13 @@ class GenerationFields(Body):
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    """0 keeps the most likely token only."""
     n: int | None = Field(None, ge=1, le=1024)
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT)
+    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
+    """A negative one stands for itself plus 2**63."""
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=_MAX_IDS)
@@ -74,6 +78,8 @@ class GenerationFields(Body):
         """Checks what a union of types would report once for every type."""
         if isinstance(tree, dict):
             _check_stop(tree.get("stop"))
+            _check_size("logit_bias", tree.get("logit_bias"), _MAX_IDS)
+            _check_size("stream_options", tree.get("stream_options"), _MAX_OPTIONS)
         return tree
 
     @model_validator(mode="after")
@@ -113,6 +119,12 @@ class GenerationFields(Body):
     def wants_running_usage(self) -> bool:
         """Whether every chunk of a stream has the usage so far."""
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+def _check_size(name: str, value: Any, most: int) -> None:
+    """Raises ValueError for an object with more entries than its field has any use for, before each of them is an error."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"{name}: {len(value)} entries, at most {most} are possible; give fewer")
 
 
 def _check_stop(stop: Any) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from recycle_ds.serving.protocol.errors import ApiError, invalid
-from recycle_ds.serving.protocol.unsupported import UNSUPPORTED
+from recycle_ds.serving.protocol.unsupported import UNSUPPORTED, is_neutral
 
 _SHOWN = 60  # characters of a value in a message
 
@@ -33,7 +33,7 @@ def parse(model: type[Model], body: bytes) -> Model:
     if not isinstance(tree, dict):
         raise invalid("the body must be a JSON object", code="invalid_json")
     for name in tree:
-        if name not in model.model_fields and not (name in UNSUPPORTED and tree[name] is None):
+        if name not in model.model_fields and not is_neutral(name, tree[name]):
             raise _unknown(name, tree[name], model)
     known = {name: value for name, value in tree.items() if name in model.model_fields}
     try:

@@ -16,7 +16,7 @@ class TokenizeRequest(ChatFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default=[], max_length=2048)
+    messages: list[Message] = Field(default=[], max_length=2048, fail_fast=True)
     parse_special: bool | None = None
     """Whether special tokens written in the prompt stand for themselves, as in /v1/completions: the default."""
     return_token_strs: bool | None = None
@@ -34,4 +34,4 @@ class DetokenizeRequest(Body):
     """Text of token ids, special tokens included."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=2**20)
+    tokens: list[TokenId] = Field(max_length=2**20, fail_fast=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _TOOLS = "tools are not supported: leave it out, or describe them in a message and parse the answer's text"
 _FORMAT = "constrained output is not supported: leave it out, and check the answer's text yourself"
 _TEXT_ONLY = "the model reads and writes text only: leave it out"
@@ -39,3 +41,33 @@ UNSUPPORTED = {
     "truncate_prompt_tokens": "not supported: shorten the prompt yourself",
 }
 """By name of the field: why it is refused, and the way out."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0, 1),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (False,),
+}
+# Values, of that very type, that ask for what this server does anyway.
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether a field that is not supported has a value with which it asks for nothing: null, or what clients send for it."""
+    if name not in UNSUPPORTED:
+        return False
+    return value is None or any(type(one) is type(value) and one == value for one in _NEUTRAL.get(name, ()))
