@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from recycle_ds.inference.engine.cache import Cache
-from recycle_ds.inference.engine.collectives import collectives
+from recycle_ds.inference.engine.collectives import Collectives, collectives
 from recycle_ds.inference.engine.cost_file import CostFile, cost_file
 from recycle_ds.inference.engine.distributed import TeamExecutor
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -19,6 +19,7 @@ from recycle_ds.inference.engine.runner import Runner
 from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.native.stack import why_not_compiled
 from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.budget import MAX_DRAFT
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
@@ -72,8 +73,8 @@ def local_engine(
     on stderr says why.
     """
     weights = StageWeights(model, compiled=compiled)
-    if compiled and weights.why_not_compiled and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
-        print(f"note: decoding without the compiled kernels: {weights.why_not_compiled}", file=sys.stderr)
+    if compiled:
+        _note(weights, weights.why_not_compiled)
     blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
     check_blocks(blocks, weights)
     executor = LocalExecutor(Runner(weights, Cache(weights, blocks, BLOCK_SIZE), Vocabulary(0, model.vocab_size)))
@@ -100,7 +101,10 @@ def team_engine(
     plans, and returns None when the owner has closed its engine.
     """
     own = collectives(team.mesh.tensor, next(model.parameters()).device)
-    weights = StageWeights(model, own)
+    reason = _why_not_compiled(model, own, team)
+    weights = StageWeights(model, own, compiled=reason is None)
+    if team.owns:
+        _note(weights, reason)
     blocks = cache_blocks(weights, model.max_positions, max_batch, kv_memory_gib, ranks_on_host)
     fewest = torch.tensor(blocks)
     dist.all_reduce(fewest, dist.ReduceOp.MIN, group=team.control)
@@ -116,6 +120,21 @@ def team_engine(
     sizes = (team.mesh.tensor.size, team.mesh.pipeline.size)
     stored = cost_file(model, max_batch, blocks, *sizes, compiled=weights.why_not_compiled is None)
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
+
+
+def _why_not_compiled(model: RecycleGPT, own: Collectives, team: Team) -> str | None:
+    """Why the compiled kernels are not used: all ranks of a team can, or none does. Collective over the team."""
+    reasons: list[str | None] = [None] * dist.get_world_size(team.control)
+    dist.all_gather_object(reasons, why_not_compiled(model, own.size, own.exchange), group=team.control)
+    ranks = dist.get_process_group_ranks(team.control)
+    found = [f"rank {rank}: {reason}" for rank, reason in zip(ranks, reasons, strict=True) if reason is not None]
+    return found[0] if found else None
+
+
+def _note(weights: StageWeights, reason: str | None) -> None:
+    """Says on stderr why bf16 and int8 products on a CPU are slow."""
+    if reason and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
+        print(f"note: decoding without the compiled kernels: {reason}", file=sys.stderr)
 
 
 def _engine(

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recycle_ds.inference.native.exchange import Exchange
 from recycle_ds.parallel.common_memory import LINE, common_memory
 from recycle_ds.parallel.mesh import Axis
-from recycle_ds.parallel.peers import PeerLost
 
 _ROOM = 4 * 2**20
 """Bytes of the largest tensor that is exchanged through shared memory; larger ones take the process group."""
@@ -35,6 +35,10 @@ class Collectives(Protocol):
     def size(self) -> int:
         """Number of ranks."""
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """How the compiled kernels take part; None if they cannot: the ranks share no memory, or there is only one."""
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks. May change x."""
 
@@ -46,7 +50,7 @@ class GroupCollectives:
     """Through a process group; the identity for a single rank."""
 
     def __init__(self, axis: Axis) -> None:
-        self._group, self.size = axis.group, axis.size
+        self._group, self.size, self.exchange = axis.group, axis.size, None
 
     def sum(self, x: Tensor) -> Tensor:
         """See `Collectives`."""
@@ -76,12 +80,13 @@ class SharedMemoryCollectives:
         """memory: from `common_memory`. timeout: seconds to wait for another rank, which may do a long step. A dead rank is
         noticed earlier, see liveness.py."""
         self._rank, self.size, self._timeout, self._memory = axis.rank, axis.size, timeout, memory
-        self._ranks = dist.get_process_group_ranks(axis.group)
         self._large = GroupCollectives(axis)
         self._counts = np.ndarray((self.size, LINE // 8), dtype=np.int64, buffer=self._memory.buf)[:, 0]
         places = torch.frombuffer(self._memory.buf, dtype=torch.uint8, offset=LINE * self.size)
         self._places = places.view(2, self.size, _ROOM)
-        self._done = 0
+        address, ranks = places.data_ptr() - LINE * self.size, dist.get_process_group_ranks(axis.group)
+        self.exchange = Exchange(address, axis.rank, ranks, _ROOM, timeout)
+        self._order = self.exchange.struct
 
     def sum(self, x: Tensor) -> Tensor:
         """See `Collectives`."""
@@ -98,20 +103,20 @@ class SharedMemoryCollectives:
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Views of the tensors of all ranks, valid until the exchange after the next one."""
-        self._done += 1
+        self._order.done += 1  # the kernels count theirs there too
+        done = self._order.done
         length = x.numel() * x.itemsize
-        places = self._places[self._done % 2, :, :length].view(x.dtype).view(self.size, *x.shape)
+        places = self._places[done % 2, :, :length].view(x.dtype).view(self.size, *x.shape)
         places[self._rank] = x
-        self._counts[self._rank] = self._done
+        self._counts[self._rank] = done
         spins, deadline = 0, 0.0
-        while self._counts.min() < self._done:
+        while self._counts.min() < done:
             spins += 1
             if spins % _SPINS == 0:
                 os.sched_yield()
                 deadline = deadline or time.monotonic() + self._timeout
                 if time.monotonic() > deadline:
-                    behind = self._ranks[int(self._counts.argmin())]
-                    raise PeerLost(f"rank {behind} has not answered for {self._timeout:.0f} s: it hangs")
+                    raise self.exchange.lost(int(self._counts.argmin()))
         return places
 
 

@@ -1,9 +1,9 @@
 """A model's weights laid out for decoding: packed once for products of few rows, projections fused.
 
-In bf16 and int8 on CPUs, the blocks of a model that no other rank shares run in compiled kernels (see native/). Everything
-else is computed here, in PyTorch's operations: oneDNN can keep a weight in the order in which its kernel for few rows reads
-it, which takes half the time of the plain call on products of one to sixteen rows. Under tensor parallelism every rank
-holds its shard; outputs of row-parallel products are summed over the axis.
+In bf16 and int8 on CPUs, blocks run in compiled kernels (see native/), which also sum over tensor ranks that share memory.
+Everything else is computed here, in PyTorch's operations: oneDNN can keep a weight in the order in which its kernel for few
+rows reads it, which takes half the time of the plain call on products of one to sixteen rows. Under tensor parallelism
+every rank holds its shard; outputs of row-parallel products are summed over the axis.
 """
 
 from __future__ import annotations
@@ -95,10 +95,12 @@ class Module:
         self._tap_projection = None if taps is None else product(taps.weight, int8=int8)
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
+        exchange = None if ranks is None else ranks.exchange
         self._confidence = module.confidence
         if compiled:
             join = Join((module.hidden_norm, module.embedding_norm), module.projection.weight)
-            self._stack = NativeStack(list(module.blocks), model.rotary, module.final_norm, join, int8=int8)
+            blocks, final = list(module.blocks), module.final_norm
+            self._stack = NativeStack(blocks, model.rotary, final, join, int8=int8, exchange=exchange)
             return
         self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
         self._projection = Product(module.projection.weight, int8=int8)
@@ -157,8 +159,11 @@ class StageWeights:
         ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rotary = model.rotary
         self._embedding, self._ranks = model.embedding, ranks
+        exchange = None if ranks is None else ranks.exchange
         self.why_not_compiled = (
-            why_not_compiled(model, 1 if ranks is None else ranks.size) if compiled else "they are switched off"
+            why_not_compiled(model, 1 if ranks is None else ranks.size, exchange)
+            if compiled
+            else "they are switched off"
         )
         """Why the compiled kernels are not used; None if they are."""
         self.final_norm: Norm | None = None
@@ -166,7 +171,7 @@ class StageWeights:
         self._stack: NativeStack | None = None
         blocks, compiled = list(model.blocks.values()), self.why_not_compiled is None
         if compiled and blocks:
-            self._stack = NativeStack(blocks, model.rotary, model.final_norm, int8=model.int8)
+            self._stack = NativeStack(blocks, model.rotary, model.final_norm, int8=model.int8, exchange=exchange)
         else:
             self._layers = [Layer(block, ranks, int8=model.int8) for block in blocks]
         self.head: Head | None = None

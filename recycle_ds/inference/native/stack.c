@@ -1,10 +1,10 @@
 /* A stack of transformer blocks over the tokens of one step, in one call: norms, products, rotary embedding, cache and
    attention. The Python side is stack.py; structures must have the same fields there. */
 #include <omp.h>
-#include <sched.h>
-#include <stdatomic.h>
+#include <string.h>
 
 #include "attention.h"
+#include "exchange.h"
 #include "products.h"
 
 typedef struct {
@@ -20,7 +20,8 @@ typedef struct {
     const float *cosine, *sine; /* [positions][C / 2] */
     const float *final_norm;   /* or NULL */
     const float *const *piece_norms;
-    Product joined;  /* of the normalised pieces, to the width D */
+    Exchange *exchange; /* of tensor ranks, which have heads and ffn of their own; NULL: a single one */
+    Product joined;     /* of the normalised pieces, to the width D; of several ranks, to a rank's share of the columns */
     int64_t count;      /* layers */
     int64_t pieces;     /* inputs [T, D] that are joined; 0: one input, which enters the first layer unchanged */
     int64_t layer_size; /* elements of the cache of one layer */
@@ -45,28 +46,6 @@ typedef struct {
     char *own; /* of the first thread */
     int64_t own_size, row, stride;
 } Room;
-
-/* A barrier that costs a fraction of a microsecond, where OpenMP's makes a system call, and that yields the core if others
-   need it: a thread that waits for one without a core would keep it from getting this one. */
-enum { SPINS = 2000 };
-
-typedef struct {
-    _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_int round;
-} Barrier;
-
-static void wait_for_all(Barrier *barrier, int threads) {
-    const int round = atomic_load_explicit(&barrier->round, memory_order_acquire);
-    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == threads - 1) {
-        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&barrier->round, round + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == round; spins++) {
-        if (spins < SPINS) _mm_pause();
-        else sched_yield();
-    }
-}
 
 static char *take(char **from, int64_t bytes) {
     char *start = *from;
@@ -134,8 +113,22 @@ static void place(const Stack *stack, const Layer *layer, const View *view, int6
 #define BARRIER wait_for_all(barrier, threads);
 #define EACH_TOKEN for (int64_t t = thread; t < tokens; t += threads)
 
+/* x += the product of encoded rows, summed over the ranks. Afterwards a thread may read the rows of its tokens. */
+static void add_product(
+    const Product *product, int64_t tokens, const Room *room, Ranks *ranks, int thread, int threads, Barrier *barrier) {
+    if (!ranks->exchange) {
+        multiply(product, tokens, room->codes, room->scales, room->x, 1, thread, threads);
+        BARRIER
+        return;
+    }
+    multiply(product, tokens, room->codes, room->scales, begin(ranks), 0, thread, threads);
+    meet(ranks, thread, threads, barrier);
+    EACH_TOKEN add_places(ranks, t * product->outputs, product->outputs, room->x + t * product->outputs);
+}
+
 static void run_layer(
-    const Stack *stack, const Step *step, const Room *room, int64_t index, int thread, int threads, Barrier *barrier) {
+    const Stack *stack, const Step *step, const Room *room, int64_t index, Ranks *ranks, int thread, int threads,
+    Barrier *barrier) {
     const Layer *layer = stack->layers + index;
     const int64_t tokens = step->tokens, width = stack->width, query = stack->heads * stack->channels;
     const int64_t mixed = query + 2 * stack->kv_heads * stack->channels, groups = stack->heads / stack->kv_heads;
@@ -145,14 +138,14 @@ static void run_layer(
     uint16_t *probabilities = (uint16_t *)own;
     View view = {stack->cache + index * stack->layer_size, 0, 0, 0, stack->kv_heads, stack->channels};
 #define LOOK(t) view.blocks = step->blocks + step->table[t], view.lowest = step->lowest[t], view.at = step->at[t]
-#define MULTIPLY(product, y, add) multiply(product, tokens, room->codes, room->scales, y, add, thread, threads)
+#define MULTIPLY(product, y) multiply(product, tokens, room->codes, room->scales, y, 0, thread, threads)
 
     EACH_TOKEN {
         rms_norm(room->x + t * width, layer->attention_norm, width, (float)stack->epsilon, row);
         encode(row, width, layer->query_key_value.limit, room->codes + t * width, room->scales + t);
     }
     BARRIER
-    MULTIPLY(&layer->query_key_value, room->wide, 0);
+    MULTIPLY(&layer->query_key_value, room->wide);
     BARRIER
     EACH_TOKEN {
         LOOK(t);
@@ -167,31 +160,33 @@ static void run_layer(
     BARRIER
     EACH_TOKEN encode(room->wide + t * query, query, layer->output.limit, room->codes + t * query, room->scales + t);
     BARRIER
-    MULTIPLY(&layer->output, room->x, 1);
-    BARRIER
+    add_product(&layer->output, tokens, room, ranks, thread, threads, barrier);
     EACH_TOKEN {
         rms_norm(room->x + t * width, layer->mlp_norm, width, (float)stack->epsilon, row);
         encode(row, width, layer->gate_up.limit, room->codes + t * width, room->scales + t);
     }
     BARRIER
-    MULTIPLY(&layer->gate_up, room->wide, 0);
+    MULTIPLY(&layer->gate_up, room->wide);
     BARRIER
     EACH_TOKEN encode(
         room->wide + t * stack->ffn, stack->ffn, layer->down.limit, room->codes + t * stack->ffn, room->scales + t);
     BARRIER
-    MULTIPLY(&layer->down, room->x, 1);
-    BARRIER
+    add_product(&layer->down, tokens, room, ranks, thread, threads, barrier);
 }
 
-/* Runs all layers. The states leave through the final norm, if there is one. */
-void recycle_ds_run(const Stack *stack, const Step *step) {
+/* Runs all layers. The states leave through the final norm, if there is one. Returns -1, or the tensor rank that has not
+   answered in time. */
+int64_t recycle_ds_run(const Stack *stack, const Step *step) {
     Room room;
     divide(stack, step, &room);
     const int64_t tokens = step->tokens, width = stack->width, joined = width * stack->pieces;
     Barrier all = {0}, *barrier = &all;
+    _Atomic int64_t late = -1;
+    const int64_t done = stack->exchange ? stack->exchange->done : 0;
 #pragma omp parallel num_threads((int)step->threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Ranks own = {stack->exchange, done, &late}, *ranks = &own;
         float *row = (float *)(room.own + thread * room.own_size);
         if (stack->pieces) {
             EACH_TOKEN {
@@ -203,16 +198,22 @@ void recycle_ds_run(const Stack *stack, const Step *step) {
                 }
                 encode(row, joined, stack->joined.limit, room.codes + t * joined, room.scales + t);
             }
+            const int64_t columns = stack->joined.outputs; /* of this rank */
+            float *y = ranks->exchange ? begin(ranks) : room.x;
+            if (step->added) EACH_TOKEN widen(step->added + t * columns, columns, y + t * columns);
             BARRIER
-            if (step->added) EACH_TOKEN widen(step->added + t * width, width, room.x + t * width);
-            BARRIER
-            multiply(&stack->joined, tokens, room.codes, room.scales, room.x, step->added != 0, thread, threads);
+            multiply(&stack->joined, tokens, room.codes, room.scales, y, step->added != 0, thread, threads);
+            if (ranks->exchange) {
+                meet(ranks, thread, threads, barrier);
+                EACH_TOKEN for (int64_t rank = 0; rank < ranks->exchange->size; rank++)
+                    memcpy(room.x + t * width + rank * columns, place_of(ranks, rank) + t * columns, columns * 4);
+            }
         } else {
             EACH_TOKEN widen(step->inputs[0] + t * width, width, room.x + t * width);
         }
         BARRIER
         for (int64_t i = 0; i < stack->count; i++) {
-            run_layer(stack, step, &room, i, thread, threads, barrier);
+            run_layer(stack, step, &room, i, ranks, thread, threads, barrier);
             if (step->tapped && step->tapped[i]) EACH_TOKEN narrow(room.x + t * width, width, step->tapped[i] + t * width);
         }
         EACH_TOKEN {
@@ -220,7 +221,9 @@ void recycle_ds_run(const Stack *stack, const Step *step) {
             if (stack->final_norm) rms_norm(x, stack->final_norm, width, (float)stack->epsilon, x);
             narrow(x, width, step->states + t * width);
         }
+        if (thread == 0 && stack->exchange) stack->exchange->done = own.done;
     }
+    return late;
 }
 
 /* y = x W^T + b, bf16 [rows, inputs] to fp32 [rows, outputs]. room: rows x (inputs x 2 + 4) + most x inputs x 4

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from recycle_ds.inference.native.arena import Arena
+from recycle_ds.inference.native.exchange import Exchange
 from recycle_ds.inference.native.library import KernelsUnavailable, kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
-from recycle_ds.inference.native.spans import Span
+from recycle_ds.inference.native.spans import Span, divided
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
@@ -41,7 +42,7 @@ class _LayerStruct(ctypes.Structure):
 
 class _StackStruct(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("layers", "cache", "cosine", "sine", "final_norm", "piece_norms")),
+        *((name, _POINTER) for name in ("layers", "cache", "cosine", "sine", "final_norm", "piece_norms", "exchange")),
         ("joined", ProductStruct),
         *((name, _INTEGER) for name in ("count", "pieces", "layer_size")),
         *((name, _INTEGER) for name in ("width", "heads", "kv_heads", "channels", "ffn")),
@@ -65,19 +66,23 @@ class Join:
     projection: Tensor
 
 
-def why_not_compiled(model: RecycleGPT, tensor_ranks: int) -> str | None:
-    """Why a model's blocks cannot run in the compiled kernels; None if they can."""
+def why_not_compiled(model: RecycleGPT, tensor_ranks: int, exchange: Exchange | None) -> str | None:
+    """Why a model's blocks cannot run in the compiled kernels; None if they can. model: this rank's shard. exchange: of the
+    tensor ranks, if they share memory."""
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
         return f"they run on CPUs, not on {parameter.device.type}"
     if parameter.dtype != torch.bfloat16:
         return "they compute in bf16 and int8, not in fp32"
-    if tensor_ranks > 1:
-        return f"they hold complete blocks, not those of {tensor_ranks} tensor ranks"
+    if tensor_ranks > 1 and exchange is None:
+        return f"the {tensor_ranks} tensor ranks share no memory: they are on several hosts, or /dev/shm is too small"
     for block in (*model.blocks.values(), *(() if model.recycle is None else model.recycle.blocks)):
         assert isinstance(block, Block) and isinstance(block.attention, Attention) and isinstance(block.mlp, MLP)
         ffn = len(block.mlp.gate_up.weight) // 2
-        sizes = {"hidden": model.config.hidden, "ffn": ffn, "channels of a head": block.attention.channels}
+        hidden = model.config.hidden
+        sizes = {"hidden": hidden, "ffn": ffn, "channels of a head": block.attention.channels}
+        if tensor_ranks > 1 and model.recycle is not None:  # each has some columns of the module's input
+            sizes = {"a rank's share of hidden": hidden // tensor_ranks} | sizes
         for name, size in sizes.items():
             if size % _LANES:
                 return f"{name} is {size}, no multiple of {_LANES}"
@@ -100,10 +105,11 @@ class NativeStack:
         *,
         int8: bool = False,
         arena: Arena | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        """final_norm: applied to the states that leave the last block. arena: where packed weights go. Raises
-        KernelsUnavailable."""
-        self._kernels, self._arena = kernels(), arena or Arena()
+        """final_norm: applied to the states that leave the last block. arena: where packed weights go. exchange: of the
+        tensor ranks whose shards the blocks are. Raises KernelsUnavailable."""
+        self._kernels, self._arena, self._exchange = kernels(), arena or Arena(), exchange
         self._kept: list[object] = []
         layers = (_LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
         first = blocks[0]
@@ -121,7 +127,8 @@ class NativeStack:
         self._kept += [layers, norm_addresses]
         self._stack = _StackStruct(
             ctypes.addressof(layers), None, self._numbers(rotary.cosine), self._numbers(rotary.sine),
-            None if final_norm is None else self._numbers(final_norm.weight), ctypes.addressof(norm_addresses), joined,
+            None if final_norm is None else self._numbers(final_norm.weight), ctypes.addressof(norm_addresses),
+            None if exchange is None else ctypes.addressof(exchange.struct), joined,
             len(blocks), len(norms), 0, self._width, attention.heads, attention.kv_heads, attention.channels,
             len(first.mlp.gate_up.weight) // 2, norm.epsilon,
         )  # fmt: skip
@@ -166,10 +173,12 @@ class NativeStack:
 
         inputs: bf16 [T, D] each; several are joined. keys_values: the cache [layers, slots, 2 H_kv, C]; a block of 16 slots
         has an order of its own, see attention.h. shift: what to add to a slot's position for its rotary position. added:
-        bf16 [T, D], added to the joined inputs. taps: numbers of blocks whose states are returned too. Returns the states
-        and the tapped ones, bf16 [T, D] each.
+        bf16 [T, D], added to the joined inputs; of tensor ranks, this rank's columns. taps: numbers of blocks whose states
+        are returned too. Returns the states and the tapped ones, bf16 [T, D] each. Raises PeerLost.
         """
         tokens = sum(span.count for span in spans)
+        if self._exchange is not None and tokens > (most := self._exchange.struct.room // (4 * self._width)):
+            return self._in_groups(divided(spans, most), inputs, keys_values, shift, added, taps)
         at, rotary, lowest, table, blocks = (array("i") for _ in range(5))
         for span in spans:
             at.extend(range(span.first, span.end))
@@ -197,5 +206,26 @@ class NativeStack:
         if len(self._room) < needed + 64:
             self._room = torch.empty(needed + 64, dtype=torch.uint8)
         step.room = -(-self._room.data_ptr() // 64) * 64
-        self._kernels.recycle_ds_run(ctypes.byref(self._stack), ctypes.byref(step))
+        late = self._kernels.recycle_ds_run(ctypes.byref(self._stack), ctypes.byref(step))
+        if self._exchange is not None and late >= 0:
+            raise self._exchange.lost(late)
         return states[0], list(states[1:])
+
+    def _in_groups(
+        self,
+        groups: Sequence[Sequence[Span]],
+        inputs: Sequence[Tensor],
+        keys_values: Tensor,
+        shift: int,
+        added: Tensor | None,
+        taps: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A call in parts, each of which fits into the ranks' memory. No number depends on the division."""
+        found, first = [], 0
+        for spans in groups:
+            part = slice(first, first + sum(span.count for span in spans))
+            own = None if added is None else added[part]
+            found.append(self([one[part] for one in inputs], spans, keys_values, shift=shift, added=own, taps=taps))
+            first = part.stop
+        states = torch.cat([one for one, _ in found])
+        return states, [torch.cat(tapped) for tapped in zip(*(tapped for _, tapped in found), strict=True)]
