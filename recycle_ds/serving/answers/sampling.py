@@ -147,6 +147,6 @@ def as_invalid(error: DecodingError) -> ApiError:
     message = str(error)
     for theirs, ours in _NAMES.items():
         message = re.sub(rf"\b{theirs}\b", ours, message)
-    named = re.match(r"([a-z_]+)=", message)
+    named = re.match(r"([a-z_]+)[=:]", message)
     param = named[1] if named and named[1] in GenerationFields.model_fields else None
     return invalid(message, param, "invalid_value")

@@ -13,7 +13,13 @@ ROLES = ("system", "developer", "user", "assistant")
 _MAX_MESSAGES = 2048
 _MAX_NAME = 256
 # Fields of the messages that OpenAI's servers and this one answer with: empty, they say nothing.
-_EMPTY = {"refusal": None, "tool_calls": [], "function_call": None, "audio": None, "annotations": []}
+_EMPTY: dict[str, list[Any] | None] = {
+    "refusal": None,
+    "tool_calls": [],
+    "function_call": None,
+    "audio": None,
+    "annotations": [],
+}
 # Names of what the renderer itself passes to a template, or takes as an option.
 _RESERVED = {
     *("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"),

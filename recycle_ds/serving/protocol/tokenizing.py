@@ -25,7 +25,7 @@ class TokenizeRequest(ChatFields):
     @classmethod
     def _check_source(cls, tree: Any) -> Any:
         """Exactly one source of text."""
-        if isinstance(tree, dict) and (tree.get("prompt") is None) == (not tree.get("messages")):
+        if isinstance(tree, dict) and (tree.get("prompt") is None) == (tree.get("messages") in (None, [])):
             raise ValueError("prompt, messages: give one of them")
         return tree
 
