@@ -57,6 +57,8 @@ class Conduct:
         except ClientGone as error:
             record.status = record.status or _GONE
             record.ended = "slow_reader" if isinstance(error, SlowReader) else "disconnected"
+        except asyncio.CancelledError:  # the server ends without this client; uvicorn would log a trace of it
+            record.status, record.ended = record.status or _GONE, "disconnected"
         finally:
             self._finish(record, scope)
 
@@ -104,7 +106,7 @@ class Conduct:
 
     def _finish(self, record: Record, scope: Scope) -> None:
         service = self._service
-        if record.status is None:  # the task was cancelled
+        if record.status is None:  # the interpreter ends
             record.status, record.ended = _GONE, "disconnected"
         route: Any = scope.get("route")
         service.metrics.requests.labels(getattr(route, "path", "other"), str(record.status)).inc()
