@@ -52,7 +52,7 @@ OBJECTS: tuple[Any, ...] = ({}, {"a": {"b": []}}, {"role": "user"})
 WELCOME: dict[str, tuple[Any, ...]] = {
     **{"model": TEXTS, "user": TEXTS, "stop": ("text", "1", TEXTS[3], []), "chat_template_kwargs": OBJECTS},
     **{"/v1/completions prompt": ("text", "1", TEXTS[3]), "/tokenize prompt": TEXTS, "tokens": ([],)},
-    **{"temperature": (1.5,), "seed": (-1,), "top_k": (-1,), "priority": (-1,), "repetition_penalty": (1.5,)},
+    **{"temperature": (1.5,), "seed": (-1,), "top_k": (-1,), "repetition_penalty": (1.5,)},
     **{"presence_penalty": (-1, 1.5, -0.5), "frequency_penalty": (-1, 1.5, -0.5)},
     **{"logit_bias": ({},), "stop_token_ids": ([],), "bad_token_ids": ([],)},
     **dict.fromkeys(("stream", "echo", "logprobs", "token_details", "ignore_eos", "add_generation_prompt"), (True,)),
