@@ -113,6 +113,7 @@ def team_engine(
     shards = own if own.size > 1 else None
     vocabulary = Vocabulary(model.shard.first, max(model.shard.valid, 1), shards)
     runner = Runner(weights, Cache(weights, blocks, BLOCK_SIZE), vocabulary)
+    keep_freed_memory()
     executor = TeamExecutor(runner, team, weights.received_width, weights.dtype, weights.device)
     if not team.owns:
         executor.follow()

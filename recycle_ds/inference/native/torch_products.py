@@ -1,4 +1,4 @@
-"""Products of few rows and norms in PyTorch's operations: for fp32, tensor ranks, GPUs and machines without the kernels."""
+"""Products of few rows and norms in PyTorch's operations: for fp32, GPUs, and ranks and machines without the kernels."""
 
 from __future__ import annotations
 

@@ -62,9 +62,11 @@ class Vocabulary:
 
     def argmax(self, scores_RV: Tensor) -> Tensor:
         """The id of the highest score of each row [R], int64; among equal ones the lowest."""
-        if self.ranks is None and scores_RV.device.type == "cpu":  # NumPy's is vectorised: a tenth of PyTorch's time
-            return self._global(torch.from_numpy(scores_RV.numpy().argmax(-1)))
-        best_R, local_R = scores_RV.max(-1)
+        if scores_RV.device.type == "cpu":  # NumPy's is vectorised: a tenth of PyTorch's time
+            local_R = torch.from_numpy(scores_RV.numpy().argmax(-1))
+            best_R = scores_RV.gather(-1, local_R[:, None])[:, 0]
+        else:
+            best_R, local_R = scores_RV.max(-1)
         ids_R = self._global(local_R)
         if self.ranks is None:
             return ids_R
