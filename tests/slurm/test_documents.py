@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -43,7 +45,15 @@ def test_every_sbatch_command_is_accepted(cluster: Cluster) -> None:
         app, own = PROGRAMS[script]
         context = typer.main.get_command(app).make_context(script, arguments[own:])
         if app is pretrain.app:
-            load_config(context.params["config"], context.params["overrides"] or ())
+            load_config(context.params["config"], context.params["overrides"] or (), _of_init_from)
+
+
+def _of_init_from(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What `init_from` supplies in a run: a model's shape and its tokenizer."""
+    if "init_from" not in tree:
+        return {}
+    demo = load_config("demo").model_dump(mode="json")
+    return {"model": demo["model"], "data": {"tokenizer": demo["data"]["tokenizer"]}}
 
 
 def test_the_srun_command_trains(cluster: Cluster, tmp_path: Path) -> None:
