@@ -152,6 +152,7 @@ class _StandIns:
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         used = written.union(*self._tokenizer.get_vocab(with_added_tokens=True))
+        # not strict: there are more characters than tokens, or the iterator raises
         self.characters = dict(zip(special, private_characters(used), strict=False))
         """Of each special token."""
         self._tokens = {character: token for token, character in self.characters.items()}

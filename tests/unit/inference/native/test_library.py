@@ -69,9 +69,11 @@ def test_an_unwritable_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "file"))
     library._loaded.cache_clear()
     try:
-        library.kernels()
+        found = library.kernels()
     finally:
         library._loaded.cache_clear()
+    assert not Path(found._name).is_relative_to(tmp_path / "file"), "it was compiled elsewhere"
+    assert callable(found.recycle_ds_run) and (tmp_path / "file").read_bytes() == b""
 
 
 def test_models_that_the_kernels_do_not_support(capsys: pytest.CaptureFixture[str]) -> None:
