@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "choice.h"
 #include "exchange.h"
 #include "products.h"
 
