@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from recycle_ds.config.errors import ConfigError
-from recycle_ds.config.section import NonNegative, Positive, Section
+from recycle_ds.config.section import NonNegative, OnResume, Positive, Section
 
 
 class RopeScaling(Section):
@@ -62,7 +62,7 @@ class ModelConfig(Section):
     """Inner width of the SwiGLU feed-forward."""
     vocab_size: Positive | None = None
     """Tokens in the vocabulary; taken from the tokenizer if not given."""
-    vocab_multiple: Positive = 64
+    vocab_multiple: Annotated[Positive, OnResume.FREE] = 64
     """The embedding is padded to a multiple of this times parallel.tensor; padding is never predicted or saved."""
     max_positions: Positive = 2048
     """Longest context, in tokens."""
@@ -115,9 +115,10 @@ class RecycleConfig(Section):
     """Depth k has weight depth_decay^(k-1), normalised over depths."""
     step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """The weights of the depths one by one, normalised likewise, in place of `depth_decay`."""
-    draft_vocabulary: Positive | None = None
+    draft_vocabulary: Annotated[Positive | None, OnResume.FREE] = None
     """When decoding, drafts are chosen among this many of the most frequent tokens of the training data, which makes them
-    cheaper; `null`: among all tokens. The text of `verified` does not depend on it."""
+    cheaper; `null`: among all tokens. The text of `verified` does not depend on it. A run that trains with it (see below)
+    cannot change it at a resume."""
     draft_vocabulary_in_training: bool = False
     """Train the module over the draft vocabulary alone, with that part of the head: cheaper, and drafts come from nowhere else.
     `cross_entropy` then ignores other targets, `kl` scales the backbone's probabilities of that vocabulary to sum to 1, and

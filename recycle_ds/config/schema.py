@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from recycle_ds.config.fault_section import FaultConfig, Policy
 from recycle_ds.config.model_sections import ModelConfig, RecycleConfig
-from recycle_ds.config.section import Fraction, NonNegative, Positive, Section, Text
+from recycle_ds.config.section import Fraction, NonNegative, OnResume, Positive, Section, Text
 
 
 class ParallelConfig(Section):
@@ -54,71 +54,71 @@ class ProfileConfig(Section):
 class TrainingConfig(Section):
     """Optimisation, checkpoints and logging of a run."""
 
-    steps: Positive
+    steps: Annotated[Positive, OnResume.FREE]
     """Optimizer steps; also the length of the learning-rate schedule."""
-    stop_at: Positive | None = None
+    stop_at: Annotated[Positive | None, OnResume.FREE] = None
     """Save and exit after this step; the schedule stays that of `steps`."""
-    micro_batch_size: Positive
+    micro_batch_size: Annotated[Positive, OnResume.FREE]
     """Sequences in one forward pass of one data-parallel rank."""
-    global_batch_size: Positive
+    global_batch_size: Annotated[Positive, OnResume.FIXED]
     """Sequences in one optimizer step, over all ranks."""
-    seq_length: Positive
+    seq_length: Annotated[Positive, OnResume.FIXED]
     """Tokens in a sequence."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Annotated[Literal["fp32", "bf16"], OnResume.FREE] = "fp32"
     """Arithmetic of forward and backward; master weights and optimizer moments are always fp32."""
-    seed: NonNegative = 1234
+    seed: Annotated[NonNegative, OnResume.FIXED] = 1234
     """Seed of initial weights and data order."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0), OnResume.REPORTED]
     """Peak learning rate."""
-    min_learning_rate_ratio: Fraction = 0.1
+    min_learning_rate_ratio: Annotated[Fraction, OnResume.REPORTED] = 0.1
     """Learning rate at the end of the decay, as a fraction of the peak."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: Annotated[NonNegative, OnResume.REPORTED] = 0
     """Steps of linear warm-up; cut to `steps` with a warning if longer."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "wsd", "constant"], OnResume.REPORTED] = "cosine"
     """`wsd`: warm-up, stable, then linear decay over `decay_steps`."""
-    decay_steps: NonNegative | None = None
+    decay_steps: Annotated[NonNegative | None, OnResume.REPORTED] = None
     """wsd: length of the decay; a tenth of `steps` if not given."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0), OnResume.REPORTED] = 0.1
     """AdamW's weight decay, on matrices only: norms and biases have none."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1), OnResume.REPORTED] = 0.9
     """AdamW's first-moment decay."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta2: Annotated[float, Field(ge=0, lt=1), OnResume.REPORTED] = 0.95
     """AdamW's second-moment decay."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    epsilon: Annotated[float, Field(gt=0), OnResume.REPORTED] = 1e-8
     """AdamW's epsilon."""
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clipping: Annotated[float, Field(ge=0), OnResume.REPORTED] = 1.0
     """Largest gradient norm; 0 disables clipping. With detached gradients module and backbone are clipped separately."""
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Annotated[Literal["none", "full"], OnResume.FREE] = "none"
     """`full`: blocks keep only their input and recompute in the backward pass."""
-    loss_chunk: Positive = 1024
+    loss_chunk: Annotated[Positive, OnResume.FREE] = 1024
     """Rows (tokens) of logits that the output head computes at once."""
-    compile: bool = False
+    compile: Annotated[bool, OnResume.FREE] = False
     """Compile the model through `engine.compile` (needs a working compiler; the first step is slow)."""
-    dry_run: bool = True
+    dry_run: Annotated[bool, OnResume.FREE] = True
     """One forward and backward pass before step 1 that changes no state, so that an out-of-memory error comes at once."""
-    nonfinite: Policy = "stop"
+    nonfinite: Annotated[Policy, OnResume.FREE] = "stop"
     """What all ranks do when a loss or the gradient norm is not finite on any of them. `stop`: save the state before the
     step and exit. `skip`: skip the step and its data. `retry`: repeat the step with the same data once, then skip.
     `rollback`: restore the newest intact checkpoint and skip all data read since, at most `faults.max_rollbacks`
     times."""
-    max_skipped_in_a_row: Positive = 20
+    max_skipped_in_a_row: Annotated[Positive, OnResume.FREE] = 20
     """Consecutive skipped steps allowed before the run stops."""
-    log_every: Positive = 10
+    log_every: Annotated[Positive, OnResume.FREE] = 10
     """Steps between lines of metrics.jsonl."""
-    save_every: NonNegative = 0
+    save_every: Annotated[NonNegative, OnResume.FREE] = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, OnResume.FREE] = 2
     """Newest checkpoints kept."""
-    save_buffer_gib: Annotated[float, Field(ge=0)] = 8.0
+    save_buffer_gib: Annotated[float, Field(ge=0), OnResume.FREE] = 8.0
     """GiB of host memory per rank for copies of a checkpoint that is written while training continues; 0 waits for the
 disk."""
-    eval_every: NonNegative = 0
+    eval_every: Annotated[NonNegative, OnResume.FREE] = 0
     """Steps between evaluations, the last step included; 0 never evaluates."""
-    eval_batches: Positive = 8
+    eval_batches: Annotated[Positive, OnResume.FREE] = 8
     """Global batches in one evaluation."""
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, OnResume.FREE] = True
     """Write TensorBoard events to run_dir/tensorboard/."""
-    profile: ProfileConfig | None = None
+    profile: Annotated[ProfileConfig | None, OnResume.FREE] = None
     """Steps to trace."""
 
 
@@ -185,23 +185,23 @@ class DataConfig(Section):
 class RunConfig(Section):
     """The configuration of a run. `recycle_ds.pretrain --config FILE section.key=value` reads this."""
 
-    run_dir: Text
+    run_dir: Annotated[Text, OnResume.FREE]
     """Folder for everything that the run writes: metrics, checkpoints, the resolved configuration."""
-    deepspeed: Text
+    deepspeed: Annotated[Text, OnResume.FREE]
     """DeepSpeed's JSON file; the values that this configuration sets are "auto" in it."""
-    init_from: Text | None = None
+    init_from: Annotated[Text | None, OnResume.FREE] = None
     """Run folder or checkpoint to load the initial weights from. If it has no recycle module, one is initialised."""
-    data: DataConfig
-    """Data."""
-    model: ModelConfig
+    data: Annotated[DataConfig, OnResume.FREE]
+    """Data. At a resume they are compared by content, as files may have moved."""
+    model: Annotated[ModelConfig, OnResume.FIXED]
     """Backbone."""
-    recycle: RecycleConfig = RecycleConfig()
+    recycle: Annotated[RecycleConfig, OnResume.FIXED] = RecycleConfig()
     """Recycle module."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, OnResume.FREE] = ParallelConfig()
     """Layout."""
     training: TrainingConfig
     """Optimisation."""
-    faults: FaultConfig = FaultConfig()
+    faults: Annotated[FaultConfig, OnResume.FREE] = FaultConfig()
     """Bad steps, hangs, slow ranks, the end of the job."""
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -26,6 +27,15 @@ Text = Annotated[str, AfterValidator(not_empty)]
 Positive = Annotated[int, BeforeValidator(no_bool), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class OnResume(Enum):
+    """Whether a setting may change when a run is resumed. It stands in the field's `Annotated`; that of a section holds for
+    all fields in it that have none."""
+
+    FIXED = "another value makes it another run: refused"
+    REPORTED = "may change, with a note"
+    FREE = "may change"
 
 
 class Section(BaseModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from recycle_ds.checkpoint.portable.manifest import DataIdentity, Manifest, read
 from recycle_ds.checkpoint.portable.newest import newest_intact
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.checkpoint.run.same_run import check_same_run
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
 from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
 from recycle_ds.model.build import whole_shapes
@@ -31,23 +31,6 @@ from recycle_ds.training.state import TrainingState
 RECYCLE = "recycle."
 # Parts of the module that a trained one can be given. Their initial values do not change its output.
 _EXTENSIONS = ("recycle.tap_", "recycle.confidence.")
-# Settings that must not change at a resume: another model, data order or batch size makes it another run.
-_FIXED = (
-    "model",
-    "recycle",
-    "training.seed",
-    "training.global_batch_size",
-    "training.seq_length",
-)
-# Settings that may change at a resume without a note.
-_FREE = (
-    "run_dir", "deepspeed", "init_from", "parallel", "data", "faults", "training.steps", "training.stop_at",
-    "training.micro_batch_size", "training.log_every", "training.save_every", "training.eval_every", "training.eval_batches",
-    "training.keep_checkpoints", "training.save_buffer_gib", "training.tensorboard", "training.profile", "training.dry_run",
-    "model.vocab_multiple",
-    "training.compile", "training.activation_checkpointing", "training.loss_chunk", "training.dtype", "training.nonfinite",
-    "training.max_skipped_in_a_row", "recycle.draft_vocabulary",
-)  # fmt: skip
 
 
 def checkpoint_to_resume(
@@ -128,42 +111,6 @@ def _read_verified(folder: Path, mesh: Mesh) -> Manifest:
     source = PortableSource(folder, read_manifest(folder))
     source.verify(mesh.rank, mesh.world_size)
     return source.manifest
-
-
-def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest, folder: Path) -> list[str]:
-    """Refuses to resume with another model, data, seed or batch size. Returns notes on other changed settings.
-
-    Data are compared by content, as files may have moved. Raises CheckpointError naming the changed setting.
-    """
-    if "training" not in manifest.config:
-        raise CheckpointError(
-            f"{folder}: converted weights without training state; set init_from to it, and use another run_dir"
-        )
-    if identity.tokenizer != manifest.data.tokenizer:
-        raise CheckpointError(
-            f"{folder}: cannot resume: data.tokenizer ({config.data.tokenizer}) is not the tokenizer of the run; "
-            "restore it, or use another run_dir"
-        )
-    weights = [source["weight"] for source in manifest.config["data"]["train"]]
-    if identity.train != manifest.data.train or weights != [source.weight for source in config.data.train]:
-        raise CheckpointError(
-            f"{folder}: cannot resume: the token files or weights of data.train are not those of the run; "
-            "restore them, or use another run_dir"
-        )
-    current, saved = _flat(config.model_dump(mode="json")), _defaults() | _flat(manifest.config)
-    notes = []
-    trains_on_drafts = config.recycle.draft_vocabulary_in_training
-    for key in sorted(current.keys() | saved.keys()):
-        if current.get(key) == saved.get(key):
-            continue
-        change = f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        if _under(key, _FIXED) and (key not in _FREE or (key == "recycle.draft_vocabulary" and trains_on_drafts)):
-            raise CheckpointError(
-                f"{folder}: cannot resume: {change}; change it back, or use another run_dir (init_from keeps the weights)"
-            )
-        if not _under(key, _FREE):
-            notes.append(f"note: resuming with a changed setting: {change}")
-    return notes
 
 
 def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
@@ -266,22 +213,3 @@ def _read_generators(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot read the states of the random generators: {error}") from None
     return states
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, part in tree.items()
-        for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()
-    }
-
-
-def _defaults() -> dict[str, Any]:
-    """Settings of the recycle module that a run of an older release, which did not have them, was trained with."""
-    return _flat(RecycleConfig().model_dump(mode="json"), "recycle")
-
-
-def _under(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(f"{root}.") for root in roots)

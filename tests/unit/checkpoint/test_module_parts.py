@@ -17,7 +17,7 @@ from recycle_ds.checkpoint.portable.manifest import DataIdentity, Manifest
 from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.run.init_from import init_from_defaults
-from recycle_ds.checkpoint.run.resume import check_same_run
+from recycle_ds.checkpoint.run.same_run import check_same_run
 from recycle_ds.config import RecycleConfig
 from recycle_ds.model import build_model
 from recycle_ds.model.flops import parameters
