@@ -29,7 +29,7 @@ def report(
     from recycle_ds.training.reporting.run_report.writing import output_file, write_report
 
     found = read_runs(runs, published_checkpoints)
-    path = output_file(runs, output)
+    path = output_file([run.path for run in found], output)
     for run in found:
         for note in run.notes:
             print(f"note: {run.path}: {note}", file=sys.stderr)

@@ -494,6 +494,10 @@ def test_the_command_writes_one_file(
         assert err.startswith("note: a: metrics.jsonl: the last line is incomplete") and err.count("\n") == 1
     assert run_command(["a", "b"], capsys)[:2][1].startswith("report.html: 2 runs")
     assert run_command(["a", "b", "--output", "new/folder/x.html"], capsys)[0] == 0
+    Path("stray.json").touch()
+    code, out, err = run_command(["a", "stray.json"], capsys)
+    assert (code, out.partition(",")[0]) == (0, "a/report.html: 1 run"), "a file beside folders, as of runs/*"
+    assert err.startswith("note: not a folder, left out: stray.json\n")
     assert sorted(str(path) for path in Path().rglob("*.html")) == ["a/report.html", "new/folder/x.html", "report.html"]
 
 

@@ -63,8 +63,9 @@ _CONTRAST = """
   const found = [];
   for (const each of document.querySelectorAll("h1, h2, h3, p, li, td, th, dt, dd, text, code, a, summary")) {
     const style = getComputedStyle(each);
-    const [a, b] = [light(each.tagName === "text" ? style.fill : style.color), light(ground(each))].sort((one, other) => one - other);
-    if ((b + 0.05) / (a + 0.05) < 4.5) found.push(`${each.outerHTML.slice(0, 80)}: ${style.color} on ${ground(each)}`);
+    const ink = light(each.tagName === "text" ? style.fill : style.color), paper = light(ground(each));
+    const contrast = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    if (contrast < 4.5) found.push(`${each.outerHTML.slice(0, 80)}: ${style.color} on ${ground(each)}`);
   }
   return found;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recycle_ds.training.reporting.metrics_lines import parse_record
+
 RESUME = "resume"
 MAX_DEPTHS = 16
 """Entries of a list by depth, and parts of a record by part, that become curves."""
-_MAX_STEP = 2**53
 # Numbers, lists by depth and objects by part of a record. Other keys, and what an older or newer release writes, are skipped.
 _STEP_KEYS = (
     *("loss", "backbone_loss", "recycle_loss", "confidence_loss", "grad_norm", "grad_norm_by_part", "learning_rate"),
@@ -126,19 +126,13 @@ def read_metrics(path: Path) -> Metrics:
 
 def _records(lines: Iterable[str], found: Metrics) -> Iterator[dict[str, Any]]:
     for line in lines:
-        if not line.endswith("\n"):
-            found.incomplete = True
-            return
-        try:
-            record = json.loads(line)
-        # ValueError: not JSON, or an integer with more digits than Python parses
-        except (ValueError, RecursionError):
-            record = None
-        step = record.get("step") if isinstance(record, dict) else None
-        if type(step) is int and 0 <= step < _MAX_STEP:
+        record = parse_record(line)
+        if record is not None:
             yield record
-        else:
+        elif line.endswith("\n"):
             found.damaged += 1
+        else:
+            found.incomplete = True
 
 
 def _numbers(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, float]:

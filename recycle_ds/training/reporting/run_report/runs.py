@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +57,14 @@ class Run:
 
 
 def read_runs(folders: Sequence[str], checkpoints: ReadCheckpoints) -> list[Run]:
-    """Reads run folders.
+    """Reads run folders. Files beside them are left out with a note on stderr, so that `runs/*` names all runs.
 
-    Raises TrainingError if one does not exist, is not a run's or is named twice, and if there are more than MAX_RUNS.
+    Raises TrainingError if a folder does not exist, is not a run's or is named twice, and if there are more than MAX_RUNS.
     """
+    files = [folder for folder in folders if Path(folder).is_file()]
+    if files and len(files) < len(folders):
+        print(f"note: not a folder, left out: {', '.join(files)}", file=sys.stderr)
+        folders = [folder for folder in folders if folder not in files]
     paths = [Path(folder) for folder in folders]
     if len(paths) > MAX_RUNS:
         raise TrainingError(f"{len(paths)} runs: a report compares at most {MAX_RUNS}; name fewer")

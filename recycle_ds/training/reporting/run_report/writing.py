@@ -13,7 +13,7 @@ MARKER = "<!-- recycle_ds run report -->"
 """In the second line of every report."""
 
 
-def output_file(folders: Sequence[str], output: str | None) -> Path:
+def output_file(folders: Sequence[Path], output: str | None) -> Path:
     """The file of the report: `output`, by default report.html in the folder of the one run, or in the current directory.
 
     Raises TrainingError for a folder, another kind of file than .html, and a file that is not a report.
