@@ -123,6 +123,30 @@ def test_the_drawn_curve_is_the_data(tmp_path: Path, title: str) -> None:
         assert value == pytest.approx(math.log10(loss) if found.logarithmic else loss, abs=1e-4 * (high - low))
 
 
+@pytest.mark.parametrize(
+    ("config", "comparable"),
+    [
+        ("recycle: {depth: 2}", True),
+        ("recycle: {objective: cross_entropy, draft_vocabulary: null}", True),
+        ("recycle: {objective: kl}", False),
+        ("recycle: {draft_vocabulary: 8192, draft_vocabulary_in_training: false}", True),
+        ("recycle: {draft_vocabulary: 8192, draft_vocabulary_in_training: true}", False),
+        ("recycle: 3", False),
+        ("{}", False),
+    ],
+)
+def test_validation_is_drawn_into_the_same_plot_if_it_is_the_same_quantity(
+    tmp_path: Path, config: str, comparable: bool
+) -> None:
+    """Prevents validation dots far from the curve because the module's objective is not the cross entropy of evaluations."""
+    records = [step(1, 5.0), step(2, 4.0), evaluation(2, 3.0)]
+    runs = read(write_run(tmp_path / "run", records, config=config), write_run(tmp_path / "other", records[:2]))
+    backbone, depth = panel(runs, "Loss: backbone"), panel(runs, "Loss: recycle, depth 1")
+    assert backbone.series[0].dots is not None and backbone.series[0].dots[1].tolist() == [3.0]
+    assert backbone.series[1].dots is None and backbone.note == "nats per token; dots: validation"
+    assert (depth.series[0].dots is not None, depth.note.endswith("validation")) == (comparable, comparable)
+
+
 def test_thinning_keeps_the_least_and_the_greatest_values() -> None:
     """Prevents a report of a long run without its spike, its best step, its first or its last one."""
     steps = np.arange(1.0, 100_001.0)
@@ -138,6 +162,16 @@ def test_thinning_keeps_the_least_and_the_greatest_values() -> None:
         part = curve[start : start + 5000]
         around = kept[(kept_steps > start - 402) & (kept_steps <= start + 5402)]
         assert around.max() >= part.max() and around.min() <= part.min()
+
+
+def test_a_loss_that_diverged_leaves_its_curve_readable(tmp_path: Path) -> None:
+    """Prevents a curve that is flat because its last values are a thousand times the others."""
+    losses = [5 - number / 10 for number in range(1, 21)] + [1e3, 1e9, 3e38]
+    records = [step(number, loss) for number, loss in enumerate(losses, start=1)]
+    runs = read(write_run(tmp_path / "run", records))
+    loss = panel(runs, "Loss")
+    assert loss.logarithmic and values(loss, "backbone") == losses
+    assert draw(loss, 1).y_limits[1] > 3e38 and "3e+38" in render(runs)
 
 
 def test_thinning_keeps_gaps() -> None:
@@ -396,11 +430,13 @@ def test_values_of_other_types_are_gaps(tmp_path: Path) -> None:
     """Prevents a traceback, or NaN in the page's JSON, for values that are no finite numbers."""
     odd = {
         "backbone_loss": "x", "recycle_loss": [None, math.nan, math.inf], "grad_norm": True, "mfu": [0.5],
-        "memory_gib": 10**400, "rank_seconds": [1], "tokens": {}, "time": {"a": 1},
+        "memory_gib": 10**400, "tokens_per_second": 1e300, "rank_seconds": [1], "tokens": {}, "time": {"a": 1},
     }  # fmt: skip
     runs = read(write_run(tmp_path / "run", [step(1, 5.0), {**step(2, 4.0), **odd}, step(3, 3.0)]))
     page = render(runs)
     loss = dict(zip(titles(page), page_data(page), strict=True))["Loss"]
+    speed = dict(zip(titles(page), page_data(page), strict=True))["Tokens per second"]
+    assert speed["series"][0]["values"] == [2001.0, None, 2003.0], "beyond fp32"
     assert [one["values"] for one in loss["series"]] == [[5.0, None, 3.0], [5.5, None, 3.5], [6.0, None, 4.0]]
     only_nan = read(write_run(tmp_path / "nan", [step(1, math.nan, recycle_loss=[])]))
     assert "Loss" not in [one.title for one in panels(only_nan)]

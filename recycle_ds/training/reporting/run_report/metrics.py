@@ -14,6 +14,8 @@ from recycle_ds.training.reporting.metrics_lines import parse_record
 RESUME = "resume"
 MAX_DEPTHS = 16
 """Entries of a list by depth, and parts of a record by part, that become curves."""
+# The greatest fp32 number: a greater one was not measured, and an axis to it would overflow.
+_MAX_VALUE = 3.5e38
 # Numbers, lists by depth and objects by part of a record. Other keys, and what an older or newer release writes, are skipped.
 _STEP_KEYS = (
     *("loss", "backbone_loss", "recycle_loss", "confidence_loss", "grad_norm", "grad_norm_by_part", "learning_rate"),
@@ -157,4 +159,4 @@ def _finite(number: float) -> float:
         value = float(number)
     except OverflowError:  # an integer
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) <= _MAX_VALUE else math.nan

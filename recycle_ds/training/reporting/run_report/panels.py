@@ -16,8 +16,8 @@ MAX_DOTS = 60
 """Evaluations that are drawn as dots at most."""
 MAX_MARKS = 150
 """Marks of one kind in a plot at most; closer ones are drawn as one."""
-# Ratio of a quantity's extremes above which its axis is logarithmic.
-_LOGARITHMIC = 30.0
+# A loss that diverged; a gradient norm that varies, as it often does.
+_DIVERGED, _VARIES = 1000.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class Quantity:
     smoothed: bool = False
     dots: tuple[str, ...] = ()
     """Keys of evaluations that are drawn into the same plot, one for each key."""
-    logarithmic: bool = False
-    """Whether the axis may be logarithmic."""
+    logarithmic_from: float = math.inf
+    """Ratio of the greatest to the least value from which the axis is logarithmic."""
 
 
 QUANTITIES = (
     Quantity(
-        "Loss", ("backbone_loss", "recycle_loss"), "nats per token; dots: validation",
-        smoothed=True, dots=("eval_loss", "eval_recycle_loss"),
+        "Loss", ("backbone_loss", "recycle_loss"), "nats per token",
+        smoothed=True, dots=("eval_loss", "eval_recycle_loss"), logarithmic_from=_DIVERGED,
     ),
-    Quantity("Validation loss", ("eval_loss", "eval_recycle_loss"), "nats per token", evaluated=True),
+    Quantity("Validation loss", ("eval_loss", "eval_recycle_loss"), "cross entropy, nats per token", evaluated=True),
     Quantity(
         "Acceptance", ("eval_acceptance",), "of drafts whose predecessors were accepted; validation", "%", evaluated=True,
     ),
     Quantity("Tokens per full call", ("eval_tokens_per_full_call",), "validation", evaluated=True),
-    Quantity("Total loss", ("loss",), "what is optimised: weighted sum", smoothed=True),
+    Quantity("Total loss", ("loss",), "what is optimised: weighted sum", smoothed=True, logarithmic_from=_DIVERGED),
     Quantity("Confidence loss", ("confidence_loss",), "binary cross entropy", smoothed=True),
     Quantity("Learning rate", ("learning_rate",)),
-    Quantity("Gradient norm", ("grad_norm",), "before clipping", smoothed=True, logarithmic=True),
-    Quantity("Gradient norm by part", ("grad_norm_by_part",), "before clipping", smoothed=True, logarithmic=True),
+    Quantity("Gradient norm", ("grad_norm",), "before clipping", smoothed=True, logarithmic_from=_VARIES),
+    Quantity("Gradient norm by part", ("grad_norm_by_part",), "before clipping", smoothed=True, logarithmic_from=_VARIES),
     Quantity("Tokens per second", ("tokens_per_second",), smoothed=True),
     Quantity("MFU", ("mfu",), "model FLOPs utilisation", "%", smoothed=True),
     Quantity("Memory", ("memory_gib",), "GiB, peak of rank 0"),
@@ -136,9 +136,17 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
             groups = _of_several(runs, quantity)
         for title, series in groups:
             if series:
-                log = quantity.logarithmic and _spread(series) > _LOGARITHMIC
-                found.append(Panel(title, quantity.note, quantity.unit, tuple(series), marks, limits, log))
+                log = _spread(series) > quantity.logarithmic_from
+                found.append(
+                    Panel(title, _note(quantity, series, log), quantity.unit, tuple(series), marks, limits, log)
+                )
     return found
+
+
+def _note(quantity: Quantity, series: Sequence[Series], logarithmic: bool) -> str:
+    dots = any(one.dots is not None for one in series)
+    parts = (quantity.note, "dots: validation" if dots else "", "logarithmic" if logarithmic else "")
+    return "; ".join(part for part in parts if part)
 
 
 def _of_one(run: Run, quantity: Quantity) -> list[Series]:
@@ -148,7 +156,7 @@ def _of_one(run: Run, quantity: Quantity) -> list[Series]:
     series: list[Series] = []
     for key, name in names:
         style = _style(key, name, len(series))
-        series += _series(run, quantity, name, curve_label(name), style, _dots_of(quantity, key))
+        series += _series(run, quantity, name, curve_label(name), style, _dots_of(run, quantity, key))
     return series
 
 
@@ -171,7 +179,7 @@ def _of_several(runs: Sequence[Run], quantity: Quantity) -> list[tuple[str, list
         title = quantity.title if len(names) == 1 else f"{quantity.title}: {curve_label(name)}"
         series = []
         for style, run in enumerate(runs):
-            series += _series(run, quantity, name, run.label, style, _dots_of(quantity, key))
+            series += _series(run, quantity, name, run.label, style, _dots_of(run, quantity, key))
         groups.append((title, series))
     return groups
 
@@ -191,7 +199,19 @@ def _curves(run: Run, quantity: Quantity) -> Curves:
     return run.metrics.evaluations if quantity.evaluated else run.metrics.steps
 
 
-def _dots_of(quantity: Quantity, key: str) -> str | None:
+def _dots_of(run: Run, quantity: Quantity, key: str) -> str | None:
+    """The key of the evaluations that belong into a curve's plot; None if they measure something else.
+
+    Evaluations have the cross entropy over the complete vocabulary. A module may be trained for another objective.
+    """
+    recycle = run.config.get("recycle", {})
+    if key == "recycle_loss" and (
+        not run.config
+        or not isinstance(recycle, dict)
+        or recycle.get("objective", "cross_entropy") != "cross_entropy"
+        or recycle.get("draft_vocabulary_in_training")
+    ):
+        return None
     return quantity.dots[quantity.keys.index(key)] if quantity.dots else None
 
 
@@ -202,13 +222,13 @@ def _series(run: Run, quantity: Quantity, name: str, label: str, style: int, dot
         return []
     evaluated = None
     if dots is not None:
-        key = "/".join((dots, *name.split("/")[1:]))
-        evaluated = thin(*_arrays(run.metrics.evaluations, key), MAX_DOTS)
+        points = thin(*_arrays(run.metrics.evaluations, "/".join((dots, *name.split("/")[1:]))), MAX_DOTS)
+        evaluated = points if np.isfinite(points[1]).any() else None
     kept = thin(steps, values)
     mean = smooth(steps, values) if quantity.smoothed else None
     thinned = len(kept[0]) < len(steps)
-    points = quantity.evaluated and len(steps) <= MAX_DOTS
-    return [Series(label, style, *kept, mean, evaluated, points, thinned)]
+    marked = quantity.evaluated and len(steps) <= MAX_DOTS
+    return [Series(label, style, *kept, mean, evaluated, marked, thinned)]
 
 
 def _arrays(curves: Curves, name: str) -> tuple[Floats, Floats]:

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 NONE = "–"
 _MAX_LENGTH = 400
+# From here on a number is written with an exponent.
+_LARGE = 1e12
 
 
 def plain(value: Any) -> str:
@@ -85,7 +87,7 @@ def reading(value: float, unit: str = "") -> str:
     """A value of a curve. unit: "%" for fractions. The page's script has the same rule."""
     if unit == "%":
         return percent(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < _LARGE else f"{value:.4g}"
 
 
 def tick(value: float, unit: str = "") -> str:

@@ -5,6 +5,7 @@ const plots = JSON.parse(document.getElementById("data").textContent);
 function text(value, unit) {
   if (value === null) return "–";
   if (unit === "%") return `${(100 * value).toFixed(1)} %`;
+  if (Math.abs(value) >= 1e12) return value.toExponential(3);
   if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en-US");
   return String(Number(value.toPrecision(4)));
 }
