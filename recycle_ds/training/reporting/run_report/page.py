@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 import recycle_ds
 from recycle_ds.training.reporting.run_report import facts, history
@@ -54,10 +53,10 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["asset"] = lambda name: Markup(folder.get_source(environment, name)[0])
+    environment.globals["asset"] = lambda name: folder.get_source(environment, name)[0]
     plots = [_plot(panel, draw(panel, number)) for number, panel in enumerate(panels(runs))]
     return environment.get_template("report.html.jinja").render(
-        marker=Markup(MARKER),
+        marker=MARKER,
         runs=[_described(run, style) for style, run in enumerate(runs)],
         several=len(runs) > 1,
         plots=plots,
