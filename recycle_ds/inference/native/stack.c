@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "exchange.h"
+#include "heads.h"
 #include "products.h"
 
 typedef struct {
@@ -47,12 +48,6 @@ typedef struct {
     int64_t own_size, row, stride;
 } Room;
 
-static char *take(char **from, int64_t bytes) {
-    char *start = *from;
-    *from += (bytes + 63) / 64 * 64;
-    return start;
-}
-
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t divide(const Stack *stack, const Step *step, Room *room) {
@@ -78,14 +73,6 @@ static int64_t divide(const Stack *stack, const Step *step, Room *room) {
 int64_t recycle_ds_room(const Stack *stack, const Step *step) {
     Room room;
     return divide(stack, step, &room);
-}
-
-INLINE void widen(const uint16_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(to + i, from_bf16(from + i));
-}
-
-INLINE void narrow(const float *from, int64_t count, uint16_t *to) {
-    for (int64_t i = 0; i < count; i += 16) _mm256_storeu_si256((__m256i *)(to + i), to_bf16(_mm512_loadu_ps(from + i)));
 }
 
 INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
