@@ -51,7 +51,7 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
-# Nodes with a smaller chance are never verified.
+# Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
 
 
@@ -228,7 +228,7 @@ class DraftBudget:
         found = [
             (node, chance, depth)
             for node, (chance, depth) in enumerate(zip(reached[1:], depths(parents), strict=True), start=1)
-            if chance >= _LEAST_CHANCE
+            if chance >= _LEAST_CHANCE or self._probe > 0
         ]
         return sorted(found, key=lambda one: (-one[1], one[0]))[:MAX_NODES]
 
