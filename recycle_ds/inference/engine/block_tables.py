@@ -3,7 +3,7 @@ written."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
@@ -16,11 +16,21 @@ class BlockTables:
 
     pool: BlockPool
     _copies: list[tuple[int, int]] = field(default_factory=list)
+    _moves: list[tuple[int, int]] = field(default_factory=list)
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """The copies, (from, to), that the next step must make before it writes."""
         copies, self._copies = tuple(self._copies), []
         return copies
+
+    def move(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Lets the next step move slots, (from, to), before anything else. No step under way reads or writes them."""
+        self._moves += pairs
+
+    def take_moves(self) -> tuple[tuple[int, int], ...]:
+        """The moves, (from, to), that the next step must make before its copies."""
+        moves, self._moves = tuple(self._moves), []
+        return moves
 
     def place(self, sequence: Sequence, running: Container[Sequence]) -> bool:
         """Gives a sequence the blocks of a known prefix, and new ones for all its tokens and the next one.

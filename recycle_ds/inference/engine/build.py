@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from recycle_ds.inference.engine.cache import Cache
 from recycle_ds.inference.engine.collectives import Collectives, collectives
-from recycle_ds.inference.engine.cost_file import CostFile, cost_file
+from recycle_ds.inference.engine.costs.cost_file import CostFile, cost_file
 from recycle_ds.inference.engine.distributed import TeamExecutor
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.executor import Executor, LocalExecutor
@@ -21,7 +21,7 @@ from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.native.stack import why_not_compiled
 from recycle_ds.inference.protocol import NewTextSource
-from recycle_ds.inference.speculation.budget import MAX_DRAFT
+from recycle_ds.inference.speculation.budget import MOST_DRAFT_SLOTS
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT
 from recycle_ds.parallel.device import free_memory, keep_freed_memory
@@ -38,7 +38,7 @@ def cache_blocks(
     By default enough for `max_batch` sequences of the longest context, but at most half of the memory that is free now,
     which the ranks of a host share if they run on its processors.
     """
-    wanted = max_batch * (-(-(max_positions + MAX_DRAFT + 1) // BLOCK_SIZE) + 1)
+    wanted = max_batch * (-(-(max_positions + MOST_DRAFT_SLOTS + 1) // BLOCK_SIZE) + 1)
     sharers = ranks_on_host if weights.device.type == "cpu" else 1
     room = _SHARE_OF_FREE_MEMORY * free_memory(weights.device) / sharers
     if kv_memory_gib is not None:

@@ -2,7 +2,8 @@
 
 A slot is a position in the cache: block * block size + offset. Besides keys and values it holds the token and, for the
 recycle module, the backbone's state. Keys and values of a sequence are read in place where its blocks are adjacent, and
-gathered (one copy into a padded batch) elsewhere. Shapes: T tokens of a step, N sequences, W tokens per sequence, L
+gathered (one copy into a padded batch) elsewhere. The compiled kernels keep the keys and values of a block of 16 slots in an
+order of their own, see native/attention.h. Shapes: T tokens of a step, N sequences, W tokens per sequence, L
 cached positions, G query heads per key/value head, H_kv key/value heads, C channels of a head, D width.
 """
 
@@ -38,6 +39,7 @@ class Cache:
             return torch.empty(sizes, dtype=dtype, device=weights.device)
 
         self.block_size = block_size
+        self._compiled = weights.why_not_compiled is None
         self.keys_values = empty(weights.layers, *shape)
         self.module_keys_values = empty(weights.module_layers, *shape)
         self.tokens = empty(shape[0], dtype=torch.int64)
@@ -51,6 +53,31 @@ class Cache:
                 tensor[:, write] = tensor[:, read]
             for tensor in (self.tokens, self.hidden):
                 tensor[write] = tensor[read]
+
+    def move(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Moves keys and values of the backbone, slots (from, to), as if all were read before any is written."""
+        if not pairs or not len(self.keys_values):
+            return
+        read, write = (torch.tensor(slots, device=self.tokens.device) for slots in zip(*pairs, strict=True))
+        if not self._compiled:
+            self.keys_values[:, write] = self.keys_values[:, read]
+            return
+        layers, size = len(self.keys_values), self.block_size
+        heads, channels = self.keys_values.shape[2] // 2, self.keys_values.shape[3]
+        halves = self.keys_values.view(layers, -1, 2, heads * size * channels)
+        keys = halves[:, :, 0].view(layers, -1, heads, channels // 2, size, 2)
+        keys[:, write // size, :, :, write % size] = keys[:, read // size, :, :, read % size]
+        values = halves[:, :, 1].view(layers, -1, heads, size // 2, channels, 2)
+        moved = values[:, read // size, :, read % size // 2, :, read % 2]
+        values[:, write // size, :, write % size // 2, :, write % 2] = moved
+
+    def move_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Moves tokens, and states for the recycle module, likewise."""
+        if pairs:
+            read, write = (torch.tensor(slots, device=self.tokens.device) for slots in zip(*pairs, strict=True))
+            for tensor in (self.tokens, self.hidden):
+                if len(tensor):
+                    tensor[write] = tensor[read]
 
     def slots(self, spans: Sequence[Span]) -> Tensor:
         """Slots of all query positions of the spans, one after the other [T]."""
@@ -79,7 +106,7 @@ class Tokens:
 
     def rotary_positions(self) -> Tensor:
         """Position of every token for the rotary embedding [T]."""
-        positions = [at + self.shift for span in self.spans for at in range(span.first, span.end)]
+        positions = [span.position(at) + self.shift for span in self.spans for at in range(span.first, span.end)]
         return torch.tensor(positions, device=self.keys_values.device)
 
     def attention(self) -> Attention:
@@ -149,12 +176,20 @@ class _Group:
 
     def _dense_mask(self, spans: Sequence[Span], like: Tensor) -> Tensor | None:
         """0 and -inf [N, 1, W, L]; None where every query sees all keys."""
-        if all(span.count == 1 and span.end - span.lowest == self._length for span in spans):
+        trees = any(span.parents for span in spans)
+        if not trees and all(span.count == 1 and span.end - span.lowest == self._length for span in spans):
             return None
         device = like.device
         last = [[min(s.first + j, s.end - 1) - s.lowest for j in range(self._width)] for s in spans]
         last_NW = torch.tensor(last, device=device)
         hidden_NWL = torch.arange(self._length, device=device) > last_NW[:, :, None]
+        for row, span in enumerate(spans) if trees else ():
+            for j in range(self._width):
+                slot = min(span.first + j, span.end - 1)
+                if path := span.path(slot):
+                    own = hidden_NWL[row, j]
+                    own[span.root + 1 - span.lowest :] = True
+                    own[[at - span.lowest for at in path]] = False
         mask = torch.zeros(hidden_NWL.shape, dtype=like.dtype, device=device).masked_fill_(hidden_NWL, float("-inf"))
         return mask[:, None]
 

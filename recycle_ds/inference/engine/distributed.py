@@ -137,7 +137,7 @@ def _encode(outcome: Outcome) -> list[float]:
     numbers: list[float] = [len(outcome)]
     for one in outcome:
         numbers += [one.sequence, len(one.tokens), len(one.drafts), len(one.logprobs), len(one.scored)]
-        numbers += [*one.tokens, *one.drafts, *one.confidences]
+        numbers += [one.calls, len(one.parents), *one.tokens, *one.drafts, *one.confidences, *one.parents]
         for value, best in (*one.logprobs, *one.scored):
             numbers += [value, len(best)]
             for token, logprob in best:
@@ -154,11 +154,12 @@ def _decode(numbers: Sequence[float]) -> Outcome:
 
     found = []
     for _ in range(ints(1)[0]):
-        sequence, tokens, drafts, logprobs, scored = ints(5)
+        sequence, tokens, drafts, logprobs, scored, calls, parents = ints(7)
         head = (sequence, ints(tokens), ints(drafts), tuple(next(source) for _ in range(drafts)))
+        tree = (ints(parents), calls)
         scores = []
         for _ in range(logprobs + scored):
             value = next(source)
             scores.append((value, tuple((ints(1)[0], next(source)) for _ in range(ints(1)[0]))))
-        found.append(Chosen(*head, tuple(scores[:logprobs]), tuple(scores[logprobs:])))
+        found.append(Chosen(*head, tuple(scores[:logprobs]), tuple(scores[logprobs:]), *tree))
     return tuple(found)

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from recycle_ds.inference.engine import costs
 from recycle_ds.inference.engine.blocks import BlockPool
-from recycle_ds.inference.engine.cost_file import CostFile
+from recycle_ds.inference.engine.costs import measurement
+from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Plan, Rules
 from recycle_ds.inference.engine.scheduler import Scheduler
@@ -75,8 +75,10 @@ class DecodingEngine:
         plan, start = self._under_way.popleft()
         outcome = self._executor.collect()
         if all(part.start >= part.prompt_tokens for part in plan.parts):  # chunks of prompts cost something else
-            drafts = [part.drafts for part in plan.parts]
-            self.scheduler.budget.time(plan.tokens, drafts, time.perf_counter() - start)
+            calls = {one.sequence: one.calls for one in outcome}
+            made = [calls.get(part.sequence, 0) for part in plan.parts]
+            ordered = max(part.drafts for part in plan.parts)
+            self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - start)
         return self.scheduler.apply(plan, outcome)
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
@@ -142,6 +144,7 @@ class DecodingEngine:
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             sequence.in_flight = False
             self.scheduler.cancel(sequence)
+        self.scheduler.forget_prefixes()  # what the step was to move or write into their blocks may be missing
 
     def check(self, prompt: list[int], params: SamplingParams, mode: str) -> None:
         """Raises DecodingError for a request that cannot be decoded."""
@@ -208,7 +211,7 @@ class DecodingEngine:
             pool = self.scheduler.pool
             try:
                 arguments = (pool.count, pool.size, self.max_positions, self.scheduler.max_batch, self.has_module)
-                self.use_costs(costs.known_or_measured(self._executor, self._cost_file, *arguments))
+                self.use_costs(measurement.known_or_measured(self._executor, self._cost_file, *arguments))
             except BaseException:
                 self._executor.discard()
                 raise

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 
 from recycle_ds.inference.engine.block_tables import BlockTables
 from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
-from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
+from recycle_ds.inference.engine.outcomes import advance
+from recycle_ds.inference.engine.plan import Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.sequence import Sequence
-from recycle_ds.inference.speculation.budget import Candidate, DraftBudget
+from recycle_ds.inference.speculation.budget import DraftBudget
+from recycle_ds.inference.speculation.tree import MAX_WIDTH, depths, width_of, without_chain
 
 _AGING = 256
 """Steps of waiting that raise a priority by one."""
@@ -45,6 +47,8 @@ class Scheduler:
     reused_tokens: int = 0
     """Positions of prompts that were found in the cache."""
     _ended: list[int] = field(default_factory=list)
+    _width: int = MAX_WIDTH
+    """How many nodes of one depth get children in the trees that are made next."""
     tables: BlockTables = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +75,13 @@ class Scheduler:
         """The next step, of sequences that are in no step under way; None if there is nothing to do."""
         self.step += 1
         self._make_room()
+        self._width = width_of(sum(one.grows_trees for one in self.running))
         decoding = [one for one in self._ranked(self.running) if one.prefilled]
         decoding = [one for one in decoding if not one.in_flight][: -(-len(decoding) // self.ways)]
-        verified = self.budget.verify([self._candidate(one) for one in decoding])
+        verified = self.budget.verify([one.candidate() for one in decoding])
         parts: list[Part] = []
-        for sequence, judged in zip(decoding, verified, strict=True):
-            if sequence in self.running and (part := self._decode(sequence, judged)) is not None:
+        for sequence, nodes in zip(decoding, verified, strict=True):
+            if sequence in self.running and (part := self._decode(sequence, nodes)) is not None:
                 parts.append(part)
         parts += self._prompts()
         if not parts:
@@ -86,7 +91,8 @@ class Scheduler:
             if sequence.in_flight and not sequence.introduced:
                 sequence.introduced = True
                 rules.append((sequence.number, sequence.rules))
-        plan = Plan(tuple(parts), self.tables.take_copies(), tuple(rules), tuple(self._ended))
+        copies, moves = self.tables.take_copies(), self.tables.take_moves()
+        plan = Plan(tuple(parts), copies, tuple(rules), tuple(self._ended), moves)
         self._ended = []
         return plan
 
@@ -97,68 +103,40 @@ class Scheduler:
         done = []
         for part in plan.parts:
             sequence = by_number[part.sequence]
-            self._advance(sequence, part, chosen.get(part.sequence))
+            if not sequence.cancelled:
+                advance(sequence, part, chosen.get(part.sequence), self.tables, self.budget, self.clock)
             sequence.in_flight = False
             if sequence.reason is not None:
                 self._end(sequence)
                 done.append(sequence)
         return done
 
-    def _advance(self, sequence: Sequence, part: Part, mine: Chosen | None) -> None:
-        """Records what a step did for one sequence."""
-        if sequence.cancelled:
-            return
-        tokens = () if mine is None else mine.tokens
-        sequence.full_calls += part.samples
-        sequence.cached = part.known + max(len(tokens) - 1, 0)
-        read = part.module_slots(tokens, sequence.rules.end_ids)
-        if read:
-            sequence.module_read = read.stop
-            sequence.module_calls += 1 if mine is None else max(len(mine.drafts), 1)
-        sequence.keep_scores(part.start, () if mine is None else mine.scored)
-        if tokens and mine is not None:
-            if sequence.first_token_at is None:
-                sequence.first_token_at = self.clock()
-            self._keep(sequence, part, mine)
-        self.tables.register(sequence)
-
-    def _keep(self, sequence: Sequence, part: Part, mine: Chosen) -> None:
-        """Appends the chosen tokens, and the recycled ones that `alternate` keeps."""
-        accepted = len(mine.tokens) - 1
-        kept = sequence.take(list(mine.tokens), [True] * accepted + [False], part.judged)
-        sequence.logprobs += mine.logprobs[:kept]
-        if part.judged:
-            tested = min(part.judged, accepted + 1)
-            if kept <= accepted:  # an accepted draft ended the sequence
-                tested = accepted = kept
-            sequence.tally.add(part.judged, tested, accepted)
-            self.budget.observe(sequence.number, sequence.confidences, tested, accepted)
-        sequence.drafts, sequence.confidences = (), ()
-        sequence.ordered = part.drafts_after(mine.tokens) if part.module_start else 0
-        if sequence.reason is not None or not mine.drafts:
-            return
-        if sequence.mode == "alternate":
-            sequence.tally.add(len(mine.drafts), 0, 0)
-            sequence.take(list(mine.drafts), [True] * len(mine.drafts))
-        else:
-            sequence.drafts, sequence.confidences = mine.drafts, mine.confidences
-
-    def _candidate(self, sequence: Sequence) -> Candidate:
-        drafts, room = sequence.fixed_drafts if sequence.uses_drafts else 0, max(sequence.stopping.remaining - 1, 0)
-        return Candidate(sequence.number, sequence.confidences, drafts, room, sequence.ordered)
-
-    def _decode(self, sequence: Sequence, judged: int) -> Part | None:
-        """The part of a sequence that decodes, or None if it was preempted or must wait for memory."""
+    def _decode(self, sequence: Sequence, nodes: list[int]) -> Part | None:
+        """The part of a sequence that decodes, or None if it was preempted or must wait for memory. nodes: the drafts to be
+        verified."""
+        drafts = self._drafts_to_make(sequence)
         while True:
-            tokens = (*sequence.tokens[sequence.cached :], *sequence.drafts[:judged])
-            drafts = self._drafts_to_make(sequence)
+            ids, parents = sequence.judge(nodes)
+            tokens = (*sequence.tokens[sequence.cached :], *ids)
             try:
-                self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), drafts))
+                self._reserve(sequence, len(tokens), parents, drafts)
             except OutOfBlocks:
-                if not self._preempt_below(sequence):
+                if sequence.grows_trees and (nodes or drafts):
+                    nodes, drafts = [], 0  # no other sequence is preempted for drafts that may be dropped
+                elif not self._preempt_below(sequence):
                     return None
                 continue
-            return self._part(sequence, tokens, judged, drafts)
+            return self._part(sequence, tokens, without_chain(parents), len(ids), drafts)
+
+    def _reserve(self, sequence: Sequence, tokens: int, parents: tuple[int, ...], drafts: int) -> None:
+        """Gives a sequence the blocks that a step over some tokens, the last of which are drafts, writes, and the drafts that
+        it makes. Raises OutOfBlocks, having changed nothing."""
+        end = sequence.end_of_step(tokens, drafts)
+        if sequence.grows_trees:
+            read = sequence.cached + tokens
+            known = read - len(parents) + max(depths(parents), default=0) + 1  # if the longest path is accepted
+            end = max(read, known + max(drafts - 1, 0) * self._width)
+        self.tables.reserve(sequence, sequence.cached, end)
 
     def _drafts_to_make(self, sequence: Sequence) -> int:
         if not sequence.uses_drafts:
@@ -171,7 +149,9 @@ class Scheduler:
         """Tokens that can still be of use: a full call adds a token itself, so `verified` never drafts the last one."""
         return sequence.stopping.remaining - (sequence.mode == "verified")
 
-    def _part(self, sequence: Sequence, tokens: tuple[int, ...], judged: int, drafts: int) -> Part:
+    def _part(
+        self, sequence: Sequence, tokens: tuple[int, ...], parents: tuple[int, ...], judged: int, drafts: int
+    ) -> Part:
         end = sequence.cached + len(tokens)
         samples = end - judged == len(sequence.tokens)
         reads = sequence.uses_drafts and (drafts > 0 if samples else self.budget.active)
@@ -188,6 +168,9 @@ class Scheduler:
             prompt_tokens=sequence.prompt_tokens,
             blocks=tuple(sequence.blocks),
             targets=sequence.targets(sequence.cached, len(tokens)),
+            parents=parents,
+            width=self._width if sequence.grows_trees else 0,
+            floor=int(1000 * self.budget.floor) if sequence.grows_trees else 0,
         )
 
     def _prompts(self) -> Iterable[Part]:
@@ -209,11 +192,11 @@ class Scheduler:
         tokens = tuple(sequence.tokens[sequence.cached : sequence.cached + most])
         drafts = self._drafts_to_make(sequence) if sequence.cached + len(tokens) == len(sequence.tokens) else 0
         try:
-            self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), drafts))
+            self._reserve(sequence, len(tokens), (), drafts)
         except OutOfBlocks:
             assert sequence.mode != "alternate"
             drafts = 0  # the prompt's own blocks were reserved when it was admitted
-        return self._part(sequence, tokens, 0, drafts)
+        return self._part(sequence, tokens, (), 0, drafts)
 
     def _next_waiting(self) -> Sequence | None:
         """The waiting sequence that is next in rank, apart from those that wait for another answer to their prompt."""
@@ -242,6 +225,7 @@ class Scheduler:
             return None
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._width = width_of(sum(one.grows_trees for one in self.running))
         self.reused_tokens += sequence.cached
         sequence.fork_of = None  # it has its blocks, and need not keep the other answer
         return sequence
@@ -265,7 +249,8 @@ class Scheduler:
         """Takes a sequence's blocks. It keeps its tokens, and reads them again when its turn comes."""
         self.running.remove(sequence)
         self.tables.release(sequence)
-        sequence.drafts, sequence.confidences, sequence.fork_of = (), (), None
+        sequence.forget_drafts()
+        sequence.fork_of = None
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.append(sequence)

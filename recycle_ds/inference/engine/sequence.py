@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from recycle_ds.inference.engine.plan import Rules
 from recycle_ds.inference.generation import Generation, Logprobs, Tally
 from recycle_ds.inference.parameters import SamplingParams
+from recycle_ds.inference.speculation.budget import Candidate
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
+from recycle_ds.inference.speculation.tree import main_path_first, parents_of, path_of, renumbered
 
 OnTokens = Callable[[list[int], list[bool]], None]
 
@@ -42,10 +44,14 @@ class Sequence:
     content: int = 0
     """Content of the last registered block."""
     drafts: tuple[int, ...] = ()
-    """Drafts after the last token, to be verified."""
+    """Drafts after the last token, among which those to be verified are chosen."""
+    parents: tuple[int, ...] = ()
+    """Their parents, see tree.py; empty for a chain."""
     confidences: tuple[float, ...] = ()
+    judged: tuple[int, ...] = ()
+    """The drafts that the step under way verifies, by their number from 1 on, in its order."""
     ordered: int = 0
-    """Drafts that the latest step was to make."""
+    """Drafts, one after the other, that the latest step was to make."""
     introduced: bool = False
     """Whether the runner knows its rules."""
     in_flight: bool = False
@@ -96,8 +102,26 @@ class Sequence:
             return 1
         return self.params.draft_tokens
 
+    @property
+    def grows_trees(self) -> bool:
+        """Whether its drafts are trees of the likeliest tokens, which any number of may be verified, not chains."""
+        return self.mode == "verified" and self.params.draft_tokens is None
+
+    def candidate(self) -> Candidate:
+        """What the draft budget has to know of it."""
+        fixed, room = self.fixed_drafts if self.uses_drafts else 0, max(self.stopping.remaining - 1, 0)
+        return Candidate(self.number, self.confidences, fixed, room, self.parents, not self.params.greedy)
+
+    def judge(self, nodes: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Chooses drafts to be verified, by their numbers. Returns ids and parents in the order in which they are read."""
+        parents = parents_of(len(self.drafts), self.parents)
+        order = main_path_first(parents, set(nodes), self.confidences)
+        self.judged = tuple(order)
+        return tuple(self.drafts[node - 1] for node in order), renumbered(parents, order)
+
     def end_of_step(self, tokens: int, drafts: int) -> int:
-        """First position that a step does not write: the tokens it reads, a new one and drafts, within the longest text."""
+        """First position that a step does not write: the tokens it reads, a new one and drafts in a chain, within the longest
+        text."""
         return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
 
     def targets(self, start: int, count: int) -> tuple[int, ...]:
@@ -121,12 +145,25 @@ class Sequence:
         last id follows the accepted ones. Returns how many were kept."""
         kept = self.stopping.take(ids)
         if self.rejected is not None and kept == len(ids) <= judged:
-            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = self.drafts[kept - 1 : judged]
+            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = self.rejected_drafts(ids[:-1])
         self.tokens += ids[:kept]
         self.recycled += recycled[:kept]
         if self.on_tokens is not None and kept:
             self.on_tokens(ids[:kept], recycled[:kept])
         return kept
+
+    def rejected_drafts(self, accepted: list[int]) -> tuple[int, ...]:
+        """The verified drafts that followed the accepted ones; of a tree, the likeliest ones."""
+        parents = parents_of(len(self.drafts), self.parents)
+        path = path_of(self.drafts, self.parents, accepted)
+        node, found = path[-1] if path else 0, []
+        while (node := next((one for one in self.judged if parents[one - 1] == node), 0)) > 0:
+            found.append(self.drafts[node - 1])
+        return tuple(found)
+
+    def forget_drafts(self) -> None:
+        """Drops all drafts."""
+        self.drafts, self.parents, self.confidences, self.judged, self.ordered = (), (), (), (), 0
 
     def generation(self, now: float) -> Generation:
         """The result so far."""

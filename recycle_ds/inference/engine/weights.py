@@ -8,7 +8,7 @@ every rank holds its shard; outputs of row-parallel products are summed over the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
+from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.packing import PackedProduct
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
 from recycle_ds.inference.native.torch_products import Norm, Product
@@ -85,7 +86,7 @@ class Module:
     """The recycle module: W [norm_h(h); norm_e(e)], its blocks and its final norm."""
 
     def __init__(self, model: RecycleGPT, ranks: Collectives | None, *, compiled: bool) -> None:
-        module, int8 = model.recycle, model.int8
+        module, int8 = model.recycle, model.int8 or compiled  # drafts are only guesses
         assert module is not None
         self._rotary = model.rotary
         self._stack: NativeStack | None = None
@@ -139,9 +140,19 @@ class Module:
 class Head:
     """The rows of the output head for some token ids of this rank's shard."""
 
-    def __init__(self, weight_VD: Tensor, barred: Tensor | None, *, int8: bool, compiled: bool) -> None:
-        """barred: rows that are never chosen, int64; None for none."""
-        self._product = PackedProduct(weight_VD, int8=int8) if compiled else Product(weight_VD, int8=int8)
+    def __init__(
+        self, weight_VD: Tensor, ids: Tensor | None, barred: Tensor | None, *, int8: bool, compiled: bool
+    ) -> None:
+        """ids: token ids of the rows, int64, ascending; None for 0, 1, ... barred: rows that are never chosen, int64,
+        ascending; None for none."""
+        self.native: NativeHead | None = None
+        """The same head without logits, where it is compiled."""
+        self._product: PackedProduct | Product
+        if compiled:
+            self._product = PackedProduct(weight_VD, int8=int8)
+            self.native = NativeHead(self._product, ids, barred)
+        else:
+            self._product = Product(weight_VD, int8=int8)
         self._barred = barred
 
     def __call__(self, states_RD: Tensor) -> Tensor:
@@ -178,6 +189,11 @@ class StageWeights:
         self.draft_head: Head | None = None
         self.draft_ids: Tensor | None = None
         """The token ids of `draft_head`, ascending; None for those of `head`."""
+        self.likeliest: Callable[[Tensor], list[int]] | None = None
+        """From states [R, D] to the token id of each with the highest logit by `head`, among equal ones the lowest; None
+        without the compiled kernels or with several tensor ranks."""
+        self.candidates: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]] | None = None
+        """`NativeHead.candidates` of `draft_head`; None where `likeliest` is."""
         self.module: Module | None = None
         if model.final_norm is not None:
             self.final_norm = Norm(model.final_norm)
@@ -186,6 +202,10 @@ class StageWeights:
             self.module = Module(model, ranks, compiled=compiled)
             if model.draft_ids is not None:
                 self.draft_ids, self.draft_head = _head(model, compiled, model.draft_ids)
+        if self.head is not None and self.draft_head is not None and ranks is None:
+            full, drafts = self.head.native, self.draft_head.native
+            self.likeliest = None if full is None else full.likeliest
+            self.candidates = None if drafts is None else drafts.candidates
         attention = _any_block(model).attention
         self._taps = [number for number, index in enumerate(model.blocks) if int(index) in model.recycle_config.taps]
         self.layers = len(blocks)
@@ -253,7 +273,8 @@ def _head(model: RecycleGPT, compiled: bool, ids: Tensor | None = None) -> tuple
     own = own.to(weight.device)
     rows = weight[: len(own)] if ids is None else weight[own - first]
     barred_ids = barred.nonzero()[:, 0].to(weight.device) if barred.any() else None
-    return own, Head(rows, barred_ids, int8=model.int8, compiled=compiled)
+    int8 = model.int8 or (compiled and ids is not None)  # drafts are only guesses
+    return own, Head(rows, None if ids is None else own, barred_ids, int8=int8, compiled=compiled)
 
 
 def _any_block(model: RecycleGPT) -> Block:

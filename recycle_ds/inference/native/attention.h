@@ -2,10 +2,14 @@
 
    A block holds 16 positions of one layer: first the keys of every head, [C / 2][16 positions][2], so that one vector has a
    channel pair of all positions and scores need no sums across lanes; then the values, [8][C][2 positions]. Scores and
-   sums are fp32, probabilities bf16. A token's result does not depend on the other tokens of the pass. */
+   sums are fp32, probabilities bf16. A token's result does not depend on the other tokens of the pass.
+
+   In a tree of drafts a token may see entries of which some lie in other slots than those of their positions. It then attends
+   to a copy of the blocks concerned, with each entry in its position's lane: its sums are those of a linear context. */
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include "vectors.h"
 
@@ -15,18 +19,49 @@ typedef struct {
     uint16_t *cache;       /* of one layer */
     const int32_t *blocks; /* of the sequence */
     int64_t lowest, at;    /* first and last visible position */
+    int64_t slot;          /* of the token itself */
     int64_t kv_heads, channels;
+    const int32_t *path; /* slots of the positions from `moved` to `at`; before, slots are positions */
+    int64_t moved;       /* after `at`: none */
+    uint16_t *copies;    /* the blocks from that of `moved` on, of one head: its keys, its values */
 } View;
 
-INLINE uint16_t *block_of(const View *view, int64_t position, int64_t head, int values) {
+INLINE uint16_t *block_of(const View *view, int64_t slot, int64_t head, int values) {
     const int64_t size = BLOCK * view->channels;
-    return view->cache + (view->blocks[position / BLOCK] * 2 * view->kv_heads + (values ? view->kv_heads : 0) + head) * size;
+    return view->cache + (view->blocks[slot / BLOCK] * 2 * view->kv_heads + (values ? view->kv_heads : 0) + head) * size;
 }
 
-/* Stores key and value (fp32, C each) of the last visible position. */
+/* The copy of the block of a position from `moved`'s block on. */
+INLINE uint16_t *copy_of(const View *view, int64_t position, int values) {
+    return view->copies + ((position / BLOCK - view->moved / BLOCK) * 2 + values) * BLOCK * view->channels;
+}
+
+/* The block of a visible position, with the entries that the token sees. */
+INLINE const uint16_t *seen_block(const View *view, int64_t position, int64_t head, int values) {
+    return position < view->moved / BLOCK * BLOCK ? block_of(view, position, head, values) : copy_of(view, position, values);
+}
+
+/* Copies the blocks of which some entries lie elsewhere. What other lanes contain is masked as in the cache itself. */
+static void gather(const View *view, int64_t head) {
+    const int64_t channels = view->channels;
+    for (int64_t at = view->moved / BLOCK * BLOCK; at <= view->at; at += BLOCK)
+        for (int values = 0; values < 2; values++)
+            memcpy(copy_of(view, at, values), block_of(view, at, head, values), BLOCK * channels * 2);
+    for (int64_t at = view->moved; at <= view->at; at++) {
+        const int64_t slot = view->path[at - view->moved], from = slot % BLOCK, to = at % BLOCK;
+        const uint16_t *keys = block_of(view, slot, head, 0), *values = block_of(view, slot, head, 1);
+        uint16_t *own_keys = copy_of(view, at, 0), *own_values = copy_of(view, at, 1);
+        for (int64_t c = 0; c < channels; c++) {
+            own_keys[c / 2 * 2 * BLOCK + to * 2 + c % 2] = keys[c / 2 * 2 * BLOCK + from * 2 + c % 2];
+            own_values[to / 2 * 2 * channels + c * 2 + to % 2] = values[from / 2 * 2 * channels + c * 2 + from % 2];
+        }
+    }
+}
+
+/* Stores the token's key and value (fp32, C each). */
 static void store(const View *view, int64_t head, const float *key, const float *value) {
-    uint16_t *keys = block_of(view, view->at, head, 0), *values = block_of(view, view->at, head, 1);
-    const int64_t lane = view->at % BLOCK;
+    uint16_t *keys = block_of(view, view->slot, head, 0), *values = block_of(view, view->slot, head, 1);
+    const int64_t lane = view->slot % BLOCK;
     for (int64_t c = 0; c < view->channels; c += 16) {
         uint16_t k[16], v[16];
         _mm256_storeu_si256((__m256i *)k, to_bf16(_mm512_loadu_ps(key + c)));
@@ -49,7 +84,7 @@ INLINE void weigh(
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++) sum[g][i] = _mm512_setzero_ps();
     for (int64_t at = view->lowest / 2 * 2; at <= view->at; at += 2) {
-        const uint16_t *values = block_of(view, at, head, 1) + at % BLOCK * view->channels + channel * 2;
+        const uint16_t *values = seen_block(view, at, head, 1) + at % BLOCK * view->channels + channel * 2;
         /* memory that was never written may contain NaN, which a probability of 0 would not remove */
         const int32_t kept = (at < view->lowest ? 0 : 0xffff) | (at + 1 > view->at ? 0 : 0xffff0000);
         __m512i v[4];
@@ -83,7 +118,7 @@ INLINE void attend_groups(
 #pragma GCC unroll 4
     for (int g = 0; g < groups; g++) most[g] = none;
     for (int64_t at = first; at <= view->at; at += BLOCK) {
-        const uint16_t *keys = block_of(view, at, head, 0);
+        const uint16_t *keys = seen_block(view, at, head, 0);
         __m512 sum[MOST_GROUPS][2];
 #pragma GCC unroll 4
         for (int g = 0; g < groups; g++) sum[g][0] = sum[g][1] = _mm512_setzero_ps();
@@ -128,10 +163,11 @@ INLINE void attend_groups(
         weigh(view, head, groups, 1, channel, probabilities, stride, totals, mixed);
 }
 
-/* Attends with all query heads of one key/value head. */
+/* Attends with all query heads of one key/value head, to the entries that `place` has stored for all tokens. */
 static void attend(
     const View *view, int64_t head, int64_t groups, const uint16_t *query, float *mixed, float *scores,
     uint16_t *probabilities, int64_t stride) {
+    if (view->moved <= view->at) gather(view, head);
     for (int64_t g = 0; g < groups; g += MOST_GROUPS) {
         const uint16_t *from = query + g * view->channels;
         float *to = mixed + g * view->channels;

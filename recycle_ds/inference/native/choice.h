@@ -89,7 +89,7 @@ static void part_of(int64_t count, int64_t part, int64_t *from, int64_t *to) {
 
 INLINE __mmask16 lanes_left(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 
-static void find_highest(const float *logits, int64_t count, int64_t part, Race *race) {
+static void find_peak(const float *logits, int64_t count, int64_t part, Race *race) {
     int64_t from, to;
     part_of(count, part, &from, &to);
     __m512 most = _mm512_set1_ps(-INFINITY);
@@ -100,7 +100,7 @@ static void find_highest(const float *logits, int64_t count, int64_t part, Race 
     race->highest[part] = _mm512_reduce_max_ps(most);
 }
 
-static float highest_of(const Race *race) {
+static float peak_of(const Race *race) {
     float most = race->highest[0];
     for (int part = 1; part < PARTS; part++) most = race->highest[part] > most ? race->highest[part] : most;
     return most;
@@ -163,7 +163,7 @@ static float find_limit(const float *logits, int64_t count, const Rule *rule, fl
 static void run_race(const float *logits, int64_t count, int64_t first, const Rule *rule, int64_t part, Race *race) {
     int64_t from, to;
     part_of(count, part, &from, &to);
-    const __m512 highest = _mm512_set1_ps(highest_of(race)), inverse = _mm512_set1_ps(rule->inverse);
+    const __m512 highest = _mm512_set1_ps(peak_of(race)), inverse = _mm512_set1_ps(rule->inverse);
     const __m512 limit = _mm512_set1_ps(race->limit);
     __m512 best = _mm512_set1_ps(-1.0f);
     __m512i at = _mm512_setzero_si512();
@@ -199,10 +199,10 @@ void recycle_ds_sample(
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         for (int64_t i = thread; i < rows * PARTS; i += threads)
-            find_highest(logits + i / PARTS * count, count, i % PARTS, races + i / PARTS);
+            find_peak(logits + i / PARTS * count, count, i % PARTS, races + i / PARTS);
         wait_for_all(barrier, threads);
         for (int64_t r = thread; r < rows; r += threads)
-            races[r].limit = find_limit(logits + r * count, count, rules + r, highest_of(races + r), room + r * count);
+            races[r].limit = find_limit(logits + r * count, count, rules + r, peak_of(races + r), room + r * count);
         wait_for_all(barrier, threads);
         for (int64_t i = thread; i < rows * PARTS; i += threads)
             run_race(logits + i / PARTS * count, count, first, rules + i / PARTS, i % PARTS, races + i / PARTS);

@@ -24,7 +24,7 @@ import torch
 
 from recycle_ds.config.cache_folder import cache_folder
 
-_SOURCES = ("stack.c", "attention.h", "choice.h", "exchange.h", "products.h", "vectors.h")
+_SOURCES = ("stack.c", "attention.h", "choice.h", "exchange.h", "heads.h", "products.h", "vectors.h")
 # Without contraction, a sum is rounded in the same way wherever the compiler inlines it.
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -93,11 +93,14 @@ def _open(path: Path) -> ctypes.CDLL:
         raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from None
     library.recycle_ds_room.restype = ctypes.c_int64
     library.recycle_ds_run.restype = ctypes.c_int64
-    library.recycle_ds_multiply.restype = None
+    library.recycle_ds_choice_room.restype = ctypes.c_int64
+    library.recycle_ds_multiply.restype = library.recycle_ds_choose.restype = None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.recycle_ds_multiply.argtypes = (pointer, integer, pointer, pointer, pointer, integer)
     library.recycle_ds_sample.restype = None
     library.recycle_ds_sample.argtypes = (pointer, *(integer,) * 3, *(pointer,) * 4, integer)
+    for function in ("room", "run", "choice_room", "choose"):
+        getattr(library, f"recycle_ds_{function}").argtypes = (pointer, pointer)
     return library
 
 

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "choice.h"
 #include "exchange.h"
+#include "heads.h"
 #include "products.h"
 
 typedef struct {
@@ -32,8 +33,12 @@ typedef struct {
 
 typedef struct {
     int64_t tokens, longest, threads;
-    const int32_t *rotary, *at, *lowest, *table; /* of each token; table: where its sequence's blocks begin in `blocks` */
+    int64_t shift;  /* added to a position for the rotary embedding */
+    int64_t copied; /* most blocks of the cache that a token's attention copies, because of a tree */
+    const int32_t *slots, *positions, *lowest, *table; /* of each token; table: where its sequence's blocks begin in `blocks` */
     const int32_t *blocks;
+    const int32_t *paths; /* of each token: where its path begins in `moved`, or -1: its slots are its positions; or NULL */
+    const int32_t *moved; /* paths: the first position that is in another slot, and the slots from there on */
     const uint16_t *const *inputs; /* bf16 [T, D] each */
     const uint16_t *added;         /* bf16 [T, D], added to the joined inputs, or NULL */
     uint16_t *const *tapped;       /* of each layer: where its states go, bf16 [T, D], or NULL; may be NULL itself */
@@ -47,12 +52,6 @@ typedef struct {
     char *own; /* of the first thread */
     int64_t own_size, row, stride;
 } Room;
-
-static char *take(char **from, int64_t bytes) {
-    char *start = *from;
-    *from += (bytes + 63) / 64 * 64;
-    return start;
-}
 
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -71,6 +70,7 @@ static int64_t divide(const Stack *stack, const Step *step, Room *room) {
     take(&at, room->row * 4);
     take(&at, room->stride * MOST_GROUPS * 4);
     take(&at, room->stride * MOST_GROUPS * 2);
+    take(&at, step->copied * 2 * BLOCK * stack->channels * 2);
     room->own_size = at - room->own;
     return room->own + room->own_size * step->threads - step->room;
 }
@@ -79,14 +79,6 @@ static int64_t divide(const Stack *stack, const Step *step, Room *room) {
 int64_t recycle_ds_room(const Stack *stack, const Step *step) {
     Room room;
     return divide(stack, step, &room);
-}
-
-INLINE void widen(const uint16_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(to + i, from_bf16(from + i));
-}
-
-INLINE void narrow(const float *from, int64_t count, uint16_t *to) {
-    for (int64_t i = 0; i < count; i += 16) _mm256_storeu_si256((__m256i *)(to + i), to_bf16(_mm512_loadu_ps(from + i)));
 }
 
 INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
@@ -109,6 +101,15 @@ static void place(const Stack *stack, const Layer *layer, const View *view, int6
     narrow(mixed, heads * channels, queries);
     const float *keys = mixed + heads * channels, *values = keys + kv_heads * channels;
     for (int64_t h = 0; h < kv_heads; h++) store(view, h, keys + h * channels, values + h * channels);
+}
+
+INLINE void look(const Step *step, int64_t t, View *view) {
+    view->blocks = step->blocks + step->table[t];
+    view->lowest = step->lowest[t], view->at = step->positions[t], view->slot = step->slots[t];
+    view->moved = INT64_MAX;
+    if (!step->paths || step->paths[t] < 0) return;
+    const int32_t *path = step->moved + step->paths[t];
+    view->moved = path[0], view->path = path + 1;
 }
 
 #define BARRIER wait_for_all(barrier, threads);
@@ -136,9 +137,10 @@ static void run_layer(
     char *own = room->own + thread * room->own_size;
     float *row = (float *)take(&own, room->row * 4);
     float *scores = (float *)take(&own, room->stride * MOST_GROUPS * 4);
-    uint16_t *probabilities = (uint16_t *)own;
-    View view = {stack->cache + index * stack->layer_size, 0, 0, 0, stack->kv_heads, stack->channels};
-#define LOOK(t) view.blocks = step->blocks + step->table[t], view.lowest = step->lowest[t], view.at = step->at[t]
+    uint16_t *probabilities = (uint16_t *)take(&own, room->stride * MOST_GROUPS * 2);
+    View view = {0};
+    view.cache = stack->cache + index * stack->layer_size;
+    view.kv_heads = stack->kv_heads, view.channels = stack->channels, view.copies = (uint16_t *)own;
 #define MULTIPLY(product, y) multiply(product, tokens, room->codes, room->scales, y, 0, thread, threads)
 
     EACH_TOKEN {
@@ -149,13 +151,13 @@ static void run_layer(
     MULTIPLY(&layer->query_key_value, room->wide);
     BARRIER
     EACH_TOKEN {
-        LOOK(t);
-        place(stack, layer, &view, step->rotary[t], room->wide + t * mixed, room->queries + t * query);
+        look(step, t, &view);
+        place(stack, layer, &view, step->positions[t] + step->shift, room->wide + t * mixed, room->queries + t * query);
     }
     BARRIER
     for (int64_t i = thread; i < tokens * stack->kv_heads; i += threads) {
         const int64_t t = i / stack->kv_heads, head = i % stack->kv_heads, at = t * query + head * groups * stack->channels;
-        LOOK(t);
+        look(step, t, &view);
         attend(&view, head, groups, room->queries + at, room->wide + at, scores, probabilities, room->stride);
     }
     BARRIER

@@ -7,7 +7,6 @@ int8 weights, what enters products to integers). Shapes: T tokens, D width, C ch
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from recycle_ds.inference.native.arena import Arena
 from recycle_ds.inference.native.exchange import Exchange
 from recycle_ds.inference.native.library import KernelsUnavailable, kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
+from recycle_ds.inference.native.places import Places
 from recycle_ds.inference.native.spans import Span, divided
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
@@ -26,8 +26,6 @@ from recycle_ds.model.mlp import MLP
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import Rotary
 
-BLOCK = 16
-"""Positions of a block of the cache."""
 _LANES = 16
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
@@ -52,8 +50,8 @@ class _StackStruct(ctypes.Structure):
 
 class _StepStruct(ctypes.Structure):
     _fields_ = (
-        *((name, _INTEGER) for name in ("tokens", "longest", "threads")),
-        *((name, _POINTER) for name in ("rotary", "at", "lowest", "table", "blocks")),
+        *((name, _INTEGER) for name in ("tokens", "longest", "threads", "shift", "copied")),
+        *((name, _POINTER) for name in ("slots", "positions", "lowest", "table", "blocks", "paths", "moved")),
         *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room")),
     )
 
@@ -133,6 +131,13 @@ class NativeStack:
             len(first.mlp.gate_up.weight) // 2, norm.epsilon,
         )  # fmt: skip
         self._room = torch.empty(0, dtype=torch.uint8)
+        self._room_for = (0, 0, 0, 0)
+        # of the latest call: its fields are written again by each one
+        self._step = _StepStruct()
+        self._addresses = ctypes.addressof(self._stack), ctypes.addressof(self._step)
+        self._inputs = (_POINTER * max(len(norms), 1))()
+        self._tapped = (_POINTER * max(len(blocks), 1))()
+        self._step.inputs = ctypes.addressof(self._inputs)
 
     def _numbers(self, values: object) -> int:
         """Address of a tensor's numbers in fp32."""
@@ -179,37 +184,52 @@ class NativeStack:
         tokens = sum(span.count for span in spans)
         if self._exchange is not None and tokens > (most := self._exchange.struct.room // (4 * self._width)):
             return self._in_groups(divided(spans, most), inputs, keys_values, shift, added, taps)
-        at, rotary, lowest, table, blocks = (array("i") for _ in range(5))
-        for span in spans:
-            at.extend(range(span.first, span.end))
-            rotary.extend(range(span.first + shift, span.end + shift))
-            lowest.extend([span.lowest] * span.count)
-            table.extend([len(blocks)] * span.count)
-            blocks.extend(span.blocks)
+        places = Places(spans)
         inputs = [one.contiguous() for one in inputs]
         added = None if added is None else added.contiguous()
-        states = torch.empty(1 + len(taps), tokens, self._width, dtype=torch.bfloat16)
-        input_addresses = (_POINTER * len(inputs))(*(one.data_ptr() for one in inputs))
-        tapped = None
+        states = torch.empty(tokens, self._width, dtype=torch.bfloat16)
+        tapped = [torch.empty_like(states) for _ in taps]
+        self._describe(places, shift, inputs, added, states)
+        self._step.tapped = None
         if taps:
-            tapped = (_POINTER * self._count)()
-            for number, layer in enumerate(taps):
-                tapped[layer] = states[1 + number].data_ptr()
+            for layer in range(self._count):
+                self._tapped[layer] = None
+            for layer, one in zip(taps, tapped, strict=True):
+                self._tapped[layer] = one.data_ptr()
+            self._step.tapped = ctypes.addressof(self._tapped)
         self._stack.cache, self._stack.layer_size = keys_values.data_ptr(), keys_values.stride(0)
-        step = _StepStruct(
-            tokens, max(span.end for span in spans), torch.get_num_threads(),
-            *(numbers.buffer_info()[0] for numbers in (rotary, at, lowest, table, blocks)),
-            ctypes.addressof(input_addresses), address(added), None if tapped is None else ctypes.addressof(tapped),
-            states.data_ptr(), None,
-        )  # fmt: skip
-        needed = self._kernels.recycle_ds_room(ctypes.byref(self._stack), ctypes.byref(step))
-        if len(self._room) < needed + 64:
-            self._room = torch.empty(needed + 64, dtype=torch.uint8)
-        step.room = -(-self._room.data_ptr() // 64) * 64
-        late = self._kernels.recycle_ds_run(ctypes.byref(self._stack), ctypes.byref(step))
+        late = self._kernels.recycle_ds_run(*self._addresses)
         if self._exchange is not None and late >= 0:
             raise self._exchange.lost(late)
-        return states[0], list(states[1:])
+        return states, tapped
+
+    def _describe(
+        self, places: Places, shift: int, inputs: Sequence[Tensor], added: Tensor | None, states: Tensor
+    ) -> None:
+        """Writes the fields of the step, and makes room for it. The caller keeps the arguments until it has run."""
+        step = self._step
+        size = (len(states), places.longest, torch.get_num_threads(), places.copied)
+        step.tokens, step.longest, step.threads, step.copied = size
+        if any(new > old for new, old in zip(size, self._room_for, strict=True)):
+            self._make_room(size)
+        step.shift = shift
+        step.slots, step.positions = places.slots.buffer_info()[0], places.positions.buffer_info()[0]
+        step.lowest, step.table = places.lowest.buffer_info()[0], places.table.buffer_info()[0]
+        step.blocks = places.blocks.buffer_info()[0]
+        step.paths = None if places.paths is None else places.paths.buffer_info()[0]
+        step.moved = places.moved.buffer_info()[0]
+        for number, one in enumerate(inputs):
+            self._inputs[number] = one.data_ptr()
+        step.added, step.states = address(added), states.data_ptr()
+
+    def _make_room(self, size: tuple[int, int, int, int]) -> None:
+        """Makes room for steps up to this size and those before it."""
+        tokens, longest, threads, copied = (max(pair) for pair in zip(size, self._room_for, strict=True))
+        self._room_for = (tokens, longest, threads, copied)
+        largest = _StepStruct(tokens, longest, threads, 0, copied)
+        needed = self._kernels.recycle_ds_room(self._addresses[0], ctypes.addressof(largest))
+        self._room = torch.empty(needed + 64, dtype=torch.uint8)
+        self._step.room = -(-self._room.data_ptr() // 64) * 64
 
     def _in_groups(
         self,

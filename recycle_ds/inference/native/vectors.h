@@ -80,3 +80,20 @@ INLINE void rms_norm(const float *x, const float *weight, int64_t count, float e
         _mm512_storeu_ps(
             y + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), _mm512_loadu_ps(weight + i)));
 }
+
+INLINE void widen(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(to + i, from_bf16(from + i));
+}
+
+INLINE void narrow(const float *from, int64_t count, uint16_t *to) {
+    for (int64_t i = 0; i < count; i += 16) _mm256_storeu_si256((__m256i *)(to + i), to_bf16(_mm512_loadu_ps(from + i)));
+}
+
+INLINE int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* The next `bytes` of a piece of memory, which begins at a multiple of 64. */
+INLINE char *take(char **from, int64_t bytes) {
+    char *start = *from;
+    *from += padded(bytes);
+    return start;
+}

@@ -1,43 +1,49 @@
 """The draft budget of a whole batch: how many drafts are made and how many are verified, from measured costs and
 acceptance.
 
-Let F(T) be the seconds of a full call over T tokens and D(N, L) those of making drafts for N sequences, in chains of at
-most L. A step of N sequences costs F(N + verified drafts) + D(N, L), and yields N tokens plus the accepted drafts.
+Let F(T) be the seconds of a full call over T tokens and D(N, L) those of growing trees of depth L for N sequences. A
+step of N sequences costs F(N + verified drafts) + D(N, L), and yields N tokens plus the accepted drafts.
 
-- Verified: drafts are admitted in order of their probability to be reached and accepted, while the expected tokens per
-  second of the step grow, and not beyond the first one with which they fall (DSpark, arXiv 2607.05147, section 3.2.2).
-  Looking further would make the choice depend on later drafts, which depend on what was drawn: the output would not be
-  lossless.
-- Made: the lengths of the chains with the most expected tokens per second, by each sequence's acceptance so far (as in
-  Leviathan et al., arXiv 2211.17192, theorem 3.8, for one sequence).
+- Verified: the nodes of all trees, in order of their chance to be reached and accepted, up to the number with the most
+  expected tokens per second of all numbers: a full call gets dearer in steps (after DSpark, arXiv 2607.05147, section
+  3.2.2, which must stop at the first drop because its drafts are drawn at random; nodes are not, so that any choice of
+  them is lossless).
+- Made: the depths with the most expected tokens per second, by each sequence's acceptance so far (as in Leviathan et al.,
+  arXiv 2211.17192, theorem 3.8, for one sequence).
 
-With a length of 0 the module does not run at all. Short probes then try drafts again, at increasing intervals while
-they fail.
+With a depth of 0 the module does not run at all. Short probes then try drafts again, at increasing intervals while they
+fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+from recycle_ds.inference.speculation.acceptance import (
+    MAX_DRAFT,
+    Calibration,
+    DepthRecord,
+    Ratio,
+    Sizes,
+    shrunk_rates,
+)
 from recycle_ds.inference.speculation.cost_model import CostModel
+from recycle_ds.inference.speculation.tree import MAX_NODES, MAX_WIDTH, depths, parents_of
 
-MAX_DRAFT = 8
-"""Most drafts of a sequence in a step."""
+MOST_DRAFT_SLOTS = MAX_DRAFT + (MAX_DRAFT - 1) * MAX_WIDTH
+"""Most slots after a new token that a step writes: drafts accepted before it, and nodes of the next tree."""
 START = 4
-"""Drafts of the first steps and of probes."""
+"""Depth of the first steps' trees, and of those of probes."""
 
-# Decay of older observations with every new one; the last fifty or so count.
-_DECAY = 0.98
-# Prior acceptance rate, and its weight in observations.
-_PRIOR, _PRIOR_WEIGHT = 0.75, 2.0
-# Observations with which a sequence's own acceptance outweighs that of all sequences.
-_OWN_WEIGHT = 8.0
-# Classes of confidence: acceptance is counted for each of them.
-_CLASSES = 10
+# Weight of a sequence's own record, in predicted accepted drafts.
+_OWN_WEIGHT = 4.0
+# Verified nodes of each depth before any is known.
+_PRIOR_NODES = 2.0
 # Steps of a probe, steps without drafts before the first one, and the most after failed ones.
 _PROBE, _FIRST_PATIENCE, _MOST_PATIENCE = 3, 64, 1024
-# Sizes of a probe, in order of preference: sequences, and drafts of each. Share of a step that it may cost.
+# Sizes of a probe, in order of preference: sequences, and depth of each. Share of a step that it may cost.
 _PROBES, _PROBE_SHARE = ((4, 4), (4, 2), (4, 1), (2, 1), (1, 1)), 0.25
 # Steps between two estimates of whether drafting pays, while it is off and the batch stays the same.
 _ESTIMATED = 8
@@ -45,25 +51,42 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
+# Nodes with a smaller chance are only verified by probes.
+_LEAST_CHANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sequence that is about to decode. confidences: of its drafts. fixed: how many drafts to verify if that is given;
-    None if it is adaptive. room: the most that can be of use."""
+    """A sequence that is about to decode. confidences, parents: of its drafts, see tree.py. fixed: how many drafts to verify
+    if that is given; None if it is adaptive. room: the most, one after the other, that can be of use."""
 
     sequence: int
     confidences: tuple[float, ...]
     fixed: int | None
     room: int
-    made: int = 0
-    """Drafts that were ordered. What was drawn may have cut the chain short, and must not decide what is verified."""
+    parents: tuple[int, ...] = ()
+    sampled: bool = False
+    """Whether its tokens are drawn at random."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a step verified of one sequence: confidences and parents of its nodes, and the accepted path. ordered: depth of
+    the tree that was asked for. tested: depths at which the full model looked for its token."""
+
+    sequence: int
+    confidences: Sequence[float]
+    parents: Sequence[int]
+    path: Sequence[int]
+    ordered: int
+    tested: int
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
     """One step's budget. adaptive: sequences whose drafts are budgeted. drafts: could be verified. tokens: of the full
-    call, one of each sequence and the verified drafts. made_next: the most drafts that a sequence makes next. expected:
+    call, one of each sequence and the verified drafts. made_next: the greatest depth of a tree that is made next. expected:
     tokens that the step yields."""
 
     sequences: int
@@ -75,30 +98,24 @@ class Decision:
 
 
 @dataclass
-class _Acceptance:
-    """Drafts verified and accepted, by position. Older ones decay."""
-
-    tested: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
-    accepted: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFT)
-
-    def add(self, tested: int, accepted: int) -> None:
-        for position in range(min(tested, MAX_DRAFT)):
-            self.tested[position] = _DECAY * self.tested[position] + 1
-            self.accepted[position] = _DECAY * self.accepted[position] + (position < accepted)
-
-
-@dataclass
 class DraftBudget:
     """Decides for all sequences of an engine. costs: see `CostModel`."""
 
     costs: CostModel = field(default_factory=CostModel)
-    _all: _Acceptance = field(default_factory=_Acceptance)
-    _own: dict[int, _Acceptance] = field(default_factory=dict)
-    _class_tested: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)
-    _class_accepted: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)
+    floor: float = 0.0
+    """Trees end where the chances of the nodes that would get children sum to less: a further depth would not pay."""
+    _all: DepthRecord = field(default_factory=DepthRecord)
+    _own: dict[int, DepthRecord] = field(default_factory=dict)
+    _grown: DepthRecord = field(default_factory=DepthRecord)
+    """Whether a step whose trees could have grown to a depth did so."""
+    _sizes: Sizes = field(default_factory=lambda: Sizes(_PRIOR_NODES))
+    """Verified nodes by depth."""
+    _calibration: dict[bool, Calibration] = field(default_factory=lambda: {True: Calibration(), False: Calibration()})
+    _ratios: dict[int, Ratio] = field(default_factory=dict)
+    """Accepted drafts of each sequence in terms of the predicted ones."""
     _lengths: dict[int, int] = field(default_factory=dict)
     _for_new: int = START
-    """Drafts of a sequence that has not decoded yet."""
+    """Depth for a sequence that has not decoded yet."""
     _step: int = 0
     _probe: int = _PROBE
     _probed: int = START
@@ -109,6 +126,8 @@ class DraftBudget:
     _patience: int = _FIRST_PATIENCE
     _idle_size: int = 0
     """Sequences of the step in which drafting was last found not to pay."""
+    _longest: int = START
+    """The greatest depth that is being made."""
     decision: Decision | None = None
     """What was decided in the latest step that budgeted drafts."""
 
@@ -121,10 +140,10 @@ class DraftBudget:
         first = self.costs.drafts(self.decision.adaptive, 1)
         further = self.costs.drafts(self.decision.adaptive, 2) - first
         return (
-            f"{count} sequences: {tokens - count} of {self.decision.drafts} drafts verified, at most {self._for_new} made "
-            f"next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} {1e3 * full(count):.1f} ms; a "
-            f"first draft {1e3 * first:.1f} ms, a further one {1e3 * further:.1f} ms; expected tokens "
-            f"{self.decision.expected:.2f}"
+            f"{count} sequences: {tokens - count} of {self.decision.drafts} drafts verified, trees at most {self._for_new} "
+            f"deep made next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} "
+            f"{1e3 * full(count):.1f} ms; drafts of the first depth {1e3 * first:.1f} ms, of a further one "
+            f"{1e3 * further:.1f} ms; expected tokens {self.decision.expected:.2f}"
         )
 
     @property
@@ -132,92 +151,92 @@ class DraftBudget:
         """Whether drafts are being made at all."""
         return self._for_new > 0
 
-    def verify(self, candidates: Sequence[Candidate]) -> list[int]:
-        """How many drafts of each sequence to verify in the next step. Also decides how many each makes, see `draft`."""
-        counts = [min(len(one.confidences), one.room, one.fixed or 0) for one in candidates]
+    def verify(self, candidates: Sequence[Candidate]) -> list[list[int]]:
+        """Which drafts of each sequence to verify in the next step: numbers of nodes, from 1 on, with their parents.
+
+        Also decides how deep a tree each makes, see `draft`."""
+        chosen = [list(range(1, min(len(one.confidences), one.room, one.fixed or 0) + 1)) for one in candidates]
         adaptive = [i for i, one in enumerate(candidates) if one.fixed is None]
         if not adaptive:
-            return counts
-        tokens, expected = len(candidates) + sum(counts), float(len(candidates))
-        chances = {
-            (i, position): chance
+            return chosen
+        count, plain = len(candidates), len(candidates) + sum(map(len, chosen))
+        # of equal chances the earlier node first: a parent is never after its child
+        items = sorted(
+            (-chance, node, i)
             for i in adaptive
-            for position, chance in enumerate(self._chances(candidates[i])[: candidates[i].room])
-        }
-        made = max((candidates[i].made for i in adaptive), default=0)
-        speed = expected / self.costs.step(len(candidates), tokens, len(adaptive), made)
-        probed = self._probed if self._probe > 0 else 0  # drafts of a probe that are verified at a loss, over the batch
-        # a stable sort: of equal chances, earlier drafts first
-        for (i, _), chance in sorted(chances.items(), key=lambda item: -item[1]):
-            faster = (expected + chance) / self.costs.step(len(candidates), tokens + 1, len(adaptive), made)
-            if faster < speed:
-                if probed == 0:
-                    break
-                probed -= 1
-            expected, tokens, speed = expected + chance, tokens + 1, faster
-            counts[i] += 1
-        self._choose_lengths([candidates[i].sequence for i in adaptive], len(candidates) - len(adaptive))
-        self.decision = Decision(len(candidates), len(adaptive), len(chances), tokens, self._for_new, expected)
-        return counts
+            for node, chance, depth in self._chances(candidates[i])
+            if depth <= candidates[i].room
+        )
+        if items:
+            seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._longest)
+            expected = list(accumulate((-chance for chance, _, _ in items), initial=float(count)))
+            best = max(range(len(items) + 1), key=lambda number: expected[number] / seconds[number])
+            best = max(best, min(self._probed, len(items)) if self._probe > 0 else 0)  # a probe verifies at a loss
+        else:
+            best, expected = 0, [float(count)]
+        for _, node, i in items[:best]:
+            chosen[i].append(node)
+        self._choose_lengths([candidates[i].sequence for i in adaptive], count - len(adaptive))
+        self.decision = Decision(count, len(adaptive), len(items), plain + best, self._for_new, expected[best])
+        return chosen
 
     def draft(self, sequence: int) -> int:
-        """How many drafts a sequence makes in the next step."""
+        """How deep a tree a sequence makes in the next step."""
         return self._lengths.get(sequence, self._for_new)
 
-    def observe(self, sequence: int, confidences: Sequence[float], tested: int, accepted: int) -> None:
-        """Records verified drafts: the first `tested` were looked at, the first `accepted` were accepted."""
-        self._all.add(tested, accepted)
-        self._own.setdefault(sequence, _Acceptance()).add(tested, accepted)
-        for position, confidence in enumerate(confidences[:tested]):
-            number = _class_of(confidence)
-            self._class_tested[number] = _DECAY * self._class_tested[number] + 1
-            self._class_accepted[number] = _DECAY * self._class_accepted[number] + (position < accepted)
+    def observe(self, one: Verified) -> None:
+        """Records verified drafts."""
+        tested = one.tested
+        if len(one.path) == tested:  # no child of the last accepted draft was verified, though one may have been wanted
+            tested = max(tested, min(one.ordered, len(one.path) + 1))
+        self._all.add(tested, len(one.path))
+        self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(one.path))
+        parents = parents_of(len(one.confidences), one.parents)
+        found = depths(parents)
+        self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
+        calibration, ratio = self._calibration[one.sampled], self._ratios.setdefault(one.sequence, Ratio())
+        for at, node in enumerate((0, *one.path)[: one.tested]):
+            accepted = one.path[at] if at < len(one.path) else None
+            children = [k for k, parent in enumerate(parents, start=1) if parent == node]
+            ratio.add(sum(calibration.chance(one.confidences[k - 1]) for k in children), accepted is not None)
+            calibration.observe((one.confidences[k - 1], k == accepted) for k in children)
 
-    def time(self, tokens: int, drafts: Sequence[int], seconds: float) -> None:
-        """Records how long a step took: `tokens` of a full call, and the drafts made by each sequence."""
-        made = [count for count in drafts if count]
-        self.costs.correct(len(drafts), tokens, len(made), max(made, default=0), seconds)
+    def time(self, tokens: int, calls: Sequence[int], ordered: int, seconds: float) -> None:
+        """Records how long a step took: `tokens` of a full call, and the depths to which each sequence made drafts, where
+        the deepest tree could have reached `ordered`."""
+        made = [count for count in calls if count]
+        self._grown.add(ordered, max(made, default=0))
+        self.costs.correct(len(calls), tokens, len(made), max(made, default=0), seconds)
 
     def forget(self, sequence: int) -> None:
         """Forgets a sequence that has ended."""
         self._own.pop(sequence, None)
+        self._ratios.pop(sequence, None)
 
     def acceptance(self, sequence: int) -> list[float]:
-        """Probability that a sequence's draft at each position is accepted, given that all before it were.
+        """Probability that a draft of a sequence is accepted at each depth, if one was at all depths before."""
+        return shrunk_rates(self._own.get(sequence, DepthRecord()), self._all)
 
-        The prior of a position is the estimate of the position before it; a sequence's own record counts on top of all
-        others'.
-        """
-        own = self._own.get(sequence, _Acceptance())
-        estimates, estimate, ratio = [], _PRIOR, 1.0
-        for position in range(MAX_DRAFT):
-            tested, accepted = self._all.tested[position], self._all.accepted[position]
-            estimate = (accepted + _PRIOR_WEIGHT * estimate) / (tested + _PRIOR_WEIGHT)
-            # a sequence that does better or worse than all at one position is expected to do so at the next
-            prior = min(ratio * estimate, 1.0)
-            shrunk = (own.accepted[position] + _OWN_WEIGHT * prior) / (own.tested[position] + _OWN_WEIGHT)
-            ratio = shrunk / estimate if estimate > 0 else 1.0
-            estimates.append(shrunk)
-        return estimates
-
-    def _chances(self, candidate: Candidate) -> list[float]:
-        """Probability that each draft of a sequence is reached and accepted; never more than that of the one before."""
-        if not candidate.confidences:
-            return []
-        reached, found = 1.0, []
-        # not strict: a chain is shorter than the longest one that has an estimate
-        for confidence, prior in zip(candidate.confidences, self.acceptance(candidate.sequence), strict=False):
-            number = _class_of(confidence)
-            tested, accepted = self._class_tested[number], self._class_accepted[number]
-            reached *= (accepted + _OWN_WEIGHT * prior) / (tested + _OWN_WEIGHT)
-            found.append(reached)
-        return found
+    def _chances(self, candidate: Candidate) -> list[tuple[int, float, int]]:
+        """Node, probability to be reached and accepted, and depth, of a sequence's likelier drafts; at most `MAX_NODES`."""
+        ratio = self._ratios.get(candidate.sequence, Ratio()).value(_OWN_WEIGHT)
+        calibration = self._calibration[candidate.sampled]
+        parents = parents_of(len(candidate.confidences), candidate.parents)
+        reached = [1.0]
+        for confidence, parent in zip(candidate.confidences, parents, strict=True):
+            reached.append(reached[parent] * min(calibration.chance(confidence) * ratio, 1.0))
+        found = [
+            (node, chance, depth)
+            for node, (chance, depth) in enumerate(zip(reached[1:], depths(parents), strict=True), start=1)
+            if chance >= _LEAST_CHANCE or self._probe > 0
+        ]
+        return sorted(found, key=lambda one: (-one[1], one[0]))[:MAX_NODES]
 
     def _choose_lengths(self, sequences: Sequence[int], others: int) -> None:
-        """Decides how many drafts each sequence makes next, if `others` do not draft adaptively.
+        """Decides how deep a tree each sequence makes next, if `others` do not draft adaptively.
 
-        Drafts are considered in order of their probability to be reached and accepted; the best number is the one with
-        the most expected tokens per second. The longest chain decides how often the module is called.
+        Depths are considered in order of the probability that a draft is accepted there; the best number is the one with
+        the most expected tokens per second. The deepest tree decides how often the module is called.
         """
         self._step += 1
         if self._probe > 1:
@@ -234,18 +253,13 @@ class DraftBudget:
             for length, rate in enumerate(self.acceptance(sequence), start=1):
                 reached *= rate
                 items.append((-reached, length, sequence))
-        expected, longest = float(tokens), 0
-        best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
         items.sort()
-        for count, (chance, length, _) in enumerate(items, start=1):
-            expected, longest = expected - chance, max(longest, length)
-            speed = expected / self.costs.step(tokens, tokens + count, len(sequences), longest)
-            if speed > best_speed:
-                best, best_speed = count, speed
+        best, speed = self._best_depths(items, tokens, len(sequences))
         # a sequence without drafts tries one from time to time: its text may have become easier
         lengths = {one: int((self._step + one) % _RETRY == 0) for one in sequences} if best else {}
         for _, length, sequence in items[:best]:
             lengths[sequence] = length
+        self.floor = 0.0
         if best == 0:
             self._idle, self._idle_size = self._idle + 1, tokens
             if self._idle > self._patience:
@@ -257,12 +271,32 @@ class DraftBudget:
         else:
             self._idle = 0
             self._patience = _FIRST_PATIENCE if self._good >= _RETRY else self._patience
+            further = self.costs.drafts(len(sequences), 2) - self.costs.drafts(len(sequences), 1)
+            self.floor = min(speed * further / len(sequences), 1.0)
         self._good = self._good + 1 if best else 0
         self._lengths = lengths
-        self._for_new = min(max(lengths.values(), default=0), START) if self._probe == 0 else 0
+        self._longest = max(lengths.values(), default=0)
+        self._for_new = min(self._longest, START) if self._probe == 0 else 0
+
+    def _best_depths(self, items: Sequence[tuple[float, int, int]], tokens: int, drafting: int) -> tuple[int, float]:
+        """How many of the depths (-chance, depth, sequence) to make, and the tokens per second expected with them."""
+        nodes = self._sizes.means()
+        calls = list(accumulate(self._grown.rates(1.0), initial=0.0))  # expected, for each depth that trees may reach
+        seconds = self.costs.steps(tokens, tokens, tokens + drafting * MAX_NODES, 0, 0)
+        making = [self.costs.drafts(drafting, 1) * (made > 0) for made in range(len(calls))]
+        further = self.costs.drafts(drafting, 2) - self.costs.drafts(drafting, 1)
+        making = [first + further * max(calls[made] - 1, 0.0) for made, first in enumerate(making)]
+        expected, verified, longest = float(tokens), 0.0, 0
+        best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
+        for count, (chance, length, _) in enumerate(items, start=1):
+            expected, verified, longest = expected - chance, verified + nodes[length - 1], max(longest, length)
+            speed = expected / (seconds[min(round(verified), len(seconds) - 1)] + making[longest])
+            if speed > best_speed:
+                best, best_speed = count, speed
+        return best, best_speed
 
     def _size_of_probe(self, sequences: int, tokens: int) -> tuple[int, int]:
-        """Sequences that take part in a probe and drafts of each: the first of `_PROBES` that is cheap enough."""
+        """Sequences that take part in a probe and depth of each: the first of `_PROBES` that is cheap enough."""
         plain = self.costs.full_call(tokens)
         for most, depth in _PROBES:
             count = min(most, sequences)
@@ -270,7 +304,3 @@ class DraftBudget:
             if step - plain <= _PROBE_SHARE * plain:
                 return count, depth
         return 1, 1
-
-
-def _class_of(confidence: float) -> int:
-    return min(int(confidence * _CLASSES), _CLASSES - 1)

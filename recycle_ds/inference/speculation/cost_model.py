@@ -23,7 +23,7 @@ class CostModel:
     full: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 1.0 + _NOMINAL_SLOPE))
     """A full call: (tokens, seconds), ascending."""
     module: tuple[tuple[int, float], ...] = ((1, _NOMINAL_MODULE),)
-    """A module call for each draft after the first: (sequences, seconds), ascending."""
+    """A module call for each depth of the drafts after the first: (sequences, seconds), ascending."""
     first: tuple[tuple[int, float], ...] = ()
     """The first drafts, for which the module reads what has become known: (sequences, seconds), ascending. Empty: as
     much as `module`."""
@@ -37,7 +37,7 @@ class CostModel:
         return self.full_scale * _interpolate(self.full, tokens)
 
     def drafts(self, sequences: int, longest: int) -> float:
-        """Seconds that drafts take to make. longest: drafts of the longest chain."""
+        """Seconds that drafts take to make. longest: depth of the deepest ones."""
         if longest == 0:
             return 0.0
         further = _interpolate(self.module, sequences)
@@ -46,10 +46,17 @@ class CostModel:
 
     def step(self, sequences: int, tokens: int, drafting: int, longest: int) -> float:
         """Seconds of a step. sequences: that decode. tokens: of the full call, drafts to be verified among them. drafting,
-        longest: sequences that make drafts, and the most that one of them makes."""
+        longest: sequences that make drafts, and the depth to which one of them makes the most."""
         plain = self.full_call(sequences)
         verified = self.drafting_scale * (self.full_call(tokens) - plain)
         return plain + verified + self.drafts(drafting, longest)
+
+    def steps(self, sequences: int, first: int, last: int, drafting: int, longest: int) -> list[float]:
+        """Seconds of a step for every number of tokens from `first` to `last`; see `step`."""
+        plain = self.full_call(sequences)
+        scale = self.drafting_scale * self.full_scale
+        rest = plain * (1 - self.drafting_scale) + self.drafts(drafting, longest)
+        return [rest + scale * cost for cost in _interpolate_range(self.full, first, last)]
 
     def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
         """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took."""
@@ -79,3 +86,13 @@ def _interpolate(points: Sequence[tuple[int, float]], size: int) -> float:
         if size <= right or right == points[-1][0]:
             return low + max(high - low, 0.0) / (right - left) * (size - left)
     raise AssertionError("measurements are in ascending order")
+
+
+def _interpolate_range(points: Sequence[tuple[int, float]], first: int, last: int) -> list[float]:
+    """The same for all sizes from `first` to `last`."""
+    found, segment = [], 0
+    for size in range(first, last + 1):
+        while segment < len(points) - 2 and size > points[segment + 1][0]:
+            segment += 1
+        found.append(_interpolate(points[segment : segment + 2], size))
+    return found

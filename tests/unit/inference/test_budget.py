@@ -6,9 +6,13 @@ import random
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, DraftBudget
+from recycle_ds.inference.speculation.acceptance import Calibration
+from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, DraftBudget, Verified
 from recycle_ds.inference.speculation.cost_model import CostModel
+from recycle_ds.inference.speculation.tree import MAX_NODES
 
 
 def costs(slope: float, module: float, module_slope: float = 0.0) -> CostModel:
@@ -19,7 +23,7 @@ def costs(slope: float, module: float, module_slope: float = 0.0) -> CostModel:
 def simulate(
     budget: DraftBudget, rates: list[list[float]], steps: int = 600, seed: int = 3
 ) -> tuple[list[list[int]], float]:
-    """Simulates a batch whose sequences have the given acceptance by position. The confidence of a draft is its rate.
+    """Simulates a batch of chains that have the given acceptance by position. The confidence of a draft is its rate.
 
     Returns the numbers of verified drafts by step, and the tokens per unit of time over the second half.
     """
@@ -27,16 +31,19 @@ def simulate(
     made = [0] * len(rates)
     verified, tokens, seconds = [], 0, 0.0
     for step in range(steps):
-        candidates = [Candidate(i, tuple(rates[i][: made[i]]), None, 1000, made[i]) for i in range(len(rates))]
-        counts = budget.verify(candidates)
+        candidates = [Candidate(i, tuple(rates[i][: made[i]]), None, 1000) for i in range(len(rates))]
+        counts = [len(nodes) for nodes in budget.verify(candidates)]
         verified.append(counts)
         kept = len(rates)
         for i, count in enumerate(counts):
             accepted = 0
             while accepted < count and draw.random() < rates[i][accepted]:
                 accepted += 1
-            if count:
-                budget.observe(i, candidates[i].confidences, min(count, accepted + 1), accepted)
+            if made[i]:
+                path = range(1, accepted + 1)
+                budget.observe(
+                    Verified(i, candidates[i].confidences[:count], (), path, made[i], min(count, accepted + 1))
+                )
             kept += accepted
         made = [budget.draft(i) for i in range(len(rates))]
         if step >= steps // 2:
@@ -119,21 +126,56 @@ def test_fixed_numbers_of_drafts_are_kept() -> None:
     """Prevents --draft-tokens from being overruled, and drafts beyond the last token that is allowed."""
     budget = DraftBudget(costs(5.0, 5.0))
     candidates = [Candidate(0, (0.1,) * 3, 3, 100), Candidate(1, (0.9,) * 8, 8, 2), Candidate(2, (), 0, 9)]
-    assert budget.verify(candidates) == [3, 2, 0]
+    assert budget.verify(candidates) == [[1, 2, 3], [1, 2], []]
     assert budget.active, "nothing was decided about adaptive ones"
 
 
-def test_what_was_drawn_does_not_decide_what_is_verified() -> None:
-    """Prevents a biased text: a drafted end cuts a chain short, and must not make its last draft more likely to be
-    verified."""
-    for made in (1, 4):
-        budget = DraftBudget(CostModel(((1, 1.0), (2, 1.3), (8, 3.0)), ((1, 0.1),)))
+def test_the_best_number_is_found_beyond_a_step_of_the_costs() -> None:
+    """Prevents a budget that stops at the first drop: a full call gets dearer where its products take another round, and
+    more drafts are then free again."""
+    model = CostModel(((1, 1.0), (4, 1.0), (5, 1.9), (17, 1.9)), ((1, 0.05),))
+    for confidence, expected in ((0.97, 8), (0.6, 3)):
+        budget = DraftBudget(model)
         budget._probe = 0
-        cut = budget.verify([Candidate(0, (0.3,), None, 100, made)])
-        budget = DraftBudget(CostModel(((1, 1.0), (2, 1.3), (8, 3.0)), ((1, 0.1),)))
-        budget._probe = 0
-        complete = budget.verify([Candidate(0, (0.3,) * made, None, 100, made)])
-        assert min(cut[0], 1) == min(complete[0], 1)
+        (nodes,) = budget.verify([Candidate(0, (confidence,) * 8, None, 100)])
+        assert len(nodes) == expected
+
+
+@given(
+    parents=st.lists(st.integers(0, 40), max_size=30),
+    draw=st.randoms(use_true_random=False),
+    room=st.integers(0, 5),
+    slope=st.sampled_from([0.0, 0.02, 0.2]),
+)
+def test_nodes_are_verified_with_their_parents(
+    parents: list[int], draw: random.Random, room: int, slope: float
+) -> None:
+    """Prevents a node that cannot be accepted because its parent is not verified, one beyond the last token that is allowed,
+    and more nodes than there is room for."""
+    of = tuple(min(parent, node) for node, parent in enumerate(parents))
+    confidences = tuple(draw.choice([0.0, 0.1, draw.random(), 1.0]) for _ in of)
+    budget = DraftBudget(costs(slope, 0.01))
+    nodes = budget.verify([Candidate(3, confidences, None, room, of, True)])[0]
+    assert len(set(nodes)) == len(nodes) <= MAX_NODES
+    for node in nodes:
+        depth, parent = 1, of[node - 1]
+        assert parent in (0, *nodes)
+        while parent:
+            depth, parent = depth + 1, of[parent - 1]
+        assert depth <= room
+
+
+def test_confidences_are_calibrated() -> None:
+    """Prevents drafts that are verified at a loss because the module is surer than it should be, or left out because it is
+    less sure; without observations a confidence is taken at its word."""
+    calibration, draw = Calibration(), random.Random(1)
+    assert calibration.chance(0.3) == pytest.approx(0.3) and calibration.chance(0.02) == pytest.approx(0.02)
+    for _ in range(4000):
+        calibration.observe([(0.85, draw.random() < 0.5), (0.05, draw.random() < 0.15)])
+    assert calibration.chance(0.85) == pytest.approx(0.5, abs=0.15)
+    assert calibration.chance(0.05) == pytest.approx(0.15, abs=0.1)
+    assert calibration.chance(0.81) < calibration.chance(0.89), "within a class, a higher confidence counts for more"
+    assert calibration.chance(0.3) == pytest.approx(0.3), "of another class"
 
 
 def test_the_first_steps_draft_without_knowledge() -> None:
@@ -146,7 +188,7 @@ def test_acceptance_of_unseen_positions_follows_the_position_before() -> None:
     """Prevents a later position that was never reached from being rated better than an earlier one that fails."""
     budget = DraftBudget()
     for _ in range(60):
-        budget.observe(0, (0.5,) * 4, 1, 0)
+        budget.observe(Verified(0, (0.5,) * 4, (), (), 4, 1))
     estimates = budget.acceptance(0)
     assert estimates[0] < 0.1
     assert estimates == sorted(estimates, reverse=True)

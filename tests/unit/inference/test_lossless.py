@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from recycle_ds.inference import Decoder
 from recycle_ds.inference.parameters import TokenSampling
+from tests.unit.inference.engine.requests import free_drafts
 from tests.unit.inference.models import LETTERS, Letters, agreement, joint_distribution, random_model
 
 
@@ -42,9 +43,10 @@ def test_verified_is_autoregressive_token_for_token(
     penalty: float,
     stop: list[str],
 ) -> None:
-    """Prevents any difference at limits, stop tokens, stop strings, with penalties and with every draft length."""
+    """Prevents any difference at limits, stop tokens, stop strings, with penalties, with every draft length and with trees."""
     model = random_model(vocab_size, seed, layers=layers, recycle_layers=recycle_layers, max_positions=max_positions)
     decoder = Decoder(model, eos, Letters)
+    free_drafts(decoder.engine)
     params = TokenSampling(repetition_penalty=penalty)
     seen: list[int] = []
     expected = decoder.generate(prompt, "autoregressive", params, max_new_tokens=max_new_tokens, stop=stop)

@@ -9,8 +9,10 @@ from recycle_ds.inference import Decoder, Generation
 from recycle_ds.inference.engine.build import BLOCK_SIZE
 from recycle_ds.inference.engine.cache import Cache
 from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.engine.plan import Plan
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.parameters import MODES, SamplingParams
+from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
 
 PREFIXES = ([1, 2, 3, 1, 2, 0, 1, 2, 4, 1, 1, 2, 3, 0, 2, 2, 1, 0], [2, 2, 0, 1] * 9)
@@ -63,6 +65,31 @@ def requests(count: int, vocabulary: int, seed: int, modes: tuple[str, ...] = MO
             params = replace(params, logprobs=2, prompt_logprobs=len(prompt) % 2 == 0)
         cancelled = draw.randint(0, 6) if draw.random() < 0.12 else None
         found.append(Asked(prompt, params, mode, draw.choice([0, 0, 0, 1, 5]), draw.choice([0, 0, 0, 1, 3]), cancelled))
+    return found
+
+
+class FixedCosts(CostModel):
+    """Costs that do not follow the machine: how many drafts are made does not depend on how busy it is."""
+
+    def correct(self, *step: float) -> None:
+        """Ignores what a step took."""
+
+
+def free_drafts(engine: DecodingEngine) -> DecodingEngine:
+    """An engine that always drafts, and verifies many nodes of every tree: by its costs they take no time."""
+    engine.use_costs(FixedCosts(((1, 1.0), (1000, 1.001)), ((1, 1e-4),)))
+    return engine
+
+
+def moves_of(engine: DecodingEngine) -> list[int]:
+    """A list to which every step from now on appends how many accepted drafts it moved to their positions."""
+    submit, found = engine._executor.submit, []
+
+    def counting(plan: Plan) -> None:
+        found.append(len(plan.moves))
+        submit(plan)
+
+    engine._executor.submit = counting  # type: ignore[method-assign]
     return found
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from recycle_ds.inference import SamplingParams
-from recycle_ds.inference.engine import costs
 from recycle_ds.inference.engine.build import local_engine
-from recycle_ds.inference.engine.cost_file import CostFile
+from recycle_ds.inference.engine.costs import measurement as costs
+from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.speculation.cost_model import CostModel
 from tests.unit.inference.models import random_model
 

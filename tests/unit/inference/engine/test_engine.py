@@ -10,7 +10,14 @@ from recycle_ds.inference import Decoder, DecodingError, SamplingParams
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.plan import Plan
 from recycle_ds.inference.parameters import TokenSampling
-from tests.unit.inference.engine.requests import check_answers, decode_alone, decode_together, memory_of, requests
+from tests.unit.inference.engine.requests import (
+    check_answers,
+    decode_alone,
+    decode_together,
+    free_drafts,
+    memory_of,
+    requests,
+)
 from tests.unit.inference.models import Letters, drafts_from_scratch, overfitted_model, random_model
 
 
@@ -136,15 +143,17 @@ def test_many_drafts_fit_into_the_cache_of_one_request(draft_tokens: int) -> Non
     assert found.token_ids == expected.token_ids
 
 
-def test_stop_strings_inside_accepted_drafts() -> None:
+@pytest.mark.parametrize("draft_tokens", [7, None])
+def test_stop_strings_inside_accepted_drafts(draft_tokens: int | None) -> None:
     """Prevents a block from being offered to others with tokens that a stop string has cut off."""
     model = overfitted_model([1, 2, 3, 4, 5, 6], vocab_size=8, steps=60)
     for length in range(1, 20):
-        engine = local_engine(model, max_batch=2, text_source=Letters)
+        engine = free_drafts(local_engine(model, max_batch=2, text_source=Letters))
         prompt = ([1, 2, 3, 4, 5, 6] * 4)[:length]
-        params = SamplingParams(max_new_tokens=30, draft_tokens=7, stop=("gb",))
+        params = SamplingParams(max_new_tokens=30, draft_tokens=draft_tokens, stop=("gb",))
         (answer,) = engine.add(prompt, params)
         engine.finish([answer])
         expected = Decoder(model, None, Letters).generate(prompt, "autoregressive", max_new_tokens=30, stop=["gb"])
         assert tuple(answer.tokens[length:]) == expected.token_ids
+        assert answer.recycled.count(True) > 2 * answer.recycled.count(False), "the test needs accepted drafts"
         engine.scheduler.check()

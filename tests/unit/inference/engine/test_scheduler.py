@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.speculation.stopping import StopCondition
+from recycle_ds.inference.speculation.tree import child, depths, parents_of, without_chain
 
 SIZE = 4
 
@@ -35,14 +37,41 @@ def invent(plan: Plan, draw: random.Random) -> Outcome:
     for part in plan.parts:
         if not part.samples:
             continue
-        drafts = part.tokens[len(part.tokens) - part.judged :]
-        accepted = draw.randint(0, part.judged)
-        tokens = (*drafts[:accepted], (part.known + accepted) % 5)
+        drafts, parents = part.judged_ids, parents_of(part.judged, part.parents)
+        path: list[int] = []
+        while (
+            below := [k for k in range(1, part.judged + 1) if parents[k - 1] == (path or [0])[-1]]
+        ) and draw.randrange(4):
+            path.append(draw.choice(below))
+        below_ids = {drafts[k - 1] for k in below}
+        token = draw.choice([one for one in range(8) if one not in below_ids])
+        tokens = (*(drafts[k - 1] for k in path), token)
         made = part.drafts_after(tokens) if part.module_start else 0
+        new = random_tree(made, draw) if part.width else DraftTree(tuple(draw.choices(range(8), k=made)), (), made)
+        confidences = tuple(draw.choice([0.1, 0.5, 0.9]) for _ in new.ids)
         outcome.append(
-            Chosen(part.sequence, tokens, tuple((part.known + len(tokens) + i) % 5 for i in range(made)), (0.9,) * made)
+            Chosen(part.sequence, tokens, new.ids, confidences, parents=without_chain(new.parents), calls=new.depth)
         )
     return tuple(outcome)
+
+
+class DraftTree(NamedTuple):
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    depth: int
+
+
+def random_tree(most: int, draw: random.Random) -> DraftTree:
+    """A tree at most so deep, in which children have different ids."""
+    ids: list[int] = []
+    parents: list[int] = []
+    for _ in range(draw.randint(0, 12) if most else 0):
+        parent = draw.choice([k for k, depth in enumerate((0, *depths(parents))) if depth < most])
+        token = draw.randrange(8)
+        if child(ids, parents, parent, token) is None:
+            ids.append(token)
+            parents.append(parent)
+    return DraftTree(tuple(ids), tuple(parents), max(depths(parents), default=0))
 
 
 class Machine:
@@ -53,6 +82,7 @@ class Machine:
         self.draw = random.Random(seed)
         self.written: dict[int, int] = {}
         """Token by slot."""
+        self.moved = 0
         self.under_way: list[Plan] = []
         self.plans: list[Plan] = []
 
@@ -73,6 +103,11 @@ class Machine:
     def write(self, plan: Plan) -> None:
         """Copies and writes tokens as a runner would, and asserts that every earlier position has its own token."""
         by_number = {one.number: one for one in self.scheduler.running}
+        self.moved += len(plan.moves)
+        read = [self.written.get(source, -1) for source, _ in plan.moves]
+        for (_, target), token in zip(plan.moves, read, strict=True):
+            self.written[target] = token
+        assert len({target for _, target in plan.moves}) == len(plan.moves), "two accepted drafts in one place"
         for source, target in plan.copies:
             for offset in range(SIZE):
                 self.written[target * SIZE + offset] = self.written.get(source * SIZE + offset, -1)
@@ -89,7 +124,14 @@ class Machine:
             assert part.known == len(tokens) or not part.samples
             last = part.start + len(part.tokens) + part.samples + (part.drafts if part.samples else 0)
             longest = len(tokens) + by_number[part.sequence].stopping.remaining
-            assert len(part.blocks) * SIZE >= min(last, longest), "no room for what the step writes"
+            if not part.width:
+                assert len(part.blocks) * SIZE >= min(last, longest), "no room for what the step writes"
+            elif part.samples:
+                assert len(part.blocks) * SIZE >= part.start + len(part.tokens), "no room for a draft"
+                path = max(depths(parents_of(part.judged, part.parents)), default=0)
+                beams = max(part.drafts - 1, 0) * part.width
+                assert len(part.blocks) * SIZE >= part.known + path + 1 + beams, "no room for the next tree"
+                assert part.known + path < longest, "a draft after the last token that is allowed"
 
     def run(self, limit: int = 4000) -> None:
         """Runs until all sequences have ended."""
@@ -153,10 +195,31 @@ def check_random_requests(seed: int, blocks: int, batch: int, chunk: int, ways: 
         if draw.random() < 0.2:
             machine.scheduler.cancel(draw.choice(added))
     machine.run()
-    assert machine.scheduler.pool.free == blocks
+    assert machine.scheduler.pool.free == blocks and not machine.scheduler.tables.take_copies()
     for one in added:
         new = one.tokens[one.prompt_tokens :]
         assert one.cancelled or len(new) == one.params.max_new_tokens or (one.rules.end_ids and new[-1] == 4)
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_accepted_drafts_are_moved_before_they_are_read(ways: int) -> None:
+    """Prevents a property test whose trees are always accepted along their main path: there would be no moves."""
+    machine = Machine(60, 4, ways=ways)
+    for number in range(8):
+        machine.scheduler.add(sequence(number, [number % 2] * 3, 30, "verified"))
+    machine.run()
+    assert machine.moved > 10
+    assert any(part.parents for plan in machine.plans for part in plan.parts)
+
+
+def test_drafts_do_not_take_memory_from_others() -> None:
+    """Prevents the preemption of a sequence for drafts of another one, and a sequence that waits for ever for the memory of
+    its drafts."""
+    machine = Machine(8, 2, chunk=32)
+    for number in range(2):
+        machine.scheduler.add(sequence(number, [number] * 7, 9, "verified"))
+    machine.run()
+    assert machine.scheduler.preemptions == 0 and any(part.judged for plan in machine.plans for part in plan.parts)
 
 
 def test_the_state_can_be_compared() -> None:

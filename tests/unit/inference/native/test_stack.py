@@ -12,7 +12,7 @@ from recycle_ds.config import RopeConfig
 from recycle_ds.inference import Decoder, SamplingParams
 from recycle_ds.inference.decoder import decode_one
 from recycle_ds.inference.engine.build import local_engine
-from recycle_ds.inference.engine.cost_file import cost_file
+from recycle_ds.inference.engine.costs.cost_file import cost_file
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.native.stack import NativeStack

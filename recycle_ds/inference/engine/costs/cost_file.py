@@ -19,6 +19,8 @@ from recycle_ds.parallel.device import machine_name
 
 _PARTS = ("full", "module", "first")
 """Fields of `CostModel` that are measured, in its order."""
+_VERSION = 2
+"""Of what is measured: 2 has trees of drafts."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def cost_file(
     parameter = next(model.parameters())
     parts = [len(model.recycle_config.taps)] if model.recycle_config.taps else []
     key = {
+        "version": _VERSION,
         "machine": machine_name(parameter.device),
         "device": str(parameter.device.type),
         "threads": torch.get_num_threads(),

@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from recycle_ds.inference.engine.cost_file import CostFile
+from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Part, Plan, Rules
 from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation.cost_model import CostModel
+from recycle_ds.inference.speculation.tree import MAX_NODES, MAX_WIDTH, width_of
 
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REPEATS = 3
 _FURTHER = 3
-"""Drafts after the first one in the longer of two chains, so that their difference is not lost in noise."""
+"""Depths after the first one in the deeper of two trees, so that their difference is not lost in noise."""
 _MOST_SECONDS = 15.0
 """Seconds after which no larger size is timed: on a busy machine a start should not take minutes."""
 _CONTEXT = 128
@@ -57,15 +58,15 @@ def known_or_measured(
 def measure(
     executor: Executor, blocks: int, block_size: int, positions: int, max_batch: int, with_module: bool
 ) -> CostModel:
-    """Times full calls, first drafts and further ones, of several sizes. Nothing may be under way or in the cache: its
-    first blocks are written.
+    """Times full calls, and the first and further depths of trees of drafts, of several sizes. Nothing may be under way or in
+    the cache: its first blocks are written.
 
     Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
     sequences costs more than that of one. All attend to the same context. positions: the model's longest context.
     """
     context = _blocks_of_context(blocks, block_size, positions)
     _read_context(executor, context, context * block_size, with_module)
-    most = min(blocks - context, 2 * max_batch * 4)
+    most = min(blocks - context, max(2 * max_batch * 4, MAX_NODES + 8))
     sizes = [size for size in _SIZES if size <= most]
     run = partial(_run, executor, context, context * block_size)
     end = time.monotonic() + _MOST_SECONDS
@@ -78,9 +79,9 @@ def measure(
         plain = _shortest(partial(run, size, 0))
         full.append((size, plain))
         if with_module and size <= max_batch:
-            single, longer = _shortest(partial(run, size, 1)), _shortest(partial(run, size, 1 + _FURTHER))
+            single, deeper = _shortest(partial(run, size, 1)), _shortest(partial(run, size, 1 + _FURTHER))
             first.append((size, max(single - plain, 1e-3 * plain)))
-            module.append((size, max((longer - single) / _FURTHER, 1e-3 * plain)))
+            module.append((size, max((deeper - single) / _FURTHER, 1e-3 * plain)))
     if len(full) < 2:
         full.append((full[0][0] + 1, full[0][1]))
     return CostModel(without_outliers(full), without_outliers(module) or CostModel().module, without_outliers(first))
@@ -98,6 +99,7 @@ def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, fl
 
 def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:
     room = positions - _FURTHER - 3  # for the token that is read, the one chosen, and drafts
+    assert block_size >= 2 + _FURTHER * MAX_WIDTH, "a sequence has one block of its own"
     return max(min(_CONTEXT // block_size, room // block_size, (blocks - 1) // 2), 0)
 
 
@@ -119,6 +121,7 @@ def _run(executor: Executor, context: int, start: int, sequences: int, drafts: i
         Part(
             number, start, (0,), 0, samples=True, module_start=start + 1 if drafts else 0, drafts=drafts,
             room=drafts + 1, prompt_tokens=start + 1, blocks=(*range(context), context + index),
+            width=width_of(sequences),
         )
         for index, number in enumerate(numbers)
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Measured costs of calls, in memory and on disk."""
