@@ -17,9 +17,10 @@ fail.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from recycle_ds.inference.speculation.acceptance import (
     MAX_DRAFT,
@@ -67,12 +68,15 @@ class Candidate:
     parents: tuple[int, ...] = ()
     sampled: bool = False
     """Whether its tokens are drawn at random."""
+    repeated: Container[int] = ()
+    """Nodes that have their confidence from repetition."""
 
 
 @dataclass(frozen=True)
 class Verified:
     """What a step verified of one sequence: confidences and parents of its nodes, and the accepted path. ordered: depth of
-    the tree that was asked for. tested: depths at which the full model looked for its token."""
+    the tree that was asked for. tested: depths at which the full model looked for its token. of_module, repeated: of each
+    node, whether the module made it, and whether it has its confidence from repetition; empty: all, and none."""
 
     sequence: int
     confidences: Sequence[float]
@@ -81,6 +85,8 @@ class Verified:
     ordered: int
     tested: int
     sampled: bool = False
+    of_module: Sequence[bool] = ()
+    repeated: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ class DraftBudget:
     """Whether a step whose trees could have grown to a depth did so."""
     _sizes: Sizes = field(default_factory=lambda: Sizes(_PRIOR_NODES))
     """Verified nodes by depth."""
-    _calibration: dict[bool, Calibration] = field(default_factory=lambda: {True: Calibration(), False: Calibration()})
+    _calibration: defaultdict[tuple[bool, bool], Calibration] = field(default_factory=lambda: defaultdict(Calibration))
+    """By whether tokens are drawn at random, and whether confidences are from repetition."""
     _ratios: dict[int, Ratio] = field(default_factory=dict)
     """Accepted drafts of each sequence in terms of the predicted ones."""
     _lengths: dict[int, int] = field(default_factory=dict)
@@ -186,20 +193,25 @@ class DraftBudget:
 
     def observe(self, one: Verified) -> None:
         """Records verified drafts."""
-        tested = one.tested
-        if len(one.path) == tested:  # no child of the last accepted draft was verified, though one may have been wanted
-            tested = max(tested, min(one.ordered, len(one.path) + 1))
-        self._all.add(tested, len(one.path))
-        self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(one.path))
         parents = parents_of(len(one.confidences), one.parents)
-        found = depths(parents)
-        self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
-        calibration, ratio = self._calibration[one.sampled], self._ratios.setdefault(one.sequence, Ratio())
+        of_module, repeated = one.of_module or [True] * len(parents), one.repeated or [False] * len(parents)
+        if one.ordered:
+            path = list(takewhile(lambda node: of_module[node - 1], one.path))
+            tested = one.tested if len(path) == len(one.path) else len(path) + 1
+            if len(path) == tested:  # no child of the last accepted draft was verified, though one may have been wanted
+                tested = max(tested, min(one.ordered, len(path) + 1))
+            self._all.add(tested, len(path))
+            self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(path))
+            found = [depth for depth, own in zip(depths(parents), of_module, strict=True) if own]
+            self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
+        ratio = self._ratios.setdefault(one.sequence, Ratio())
+        kinds = [self._calibration[one.sampled, again] for again in repeated]
         for at, node in enumerate((0, *one.path)[: one.tested]):
             accepted = one.path[at] if at < len(one.path) else None
             children = [k for k, parent in enumerate(parents, start=1) if parent == node]
-            ratio.add(sum(calibration.chance(one.confidences[k - 1]) for k in children), accepted is not None)
-            calibration.observe((one.confidences[k - 1], k == accepted) for k in children)
+            ratio.add(sum(kinds[k - 1].chance(one.confidences[k - 1]) for k in children), accepted is not None)
+            for k in children:
+                kinds[k - 1].observe([(one.confidences[k - 1], k == accepted)])
 
     def time(self, tokens: int, calls: Sequence[int], ordered: int, seconds: float) -> None:
         """Records how long a step took: `tokens` of a full call, and the depths to which each sequence made drafts, where
@@ -220,10 +232,10 @@ class DraftBudget:
     def _chances(self, candidate: Candidate) -> list[tuple[int, float, int]]:
         """Node, probability to be reached and accepted, and depth, of a sequence's likelier drafts; at most `MAX_NODES`."""
         ratio = self._ratios.get(candidate.sequence, Ratio()).value(_OWN_WEIGHT)
-        calibration = self._calibration[candidate.sampled]
         parents = parents_of(len(candidate.confidences), candidate.parents)
         reached = [1.0]
-        for confidence, parent in zip(candidate.confidences, parents, strict=True):
+        for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
+            calibration = self._calibration[candidate.sampled, node in candidate.repeated]
             reached.append(reached[parent] * min(calibration.chance(confidence) * ratio, 1.0))
         found = [
             (node, chance, depth)

@@ -75,9 +75,9 @@ def test_the_nodes_of_a_tree_are_those_of_a_computation_from_scratch(confidence:
                     expected = [(1 - layer) * p / (1 - expected[best]) for p in expected]
                     expected[best] = layer
                 for k, (token, parent) in enumerate(zip(one.drafts, parents, strict=True)):
-                    if parent == node:
+                    if parent == node and k < one.grown and k + 1 not in one.repeated:
                         compared += 1
-                        assert one.confidences[k] == pytest.approx(expected[token], abs=1e-4)
+                        assert one.confidences[k] == pytest.approx(expected[token], abs=1e-3)
     assert compared > 100
 
 
