@@ -112,8 +112,9 @@ class Module:
         """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token.
 
         hidden_TD: with what `tapped` returned for h in `tapped_width` further columns."""
-        tapped_TE = hidden_TD[:, self._width :].contiguous() if hidden_TD.shape[1] > self._width else None
-        hidden_TD = hidden_TD[:, : self._width]
+        tapped_TE = None
+        if hidden_TD.shape[1] > self._width:
+            hidden_TD, tapped_TE = hidden_TD[:, : self._width], hidden_TD[:, self._width :].contiguous()
         if self._stack is not None:
             inputs = (hidden_TD, embedded_TD)
             return self._stack(inputs, tokens.spans, tokens.keys_values, shift=tokens.shift, added=tapped_TE)[0]

@@ -43,7 +43,7 @@ class NativeHead:
         self._head = _HeadStruct(product.struct, address(self._ids), address(self._barred), barred_count)
         self._head_address = ctypes.addressof(self._head)
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._room_for: tuple[int, ...] = (0, 0, 0)
+        self._room_for = (0, 0, 0)
 
     def likeliest(self, states_RD: Tensor) -> list[int]:
         """The likeliest token id of each row by the logits that the product gives; among equal ones the lowest.
@@ -75,9 +75,11 @@ class NativeHead:
             -(-self._room.data_ptr() // 64) * 64,
         )  # fmt: skip
         choice_address = ctypes.addressof(choice)
-        if any(new > old for new, old in zip(size, self._room_for, strict=True)):
-            self._room_for = tuple(max(pair) for pair in zip(size, self._room_for, strict=True))
-            largest = _ChoiceStruct(*self._room_for)
+        room = self._room_for
+        if size[0] > room[0] or size[1] > room[1] or size[2] > room[2]:
+            rows, count, threads = (max(pair) for pair in zip(size, room, strict=True))
+            self._room_for = rows, count, threads
+            largest = _ChoiceStruct(rows, count, threads)
             needed = self._kernels.recycle_ds_choice_room(self._head_address, ctypes.addressof(largest))
             self._room = torch.empty(needed + 64, dtype=torch.uint8)
             choice.room = -(-self._room.data_ptr() // 64) * 64
