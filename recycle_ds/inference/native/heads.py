@@ -67,6 +67,7 @@ class NativeHead:
     def _choose(
         self, states_RD: Tensor, count: int, factors_R: Tensor | None, ids: Tensor, log_probabilities: Tensor | None
     ) -> None:
+        assert states_RD.dtype == torch.bfloat16 and (factors_R is None or factors_R.dtype == torch.float32)
         states_RD = states_RD.contiguous()
         factors_R = None if factors_R is None else factors_R.contiguous()
         size = (len(states_RD), count, torch.get_num_threads())
