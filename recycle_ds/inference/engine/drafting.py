@@ -200,21 +200,10 @@ class Drafter:
 
     def _chain(self, chains: Sequence[_Chain], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
-        live, vocabulary = list(chains), self._draft_vocabulary
-        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
+        live = list(chains)
         while True:
             rules = [self._rules[one.part.sequence] for one in live]
-            positions = [
-                position_of(self._cache, one.part, rule, one.index + 1, one.ids)
-                for one, rule in zip(live, rules, strict=True)
-            ]
-            logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
-            ids_N, probs_NV = self._choose(logits_NV, positions, [coupled(rule) for rule in rules])
-            # of the distribution, not of the token drawn: which drafts are verified must not depend on what was drawn
-            confidence_N = self._weights.module.confidence(states_ND)
-            if confidence_N is None:
-                highest_N = vocabulary.max(logits_NV.amax(-1))
-                confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
+            ids_N, confidence_N, probs_NV = self._choose(live, states_ND, rules)
             for i, (one, token, value) in enumerate(zip(live, ids_N.tolist(), confidence_N.tolist(), strict=True)):
                 one.ids.append(token)
                 one.confidences.append(value)
@@ -230,15 +219,32 @@ class Drafter:
             states_ND = self._module(states_ND, ids_N, spans, self._cache.slots(spans))
 
     def _choose(
-        self, logits_NV: Tensor, positions: Sequence[Position], follows: Sequence[bool]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Drafts of chains with the full model's random numbers, or with their own for sequences whose drafts are verified by
-        rejection. follows: which are not."""
-        ids_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary)
-        if all(follows):
-            return ids_N, probs_NV
-        own_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary, noise.DRAFT)
-        return torch.where(torch.tensor(follows, device=ids_N.device), ids_N, own_N), probs_NV
+        self, chains: Sequence[_Chain], states_ND: Tensor, rules: Sequence[Rules]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The next draft of every chain [N], its confidence [N], and the distributions [N, V] if any is drawn at random.
+
+        Drafts are chosen with the full model's random numbers, or with their own if they are verified by rejection. A
+        confidence is that of the distribution, not of the token drawn: which drafts are verified must not depend on it."""
+        vocabulary = self._draft_vocabulary
+        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
+        confidence_N = self._weights.module.confidence(states_ND)
+        candidates = getattr(self._weights, "candidates", None)
+        if candidates is not None and all(rule.params.greedy and not rule.params.adjusts for rule in rules):
+            ids_N1, logprobs_N1 = candidates(states_ND, 1, None)
+            return ids_N1[:, 0], logprobs_N1[:, 0].exp() if confidence_N is None else confidence_N, None
+        positions = [
+            position_of(self._cache, one.part, rule, one.index + 1, one.ids)
+            for one, rule in zip(chains, rules, strict=True)
+        ]
+        logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
+        if confidence_N is None:
+            highest_N = vocabulary.max(logits_NV.amax(-1))
+            confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
+        ids_N, probs_NV = choose(logits_NV, positions, vocabulary)
+        if not all(coupled(rule) for rule in rules):
+            own_N, probs_NV = choose(logits_NV, positions, vocabulary, noise.DRAFT)
+            ids_N = torch.where(torch.tensor([coupled(rule) for rule in rules], device=ids_N.device), ids_N, own_N)
+        return ids_N, confidence_N, probs_NV
 
     def _spread(self, probs_V: Tensor, token: int) -> Tensor:
         """The distribution that a draft was drawn from, over this shard of the complete vocabulary.

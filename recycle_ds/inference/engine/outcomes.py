@@ -7,7 +7,8 @@ from collections.abc import Callable
 from recycle_ds.inference.engine.block_tables import BlockTables
 from recycle_ds.inference.engine.plan import Chosen, Part
 from recycle_ds.inference.engine.sequence import Sequence
-from recycle_ds.inference.speculation.budget import DraftBudget, Verified
+from recycle_ds.inference.speculation.acceptance import Verified
+from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.tree import depths, parents_of, path_of
 
 

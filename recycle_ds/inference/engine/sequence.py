@@ -170,14 +170,15 @@ class Sequence:
         last id follows the accepted ones. Returns how many were kept."""
         kept = self.stopping.take(ids)
         if self.rejected is not None and kept == len(ids) <= judged:
-            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = self.rejected_drafts(ids[:-1])
+            if rejected := self._rejected_drafts(ids[:-1]):
+                self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = rejected
         self.tokens += ids[:kept]
         self.recycled += recycled[:kept]
         if self.on_tokens is not None and kept:
             self.on_tokens(ids[:kept], recycled[:kept])
         return kept
 
-    def rejected_drafts(self, accepted: list[int]) -> tuple[int, ...]:
+    def _rejected_drafts(self, accepted: list[int]) -> tuple[int, ...]:
         """The verified drafts that followed the accepted ones; of a tree, the likeliest ones."""
         parents = parents_of(len(self.drafts), self.parents)
         path = path_of(self.drafts, self.parents, accepted)

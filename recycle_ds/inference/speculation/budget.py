@@ -28,6 +28,7 @@ from recycle_ds.inference.speculation.acceptance import (
     DepthRecord,
     Ratio,
     Sizes,
+    Verified,
     shrunk_rates,
 )
 from recycle_ds.inference.speculation.cost_model import CostModel
@@ -70,23 +71,6 @@ class Candidate:
     """Whether its tokens are drawn at random."""
     repeated: Container[int] = ()
     """Nodes that have their confidence from repetition."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What a step verified of one sequence: confidences and parents of its nodes, and the accepted path. ordered: depth of
-    the tree that was asked for. tested: depths at which the full model looked for its token. of_module, repeated: of each
-    node, whether the module made it, and whether it has its confidence from repetition; empty: all, and none."""
-
-    sequence: int
-    confidences: Sequence[float]
-    parents: Sequence[int]
-    path: Sequence[int]
-    ordered: int
-    tested: int
-    sampled: bool = False
-    of_module: Sequence[bool] = ()
-    repeated: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +159,7 @@ class DraftBudget:
             if depth <= candidates[i].room
         )
         if items:
-            seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._longest)
+            seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._calls(self._longest))
             expected = list(accumulate((-chance for chance, _, _ in items), initial=float(count)))
             best = max(range(len(items) + 1), key=lambda number: expected[number] / seconds[number])
             best = max(best, min(self._probed, len(items)) if self._probe > 0 else 0)  # a probe verifies at a loss
@@ -293,11 +277,8 @@ class DraftBudget:
     def _best_depths(self, items: Sequence[tuple[float, int, int]], tokens: int, drafting: int) -> tuple[int, float]:
         """How many of the depths (-chance, depth, sequence) to make, and the tokens per second expected with them."""
         nodes = self._sizes.means()
-        calls = list(accumulate(self._grown.rates(1.0), initial=0.0))  # expected, for each depth that trees may reach
         seconds = self.costs.steps(tokens, tokens, tokens + drafting * MAX_NODES, 0, 0)
-        making = [self.costs.drafts(drafting, 1) * (made > 0) for made in range(len(calls))]
-        further = self.costs.drafts(drafting, 2) - self.costs.drafts(drafting, 1)
-        making = [first + further * max(calls[made] - 1, 0.0) for made, first in enumerate(making)]
+        making = [self.costs.drafts(drafting, self._calls(depth)) for depth in range(MAX_DRAFT + 1)]
         expected, verified, longest = float(tokens), 0.0, 0
         best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
         for count, (chance, length, _) in enumerate(items, start=1):
@@ -306,6 +287,10 @@ class DraftBudget:
             if speed > best_speed:
                 best, best_speed = count, speed
         return best, best_speed
+
+    def _calls(self, longest: int) -> float:
+        """Expected calls of the module in a step whose trees may grow to a depth: they end early where chances are small."""
+        return max(sum(self._grown.rates(1.0)[:longest]), min(longest, 1.0))
 
     def _size_of_probe(self, sequences: int, tokens: int) -> tuple[int, int]:
         """Sequences that take part in a probe and depth of each: the first of `_PROBES` that is cheap enough."""

@@ -36,8 +36,8 @@ class CostModel:
         """Seconds of a full call over a number of tokens, one of each sequence."""
         return self.full_scale * _interpolate(self.full, tokens)
 
-    def drafts(self, sequences: int, longest: int) -> float:
-        """Seconds that drafts take to make. longest: depth of the deepest ones."""
+    def drafts(self, sequences: int, longest: float) -> float:
+        """Seconds that drafts take to make. longest: depth of the deepest ones, which may be a mean."""
         if longest == 0:
             return 0.0
         further = _interpolate(self.module, sequences)
@@ -51,7 +51,7 @@ class CostModel:
         verified = self.drafting_scale * (self.full_call(tokens) - plain)
         return plain + verified + self.drafts(drafting, longest)
 
-    def steps(self, sequences: int, first: int, last: int, drafting: int, longest: int) -> list[float]:
+    def steps(self, sequences: int, first: int, last: int, drafting: int, longest: float) -> list[float]:
         """Seconds of a step for every number of tokens from `first` to `last`; see `step`."""
         plain = self.full_call(sequences)
         scale = self.drafting_scale * self.full_scale
