@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "serve": ("recycle_ds.serve", "Serve a model over HTTP, with OpenAI's API and a page."),
     "evaluate": ("recycle_ds.evaluate", "Perplexity and draft acceptance of a model on a text file."),
+    "report": ("recycle_ds.report", "Report training runs, or compare several, as one HTML file."),
     "convert": (
         "recycle_ds.checkpoint.conversion.command",
         "Convert a model between Hugging Face, portable, Megatron and vLLM/SGLang.",

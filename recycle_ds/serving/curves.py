@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from recycle_ds.training.reporting.metrics_lines import parse_record
 
 METRICS = "metrics.jsonl"
 MAX_POINTS = 500
@@ -27,7 +28,7 @@ def read_curves(path: Path, max_points: int = MAX_POINTS) -> dict[str, Any]:
     evaluations: list[dict[str, Any]] = []
     resumed: list[int] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
-        for record in _records(lines):
+        for record in filter(None, map(parse_record, lines)):
             step = record["step"]
             if record.get("event") == "resume":
                 _drop_after(steps, step)
@@ -53,18 +54,6 @@ def read_curves(path: Path, max_points: int = MAX_POINTS) -> dict[str, Any]:
         },
         "resumed": sorted({step for step in resumed if 0 < step < last}),
     }
-
-
-def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        if not line.endswith("\n"):  # the run was killed while it wrote, or is still writing
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
 
 
 def _drop_after(records: list[dict[str, Any]], step: int) -> None:

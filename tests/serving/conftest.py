@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from tests.serving.page_model import chromium, make_page_model
+from tests.browser import chromium
+from tests.serving.page_model import make_page_model
 from tests.serving.processes import write_model
 from tests.serving.servers import Server, make_model, serving
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import Tokenizer
@@ -36,21 +31,6 @@ def make_page_model(folder: Path, *, chat: bool = True) -> LoadedModel:
     model = overfitted_model(ids, tokenizer.vocab_size, steps=50, stride=4, max_positions=4096)
     model.unnamed_ids = ()
     return LoadedModel(model, tokenizer, folder, step=1, seq_length=48)
-
-
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """A headless browser, driven by playwright. Skips the test if one of both is missing."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        try:
-            yield browser
-        finally:
-            browser.close()
 
 
 class Visit:

@@ -65,6 +65,7 @@ WRONG = {
     "file": ("generate", ["--model", "README.md", "--prompt", "a"], "README.md: is a file; name its folder"),
     "prompts": ("generate", ["--model", "nowhere", "--prompts", "a", "--output", "b"], "nowhere: no such folder"),
     "evaluate": ("evaluate", ["--model", "nowhere", "--data", "a"], "nowhere: no such folder"),
+    "report": ("report", ["nowhere"], "nowhere: no such folder; name the folder of a run"),
     "config": ("pretrain", ["--config", "demoo"], "--config demoo: no such file, did you mean demo? shipped ones are"),
     "key": ("pretrain", ["--config", "demo", "training.stps=3"], "did you mean training.steps?"),
     "deepspeed": (
