@@ -169,14 +169,18 @@ class Drafter:
         return Span(tree.part.blocks, first, count, lowest=1, root=tree.index if parents else 0, parents=parents)
 
     def _children(self, trees: Sequence[_Tree], states_TD: Tensor) -> list[list[tuple[int, float]]]:
-        """The likeliest tokens after every node of the beams, and their confidences, descending."""
+        """The likeliest tokens after every node of the beams, and their confidences, descending.
+
+        Where the full model samples, likely are the tokens that the module takes with the same random numbers: confidences
+        are then those of a softmax over what sampling takes the maximum of."""
         assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
         rules = [self._rules[tree.part.sequence] for tree in trees for _ in tree.nodes.beam]
         scales = [1.0 if one.params.greedy else 1 / one.params.temperature for one in rules]
         scale_T = None if set(scales) == {1.0} else torch.tensor(scales, device=states_TD.device)
-        candidates = getattr(self._weights, "candidates", None)  # compiled: without writing logits
+        keys_T = self._keys(trees, rules, states_TD.device)
+        candidates = self._weights.candidates  # compiled: without writing logits
         if candidates is not None and not any(one.params.adjusts for one in rules):
-            ids_TK, logprobs_TK = candidates(states_TD, BRANCH, scale_T)
+            ids_TK, logprobs_TK = candidates(states_TD, BRANCH, scale_T, keys_T)
         else:
             vocabulary = self._draft_vocabulary
             positions = [
@@ -186,10 +190,14 @@ class Drafter:
             logits_TV = adjust(self._weights.draft_head(states_TD), positions, vocabulary)
             if scale_T is not None:
                 logits_TV = logits_TV * scale_T[:, None]
+            if keys_T is not None:
+                clocks_TV = noise.exponentials(keys_T, vocabulary.ids(keys_T.device))
+                logits_TV = torch.where(keys_T[:, None] == 0, logits_TV, logits_TV - clocks_TV.log())
             values_TK, ids_TK = vocabulary.likeliest(logits_TV, BRANCH)
             logprobs_TK = values_TK - vocabulary.logsumexp(logits_TV)[:, None]
         layer_T = self._weights.module.confidence(states_TD)
         layers = [None] * len(ids_TK) if layer_T is None else layer_T.tolist()
+        layers = [layer if one.params.greedy else None for layer, one in zip(layers, rules, strict=True)]
         found = []
         for ids, logprobs, layer in zip(ids_TK.tolist(), logprobs_TK.exp().tolist(), layers, strict=True):
             # 0 and NaN: tokens that a request forbids, or of a vocabulary with fewer tokens
@@ -197,6 +205,19 @@ class Drafter:
             confidences = confidences_of([probability for _, probability in row], layer) if row else []
             found.append([(token, value) for (token, _), value in zip(row, confidences, strict=True)])
         return found
+
+    @staticmethod
+    def _keys(trees: Sequence[_Tree], rules: Sequence[Rules], device: torch.device) -> Tensor | None:
+        """Keys of the random numbers with which the token after each node of the beams is sampled, 0 without; None if all
+        are greedy."""
+        if all(one.params.greedy for one in rules):
+            return None
+        places = [tree.index + 1 + tree.nodes.depth for tree in trees for _ in tree.nodes.beam]
+        keys = [
+            0 if one.params.greedy else noise.key(one.seed, place, noise.TOKEN)
+            for one, place in zip(rules, places, strict=True)
+        ]
+        return torch.tensor(keys, device=device)
 
     def _chain(self, chains: Sequence[_Chain], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
@@ -228,7 +249,7 @@ class Drafter:
         vocabulary = self._draft_vocabulary
         assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
         confidence_N = self._weights.module.confidence(states_ND)
-        candidates = getattr(self._weights, "candidates", None)
+        candidates = self._weights.candidates
         if candidates is not None and all(rule.params.greedy and not rule.params.adjusts for rule in rules):
             ids_N1, logprobs_N1 = candidates(states_ND, 1, None)
             return ids_N1[:, 0], logprobs_N1[:, 0].exp() if confidence_N is None else confidence_N, None

@@ -142,7 +142,7 @@ class Runner:
 
         Returns the ids, the logits unless none are needed, and if they are asked for, the distributions."""
         params = [self._rules[part.sequence].params for part in parts]
-        likeliest = getattr(self._weights, "likeliest", None)  # compiled: without writing logits
+        likeliest = self._weights.likeliest  # compiled: without writing logits
         plain = all(one.greedy and not one.adjusts and one.logprobs is None for one in params)
         if likeliest is not None and plain:
             return likeliest(states_RD), None, None

@@ -24,7 +24,7 @@ class _ChoiceStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, _INTEGER) for name in ("rows", "count", "threads")),
-        *((name, _POINTER) for name in ("x", "factors", "ids", "log_probabilities", "room")),
+        *((name, _POINTER) for name in ("x", "factors", "ids", "log_probabilities", "room", "keys")),
     )
 
 
@@ -54,18 +54,27 @@ class NativeHead:
         found: list[int] = ids_R.tolist()
         return found
 
-    def candidates(self, states_RD: Tensor, count: int, inverse_temperature_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    def candidates(
+        self, states_RD: Tensor, count: int, inverse_temperature_R: Tensor | None, keys_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `count` likeliest token ids of each row [R, K], int64, in descending order, among equal ones the lowest first,
         and their log probabilities [R, K], fp32, over all tokens that are not barred; K is less than `count` if these are
-        fewer. states_RD: bf16. inverse_temperature_R: fp32, positive; None for 1."""
+        fewer. states_RD: bf16. inverse_temperature_R: fp32, positive; None for 1. keys_R: int64, see `noise.key`; a row with
+        one that is not 0 has, in place of its logits, what sampling with these random numbers takes the maximum of."""
         rows, count = len(states_RD), min(count, self._allowed)
         ids_RK = torch.empty(rows, count, dtype=torch.int64)
         log_probabilities_RK = torch.empty(rows, count)
-        self._choose(states_RD, count, inverse_temperature_R, ids_RK, log_probabilities_RK)
+        self._choose(states_RD, count, inverse_temperature_R, ids_RK, log_probabilities_RK, keys_R)
         return ids_RK, log_probabilities_RK
 
     def _choose(
-        self, states_RD: Tensor, count: int, factors_R: Tensor | None, ids: Tensor, log_probabilities: Tensor | None
+        self,
+        states_RD: Tensor,
+        count: int,
+        factors_R: Tensor | None,
+        ids: Tensor,
+        log_probabilities: Tensor | None,
+        keys_R: Tensor | None = None,
     ) -> None:
         assert states_RD.dtype == torch.bfloat16 and (factors_R is None or factors_R.dtype == torch.float32)
         states_RD = states_RD.contiguous()
@@ -73,7 +82,7 @@ class NativeHead:
         size = (len(states_RD), count, torch.get_num_threads())
         choice = _ChoiceStruct(
             *size, states_RD.data_ptr(), address(factors_R), ids.data_ptr(), address(log_probabilities),
-            -(-self._room.data_ptr() // 64) * 64,
+            -(-self._room.data_ptr() // 64) * 64, address(keys_R),
         )  # fmt: skip
         choice_address = ctypes.addressof(choice)
         room = self._room_for

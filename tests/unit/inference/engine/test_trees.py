@@ -18,6 +18,7 @@ from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation import noise
 from recycle_ds.inference.speculation.tree import ancestry, parents_of
 from recycle_ds.model import RecycleGPT, build_model
 from tests.unit.inference.engine.requests import (
@@ -67,10 +68,14 @@ def test_the_nodes_of_a_tree_are_those_of_a_computation_from_scratch(confidence:
             paths = ancestry(parents)
             for node in (0, *set(parents)) if one.drafts and one.ended_at is None else ():
                 state = module_states(model, one.tokens, [one.drafts[k - 1] for k in paths[node]])
-                probs = (model.logits(state[None, None])[0, 0] / (temperature or 1.0)).softmax(-1)
+                logits = model.logits(state[None, None])[0, 0] / (temperature or 1.0)
+                if temperature:
+                    key = noise.key(one.rules.seed, len(one.tokens) + len(paths[node]), noise.TOKEN)
+                    logits = logits - noise.exponentials(torch.tensor([key]), torch.arange(len(logits)))[0].log()
+                probs = logits.softmax(-1)
                 expected = probs.tolist()
                 best = int(probs.argmax())
-                if model.recycle is not None and model.recycle.confidence is not None:
+                if model.recycle is not None and model.recycle.confidence is not None and not temperature:
                     layer = model.recycle.confidence(state).detach().sigmoid().item()
                     expected = [(1 - layer) * p / (1 - expected[best]) for p in expected]
                     expected[best] = layer
