@@ -144,9 +144,8 @@ class Sequence:
         """Appends tokens up to the stop condition, and calls `on_tokens`. judged: how many drafts the step verified; the
         last id follows the accepted ones. Returns how many were kept."""
         kept = self.stopping.take(ids)
-        if self.rejected is not None and kept == len(ids) <= judged:
-            if rejected := self._rejected_drafts(ids[:-1]):
-                self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = rejected
+        if self.rejected is not None and kept == len(ids) <= judged and (rejected := self._rejected_drafts(ids[:-1])):
+            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = rejected
         self.tokens += ids[:kept]
         self.recycled += recycled[:kept]
         if self.on_tokens is not None and kept:
