@@ -42,7 +42,7 @@ START = 4
 # Weight of a sequence's own record, in predicted accepted drafts.
 _OWN_WEIGHT = 4.0
 # Verified nodes of each depth before any is known.
-_PRIOR_NODES = 2.0
+_PRIOR_NODES = 1.5
 # Steps of a probe, steps without drafts before the first one, and the most after failed ones.
 _PROBE, _FIRST_PATIENCE, _MOST_PATIENCE = 3, 64, 1024
 # Sizes of a probe, in order of preference: sequences, and depth of each. Share of a step that it may cost.
@@ -109,6 +109,8 @@ class DraftBudget:
     """Depth for a sequence that has not decoded yet."""
     _step: int = 0
     _probe: int = _PROBE
+    _probing: bool = False
+    """Whether the latest step was one of a probe."""
     _probed: int = START
     """Drafts that each step of a probe verifies, over the batch."""
     _idle: int = 0
@@ -150,6 +152,7 @@ class DraftBudget:
         adaptive = [i for i, one in enumerate(candidates) if one.fixed is None]
         if not adaptive:
             return chosen
+        self._probing = self._probe > 0
         count, plain = len(candidates), len(candidates) + sum(map(len, chosen))
         # of equal chances the earlier node first: a parent is never after its child
         items = sorted(
@@ -162,7 +165,7 @@ class DraftBudget:
             seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._calls(self._longest))
             expected = list(accumulate((-chance for chance, _, _ in items), initial=float(count)))
             best = max(range(len(items) + 1), key=lambda number: expected[number] / seconds[number])
-            best = max(best, min(self._probed, len(items)) if self._probe > 0 else 0)  # a probe verifies at a loss
+            best = max(best, min(self._probed, len(items)) if self._probing else 0)  # a probe verifies at a loss
         else:
             best, expected = 0, [float(count)]
         for _, node, i in items[:best]:
@@ -182,12 +185,12 @@ class DraftBudget:
         if one.ordered:
             path = list(takewhile(lambda node: of_module[node - 1], one.path))
             tested = one.tested if len(path) == len(one.path) else len(path) + 1
-            if len(path) == tested:  # no child of the last accepted draft was verified, though one may have been wanted
+            if not self._probing:  # what was made and not verified has not paid; a probe verifies a few of many
                 tested = max(tested, min(one.ordered, len(path) + 1))
+                found = [depth for depth, own in zip(depths(parents), of_module, strict=True) if own]
+                self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
             self._all.add(tested, len(path))
             self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(path))
-            found = [depth for depth, own in zip(depths(parents), of_module, strict=True) if own]
-            self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
         ratio = self._ratios.setdefault(one.sequence, Ratio())
         kinds = [self._calibration[one.sampled, again] for again in repeated]
         for at, node in enumerate((0, *one.path)[: one.tested]):
@@ -224,7 +227,7 @@ class DraftBudget:
         found = [
             (node, chance, depth)
             for node, (chance, depth) in enumerate(zip(reached[1:], depths(parents), strict=True), start=1)
-            if chance >= _LEAST_CHANCE or self._probe > 0
+            if chance >= _LEAST_CHANCE or self._probing
         ]
         return sorted(found, key=lambda one: (-one[1], one[0]))[:MAX_NODES]
 
