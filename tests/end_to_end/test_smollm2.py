@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.shipped_module import SMOLLM2
 from recycle_ds.checkpoint.loading import load_model
 from tests.runs import ROOT
 
@@ -94,3 +97,35 @@ def test_conversions_do_not_load_the_complete_model(folder: Path, tmp_path: Path
     # the largest tensor, the embedding, is a fifth of this model; the limit allows two shards and a copy of it
     assert all(share < 0.65 for share in shares.values()), shares
     assert shares["huggingface", "portable"] < 0.3
+
+
+def test_the_shipped_module_decodes_beside_other_programs(folder: Path, tmp_path: Path) -> None:
+    """Prevents a shipped module that does not fit the fetched model, drafts nothing that is accepted or changes a text, and
+    `make smollm2` without its tables and files."""
+    if not (SMOLLM2 / "recycle.safetensors").is_file():
+        pytest.skip("this checkout has no recycle.safetensors in recycle_ds/modules")
+    model = tmp_path / "model"
+    shutil.copytree(folder, model, copy_function=os.link)  # other tests use the folder without a module
+    command = [
+        sys.executable, "-m", "recycle_ds.smollm2", "--model", str(model), "--run-dir", str(tmp_path / "run"),
+        "--dtype", "fp32", "--threads", "1", "--per-kind", "1", "--max-new-tokens", "16", "--peers", "prompt_lookup",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "the recycle module has been attached" in done.stdout
+    report = json.loads((tmp_path / "run" / "decoding.json").read_text())
+    verified = report["modes"]["verified"]
+    assert verified["identical_to_autoregressive"] is True and verified["prompts"] == 4
+    assert report["peers"]["prompt_lookup"]["identical_to_autoregressive"] is True
+    assert set(verified["kinds"]) == {"chat", "code", "maths", "prose"}
+    assert 1.3 < report["modes"]["alternate"]["tokens_per_full_call"] <= 2
+    assert report["modes"]["alternate"]["quality"]["agreement"] > 0.5
+    assert (tmp_path / "run" / "decoding.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (folder / "recycle.json").exists()
+    drafted = [
+        sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--mode", "verified", "--draft-tokens", "2",
+        "--threads", "1", "--max-new-tokens", "24", "--json", "--prompt", "The capital of France is",
+    ]  # fmt: skip
+    done = subprocess.run(drafted, capture_output=True, text=True, timeout=200, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens_per_full_call"] > 1.2

@@ -89,7 +89,9 @@ def why_missing(name: str, folder: Path, gguf: Path | None) -> str | None:
     if importlib.util.find_spec(_MODULES[name]) is None:
         return f"{_PACKAGES[name]} is not installed: pip install {_PACKAGES[name]}"
     if name == LLAMA_CPP:
-        return None if gguf is not None else "needs the model as GGUF: give --gguf FILE"
+        if gguf is None or not gguf.is_file():
+            return f"needs the model as GGUF: {'give --gguf FILE' if gguf is None else f'{gguf}: no such file'}"
+        return None
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
         return f"{folder} is not a Hugging Face folder: convert it with tools/convert_checkpoint.py --to hf"
     return None

@@ -155,6 +155,8 @@ def test_peers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> No
         check_peers(PeerRequest.parse("llama.cpp"), folder)
     with pytest.raises(DecodingError, match=r"peer transformers: .* not a Hugging Face folder"):
         check_peers(PeerRequest.parse("transformers"), tmp_path)
+    with pytest.raises(DecodingError, match=r"peer llama\.cpp: .*(is not installed|no such file)"):
+        check_peers(PeerRequest(("llama.cpp",), True, tmp_path / "no.gguf"), folder)
     everything = PeerRequest.parse("all")
     assert everything.names == PEERS
     check_peers(everything, tmp_path)
