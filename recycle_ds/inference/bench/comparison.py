@@ -130,7 +130,8 @@ def run_bench(
         notes += notes_on_verified(decoder, ids, settings.draft_tokens, expected, found, report["modes"]["verified"])
     if opened.peers:
         report["peers"] = {
-            one.name: _peer_figures(runs[one.name], runs[REFERENCE], settings) | one.details for one in opened.peers
+            one.name: _speeds(runs[one.name], runs[REFERENCE], not settings.temperature) | one.details
+            for one in opened.peers
         }
     if settings.details:
         _add_details(report, runs, decoder, asked, settings)
@@ -178,8 +179,9 @@ def _rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
     return names[by:] + names[:by]
 
 
-def _peer_figures(one: Runs, reference: Runs, settings: BenchSettings) -> dict[str, Any]:
-    """What the report has of every program. Raises DecodingError if there was nothing to time."""
+def _speeds(one: Runs, reference: Runs, comparable: bool) -> dict[str, Any]:
+    """What the report has of modes and peers alike. comparable: whether they are to give the same tokens. Raises DecodingError
+    if there was nothing to time."""
     base = reference.tokens_per_second()
     if base == 0:
         raise DecodingError("no prompt was continued by more than one token: nothing to time; use other prompts")
@@ -189,7 +191,7 @@ def _peer_figures(one: Runs, reference: Runs, settings: BenchSettings) -> dict[s
     return {
         "tokens_per_second": speed,
         "speedup": speed / base,
-        "identical_to_autoregressive": same if settings.comparable else None,
+        "identical_to_autoregressive": same if comparable else None,
         "prompts": len(one.first),
         "new_tokens": sum(len(text.token_ids) for text in one.first),
     }
@@ -197,7 +199,7 @@ def _peer_figures(one: Runs, reference: Runs, settings: BenchSettings) -> dict[s
 
 def _figures(one: Runs, reference: Runs, settings: BenchSettings) -> dict[str, Any]:
     """What the report has of a mode."""
-    figures = _peer_figures(one, reference, settings)
+    figures = _speeds(one, reference, settings.comparable)
     return figures | {"tokens_per_full_call": one.tokens_per_full_call(), "acceptance": one.acceptance()}
 
 

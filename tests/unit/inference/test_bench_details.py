@@ -140,9 +140,12 @@ def test_transformers_writes_the_same_texts(folder: Path, tmp_path: Path) -> Non
         )
         assert figures["kinds"]["prose"]["prompts"] == 2
     assert report["peers"]["prompt_lookup"]["prompt_lookup_num_tokens"] == 10
-    sampled = BenchSettings(("autoregressive",), max_new_tokens=4, repeats=1, temperature=0.7)
+    sampled = BenchSettings(("autoregressive",), max_new_tokens=4, repeats=1, temperature=0.7, seed=1)
     found = bench_model(str(folder), file, sampled, dtype="fp32", threads=1, peers=request).report["peers"]
     assert [one["new_tokens"] for one in found.values()] == [8, 8]
+    assert [one["identical_to_autoregressive"] for one in found.values()] == [None, None], (
+        "their random numbers are others"
+    )
 
 
 def test_peers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> None:
