@@ -24,7 +24,9 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 
 ENTRY_POINTS = [
-    name for name in ("pretrain", "generate", "serve", "evaluate", "smollm2", "cli") if (ROOT / f"recycle_ds/{name}.py").exists()
+    name
+    for name in ("pretrain", "generate", "serve", "evaluate", "smollm2", "cli")
+    if (ROOT / f"recycle_ds/{name}.py").exists()
 ]
 TOOLS = sorted((ROOT / "tools").glob("[!_]*.py"))
 
