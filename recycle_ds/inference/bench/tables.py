@@ -82,13 +82,21 @@ def parts_table(report: dict[str, Any]) -> Table | None:
 
 def quality_notes(report: dict[str, Any]) -> list[str]:
     """One line for each mode whose quality was measured."""
-    return [
-        f"{mode}: {one['log_likelihood']:.3f} nats per token under the full model (autoregressive's text "
-        f"{one['log_likelihood_autoregressive']:.3f}); the same tokens as autoregressive for the first "
-        f"{one['tokens_before_divergence']:.1f} on average, {one['agreement']:.1%} agreement up to the first that differs"
-        for mode, figures in report["modes"].items()
-        if (one := figures.get("quality"))
-    ]
+    notes = []
+    for mode, figures in report["modes"].items():
+        if not (one := figures.get("quality")):
+            continue
+        note = (
+            f"{mode}: {one['log_likelihood']:.3f} nats per token under the full model (autoregressive's text "
+            f"{one['log_likelihood_autoregressive']:.3f})"
+        )
+        if "agreement" in one:
+            note += (
+                f"; the same tokens as autoregressive for the first {one['tokens_before_divergence']:.1f} on average, "
+                f"{one['agreement']:.1%} agreement up to the first that differs"
+            )
+        notes.append(note)
+    return notes
 
 
 def _all(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -108,6 +108,8 @@ def test_sampled_texts_are_compared_by_seed_only() -> None:
         result = run_bench(Decoder(model), PROMPTS, settings, model="m", dtype="fp32")
         assert result.report["modes"]["verified"]["identical_to_autoregressive"] is same
         assert "divergences" not in result.report["modes"]["verified"]
+        assert ("agreement" in result.report["modes"]["alternate"]["quality"]) is (same is True)
+        assert ("agreement" in tables.quality_notes(result.report)[0]) is (same is True)
         assert not any("diverges" in note for note in result.notes)
     with pytest.raises(DecodingError, match="temperature=-1"):
         BenchSettings(temperature=-1)
