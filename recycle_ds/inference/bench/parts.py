@@ -101,9 +101,12 @@ def _timed(runner: Any, watch: _Stopwatch) -> Iterator[None]:
         (weights, "run", FULL_CALL),
         (weights, "head", HEAD),
         (weights, "draft_head", HEAD),
+        (weights, "likeliest", HEAD),
+        (weights, "candidates", HEAD),
         (weights, "module", MODULE),
         (runner, "_choose", SAMPLING),
-        (runner, "_choose_drafts", SAMPLING),
+        (runner._drafter, "_children", SAMPLING),
+        (runner._drafter, "_choose", SAMPLING),
     ]
     restore: list[Callable[[], None]] = []
     try:
