@@ -52,6 +52,8 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
+# Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
+_FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
 
@@ -262,7 +264,7 @@ class DraftBudget:
             self._idle = 0
             self._patience = _FIRST_PATIENCE if self._good >= _RETRY else self._patience
             further = self.costs.drafts(len(sequences), 2) - self.costs.drafts(len(sequences), 1)
-            self.floor = min(speed * further / len(sequences), 1.0)
+            self.floor = min(_FLOOR * speed * further / len(sequences), 1.0)
         self._good = self._good + 1 if best else 0
         self._lengths = lengths
         self._longest = max(lengths.values(), default=0)
