@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from recycle_ds.inference.engine.plan import Rules
 from recycle_ds.inference.generation import Generation, Logprobs, Tally
 from recycle_ds.inference.parameters import SamplingParams
-from recycle_ds.inference.speculation.budget import MAX_DRAFT, Candidate
+from recycle_ds.inference.speculation.acceptance import MAX_DRAFT, Candidate
 from recycle_ds.inference.speculation.repeats import Repeats
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
 from recycle_ds.inference.speculation.tree import (

@@ -1,9 +1,10 @@
-"""Records of verified drafts: how many were accepted, by depth and by confidence. Older ones decay."""
+"""Drafts that may be verified, and records of verified ones: how many were accepted, by depth and by confidence. Older ones
+decay."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 MAX_DRAFT = 8
@@ -19,6 +20,22 @@ _OWN_WEIGHT = 8.0
 _SIZE_WEIGHT = 0.05
 # Limits of the classes of confidence. Most nodes of a tree have small ones.
 _LIMITS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence that is about to decode. confidences, parents: of its drafts, see tree.py. fixed: how many drafts to verify
+    if that is given; None if it is adaptive. room: the most, one after the other, that can be of use."""
+
+    sequence: int
+    confidences: tuple[float, ...]
+    fixed: int | None
+    room: int
+    parents: tuple[int, ...] = ()
+    sampled: bool = False
+    """Whether its tokens are drawn at random."""
+    repeated: Container[int] = ()
+    """Nodes that have their confidence from repetition."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ fail.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 
 from recycle_ds.inference.speculation.acceptance import (
     MAX_DRAFT,
     Calibration,
+    Candidate,
     DepthRecord,
     Ratio,
     Sizes,
@@ -53,24 +54,10 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
+# Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
+_FLOOR = 3.5
 # Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A sequence that is about to decode. confidences, parents: of its drafts, see tree.py. fixed: how many drafts to verify
-    if that is given; None if it is adaptive. room: the most, one after the other, that can be of use."""
-
-    sequence: int
-    confidences: tuple[float, ...]
-    fixed: int | None
-    room: int
-    parents: tuple[int, ...] = ()
-    sampled: bool = False
-    """Whether its tokens are drawn at random."""
-    repeated: Container[int] = ()
-    """Nodes that have their confidence from repetition."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +258,7 @@ class DraftBudget:
             self._idle = 0
             self._patience = _FIRST_PATIENCE if self._good >= _RETRY else self._patience
             further = self.costs.drafts(len(sequences), 2) - self.costs.drafts(len(sequences), 1)
-            self.floor = min(speed * further / len(sequences), 1.0)
+            self.floor = min(_FLOOR * speed * further / len(sequences), 1.0)
         self._good = self._good + 1 if best else 0
         self._lengths = lengths
         self._longest = max(lengths.values(), default=0)

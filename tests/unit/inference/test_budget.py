@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recycle_ds.inference.speculation.acceptance import Calibration, Verified
-from recycle_ds.inference.speculation.budget import MAX_DRAFT, START, Candidate, DraftBudget
+from recycle_ds.inference.speculation.acceptance import MAX_DRAFT, Calibration, Candidate, Verified
+from recycle_ds.inference.speculation.budget import START, DraftBudget
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.tree import MAX_NODES
 
