@@ -55,7 +55,7 @@ _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
 # Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
-_FLOOR = 3.5
+_FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
 
