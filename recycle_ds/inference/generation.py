@@ -30,9 +30,11 @@ class Generation:
     module_calls: int
     """Calls of the recycle module, including the one over the prompt."""
     drafted: tuple[int, ...]
-    """Draft tokens proposed by the module, by draft position (`alternate` keeps them all, `verified` verifies them)."""
+    """Draft tokens proposed by the module, by draft position (`alternate` keeps them all, `verified` verifies them); of a tree,
+    the depths at which any were verified."""
     tested: tuple[int, ...]
-    """`verified`: drafts verified, by position: those whose predecessors were all accepted."""
+    """`verified`: drafts verified, by position: those whose predecessors were all accepted; drafts of a tree at one depth count
+    once."""
     accepted: tuple[int, ...]
     """`verified`: drafts accepted, by position."""
     prefill_seconds: float

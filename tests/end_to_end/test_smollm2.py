@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.checkpoint.conversion.shipped_module import SMOLLM2
 from recycle_ds.checkpoint.loading import load_model
+from recycle_ds.smollm2 import prepare
 from tests.runs import ROOT
 
 TOKENS, WINDOW = 2000, 500
@@ -94,3 +99,43 @@ def test_conversions_do_not_load_the_complete_model(folder: Path, tmp_path: Path
     # the largest tensor, the embedding, is a fifth of this model; the limit allows two shards and a copy of it
     assert all(share < 0.65 for share in shares.values()), shares
     assert shares["huggingface", "portable"] < 0.3
+
+
+def test_the_shipped_module_decodes_beside_other_programs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a shipped module that does not fit the fetched model, drafts nothing that is accepted or changes a text, and
+    `make smollm2` without its tables and files."""
+    if not (SMOLLM2 / "recycle.safetensors").is_file():
+        pytest.skip("this checkout has no recycle.safetensors in recycle_ds/modules")
+    model = tmp_path / "model"
+    shutil.copytree(folder, model, copy_function=os.link)  # other tests use the folder without a module
+    peers = ["prompt_lookup", *(["llama.cpp"] if importlib.util.find_spec("llama_cpp") else [])]
+    command = [
+        sys.executable, "-m", "recycle_ds.smollm2", "--model", str(model), "--run-dir", str(tmp_path / "run"),
+        "--dtype", "fp32", "--threads", "1", "--per-kind", "1", "--max-new-tokens", "10", "--peers", ",".join(peers),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "the recycle module has been attached" in done.stdout
+    report = json.loads((tmp_path / "run" / "decoding.json").read_text())
+    verified = report["modes"]["verified"]
+    assert verified["identical_to_autoregressive"] is True and verified["prompts"] == 4
+    assert {name: one["identical_to_autoregressive"] for name, one in report["peers"].items()} == dict.fromkeys(
+        peers, True
+    )
+    assert set(verified["kinds"]) == {"chat", "code", "maths", "prose"}
+    assert 1.3 < report["modes"]["alternate"]["tokens_per_full_call"] <= 2
+    assert report["modes"]["alternate"]["quality"]["agreement"] > 0.5
+    assert (tmp_path / "run" / "decoding.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (folder / "recycle.json").exists()
+    prepare(model, tmp_path / "no.whl", tmp_path / "no.gguf", gguf_is_needed=False)
+    printed = capsys.readouterr()
+    assert "is there, with the recycle module that ships" in printed.out and "note: without" in printed.err
+    drafted = [
+        sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--mode", "verified", "--draft-tokens", "2",
+        "--threads", "1", "--max-new-tokens", "12", "--json", "--prompt", "The capital of France is",
+    ]  # fmt: skip
+    done = subprocess.run(drafted, capture_output=True, text=True, timeout=200, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens_per_full_call"] > 1.2

@@ -76,14 +76,14 @@ def test_drafts_and_batches_change_no_token(tensor: int, pipeline: int) -> None:
 
 
 def _states(weights: StageWeights) -> list[Tensor]:
-    """States of the blocks and of the module after some tokens, in two calls."""
+    """States of the blocks and of the module after some tokens, in two calls, and in a tree of drafts after the last."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, 7, (COUNT,), generator=generator)
+    ids = torch.randint(0, 7, (COUNT + 7,), generator=generator)
     shape = (3, 2 * 16, 2 * weights.kv_heads, weights.channels)
     caches = [torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)]
     found: list[Tensor] = []
-    for first, count in ((0, 1), (1, COUNT - 1)):
-        spans, slots = [Span((1, 0), first, count)], torch.arange(first, first + count)
+    for first, count, parents in ((0, 1, ()), (1, COUNT - 1, ()), (COUNT - 1, 8, (0, 0, 2, 1, 3, 3, 1))):
+        spans, slots = [Span((1, 0), first, count, 0, COUNT - 1, parents)], torch.arange(first, first + count)
         x = weights.embed(ids[first : first + count])
         states = weights.run(x, Tokens(caches[0], spans, slots, 16))
         assert weights.module is not None and weights._stack is not None

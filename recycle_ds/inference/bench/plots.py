@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recycle_ds.training.reporting.plot_style import GRID, INK, MODE_COLOURS, MUTED, two_panels
+from recycle_ds.training.reporting.plot_style import DEPTH_COLOURS, GRID, INK, MODE_COLOURS, MUTED, two_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def plot_decoding(report: dict[str, Any], path: Path) -> None:
-    """Plots tokens per second by mode, with speedups, and acceptance by draft position, from a report of `run_bench`."""
+    """Plots tokens per second by mode and peer, with speedups, and acceptance by draft position and by kind of prompt, from a
+    report of `run_bench`."""
     subtitle = f"{report['model']}  ·  {report['dtype']}, {report['threads']} threads  ·  {report['machine']}"
     with two_panels(path, "Decoding speed and draft acceptance", subtitle) as (left, right):
-        _speeds(left, report["modes"])
+        _speeds(left, {**report["modes"], **report.get("peers", {})})
         _acceptance(right, report["modes"])
 
 
@@ -30,10 +31,18 @@ def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
     axes.grid(axis="x", color=GRID)
     for row, figures in zip(rows, modes.values(), strict=True):
         speed = figures["tokens_per_second"]
+        above = 6 if len(modes) < 5 else 5
         axes.annotate(
-            f"{figures['speedup']:.2f}x", (speed, row), (7, 6), textcoords="offset points", va="center", weight="bold"
+            f"{figures['speedup']:.2f}x",
+            (speed, row),
+            (7, above),
+            textcoords="offset points",
+            va="center",
+            weight="bold",
         )
-        detail = f"{speed:.0f} tok/s, {'identical' if figures['identical_to_autoregressive'] else 'different text'}"
+        same = {True: ", identical", False: ", different text", None: ""}[figures["identical_to_autoregressive"]]
+        # of another program, another text is no more than another rounding: its arithmetic says more
+        detail = f"{speed:.0f} tok/s" + (f", {figures['dtype']}" if "version" in figures else same)
         axes.annotate(detail, (speed, row), (7, -8), textcoords="offset points", va="center", color=MUTED, fontsize=8.5)
     axes.set_title("Tokens per second, prefill excluded")
 
@@ -41,8 +50,9 @@ def _speeds(axes: Axes, modes: dict[str, Any]) -> None:
 def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
     """Bars: acceptance given that all earlier drafts were accepted. Line: probability that all up to it are accepted."""
     acceptance = modes.get("verified", {}).get("acceptance", [])
+    kinds = modes.get("verified", {}).get("kinds", {})
     axes.set_title("Acceptance by draft position (verified)")
-    axes.set_ylim(0, 1.18)
+    axes.set_ylim(0, 1.28 if kinds else 1.18)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.grid(axis="y", color=GRID)
     if not acceptance:
@@ -56,6 +66,10 @@ def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
         product *= rate
         kept.append(product)
     axes.plot(positions, kept, color=INK, marker="o", markersize=4, label="it and all before it")
+    for number, (kind, one) in enumerate(kinds.items()):
+        rates = one["acceptance"]
+        colour = DEPTH_COLOURS[(number + 1) % len(DEPTH_COLOURS)]
+        axes.plot(range(1, len(rates) + 1), rates, "_", color=colour, markersize=13, markeredgewidth=2.4, label=kind)
     for position, rate in zip(positions, acceptance, strict=True):
         axes.annotate(
             f"{rate:.2f}", (position, rate), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=INK
@@ -63,4 +77,5 @@ def _acceptance(axes: Axes, modes: dict[str, Any]) -> None:
     axes.set_xlim(0.4, max(len(acceptance), 3) + 0.6)
     axes.set_xticks(positions)
     axes.set_xlabel("draft position")
-    axes.legend(loc="upper right", fontsize=8.5, ncols=2, borderaxespad=0.1, handlelength=1.4)
+    size, columns = (7.5, 3) if kinds else (8.5, 2)
+    axes.legend(loc="upper right", fontsize=size, ncols=columns, borderaxespad=0.1, handlelength=1.4)

@@ -169,14 +169,18 @@ class Drafter:
         return Span(tree.part.blocks, first, count, lowest=1, root=tree.index if parents else 0, parents=parents)
 
     def _children(self, trees: Sequence[_Tree], states_TD: Tensor) -> list[list[tuple[int, float]]]:
-        """The likeliest tokens after every node of the beams, and their confidences, descending."""
+        """The likeliest tokens after every node of the beams, and their confidences, descending.
+
+        Where the full model samples, likely are the tokens that the module takes with the same random numbers: confidences
+        are then those of a softmax over what sampling takes the maximum of."""
         assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
         rules = [self._rules[tree.part.sequence] for tree in trees for _ in tree.nodes.beam]
         scales = [1.0 if one.params.greedy else 1 / one.params.temperature for one in rules]
         scale_T = None if set(scales) == {1.0} else torch.tensor(scales, device=states_TD.device)
-        candidates = getattr(self._weights, "candidates", None)  # compiled: without writing logits
+        keys_T = self._keys(trees, rules, states_TD.device)
+        candidates = self._weights.candidates  # compiled: without writing logits
         if candidates is not None and not any(one.params.adjusts for one in rules):
-            ids_TK, logprobs_TK = candidates(states_TD, BRANCH, scale_T)
+            ids_TK, logprobs_TK = candidates(states_TD, BRANCH, scale_T, keys_T)
         else:
             vocabulary = self._draft_vocabulary
             positions = [
@@ -186,10 +190,14 @@ class Drafter:
             logits_TV = adjust(self._weights.draft_head(states_TD), positions, vocabulary)
             if scale_T is not None:
                 logits_TV = logits_TV * scale_T[:, None]
+            if keys_T is not None:
+                clocks_TV = noise.exponentials(keys_T, vocabulary.ids(keys_T.device))
+                logits_TV = torch.where(keys_T[:, None] == 0, logits_TV, logits_TV - clocks_TV.log())
             values_TK, ids_TK = vocabulary.likeliest(logits_TV, BRANCH)
             logprobs_TK = values_TK - vocabulary.logsumexp(logits_TV)[:, None]
         layer_T = self._weights.module.confidence(states_TD)
         layers = [None] * len(ids_TK) if layer_T is None else layer_T.tolist()
+        layers = [layer if one.params.greedy else None for layer, one in zip(layers, rules, strict=True)]
         found = []
         for ids, logprobs, layer in zip(ids_TK.tolist(), logprobs_TK.exp().tolist(), layers, strict=True):
             # 0 and NaN: tokens that a request forbids, or of a vocabulary with fewer tokens
@@ -198,23 +206,25 @@ class Drafter:
             found.append([(token, value) for (token, _), value in zip(row, confidences, strict=True)])
         return found
 
+    @staticmethod
+    def _keys(trees: Sequence[_Tree], rules: Sequence[Rules], device: torch.device) -> Tensor | None:
+        """Keys of the random numbers with which the token after each node of the beams is sampled, 0 without; None if all
+        are greedy."""
+        if all(one.params.greedy for one in rules):
+            return None
+        places = [tree.index + 1 + tree.nodes.depth for tree in trees for _ in tree.nodes.beam]
+        keys = [
+            0 if one.params.greedy else noise.key(one.seed, place, noise.TOKEN)
+            for one, place in zip(rules, places, strict=True)
+        ]
+        return torch.tensor(keys, device=device)
+
     def _chain(self, chains: Sequence[_Chain], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
-        live, vocabulary = list(chains), self._draft_vocabulary
-        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
+        live = list(chains)
         while True:
             rules = [self._rules[one.part.sequence] for one in live]
-            positions = [
-                position_of(self._cache, one.part, rule, one.index + 1, one.ids)
-                for one, rule in zip(live, rules, strict=True)
-            ]
-            logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
-            ids_N, probs_NV = self._choose(logits_NV, positions, [coupled(rule) for rule in rules])
-            # of the distribution, not of the token drawn: which drafts are verified must not depend on what was drawn
-            confidence_N = self._weights.module.confidence(states_ND)
-            if confidence_N is None:
-                highest_N = vocabulary.max(logits_NV.amax(-1))
-                confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
+            ids_N, confidence_N, probs_NV = self._choose(live, states_ND, rules)
             for i, (one, token, value) in enumerate(zip(live, ids_N.tolist(), confidence_N.tolist(), strict=True)):
                 one.ids.append(token)
                 one.confidences.append(value)
@@ -230,15 +240,32 @@ class Drafter:
             states_ND = self._module(states_ND, ids_N, spans, self._cache.slots(spans))
 
     def _choose(
-        self, logits_NV: Tensor, positions: Sequence[Position], follows: Sequence[bool]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Drafts of chains with the full model's random numbers, or with their own for sequences whose drafts are verified by
-        rejection. follows: which are not."""
-        ids_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary)
-        if all(follows):
-            return ids_N, probs_NV
-        own_N, probs_NV = choose(logits_NV, positions, self._draft_vocabulary, noise.DRAFT)
-        return torch.where(torch.tensor(follows, device=ids_N.device), ids_N, own_N), probs_NV
+        self, chains: Sequence[_Chain], states_ND: Tensor, rules: Sequence[Rules]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The next draft of every chain [N], its confidence [N], and the distributions [N, V] if any is drawn at random.
+
+        Drafts are chosen with the full model's random numbers, or with their own if they are verified by rejection. A
+        confidence is that of the distribution, not of the token drawn: which drafts are verified must not depend on it."""
+        vocabulary = self._draft_vocabulary
+        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
+        confidence_N = self._weights.module.confidence(states_ND)
+        candidates = self._weights.candidates
+        if candidates is not None and all(rule.params.greedy and not rule.params.adjusts for rule in rules):
+            ids_N1, logprobs_N1 = candidates(states_ND, 1, None)
+            return ids_N1[:, 0], logprobs_N1[:, 0].exp() if confidence_N is None else confidence_N, None
+        positions = [
+            position_of(self._cache, one.part, rule, one.index + 1, one.ids)
+            for one, rule in zip(chains, rules, strict=True)
+        ]
+        logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
+        if confidence_N is None:
+            highest_N = vocabulary.max(logits_NV.amax(-1))
+            confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()
+        ids_N, probs_NV = choose(logits_NV, positions, vocabulary)
+        if not all(coupled(rule) for rule in rules):
+            own_N, probs_NV = choose(logits_NV, positions, vocabulary, noise.DRAFT)
+            ids_N = torch.where(torch.tensor([coupled(rule) for rule in rules], device=ids_N.device), ids_N, own_N)
+        return ids_N, confidence_N, probs_NV
 
     def _spread(self, probs_V: Tensor, token: int) -> Tensor:
         """The distribution that a draft was drawn from, over this shard of the complete vocabulary.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from recycle_ds.inference.engine.block_tables import BlockTables
 from recycle_ds.inference.engine.plan import Chosen, Part
 from recycle_ds.inference.engine.sequence import Sequence
-from recycle_ds.inference.speculation.budget import DraftBudget, Verified
+from recycle_ds.inference.speculation.acceptance import Verified
+from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.tree import depths, parents_of, path_of
 
 
@@ -45,13 +46,13 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
     _count(sequence, part, path, kept, budget)
     sequence.forget_drafts()
     sequence.ordered = part.drafts_after(mine.tokens) if part.module_start else 0
-    if sequence.reason is not None or not mine.drafts:
+    if sequence.reason is not None:
         return
-    if sequence.mode == "alternate":
+    if sequence.mode != "alternate":
+        sequence.keep_drafts(mine.drafts, mine.parents, mine.confidences)
+    elif mine.drafts:
         sequence.tally.add(len(mine.drafts), 0, 0)
         sequence.take(list(mine.drafts), [True] * len(mine.drafts))
-    else:
-        sequence.drafts, sequence.parents, sequence.confidences = mine.drafts, mine.parents, mine.confidences
 
 
 def _count(sequence: Sequence, part: Part, path: list[int], kept: int, budget: DraftBudget) -> None:
@@ -64,8 +65,13 @@ def _count(sequence: Sequence, part: Part, path: list[int], kept: int, budget: D
         tested, path = kept, path[:kept]
     if depth:
         sequence.tally.add(depth, tested, len(path))
-    ordered = max(sequence.ordered, depth)
-    if ordered:
-        confidences = [sequence.confidences[node - 1] for node in sequence.judged]
-        asked = len(path) if ended else ordered
-        budget.observe(Verified(sequence.number, confidences, parents, path, asked, tested, not sequence.params.greedy))
+    of_module = [node <= sequence.grown for node in sequence.judged]
+    own = (at for at, is_own in zip(depths(parents), of_module, strict=True) if is_own)
+    ordered = max(sequence.ordered, *own, 0)
+    if not (ordered or depth):
+        return
+    confidences = [sequence.confidences[node - 1] for node in sequence.judged]
+    repeated = [node in sequence.repeated for node in sequence.judged]
+    asked = min(len(path), ordered) if ended else ordered
+    sampled = not sequence.params.greedy
+    budget.observe(Verified(sequence.number, confidences, parents, path, asked, tested, sampled, of_module, repeated))

@@ -25,8 +25,10 @@ from recycle_ds.inference.engine.drafting import Drafter, position_of
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.generation import Logprobs
+from recycle_ds.inference.native.choice import sample
 from recycle_ds.inference.native.spans import Span
-from recycle_ds.inference.speculation.sampling import adjust, choose
+from recycle_ds.inference.speculation import noise
+from recycle_ds.inference.speculation.sampling import Position, adjust, choose
 from recycle_ds.inference.speculation.tree import ancestry, parents_of, walk
 from recycle_ds.inference.speculation.verification import verify_sampled
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
@@ -40,6 +42,7 @@ class Runner:
 
     def __init__(self, weights: StageWeights, cache: Cache, vocabulary: Vocabulary) -> None:
         self._weights, self._cache, self._vocabulary = weights, cache, vocabulary
+        self._compiled = weights.why_not_compiled is None and vocabulary.ranks is None
         self._rules: dict[int, Rules] = {}
         self._drafter = Drafter(weights, cache, vocabulary, self._rules)
 
@@ -102,13 +105,16 @@ class Runner:
         rows = [row for part, end in sampling for row in range(end - part.judged - 1, end)]
         every_row = len(rows) == len(states_TD)
         states_RD = states_TD if every_row else states_TD[torch.tensor(rows, device=states_TD.device)]
-        ids, raw_RV, probs_RV = self._choose_rows([part for part, _ in sampling], states_RD)
+        drawn_from = [self._drafter.take_distributions(part.sequence) for part, _ in sampling]
+        by_rejection = any(
+            q_NV is not None and part.judged for q_NV, (part, _) in zip(drawn_from, sampling, strict=True)
+        )
+        ids, raw_RV, probs_RV = self._choose_rows([part for part, _ in sampling], states_RD, by_rejection)
         found: dict[int, Chosen] = {}
         moves: list[tuple[int, int]] = []
         row = 0
-        for part, _ in sampling:
+        for (part, _), q_NV in zip(sampling, drawn_from, strict=True):
             rules, drafts, width = self._rules[part.sequence], part.judged_ids, part.judged + 1
-            q_NV = self._drafter.take_distributions(part.sequence)
             if q_NV is None or not drafts:
                 path = walk(drafts, part.parents, ids[row : row + width])
                 token = ids[row + (path[-1] if path else 0)]
@@ -129,12 +135,14 @@ class Runner:
         self._cache.move_states(moves)
         return found
 
-    def _choose_rows(self, parts: Sequence[Part], states_RD: Tensor) -> tuple[list[int], Tensor | None, Tensor | None]:
+    def _choose_rows(
+        self, parts: Sequence[Part], states_RD: Tensor, with_distributions: bool
+    ) -> tuple[list[int], Tensor | None, Tensor | None]:
         """The full model's token after the latest known token of every part and after each of its drafts.
 
-        Returns the ids, the logits unless none are needed, and the distributions if any part samples."""
+        Returns the ids, the logits unless none are needed, and if they are asked for, the distributions."""
         params = [self._rules[part.sequence].params for part in parts]
-        likeliest = getattr(self._weights, "likeliest", None)  # compiled: without writing logits
+        likeliest = self._weights.likeliest  # compiled: without writing logits
         plain = all(one.greedy and not one.adjusts and one.logprobs is None for one in params)
         if likeliest is not None and plain:
             return likeliest(states_RD), None, None
@@ -147,8 +155,30 @@ class Runner:
                 read = [drafts[node - 1] for node in path]
                 positions.append(position_of(self._cache, part, rules, part.known, read))
         logits_RV = adjust(raw_RV, positions, self._vocabulary)
+        if self._compiled and not with_distributions:
+            return self._sample(logits_RV, positions), raw_RV, None
         ids_R, probs_RV = choose(logits_RV, positions, self._vocabulary)
         return ids_R.tolist(), raw_RV, probs_RV  # the step's first synchronisation with the device
+
+    def _sample(self, logits_RV: Tensor, positions: Sequence[Position]) -> list[int]:
+        """The same tokens as by `choose`, but for ties within rounding, in the compiled kernels."""
+        sampled = [row for row, one in enumerate(positions) if not one.params.greedy]
+        if len(sampled) < len(positions):
+            ids: list[int] = self._vocabulary.argmax(logits_RV).tolist()
+            logits_RV = logits_RV[sampled]
+        else:
+            ids = [0] * len(positions)
+        if sampled:
+            found = sample(
+                logits_RV,
+                [positions[row].params for row in sampled],
+                [noise.key(positions[row].seed, positions[row].index, noise.TOKEN) for row in sampled],
+                self._vocabulary.first,
+            )
+            for row, token in zip(sampled, found, strict=True):
+                assert token >= 0, "a request that forbids all tokens has been refused"
+                ids[row] = token
+        return ids
 
     def _logprobs(self, raw_RV: Tensor, tokens: Sequence[int], count: int | None) -> Logprobs:
         """Log probabilities of the tokens, and of the `count` most likely ones, by the model's unchanged logits."""

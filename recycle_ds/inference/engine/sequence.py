@@ -8,9 +8,17 @@ from dataclasses import dataclass, field
 from recycle_ds.inference.engine.plan import Rules
 from recycle_ds.inference.generation import Generation, Logprobs, Tally
 from recycle_ds.inference.parameters import SamplingParams
-from recycle_ds.inference.speculation.budget import Candidate
+from recycle_ds.inference.speculation.acceptance import MAX_DRAFT, Candidate
+from recycle_ds.inference.speculation.repeats import Repeats
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
-from recycle_ds.inference.speculation.tree import main_path_first, parents_of, path_of, renumbered
+from recycle_ds.inference.speculation.tree import (
+    grafted,
+    main_path_first,
+    parents_of,
+    path_of,
+    renumbered,
+    without_chain,
+)
 
 OnTokens = Callable[[list[int], list[bool]], None]
 
@@ -48,6 +56,11 @@ class Sequence:
     parents: tuple[int, ...] = ()
     """Their parents, see tree.py; empty for a chain."""
     confidences: tuple[float, ...] = ()
+    grown: int = 0
+    """How many of the drafts, the first ones, are the recycle module's; the others repeat what followed earlier in the text."""
+    repeated: frozenset[int] = frozenset()
+    """Drafts, by number, that have their confidence from repetition."""
+    repeats: Repeats = field(default_factory=Repeats)
     judged: tuple[int, ...] = ()
     """The drafts that the step under way verifies, by their number from 1 on, in its order."""
     ordered: int = 0
@@ -110,7 +123,19 @@ class Sequence:
     def candidate(self) -> Candidate:
         """What the draft budget has to know of it."""
         fixed, room = self.fixed_drafts if self.uses_drafts else 0, max(self.stopping.remaining - 1, 0)
-        return Candidate(self.number, self.confidences, fixed, room, self.parents, not self.params.greedy)
+        return Candidate(
+            self.number, self.confidences, fixed, room, self.parents, not self.params.greedy, self.repeated
+        )
+
+    def keep_drafts(self, ids: tuple[int, ...], parents: tuple[int, ...], confidences: tuple[float, ...]) -> None:
+        """Keeps the module's drafts after the last token and, in trees, what followed when the text ended like this before."""
+        self.drafts, self.parents, self.confidences = ids, parents, confidences
+        self.grown = len(ids)
+        found = self.repeats.find(self.tokens, MAX_DRAFT) if self.grows_trees else None
+        if found is not None:
+            chain = list(zip(found.tokens, found.confidences, strict=True))
+            drafts, of, values, self.repeated = grafted(ids, parents, confidences, chain)
+            self.drafts, self.parents, self.confidences = tuple(drafts), without_chain(of), tuple(values)
 
     def judge(self, nodes: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chooses drafts to be verified, by their numbers. Returns ids and parents in the order in which they are read."""
@@ -144,15 +169,15 @@ class Sequence:
         """Appends tokens up to the stop condition, and calls `on_tokens`. judged: how many drafts the step verified; the
         last id follows the accepted ones. Returns how many were kept."""
         kept = self.stopping.take(ids)
-        if self.rejected is not None and kept == len(ids) <= judged:
-            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = self.rejected_drafts(ids[:-1])
+        if self.rejected is not None and kept == len(ids) <= judged and (rejected := self._rejected_drafts(ids[:-1])):
+            self.rejected[len(self.tokens) - self.prompt_tokens + kept - 1] = rejected
         self.tokens += ids[:kept]
         self.recycled += recycled[:kept]
         if self.on_tokens is not None and kept:
             self.on_tokens(ids[:kept], recycled[:kept])
         return kept
 
-    def rejected_drafts(self, accepted: list[int]) -> tuple[int, ...]:
+    def _rejected_drafts(self, accepted: list[int]) -> tuple[int, ...]:
         """The verified drafts that followed the accepted ones; of a tree, the likeliest ones."""
         parents = parents_of(len(self.drafts), self.parents)
         path = path_of(self.drafts, self.parents, accepted)
@@ -164,6 +189,7 @@ class Sequence:
     def forget_drafts(self) -> None:
         """Drops all drafts."""
         self.drafts, self.parents, self.confidences, self.judged, self.ordered = (), (), (), (), 0
+        self.grown, self.repeated = 0, frozenset()
 
     def generation(self, now: float) -> Generation:
         """The result so far."""

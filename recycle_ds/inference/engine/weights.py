@@ -35,6 +35,15 @@ class Attend(Protocol):
         """Stores the tokens' keys and values [T, 2 H_kv, C] and attends with their queries [T, H, C]. Returns [T, H * C]."""
 
 
+class Candidates(Protocol):
+    """See `NativeHead.candidates`."""
+
+    def __call__(
+        self, states_RD: Tensor, count: int, inverse_temperature_R: Tensor | None, keys_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and log probabilities [R, K]."""
+
+
 class RowProduct:
     """A row-parallel product: the sum of the ranks' products, plus the residual."""
 
@@ -112,8 +121,9 @@ class Module:
         """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token.
 
         hidden_TD: with what `tapped` returned for h in `tapped_width` further columns."""
-        tapped_TE = hidden_TD[:, self._width :].contiguous() if hidden_TD.shape[1] > self._width else None
-        hidden_TD = hidden_TD[:, : self._width]
+        tapped_TE = None
+        if hidden_TD.shape[1] > self._width:
+            hidden_TD, tapped_TE = hidden_TD[:, : self._width], hidden_TD[:, self._width :].contiguous()
         if self._stack is not None:
             inputs = (hidden_TD, embedded_TD)
             return self._stack(inputs, tokens.spans, tokens.keys_values, shift=tokens.shift, added=tapped_TE)[0]
@@ -192,7 +202,7 @@ class StageWeights:
         self.likeliest: Callable[[Tensor], list[int]] | None = None
         """From states [R, D] to the token id of each with the highest logit by `head`, among equal ones the lowest; None
         without the compiled kernels or with several tensor ranks."""
-        self.candidates: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]] | None = None
+        self.candidates: Candidates | None = None
         """`NativeHead.candidates` of `draft_head`; None where `likeliest` is."""
         self.module: Module | None = None
         if model.final_norm is not None:

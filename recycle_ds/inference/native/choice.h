@@ -67,17 +67,20 @@ INLINE __m256i mixed_bits(__m512i z) {
     return _mm512_cvtepi64_epi32(_mm512_srli_epi64(z, 32));
 }
 
-/* The clocks of 16 consecutive token ids. */
-INLINE __m512 clocks(int64_t key, int64_t id) {
-    const __m512i step = _mm512_set1_epi64(0x9E3779B97F4A7C15);
-    const __m512i lanes = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8);
-    const __m512i low = _mm512_add_epi64(_mm512_set1_epi64(id), lanes), high = _mm512_add_epi64(low, _mm512_set1_epi64(8));
-    const __m512i from = _mm512_set1_epi64(key);
-    const __m256i a = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(low, step)));
-    const __m256i b = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(high, step)));
+/* The clocks of 16 token ids. */
+INLINE __m512 clocks_of(int64_t key, __m512i low, __m512i high) {
+    const __m512i step = _mm512_set1_epi64(0x9E3779B97F4A7C15), from = _mm512_set1_epi64(key), one = _mm512_set1_epi64(1);
+    const __m256i a = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(_mm512_add_epi64(low, one), step)));
+    const __m256i b = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(_mm512_add_epi64(high, one), step)));
     const __m512 bits = _mm512_cvtepu32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
     return exponential_clock(
         _mm512_mul_ps(_mm512_add_ps(bits, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-32f)));
+}
+
+/* The same for consecutive ids. */
+INLINE __m512 clocks(int64_t key, int64_t id) {
+    const __m512i low = _mm512_add_epi64(_mm512_set1_epi64(id), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    return clocks_of(key, low, _mm512_add_epi64(low, _mm512_set1_epi64(8)));
 }
 
 static void part_of(int64_t count, int64_t part, int64_t *from, int64_t *to) {

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <omp.h>
 
+#include "choice.h"
 #include "exchange.h"
 #include "products.h"
 
@@ -26,6 +27,7 @@ typedef struct {
     int64_t *ids;                 /* [rows, count], the likeliest first, among equal ones the lowest id */
     float *log_probabilities;     /* [rows, count], or NULL */
     char *room;                   /* recycle_ds_choice_room(...) bytes */
+    const int64_t *keys;          /* [rows], or NULL: of the random numbers that a row's token is sampled with, 0 for none */
 } Choice;
 
 typedef struct {
@@ -99,6 +101,28 @@ static void sum_exponentials(const float *logits, int64_t size, float factor, fl
     *sum = _mm512_reduce_add_ps(total);
 }
 
+/* What a row's logits are still to be multiplied by: those with noise have been. */
+INLINE float factor_of(const Choice *choice, int64_t row) {
+    return !choice->factors || (choice->keys && choice->keys[row]) ? 1.0f : choice->factors[row];
+}
+
+/* Logits of the outputs first, first + 1, ..., scaled, plus the numbers that make sampling a maximum: -log of the clocks. */
+static void add_noise(const Head *head, int64_t first, int64_t size, float factor, int64_t key, float *logits) {
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 left = lanes_left(size - i);
+        const __mmask8 upper = (__mmask8)(left >> 8);
+        __m512 clock;
+        if (head->ids) {
+            const int64_t *ids = head->ids + first + i;
+            clock = clocks_of(key, _mm512_maskz_loadu_epi64((__mmask8)left, ids), _mm512_maskz_loadu_epi64(upper, ids + 8));
+        } else clock = clocks(key, first + i);
+        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(left, logits + i), _mm512_set1_ps(factor));
+        /* a clock that never rings is at infinity, whose logarithm is not computed */
+        const __m512 latest = _mm512_min_ps(clock, _mm512_set1_ps(1e30f));
+        _mm512_mask_storeu_ps(logits + i, left, _mm512_sub_ps(scaled, logarithm(latest)));
+    }
+}
+
 /* One row: joins what the threads found. */
 static void join(const Head *head, const Choice *choice, const ChoiceRoom *room, int64_t row, int threads) {
     const int64_t count = choice->count, offset = row * count;
@@ -113,7 +137,7 @@ static void join(const Head *head, const Choice *choice, const ChoiceRoom *room,
         choice->ids[i] = head->ids ? head->ids[first.outputs[i]] : first.outputs[i];
     if (!choice->log_probabilities) return;
     const float *highest = room->highest + row * room->chunks, *sums = room->sums + row * room->chunks;
-    const float factor = choice->factors ? choice->factors[row] : 1.0f, most = first.values[offset] * factor;
+    const float factor = factor_of(choice, row), most = first.values[offset] * factor;
     float total = 0;
     for (int64_t i = 0; i < room->chunks; i++)
         if (highest[i] > -INFINITY) total += sums[i] * expf(highest[i] - most);
@@ -151,11 +175,13 @@ void recycle_ds_choose(const Head *head, const Choice *choice) {
             for (; barred < head->barred_count && head->barred[barred] < first + size; barred++)
                 for (int64_t r = 0; r < rows; r++) room.logits[r * size + head->barred[barred] - first] = -INFINITY;
             for (int64_t r = 0; r < rows; r++) {
-                const float *logits = room.logits + r * size;
+                float *logits = room.logits + r * size;
+                if (choice->keys && choice->keys[r])
+                    add_noise(head, first, size, choice->factors ? choice->factors[r] : 1.0f, choice->keys[r], logits);
                 find_highest(logits, size, first, count, room.values + r * count, room.outputs + r * count);
                 if (!choice->log_probabilities) continue;
                 const int64_t at = r * room.chunks + chunk;
-                sum_exponentials(logits, size, choice->factors ? choice->factors[r] : 1.0f, room.highest + at, room.sums + at);
+                sum_exponentials(logits, size, factor_of(choice, r), room.highest + at, room.sums + at);
             }
         }
         wait_for_all(barrier, threads);

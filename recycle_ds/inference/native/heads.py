@@ -24,7 +24,7 @@ class _ChoiceStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, _INTEGER) for name in ("rows", "count", "threads")),
-        *((name, _POINTER) for name in ("x", "factors", "ids", "log_probabilities", "room")),
+        *((name, _POINTER) for name in ("x", "factors", "ids", "log_probabilities", "room", "keys")),
     )
 
 
@@ -43,7 +43,7 @@ class NativeHead:
         self._head = _HeadStruct(product.struct, address(self._ids), address(self._barred), barred_count)
         self._head_address = ctypes.addressof(self._head)
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._room_for: tuple[int, ...] = (0, 0, 0)
+        self._room_for = (0, 0, 0)
 
     def likeliest(self, states_RD: Tensor) -> list[int]:
         """The likeliest token id of each row by the logits that the product gives; among equal ones the lowest.
@@ -54,30 +54,42 @@ class NativeHead:
         found: list[int] = ids_R.tolist()
         return found
 
-    def candidates(self, states_RD: Tensor, count: int, inverse_temperature_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    def candidates(
+        self, states_RD: Tensor, count: int, inverse_temperature_R: Tensor | None, keys_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `count` likeliest token ids of each row [R, K], int64, in descending order, among equal ones the lowest first,
         and their log probabilities [R, K], fp32, over all tokens that are not barred; K is less than `count` if these are
-        fewer. states_RD: bf16. inverse_temperature_R: fp32, positive; None for 1."""
+        fewer. states_RD: bf16. inverse_temperature_R: fp32, positive; None for 1. keys_R: int64, see `noise.key`; a row with
+        one that is not 0 has, in place of its logits, what sampling with these random numbers takes the maximum of."""
         rows, count = len(states_RD), min(count, self._allowed)
         ids_RK = torch.empty(rows, count, dtype=torch.int64)
         log_probabilities_RK = torch.empty(rows, count)
-        self._choose(states_RD, count, inverse_temperature_R, ids_RK, log_probabilities_RK)
+        self._choose(states_RD, count, inverse_temperature_R, ids_RK, log_probabilities_RK, keys_R)
         return ids_RK, log_probabilities_RK
 
     def _choose(
-        self, states_RD: Tensor, count: int, factors_R: Tensor | None, ids: Tensor, log_probabilities: Tensor | None
+        self,
+        states_RD: Tensor,
+        count: int,
+        factors_R: Tensor | None,
+        ids: Tensor,
+        log_probabilities: Tensor | None,
+        keys_R: Tensor | None = None,
     ) -> None:
+        assert states_RD.dtype == torch.bfloat16 and (factors_R is None or factors_R.dtype == torch.float32)
         states_RD = states_RD.contiguous()
         factors_R = None if factors_R is None else factors_R.contiguous()
         size = (len(states_RD), count, torch.get_num_threads())
         choice = _ChoiceStruct(
             *size, states_RD.data_ptr(), address(factors_R), ids.data_ptr(), address(log_probabilities),
-            -(-self._room.data_ptr() // 64) * 64,
+            -(-self._room.data_ptr() // 64) * 64, address(keys_R),
         )  # fmt: skip
         choice_address = ctypes.addressof(choice)
-        if any(new > old for new, old in zip(size, self._room_for, strict=True)):
-            self._room_for = tuple(max(pair) for pair in zip(size, self._room_for, strict=True))
-            largest = _ChoiceStruct(*self._room_for)
+        room = self._room_for
+        if size[0] > room[0] or size[1] > room[1] or size[2] > room[2]:
+            rows, count, threads = (max(pair) for pair in zip(size, room, strict=True))
+            self._room_for = rows, count, threads
+            largest = _ChoiceStruct(rows, count, threads)
             needed = self._kernels.recycle_ds_choice_room(self._head_address, ctypes.addressof(largest))
             self._room = torch.empty(needed + 64, dtype=torch.uint8)
             choice.room = -(-self._room.data_ptr() // 64) * 64

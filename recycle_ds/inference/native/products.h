@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 /* More rows of int16 pairs would not stay in registers. AHEAD: bytes that are prefetched. */
-enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 2048 };
+enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 8192 };
 
 typedef struct {
     const void *weight;

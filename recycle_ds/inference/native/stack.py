@@ -210,7 +210,8 @@ class NativeStack:
         step = self._step
         size = (len(states), places.longest, torch.get_num_threads(), places.copied)
         step.tokens, step.longest, step.threads, step.copied = size
-        if any(new > old for new, old in zip(size, self._room_for, strict=True)):
+        room = self._room_for
+        if size[0] > room[0] or size[1] > room[1] or size[2] > room[2] or size[3] > room[3]:
             self._make_room(size)
         step.shift = shift
         step.slots, step.positions = places.slots.buffer_info()[0], places.positions.buffer_info()[0]

@@ -191,3 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     from recycle_ds.parallel.job import is_error_reporter, job_of
 
     run_command(app, argv, print_error=is_error_reporter(os.environ), on_error=job_of(os.environ).fail)
+
+
+if __name__ == "__main__":
+    main()

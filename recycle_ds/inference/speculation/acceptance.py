@@ -1,9 +1,10 @@
-"""Records of verified drafts: how many were accepted, by depth and by confidence. Older ones decay."""
+"""Drafts that may be verified, and records of verified ones: how many were accepted, by depth and by confidence. Older ones
+decay."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 MAX_DRAFT = 8
@@ -15,8 +16,43 @@ _DECAY = 0.98
 _PRIOR, _PRIOR_WEIGHT = 0.75, 2.0
 # Observations with which a sequence's own acceptance outweighs that of all sequences.
 _OWN_WEIGHT = 8.0
+# Weight of a new tree in the mean number of its nodes.
+_SIZE_WEIGHT = 0.05
 # Limits of the classes of confidence. Most nodes of a tree have small ones.
 _LIMITS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence that is about to decode. confidences, parents: of its drafts, see tree.py. fixed: how many drafts to verify
+    if that is given; None if it is adaptive. room: the most, one after the other, that can be of use."""
+
+    sequence: int
+    confidences: tuple[float, ...]
+    fixed: int | None
+    room: int
+    parents: tuple[int, ...] = ()
+    sampled: bool = False
+    """Whether its tokens are drawn at random."""
+    repeated: Container[int] = ()
+    """Nodes that have their confidence from repetition."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a step verified of one sequence: confidences and parents of its nodes, and the accepted path. ordered: depth of
+    the tree that was asked for. tested: depths at which the full model looked for its token. of_module, repeated: of each
+    node, whether the module made it, and whether it has its confidence from repetition; empty: all, and none."""
+
+    sequence: int
+    confidences: Sequence[float]
+    parents: Sequence[int]
+    path: Sequence[int]
+    ordered: int
+    tested: int
+    sampled: bool = False
+    of_module: Sequence[bool] = ()
+    repeated: Sequence[bool] = ()
 
 
 @dataclass
@@ -51,7 +87,7 @@ class Sizes:
         """Counts a tree that could have grown to a depth. nodes: of each depth that it has."""
         for at in range(min(depth, MAX_DRAFT)):
             found = nodes[at] if at < len(nodes) else 0
-            self._means[at] += (1 - _DECAY) * 4 * (found - self._means[at])
+            self._means[at] += _SIZE_WEIGHT * (found - self._means[at])
 
     def means(self) -> list[float]:
         """The mean number of nodes at each depth from 1 on."""

@@ -17,16 +17,19 @@ fail.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from recycle_ds.inference.speculation.acceptance import (
     MAX_DRAFT,
     Calibration,
+    Candidate,
     DepthRecord,
     Ratio,
     Sizes,
+    Verified,
     shrunk_rates,
 )
 from recycle_ds.inference.speculation.cost_model import CostModel
@@ -40,7 +43,7 @@ START = 4
 # Weight of a sequence's own record, in predicted accepted drafts.
 _OWN_WEIGHT = 4.0
 # Verified nodes of each depth before any is known.
-_PRIOR_NODES = 2.0
+_PRIOR_NODES = 1.5
 # Steps of a probe, steps without drafts before the first one, and the most after failed ones.
 _PROBE, _FIRST_PATIENCE, _MOST_PATIENCE = 3, 64, 1024
 # Sizes of a probe, in order of preference: sequences, and depth of each. Share of a step that it may cost.
@@ -51,36 +54,10 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
+# Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
+_FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A sequence that is about to decode. confidences, parents: of its drafts, see tree.py. fixed: how many drafts to verify
-    if that is given; None if it is adaptive. room: the most, one after the other, that can be of use."""
-
-    sequence: int
-    confidences: tuple[float, ...]
-    fixed: int | None
-    room: int
-    parents: tuple[int, ...] = ()
-    sampled: bool = False
-    """Whether its tokens are drawn at random."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What a step verified of one sequence: confidences and parents of its nodes, and the accepted path. ordered: depth of
-    the tree that was asked for. tested: depths at which the full model looked for its token."""
-
-    sequence: int
-    confidences: Sequence[float]
-    parents: Sequence[int]
-    path: Sequence[int]
-    ordered: int
-    tested: int
-    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +87,8 @@ class DraftBudget:
     """Whether a step whose trees could have grown to a depth did so."""
     _sizes: Sizes = field(default_factory=lambda: Sizes(_PRIOR_NODES))
     """Verified nodes by depth."""
-    _calibration: dict[bool, Calibration] = field(default_factory=lambda: {True: Calibration(), False: Calibration()})
+    _calibration: defaultdict[tuple[bool, bool], Calibration] = field(default_factory=lambda: defaultdict(Calibration))
+    """By whether tokens are drawn at random, and whether confidences are from repetition."""
     _ratios: dict[int, Ratio] = field(default_factory=dict)
     """Accepted drafts of each sequence in terms of the predicted ones."""
     _lengths: dict[int, int] = field(default_factory=dict)
@@ -118,6 +96,8 @@ class DraftBudget:
     """Depth for a sequence that has not decoded yet."""
     _step: int = 0
     _probe: int = _PROBE
+    _probing: bool = False
+    """Whether the latest step was one of a probe."""
     _probed: int = START
     """Drafts that each step of a probe verifies, over the batch."""
     _idle: int = 0
@@ -159,6 +139,7 @@ class DraftBudget:
         adaptive = [i for i, one in enumerate(candidates) if one.fixed is None]
         if not adaptive:
             return chosen
+        self._probing = self._probe > 0
         count, plain = len(candidates), len(candidates) + sum(map(len, chosen))
         # of equal chances the earlier node first: a parent is never after its child
         items = sorted(
@@ -168,10 +149,10 @@ class DraftBudget:
             if depth <= candidates[i].room
         )
         if items:
-            seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._longest)
+            seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._calls(self._longest))
             expected = list(accumulate((-chance for chance, _, _ in items), initial=float(count)))
             best = max(range(len(items) + 1), key=lambda number: expected[number] / seconds[number])
-            best = max(best, min(self._probed, len(items)) if self._probe > 0 else 0)  # a probe verifies at a loss
+            best = max(best, min(self._probed, len(items)) if self._probing else 0)  # a probe verifies at a loss
         else:
             best, expected = 0, [float(count)]
         for _, node, i in items[:best]:
@@ -186,20 +167,25 @@ class DraftBudget:
 
     def observe(self, one: Verified) -> None:
         """Records verified drafts."""
-        tested = one.tested
-        if len(one.path) == tested:  # no child of the last accepted draft was verified, though one may have been wanted
-            tested = max(tested, min(one.ordered, len(one.path) + 1))
-        self._all.add(tested, len(one.path))
-        self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(one.path))
         parents = parents_of(len(one.confidences), one.parents)
-        found = depths(parents)
-        self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
-        calibration, ratio = self._calibration[one.sampled], self._ratios.setdefault(one.sequence, Ratio())
+        of_module, repeated = one.of_module or [True] * len(parents), one.repeated or [False] * len(parents)
+        if one.ordered:
+            path = list(takewhile(lambda node: of_module[node - 1], one.path))
+            tested = one.tested if len(path) == len(one.path) else len(path) + 1
+            if not self._probing:  # what was made and not verified has not paid; a probe verifies a few of many
+                tested = max(tested, min(one.ordered, len(path) + 1))
+                found = [depth for depth, own in zip(depths(parents), of_module, strict=True) if own]
+                self._sizes.add(one.ordered, [found.count(depth) for depth in range(1, max(found, default=0) + 1)])
+            self._all.add(tested, len(path))
+            self._own.setdefault(one.sequence, DepthRecord()).add(tested, len(path))
+        ratio = self._ratios.setdefault(one.sequence, Ratio())
+        kinds = [self._calibration[one.sampled, again] for again in repeated]
         for at, node in enumerate((0, *one.path)[: one.tested]):
             accepted = one.path[at] if at < len(one.path) else None
             children = [k for k, parent in enumerate(parents, start=1) if parent == node]
-            ratio.add(sum(calibration.chance(one.confidences[k - 1]) for k in children), accepted is not None)
-            calibration.observe((one.confidences[k - 1], k == accepted) for k in children)
+            ratio.add(sum(kinds[k - 1].chance(one.confidences[k - 1]) for k in children), accepted is not None)
+            for k in children:
+                kinds[k - 1].observe([(one.confidences[k - 1], k == accepted)])
 
     def time(self, tokens: int, calls: Sequence[int], ordered: int, seconds: float) -> None:
         """Records how long a step took: `tokens` of a full call, and the depths to which each sequence made drafts, where
@@ -220,15 +206,15 @@ class DraftBudget:
     def _chances(self, candidate: Candidate) -> list[tuple[int, float, int]]:
         """Node, probability to be reached and accepted, and depth, of a sequence's likelier drafts; at most `MAX_NODES`."""
         ratio = self._ratios.get(candidate.sequence, Ratio()).value(_OWN_WEIGHT)
-        calibration = self._calibration[candidate.sampled]
         parents = parents_of(len(candidate.confidences), candidate.parents)
         reached = [1.0]
-        for confidence, parent in zip(candidate.confidences, parents, strict=True):
+        for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
+            calibration = self._calibration[candidate.sampled, node in candidate.repeated]
             reached.append(reached[parent] * min(calibration.chance(confidence) * ratio, 1.0))
         found = [
             (node, chance, depth)
             for node, (chance, depth) in enumerate(zip(reached[1:], depths(parents), strict=True), start=1)
-            if chance >= _LEAST_CHANCE or self._probe > 0
+            if chance >= _LEAST_CHANCE or self._probing
         ]
         return sorted(found, key=lambda one: (-one[1], one[0]))[:MAX_NODES]
 
@@ -272,7 +258,7 @@ class DraftBudget:
             self._idle = 0
             self._patience = _FIRST_PATIENCE if self._good >= _RETRY else self._patience
             further = self.costs.drafts(len(sequences), 2) - self.costs.drafts(len(sequences), 1)
-            self.floor = min(speed * further / len(sequences), 1.0)
+            self.floor = min(_FLOOR * speed * further / len(sequences), 1.0)
         self._good = self._good + 1 if best else 0
         self._lengths = lengths
         self._longest = max(lengths.values(), default=0)
@@ -281,11 +267,8 @@ class DraftBudget:
     def _best_depths(self, items: Sequence[tuple[float, int, int]], tokens: int, drafting: int) -> tuple[int, float]:
         """How many of the depths (-chance, depth, sequence) to make, and the tokens per second expected with them."""
         nodes = self._sizes.means()
-        calls = list(accumulate(self._grown.rates(1.0), initial=0.0))  # expected, for each depth that trees may reach
         seconds = self.costs.steps(tokens, tokens, tokens + drafting * MAX_NODES, 0, 0)
-        making = [self.costs.drafts(drafting, 1) * (made > 0) for made in range(len(calls))]
-        further = self.costs.drafts(drafting, 2) - self.costs.drafts(drafting, 1)
-        making = [first + further * max(calls[made] - 1, 0.0) for made, first in enumerate(making)]
+        making = [self.costs.drafts(drafting, self._calls(depth)) for depth in range(MAX_DRAFT + 1)]
         expected, verified, longest = float(tokens), 0.0, 0
         best, best_speed = 0, _LEAST_GAIN * expected / self.costs.full_call(tokens)
         for count, (chance, length, _) in enumerate(items, start=1):
@@ -294,6 +277,10 @@ class DraftBudget:
             if speed > best_speed:
                 best, best_speed = count, speed
         return best, best_speed
+
+    def _calls(self, longest: int) -> float:
+        """Expected calls of the module in a step whose trees may grow to a depth: they end early where chances are small."""
+        return max(sum(self._grown.rates(1.0)[:longest]), min(longest, 1.0))
 
     def _size_of_probe(self, sequences: int, tokens: int) -> tuple[int, int]:
         """Sequences that take part in a probe and depth of each: the first of `_PROBES` that is cheap enough."""

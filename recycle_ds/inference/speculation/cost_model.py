@@ -8,10 +8,8 @@ from itertools import pairwise
 
 # Cost model before anything is measured: each further token of a full call, and a module call, in full calls.
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
-# Weight of a new measurement in the correction of the cost model.
-_CORRECTION = 0.1
-# Least share of a full call that drafts are taken to add: measured times over smaller ones would be noise.
-_LEAST_ADDED = 0.02
+# Weights of a new measurement in the corrections of all costs, and of what drafts cost in proportion to a full call.
+_CORRECTION, _CONTRAST = 0.1, 0.04
 # Most that drafts may be taken to cost in terms of what was measured: beyond, something else has become slower or faster.
 _MOST_SCALE = 5.0
 
@@ -28,21 +26,21 @@ class CostModel:
     """The first drafts, for which the module reads what has become known: (sequences, seconds), ascending. Empty: as
     much as `module`."""
     full_scale: float = 1.0
-    """Measured time of recent steps without drafts over the predicted one."""
+    """How much more time calls take than when they were measured."""
     drafting_scale: float = 1.0
-    """The same for what drafts added to recent steps: those verified and those made."""
+    """How much more what drafts add to a step takes, those verified and those made, in proportion to full calls."""
 
     def full_call(self, tokens: int) -> float:
         """Seconds of a full call over a number of tokens, one of each sequence."""
         return self.full_scale * _interpolate(self.full, tokens)
 
-    def drafts(self, sequences: int, longest: int) -> float:
-        """Seconds that drafts take to make. longest: depth of the deepest ones."""
+    def drafts(self, sequences: int, longest: float) -> float:
+        """Seconds that drafts take to make. longest: depth of the deepest ones, which may be a mean."""
         if longest == 0:
             return 0.0
         further = _interpolate(self.module, sequences)
         first = _interpolate(self.first, sequences) if self.first else further
-        return self.drafting_scale * (first + (longest - 1) * further)
+        return self.full_scale * self.drafting_scale * (first + (longest - 1) * further)
 
     def step(self, sequences: int, tokens: int, drafting: int, longest: int) -> float:
         """Seconds of a step. sequences: that decode. tokens: of the full call, drafts to be verified among them. drafting,
@@ -51,7 +49,7 @@ class CostModel:
         verified = self.drafting_scale * (self.full_call(tokens) - plain)
         return plain + verified + self.drafts(drafting, longest)
 
-    def steps(self, sequences: int, first: int, last: int, drafting: int, longest: int) -> list[float]:
+    def steps(self, sequences: int, first: int, last: int, drafting: int, longest: float) -> list[float]:
         """Seconds of a step for every number of tokens from `first` to `last`; see `step`."""
         plain = self.full_call(sequences)
         scale = self.drafting_scale * self.full_scale
@@ -59,23 +57,24 @@ class CostModel:
         return [rest + scale * cost for cost in _interpolate_range(self.full, first, last)]
 
     def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
-        """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took."""
+        """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took.
+
+        An error is first of all one of all costs: a machine that has become slower makes every step slower, and a stream that
+        always drafts has no steps without drafts to compare with. Where steps with drafts have other errors than those
+        without, the difference is the drafts'.
+        """
         if tokens > self.full[-1][0]:
             return
-        plain = self.full_call(sequences)
-        if (
-            tokens == sequences and not drafting
-        ) or seconds < plain:  # a step with drafts costs no less than one without
-            self.full_scale *= 1 + _CORRECTION * (_bounded(seconds / plain) - 1)
-        else:
-            added = max(self.step(sequences, tokens, drafting, longest) - plain, _LEAST_ADDED * plain)
-            scale = self.drafting_scale * (1 + _CORRECTION * (_bounded((seconds - plain) / added) - 1))
-            self.drafting_scale = min(max(scale, 1 / _MOST_SCALE), _MOST_SCALE)
+        error = _bounded(seconds / self.step(sequences, tokens, drafting, longest)) - 1
+        drafted = drafting > 0 or tokens > sequences
+        self.full_scale *= 1 + _CORRECTION * error
+        scale = self.drafting_scale * (1 + (_CONTRAST if drafted else -_CONTRAST) * error)
+        self.drafting_scale = min(max(scale, 1 / _MOST_SCALE), _MOST_SCALE)
 
 
 def _bounded(ratio: float) -> float:
     """A ratio of times, bounded: a single step may be slowed down by other programs."""
-    return min(max(ratio, 0.2), 3.0)
+    return min(max(ratio, 0.5), 1.5)
 
 
 def _interpolate(points: Sequence[tuple[int, float]], size: int) -> float:

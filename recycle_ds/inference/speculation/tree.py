@@ -100,6 +100,30 @@ def renumbered(parents: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbers[parents[node - 1]] for node in order)
 
 
+def grafted(
+    ids: Sequence[int], parents: Sequence[int], confidences: Sequence[float], chain: Sequence[tuple[int, float]]
+) -> tuple[list[int], list[int], list[float], frozenset[int]]:
+    """A tree with a chain of further drafts (id, confidence) from node 0 on: nodes that it has not are added at the end.
+
+    Returns ids, parents and confidences, and the nodes that have their confidence from the chain: new ones, and those whose
+    own was lower."""
+    found, of, values = list(ids), list(parents_of(len(ids), parents)), list(confidences)
+    from_chain, last = set[int](), 0
+    for token, confidence in chain:
+        node = child(found, of, last, token)
+        if node is None:
+            found.append(token)
+            of.append(last)
+            values.append(confidence)
+            node = len(found)
+            from_chain.add(node)
+        elif values[node - 1] < confidence:
+            values[node - 1] = confidence
+            from_chain.add(node)
+        last = node
+    return found, of, values, frozenset(from_chain)
+
+
 def confidences_of(probabilities: Sequence[float], layer: float | None) -> list[float]:
     """Confidences of a node's children. probabilities: by the draft head, descending. layer: that the likeliest one is
     accepted, by the module's confidence layer, if it has one: the other children share the rest."""

@@ -9,7 +9,12 @@ import { installTip } from "./tokens.js";
 
 const EXAMPLES = {
   text: ["The Congress of the United States", "Once upon a time there was", "def fibonacci(n):"],
-  chat: ["Count from one to twenty in words.", "Why is the sky blue?", "Write a Python function that reverses a list."],
+  chat: [
+    "Why is the sky blue?",
+    "Write a Python function that reverses a list.",
+    "A train travels 60 km in 40 minutes. What is its speed in km/h?",
+    "Write the opening of a story about a lighthouse keeper.",
+  ],
 };
 const STATES = {
   ready: "ready",

@@ -12,9 +12,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from recycle_ds.inference import Decoder, DecodingError
-from recycle_ds.inference.bench.comparison import BenchSettings, read_prompts, results_table, run_bench, write_report
+from recycle_ds.inference.bench.comparison import BenchSettings, read_prompts, run_bench, write_report
 from recycle_ds.inference.bench.diagnosis import notes_on_verified
 from recycle_ds.inference.bench.plots import plot_decoding
+from recycle_ds.inference.bench.tables import results_table
 from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.reporting.plots import plot_loss
 from tests.unit.inference.models import random_model

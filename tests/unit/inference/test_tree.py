@@ -14,6 +14,7 @@ from recycle_ds.inference.speculation.tree import (
     ancestry,
     confidences_of,
     depths,
+    grafted,
     main_path_first,
     path_of,
     renumbered,
@@ -131,3 +132,13 @@ def test_accepted_nodes_move_to_their_own_positions() -> None:
     assert part.moves([1, 2], 4) == []
     # nodes 3 and 4 lie in slots 9 and 10 of the sequence, in its third block, and belong into 7 and 8
     assert part.moves([3, 4], 4) == [(5 * 4 + 1, 3 * 4 + 3), (5 * 4 + 2, 5 * 4)]
+
+
+def test_a_chain_is_grafted() -> None:
+    """Prevents two children of a node with the same id, a lower confidence that hides a higher one, and wrong parents."""
+    tree = ([5, 6, 7], [0, 0, 1], [0.5, 0.4, 0.9])
+    assert grafted(*tree, [(5, 0.7), (7, 0.8), (9, 0.6), (5, 0.55)]) == (
+        [5, 6, 7, 9, 5], [0, 0, 1, 3, 4], [0.7, 0.4, 0.9, 0.6, 0.55], frozenset({1, 4, 5}),
+    )  # fmt: skip
+    assert grafted([], (), [], [(4, 0.5), (4, 0.6)]) == ([4, 4], [0, 1], [0.5, 0.6], frozenset({1, 2}))
+    assert grafted([3, 2], (), [0.5, 0.5], [(3, 0.1)]) == ([3, 2], [0, 1], [0.5, 0.5], frozenset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from recycle_ds.inference import Decoder, Generation
@@ -12,6 +13,7 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.plan import Plan
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.parameters import MODES, SamplingParams
+from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
 
@@ -75,8 +77,16 @@ class FixedCosts(CostModel):
         """Ignores what a step took."""
 
 
+class AlwaysDrafts(DraftBudget):
+    """A budget that makes deep trees however few drafts are accepted."""
+
+    def _best_depths(self, items: Sequence[tuple[float, int, int]], tokens: int, drafting: int) -> tuple[int, float]:
+        return len(items), 1.0
+
+
 def free_drafts(engine: DecodingEngine) -> DecodingEngine:
     """An engine that always drafts, and verifies many nodes of every tree: by its costs they take no time."""
+    engine.scheduler.budget = AlwaysDrafts()
     engine.use_costs(FixedCosts(((1, 1.0), (1000, 1.001)), ((1, 1e-4),)))
     return engine
 

@@ -147,6 +147,7 @@ def test_many_drafts_fit_into_the_cache_of_one_request(draft_tokens: int) -> Non
 def test_stop_strings_inside_accepted_drafts(draft_tokens: int | None) -> None:
     """Prevents a block from being offered to others with tokens that a stop string has cut off."""
     model = overfitted_model([1, 2, 3, 4, 5, 6], vocab_size=8, steps=60)
+    recycled = 0
     for length in range(1, 20):
         engine = free_drafts(local_engine(model, max_batch=2, text_source=Letters))
         prompt = ([1, 2, 3, 4, 5, 6] * 4)[:length]
@@ -155,5 +156,6 @@ def test_stop_strings_inside_accepted_drafts(draft_tokens: int | None) -> None:
         engine.finish([answer])
         expected = Decoder(model, None, Letters).generate(prompt, "autoregressive", max_new_tokens=30, stop=["gb"])
         assert tuple(answer.tokens[length:]) == expected.token_ids
-        assert answer.recycled.count(True) > 2 * answer.recycled.count(False), "the test needs accepted drafts"
+        recycled += sum(answer.recycled)
         engine.scheduler.check()
+    assert recycled > 30, "the test needs accepted drafts"

@@ -18,6 +18,7 @@ from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation import noise
 from recycle_ds.inference.speculation.tree import ancestry, parents_of
 from recycle_ds.model import RecycleGPT, build_model
 from tests.unit.inference.engine.requests import (
@@ -30,6 +31,7 @@ from tests.unit.inference.engine.requests import (
     requests,
 )
 from tests.unit.inference.models import agreement, joint_distribution, random_model, spread_added
+from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 TRIALS, COUNT = 700, 4
 
@@ -67,17 +69,21 @@ def test_the_nodes_of_a_tree_are_those_of_a_computation_from_scratch(confidence:
             paths = ancestry(parents)
             for node in (0, *set(parents)) if one.drafts and one.ended_at is None else ():
                 state = module_states(model, one.tokens, [one.drafts[k - 1] for k in paths[node]])
-                probs = (model.logits(state[None, None])[0, 0] / (temperature or 1.0)).softmax(-1)
+                logits = model.logits(state[None, None])[0, 0] / (temperature or 1.0)
+                if temperature:
+                    key = noise.key(one.rules.seed, len(one.tokens) + len(paths[node]), noise.TOKEN)
+                    logits = logits - noise.exponentials(torch.tensor([key]), torch.arange(len(logits)))[0].log()
+                probs = logits.softmax(-1)
                 expected = probs.tolist()
                 best = int(probs.argmax())
-                if model.recycle is not None and model.recycle.confidence is not None:
+                if model.recycle is not None and model.recycle.confidence is not None and not temperature:
                     layer = model.recycle.confidence(state).detach().sigmoid().item()
                     expected = [(1 - layer) * p / (1 - expected[best]) for p in expected]
                     expected[best] = layer
                 for k, (token, parent) in enumerate(zip(one.drafts, parents, strict=True)):
-                    if parent == node:
+                    if parent == node and k < one.grown and k + 1 not in one.repeated:
                         compared += 1
-                        assert one.confidences[k] == pytest.approx(expected[token], abs=1e-4)
+                        assert one.confidences[k] == pytest.approx(expected[token], abs=1e-3)
     assert compared > 100
 
 
@@ -94,7 +100,7 @@ def test_answers_do_not_depend_on_trees(batch: int, blocks: int | None) -> None:
     found = decode_together(engine, asked)
     check_answers(asked, found, decode_alone(model, asked, eos=6))
     assert sum(moves) > 20, "the test needs accepted drafts off the main path"
-    assert any(one.logprobs and sum(one.accepted) for one in found)
+    assert blocks is not None or any(one.logprobs and sum(one.accepted) for one in found)
     assert engine.scheduler.reused_tokens > 50, "the test needs shared prefixes"
     assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
 
@@ -177,3 +183,22 @@ def test_a_node_has_the_numbers_of_its_path() -> None:
     own = Cache(weights, 4, 8)
     read = [*known, 8, 3, 4, 5]
     assert torch.allclose(after[0], _states(weights, own, Span((1, 3), 0, len(read)), read)[-1], atol=1e-5)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_moves_in_the_order_of_the_compiled_kernels() -> None:
+    """Prevents moved keys and values that the compiled kernels find in another place of their blocks."""
+    weights = StageWeights(bf16_model())
+    assert weights.why_not_compiled is None
+    cache = Cache(weights, 6, 16)
+    tokens = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 5, 4, 3, 2, 1, 0]
+    _states(weights, cache, Span((4, 0), 0, len(tokens)), tokens)
+    spoilt = [*tokens[:3], 0, 0, *tokens[5:17], 6, *tokens[18:]]  # in other places of both blocks
+    _states(weights, cache, Span((1, 3), 0, len(spoilt)), spoilt)
+    expected = _states(weights, cache, Span((4, 0), len(tokens), 1), [2])
+    assert not torch.equal(_states(weights, cache, Span((1, 3), len(tokens), 1), [2]), expected)
+    wrong = range(3, len(tokens))  # later positions have seen the wrong tokens
+    pairs = [((4, 0)[at // 16] * 16 + at % 16, (1, 3)[at // 16] * 16 + at % 16) for at in wrong]
+    cache.move(pairs)
+    assert torch.equal(_states(weights, cache, Span((1, 3), len(tokens), 1), [2]), expected)
