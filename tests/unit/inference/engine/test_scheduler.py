@@ -44,7 +44,8 @@ def invent(plan: Plan, draw: random.Random) -> Outcome:
         ) and draw.randrange(4):
             path.append(draw.choice(below))
         below_ids = {drafts[k - 1] for k in below}
-        token = draw.choice([one for one in range(8) if one not in below_ids])
+        # eight ids can all be drafts, of the tree and of what the text repeats
+        token = draw.choice([one for one in range(9) if one not in below_ids])
         tokens = (*(drafts[k - 1] for k in path), token)
         made = part.drafts_after(tokens) if part.module_start else 0
         new = random_tree(made, draw) if part.width else DraftTree(tuple(draw.choices(range(8), k=made)), (), made)
