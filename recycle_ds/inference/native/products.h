@@ -10,8 +10,10 @@
 
 #include "vectors.h"
 
-/* More rows of int16 pairs would not stay in registers. AHEAD: bytes that are prefetched. */
-enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 8192 };
+/* More rows of int16 pairs would not stay in registers. AHEAD: bytes that are prefetched; FAR_AHEAD: into the second-level
+   cache, by tiles of MANY_ROWS or more bf16 rows. Their arithmetic takes as long as reading the weights, and with 12 and 16 rows
+   the two overlap better so: 3.6 to 3.1 ms and 5.5 to 4.3 ms for 57 million weights; a single row loses a tenth. */
+enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 8192, FAR_AHEAD = 16384, MANY_ROWS = 8 };
 
 typedef struct {
     const void *weight;
@@ -74,8 +76,13 @@ INLINE void tile(
         for (int r = 0; r < rows; r++) result[r][0] = result[r][1] = _mm512_setzero_ps();
         for (int64_t k = 0; k < pairs; k++, w += 2 * PANEL) {
             __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + PANEL);
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
+            if (rows >= MANY_ROWS) {
+                _mm_prefetch((const char *)w + FAR_AHEAD, _MM_HINT_T1);
+                _mm_prefetch((const char *)w + FAR_AHEAD + 64, _MM_HINT_T1);
+            } else {
+                _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 __m512i pair = _mm512_set1_epi32(((const int32_t *)x)[r * pairs + k]);
