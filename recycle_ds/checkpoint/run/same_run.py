@@ -7,9 +7,9 @@ from typing import Any
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.portable.manifest import DataIdentity, Manifest
-from recycle_ds.config import RecycleConfig, RunConfig
+from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
 from recycle_ds.config.resuming import on_resume
-from recycle_ds.config.section import OnResume
+from recycle_ds.config.section import OnResume, Section
 
 
 def check_same_run(config: RunConfig, identity: DataIdentity, manifest: Manifest, folder: Path) -> list[str]:
@@ -64,5 +64,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """Settings of the recycle module that a run of an older release, which did not have them, was trained with."""
-    return _flat(RecycleConfig().model_dump(mode="json"), "recycle")
+    """Settings of the model and of its module that a run of an older release, which did not have them, was trained with."""
+    found: dict[str, Any] = {}
+    for name, section in (("model", ModelConfig), ("recycle", RecycleConfig)):
+        for key, field in section.model_fields.items():
+            if not field.is_required():
+                value = field.get_default(call_default_factory=True)
+                tree = value.model_dump(mode="json") if isinstance(value, Section) else value
+                found |= _flat(list(tree) if isinstance(tree, tuple) else tree, f"{name}.{key}")
+    return found

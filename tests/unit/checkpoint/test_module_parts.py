@@ -93,6 +93,9 @@ def test_a_run_of_an_older_release_resumes(tmp_path: Path) -> None:
     tree = config.model_dump(mode="json")
     for key in [key for key in tree["recycle"] if key not in ("layers", "depth", "loss_weight", "gradient")]:
         del tree["recycle"][key]
+    for key in ("qk_norm", "qkv_bias"):
+        del tree["model"][key]
+    del tree["model"]["rope"]["unrotated_layers"]
     identity = DataIdentity(tokenizer="t", train=[])
     manifest = Manifest.model_construct(config=tree, data=identity)
     assert check_same_run(config, identity, manifest, tmp_path) == []
