@@ -13,6 +13,8 @@ MODES = ("autoregressive", "alternate", "verified")
 DTYPES = ("fp32", "bf16", "int8")
 # Below this, logits divided by the temperature may overflow fp32.
 MIN_TEMPERATURE = 1e-4
+# Limits with which the likeliest token is mostly the one that is taken.
+_SMALL_TOP_P, _LARGE_MIN_P = 0.4, 0.5
 SEED_LIMIT = 2**63
 MAX_LOGPROBS = 100
 
@@ -34,7 +36,8 @@ class TokenSampling:
     parameters above. prompt_logprobs: also reports those of the prompt's tokens; its known prefix is then read again.
 
     The order is: repetition, presence and frequency penalty, bias, forbidden tokens, temperature, top-k, top-p, min-p.
-    A draft of the recycle module is chosen by the same rules. Raises DecodingError for a value outside its range.
+    A chain of drafts of the recycle module is chosen by the same rules, and a tree without top-k, top-p and min-p.
+    Raises DecodingError for a value outside its range.
     """
 
     temperature: float = 0.0
@@ -95,6 +98,12 @@ class TokenSampling:
     def greedy(self) -> bool:
         """Whether the most likely token is taken, without sampling."""
         return self.temperature == 0
+
+    @property
+    def nearly_greedy(self) -> bool:
+        """Whether the most likely token is mostly the one that is taken."""
+        few = self.top_k == 1 or self.top_p <= _SMALL_TOP_P or self.min_p >= _LARGE_MIN_P
+        return self.greedy or few
 
     @property
     def penalises(self) -> bool:

@@ -1,8 +1,8 @@
 """The recycle module: reads what has become known, and makes drafts: chains, and trees of its likeliest tokens.
 
 With the latest known token in slot i, the module's entry of a draft lies in a slot after i: that of draft k of a chain in
-slot i + k, and the entries of a tree's nodes in the order in which they get children. The true tokens overwrite them later.
-Shapes as in cache.py; N sequences, V token ids, K children of a node.
+slot i + k, those of a tree's nodes in the order in which they get children. The true tokens overwrite them later. Shapes as
+in cache.py; N sequences, V token ids, K children of a node.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ _MOST_READ = 512
 """Slots that the module reads at once for one sequence."""
 
 
-def position_of(cache: Cache, part: Part, rules: Rules, known: int, drafts: Sequence[int]) -> Position:
-    """The position after the known tokens and some drafts."""
+def position_of(
+    cache: Cache, part: Part, rules: Rules, known: int, drafts: Sequence[int], stored: dict[int, Tensor]
+) -> Position:
+    """The position after the known tokens and some drafts. stored: the known tokens by sequence, which are kept here once a
+    penalty has asked for them: all nodes of a tree have the same."""
 
     def history() -> Tensor:
-        stored = cache.tokens[cache.slots([Span(part.blocks, 0, known)])]
-        return torch.cat((stored, torch.tensor(drafts, dtype=stored.dtype, device=stored.device)))
+        if part.sequence not in stored:
+            stored[part.sequence] = cache.tokens[cache.slots([Span(part.blocks, 0, known)])]
+        return torch.cat((stored[part.sequence], torch.tensor(drafts, dtype=torch.int64, device=cache.tokens.device)))
 
-    index = known + len(drafts)
-    return Position(rules.params, rules.seed, index, index - part.prompt_tokens, rules.end_ids, history)
+    at = known + len(drafts)
+    return Position(rules.params, rules.seed, at, at - part.prompt_tokens, rules.end_ids, history)
 
 
 def coupled(rules: Rules) -> bool:
@@ -139,9 +143,9 @@ class Drafter:
 
     def _grow(self, trees: Sequence[_Tree], states_ND: Tensor) -> None:
         """Grows the trees of all sequences, one call of the module between two depths. states_ND: of the latest tokens."""
-        live = list(trees)
+        live, stored = list(trees), dict[int, Tensor]()
         while True:
-            children = self._children(live, states_ND)
+            children = self._children(live, states_ND, stored)
             first, kept = 0, []
             sources: list[int] = []  # the state from which each node of the next beams comes
             for tree in live:
@@ -168,12 +172,14 @@ class Drafter:
         parents = nodes.slot_parents()
         return Span(tree.part.blocks, first, count, lowest=1, root=tree.index if parents else 0, parents=parents)
 
-    def _children(self, trees: Sequence[_Tree], states_TD: Tensor) -> list[list[tuple[int, float]]]:
+    def _children(
+        self, trees: Sequence[_Tree], states_TD: Tensor, stored: dict[int, Tensor]
+    ) -> list[list[tuple[int, float]]]:
         """The likeliest tokens after every node of the beams, and their confidences, descending.
 
         Where the full model samples, likely are the tokens that the module takes with the same random numbers: confidences
         are then those of a softmax over what sampling takes the maximum of."""
-        assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
+        assert self._weights.draft_head is not None and self._weights.module is not None
         rules = [self._rules[tree.part.sequence] for tree in trees for _ in tree.nodes.beam]
         scales = [1.0 if one.params.greedy else 1 / one.params.temperature for one in rules]
         scale_T = None if set(scales) == {1.0} else torch.tensor(scales, device=states_TD.device)
@@ -184,7 +190,7 @@ class Drafter:
         else:
             vocabulary = self._draft_vocabulary
             positions = [
-                position_of(self._cache, tree.part, rule, tree.index + 1, tree.nodes.path_ids(node))
+                position_of(self._cache, tree.part, rule, tree.index + 1, tree.nodes.path_ids(node), stored)
                 for (tree, node), rule in zip(((t, node) for t in trees for node in t.nodes.beam), rules, strict=True)
             ]
             logits_TV = adjust(self._weights.draft_head(states_TD), positions, vocabulary)
@@ -196,8 +202,8 @@ class Drafter:
             values_TK, ids_TK = vocabulary.likeliest(logits_TV, BRANCH)
             logprobs_TK = values_TK - vocabulary.logsumexp(logits_TV)[:, None]
         layer_T = self._weights.module.confidence(states_TD)
-        layers = [None] * len(ids_TK) if layer_T is None else layer_T.tolist()
-        layers = [layer if one.params.greedy else None for layer, one in zip(layers, rules, strict=True)]
+        values = [None] * len(ids_TK) if layer_T is None else layer_T.tolist()
+        layers = [value if one.params.greedy else None for value, one in zip(values, rules, strict=True)]
         found = []
         for ids, logprobs, layer in zip(ids_TK.tolist(), logprobs_TK.exp().tolist(), layers, strict=True):
             # 0 and NaN: tokens that a request forbids, or of a vocabulary with fewer tokens
@@ -209,22 +215,23 @@ class Drafter:
     @staticmethod
     def _keys(trees: Sequence[_Tree], rules: Sequence[Rules], device: torch.device) -> Tensor | None:
         """Keys of the random numbers with which the token after each node of the beams is sampled, 0 without; None if all
-        are greedy."""
-        if all(one.params.greedy for one in rules):
+        are without."""
+        if all(one.params.nearly_greedy for one in rules):
             return None
         places = [tree.index + 1 + tree.nodes.depth for tree in trees for _ in tree.nodes.beam]
+        # limits are not applied to drafts; where they leave few tokens, the likeliest ones are better guesses than others
         keys = [
-            0 if one.params.greedy else noise.key(one.seed, place, noise.TOKEN)
+            0 if one.params.nearly_greedy else noise.key(one.seed, place, noise.TOKEN)
             for one, place in zip(rules, places, strict=True)
         ]
         return torch.tensor(keys, device=device)
 
     def _chain(self, chains: Sequence[_Chain], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
-        live = list(chains)
+        live, stored = list(chains), dict[int, Tensor]()
         while True:
             rules = [self._rules[one.part.sequence] for one in live]
-            ids_N, confidence_N, probs_NV = self._choose(live, states_ND, rules)
+            ids_N, confidence_N, probs_NV = self._choose(live, states_ND, rules, stored)
             for i, (one, token, value) in enumerate(zip(live, ids_N.tolist(), confidence_N.tolist(), strict=True)):
                 one.ids.append(token)
                 one.confidences.append(value)
@@ -240,7 +247,7 @@ class Drafter:
             states_ND = self._module(states_ND, ids_N, spans, self._cache.slots(spans))
 
     def _choose(
-        self, chains: Sequence[_Chain], states_ND: Tensor, rules: Sequence[Rules]
+        self, chains: Sequence[_Chain], states_ND: Tensor, rules: Sequence[Rules], stored: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The next draft of every chain [N], its confidence [N], and the distributions [N, V] if any is drawn at random.
 
@@ -254,7 +261,7 @@ class Drafter:
             ids_N1, logprobs_N1 = candidates(states_ND, 1, None)
             return ids_N1[:, 0], logprobs_N1[:, 0].exp() if confidence_N is None else confidence_N, None
         positions = [
-            position_of(self._cache, one.part, rule, one.index + 1, one.ids)
+            position_of(self._cache, one.part, rule, one.index + 1, one.ids, stored)
             for one, rule in zip(chains, rules, strict=True)
         ]
         logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)

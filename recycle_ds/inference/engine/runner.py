@@ -28,7 +28,7 @@ from recycle_ds.inference.generation import Logprobs
 from recycle_ds.inference.native.choice import sample
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation import noise
-from recycle_ds.inference.speculation.sampling import Position, adjust, choose
+from recycle_ds.inference.speculation.sampling import Position, adjust, choose, probabilities
 from recycle_ds.inference.speculation.tree import ancestry, parents_of, walk
 from recycle_ds.inference.speculation.verification import verify_sampled
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
@@ -148,35 +148,38 @@ class Runner:
             return likeliest(states_RD), None, None
         assert self._weights.head is not None, "only the last stage chooses tokens"
         raw_RV = self._weights.head(states_RD)
-        positions = []
+        positions, known = [], dict[int, Tensor]()
         for part in parts:
             rules, drafts = self._rules[part.sequence], part.judged_ids
             for path in ancestry(parents_of(part.judged, part.parents)):
                 read = [drafts[node - 1] for node in path]
-                positions.append(position_of(self._cache, part, rules, part.known, read))
+                positions.append(position_of(self._cache, part, rules, part.known, read, known))
         logits_RV = adjust(raw_RV, positions, self._vocabulary)
-        if self._compiled and not with_distributions:
-            return self._sample(logits_RV, positions), raw_RV, None
+        if self._compiled:  # for every row in every batch: a text must not depend on what is decoded beside it
+            probs_RV = None
+            if with_distributions:
+                probs_RV = probabilities(logits_RV, [one.params for one in positions], self._vocabulary)
+            return self._sample(logits_RV, positions), raw_RV, probs_RV
         ids_R, probs_RV = choose(logits_RV, positions, self._vocabulary)
         return ids_R.tolist(), raw_RV, probs_RV  # the step's first synchronisation with the device
 
     def _sample(self, logits_RV: Tensor, positions: Sequence[Position]) -> list[int]:
         """The same tokens as by `choose`, but for ties within rounding, in the compiled kernels."""
         sampled = [row for row, one in enumerate(positions) if not one.params.greedy]
-        if len(sampled) < len(positions):
-            ids: list[int] = self._vocabulary.argmax(logits_RV).tolist()
-            logits_RV = logits_RV[sampled]
-        else:
-            ids = [0] * len(positions)
+        ids = [-1] * len(positions)
         if sampled:
             found = sample(
-                logits_RV,
+                logits_RV if len(sampled) == len(positions) else logits_RV[sampled],
                 [positions[row].params for row in sampled],
                 [noise.key(positions[row].seed, positions[row].index, noise.TOKEN) for row in sampled],
                 self._vocabulary.first,
             )
             for row, token in zip(sampled, found, strict=True):
-                assert token >= 0, "a request that forbids all tokens has been refused"
+                ids[row] = token
+        # greedy rows, and those whose logits overflow, by a penalty or a bias: nothing can be sampled from them
+        rest = [row for row, token in enumerate(ids) if token < 0]
+        if rest:
+            for row, token in zip(rest, self._vocabulary.argmax(logits_RV[rest]).tolist(), strict=True):
                 ids[row] = token
         return ids
 

@@ -20,6 +20,7 @@ from recycle_ds.inference.engine.outcomes import advance
 from recycle_ds.inference.engine.plan import Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.speculation.budget import DraftBudget
+from recycle_ds.inference.speculation.repeats import Repeats
 from recycle_ds.inference.speculation.tree import MAX_WIDTH, depths, width_of, without_chain
 
 _AGING = 256
@@ -260,6 +261,7 @@ class Scheduler:
         self.tables.release(sequence)
         sequence.ended_at = self.clock()
         self.budget.forget(sequence.number)
+        sequence.repeats = Repeats()  # its index of the text is as large as the text
         if sequence.introduced:
             self._ended.append(sequence.number)
 

@@ -140,13 +140,13 @@ static float find_limit(const float *logits, int64_t count, const Rule *rule, fl
     const int64_t most = rule->top_k;
     if (most == 0 && rule->top_p >= 1) return limit;
     /* few tokens are near the highest one: mostly these are enough, and sorting all is left to flat distributions */
-    for (float lowest = -12.0f;; lowest = -FLT_MAX) {
+    for (float lowest = -4.0f;; lowest = lowest > -16.0f ? 2 * lowest : -FLT_MAX) {
         double below;
         int64_t kept = collect(logits, count, rule->inverse, highest, lowest, room, &below);
         const int all = lowest == -FLT_MAX;
         if (most > kept && !all) continue;
         qsort(room, kept, sizeof(float), descending);
-        if (most && kept > most) {
+        if (most && kept >= most) { /* top-k removes the others */
             int64_t last = most; /* with all that equal the last one */
             while (last < kept && room[last] == room[most - 1]) last++;
             kept = last, below = 0;

@@ -209,8 +209,13 @@ class DraftBudget:
         parents = parents_of(len(candidate.confidences), candidate.parents)
         reached = [1.0]
         for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
-            calibration = self._calibration[candidate.sampled, node in candidate.repeated]
-            reached.append(reached[parent] * min(calibration.chance(confidence) * ratio, 1.0))
+            again = node in candidate.repeated
+            chance = min(self._calibration[candidate.sampled, again].chance(confidence) * ratio, 1.0)
+            if again and (self._step + candidate.sequence) % _RETRY == 0:
+                chance = (
+                    confidence  # drafts that cost nothing to make are tried from time to time, whatever was observed
+                )
+            reached.append(reached[parent] * chance)
         found = [
             (node, chance, depth)
             for node, (chance, depth) in enumerate(zip(reached[1:], depths(parents), strict=True), start=1)

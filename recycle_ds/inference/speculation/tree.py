@@ -130,7 +130,7 @@ def confidences_of(probabilities: Sequence[float], layer: float | None) -> list[
     if layer is None:
         return list(probabilities)
     rest = 1 - probabilities[0]
-    return [layer, *((1 - layer) * one / rest if rest > 0 else 0.0 for one in probabilities[1:])]
+    return [layer, *(min((1 - layer) * one / rest, 1.0) if rest > 0 else 0.0 for one in probabilities[1:])]
 
 
 @dataclass

@@ -94,3 +94,12 @@ def test_nothing_to_choose() -> None:
     logits[1, 8] = 0.0
     params = [TokenSampling(temperature=1.0, top_p=0.9)] * 2
     assert sample(logits, params, [1, 2]) == [-1, 8]
+
+
+def test_top_p_counts_only_what_top_k_keeps() -> None:
+    """With exactly k tokens near the highest one, the mass that top-k removed counted for top-p: a token outside was drawn."""
+    logits = torch.full((1, 4000), -13.0)
+    logits[0, :4] = torch.tensor([0.0, -0.7, -1.8, -3.0])
+    params = TokenSampling(temperature=1.0, top_k=4, top_p=0.86)
+    keys = [noise.key(2, index, noise.TOKEN) for index in range(300)]
+    assert set(sample(logits.expand(300, -1), [params] * 300, keys)) == {0, 1}
