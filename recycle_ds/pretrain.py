@@ -1,5 +1,4 @@
-"""Entry point: pretrains a RecycleGPT. `deepspeed --num_gpus 2 --module recycle_ds.pretrain --config FILE [key=value
-...]`."""
+"""Entry point: pretrains a RecycleGPT. `torchrun --nproc-per-node 2 -m recycle_ds.pretrain --config FILE [KEY=VALUE]`."""
 
 from __future__ import annotations
 
@@ -46,6 +45,7 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the file's.")
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the settings for these ranks; no data.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a RecycleGPT. A run resumes by itself from the newest whole checkpoint in run_dir."""
@@ -53,16 +53,16 @@ def pretrain(
 
     with errors_of_host():
         settings = load_config(config, overrides or (), init_from_defaults)
-    ended = run(settings)
+    ended = run(settings, check=check)
     # Ctrl-C: what follows in the user's shell must not take the run for finished; a job's shell reads `outcome` instead. Other
     # ranks exit with 0, since the launcher may end the first one, which writes the summary, once another has failed.
     if ended == "SIGINT" and job_of(os.environ).folder is None and is_error_reporter(os.environ):
         raise typer.Exit(INTERRUPTED)
 
 
-def run(config: RunConfig) -> str:
-    """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's
-    errors."""
+def run(config: RunConfig, *, check: bool = False) -> str:
+    """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors.
+    check: stops before the data, which need not exist yet, and before the ranks connect."""
     import time
 
     from recycle_ds.checkpoint.portable.folders import check_run_dir
@@ -76,7 +76,8 @@ def run(config: RunConfig) -> str:
             for note in notes:
                 print(note, flush=True)
         check_run_dir(config.run_dir)
-        check_data(config.data)
+        if not check:
+            check_data(config.data)
 
     import torch
 
@@ -90,6 +91,8 @@ def run(config: RunConfig) -> str:
     launch = rendezvous.detect_launch(os.environ)
     check_node(config.parallel, launch.world_size, launch.local_world_size)
     deepspeed_config = resolve_deepspeed(config, layout_of(config.parallel, launch.world_size).data)
+    if check:
+        return "checked"
     started_here = rendezvous.start(launch)
     try:
         mesh = build_mesh(config.parallel)
@@ -115,8 +118,7 @@ def run(config: RunConfig) -> str:
 
 
 def _prepare(config: RunConfig, job: Job) -> RunLock:
-    """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished
-    there."""
+    """On rank 0: prepares missing token files, locks the run folder and removes what an earlier start left unfinished."""
     from recycle_ds.checkpoint.portable.folders import make_run_dir, remove_unfinished
     from recycle_ds.checkpoint.run.lock import RunLock
     from recycle_ds.data.prepare import prepare_if_missing

@@ -26,6 +26,7 @@ def report(
 ) -> None:
     """Report training runs: losses, acceptance, speed, memory, restarts, anomalies and settings, also while they train."""
     from recycle_ds.training.reporting.run_report.runs import read_runs
+    from recycle_ds.training.reporting.run_report.texts import encodable
     from recycle_ds.training.reporting.run_report.writing import output_file, write_report
 
     found = read_runs(runs, published_checkpoints)
@@ -37,7 +38,7 @@ def report(
 
     write_report(path, render(found))
     number = "1 run" if len(found) == 1 else f"{len(found)} runs"
-    print(f"{path}: {number}, {path.stat().st_size / 1024:,.0f} KiB")
+    print(f"{encodable(str(path))}: {number}, {path.stat().st_size / 1024:,.0f} KiB")
 
 
 def published_checkpoints(run_dir: Path) -> Checkpoints:

@@ -109,7 +109,7 @@ run_step() {
     if replaced || [[ $code != 0 || ${outcome:-finished} != finished || -f $JOB_DIR/error ]]; then end_job "$code"; fi
     rm -f "$JOB_DIR/outcome" || say "$JOB_DIR cannot be tidied up"
     [[ -z $stopping ]] || requeue "stopped between two steps"
-    MASTER_PORT=$((MASTER_PORT + 4)) # the one of this step may linger
+    MASTER_PORT=$((MASTER_PORT + 3)) # the one of this step may linger
 }
 
 # Prepares the job's folder and the signals, once for all steps: a signal between two of them is not lost.

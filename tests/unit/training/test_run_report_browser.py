@@ -160,3 +160,29 @@ def test_pointing_at_a_plot_shows_the_values(browser: Any, reports: list[Path]) 
     for _ in range(2):
         page.keyboard.press("ArrowLeft")
     assert plot.locator(".legend b").inner_text() == "2,294"
+
+
+def test_a_value_is_shown_with_the_step_at_which_it_was_measured(browser: Any, reports: list[Path]) -> None:
+    """Prevents a plot that gives the value of an evaluation for a step that had none, also beside a run that had one."""
+    runs = [
+        write_run(
+            reports[0].parent / "steps" / f"every_{every}",
+            [evaluation(at, at / 100) for at in range(every, 301, every)],
+        )
+        for every in (100, 75)
+    ]
+    file = reports[0].parent / "steps.html"
+    file.write_text(render(read_runs([str(run) for run in runs], published_checkpoints)), encoding="utf-8")
+    page = browser.new_context(viewport={"width": 1400, "height": 900}).new_page()
+    page.goto(file.as_uri())
+    plot = page.locator(".plot", has_text="Validation loss: backbone")
+    image = plot.locator(".image")
+    box = image.bounding_box()
+    data = page.evaluate("JSON.parse(document.getElementById('data').textContent)[0]")
+    for pointed, step_shown, shown in ((297, 300, ["3", "3"]), (197, 200, ["2", "2.25 at 225"]), (40, 40, ["–", "–"])):
+        share = data["left"] + (data["right"] - data["left"]) * pointed / 300
+        image.hover(position={"x": box["width"] * share, "y": box["height"] / 2})
+        assert plot.locator(".at").inner_text() == f"step {step_shown}"
+        assert plot.locator(".legend b").all_inner_texts() == shown
+        cursor = plot.locator(".cursor").bounding_box()["x"] - box["x"]
+        assert abs(cursor / box["width"] - data["left"] - (data["right"] - data["left"]) * step_shown / 300) < 0.01

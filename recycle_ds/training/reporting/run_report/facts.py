@@ -21,6 +21,7 @@ from recycle_ds.training.reporting.run_report.texts import (
     loss_text,
     moment,
     number_range,
+    own_text,
     percent,
     plain,
 )
@@ -94,7 +95,7 @@ def layout(runs: Sequence[Run]) -> list[Row]:
     for name in dict.fromkeys(str(name) for table in tables for name in table):
         rows.append(_compared(name, [plain(table.get(name)) for table in tables]))
     commands = [origin.get("command") for origin in origins]
-    shown = [" ".join(str(word) for word in words) if isinstance(words, list) else NONE for words in commands]
+    shown = [" ".join(own_text(word) for word in words) if isinstance(words, list) else NONE for words in commands]
     rows.append(_compared("command", shown))
     return [row for row in rows if any(cell != NONE for cell in row.cells)]
 

@@ -15,7 +15,7 @@ from recycle_ds.training.reporting.run_report import facts, history
 from recycle_ds.training.reporting.run_report.drawing import COLOURS, DASHES, Drawing, draw
 from recycle_ds.training.reporting.run_report.panels import QUANTITIES, Panel, Series, panels
 from recycle_ds.training.reporting.run_report.runs import Run
-from recycle_ds.training.reporting.run_report.texts import NONE, reading
+from recycle_ds.training.reporting.run_report.texts import NONE, encodable, reading
 from recycle_ds.training.reporting.run_report.thinning import MAX_POINTS, SMOOTHING, Floats
 from recycle_ds.training.reporting.run_report.writing import MARKER
 
@@ -55,7 +55,7 @@ def render(runs: Sequence[Run]) -> str:
     )
     environment.globals["asset"] = lambda name: folder.get_source(environment, name)[0]
     plots = [_plot(panel, draw(panel, number)) for number, panel in enumerate(panels(runs))]
-    return environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         marker=MARKER,
         runs=[_described(run, style) for style, run in enumerate(runs)],
         several=len(runs) > 1,
@@ -74,6 +74,7 @@ def render(runs: Sequence[Run]) -> str:
         version=recycle_ds.__version__,
         written=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     )
+    return encodable(page)
 
 
 def _described(run: Run, style: int) -> dict[str, Any]:

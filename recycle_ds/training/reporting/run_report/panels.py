@@ -162,8 +162,8 @@ def _of_one(run: Run, quantity: Quantity) -> list[Series]:
 
 def _style(key: str, name: str, position: int) -> int:
     """A depth has the same colour in all plots of one run, and the backbone too."""
-    depth = name.partition("/")[2]
-    return int(depth) if depth.isdigit() and key != "backbone_loss" else position
+    depth = _depth(name)
+    return position if depth is None or key == "backbone_loss" else depth
 
 
 def _of_several(runs: Sequence[Run], quantity: Quantity) -> list[tuple[str, list[Series]]]:
@@ -185,8 +185,13 @@ def _of_several(runs: Sequence[Run], quantity: Quantity) -> list[tuple[str, list
 
 
 def _order(name: str) -> tuple[int, str]:
+    return (_depth(name) or 0, name.partition("/")[2])
+
+
+def _depth(name: str) -> int | None:
+    """The depth that a curve's name ends in. A part may have any name, also one of other digits than these or of thousands."""
     part = name.partition("/")[2]
-    return (int(part) if part.isdigit() else 0, part)
+    return int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else None
 
 
 def curve_label(name: str) -> str:

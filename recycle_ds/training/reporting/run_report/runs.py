@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import yaml
 from recycle_ds.config.yaml_values import UNREADABLE, Loader
 from recycle_ds.training.errors import TrainingError
 from recycle_ds.training.reporting.run_report.metrics import Metrics, read_metrics
+from recycle_ds.training.reporting.run_report.paths import mode_of
 from recycle_ds.training.reporting.sessions import SUMMARY
 
 METRICS, LAYOUT, CONFIG, ERROR = "metrics.jsonl", "run.json", "config.yaml", "error.txt"
@@ -59,9 +61,10 @@ class Run:
 def read_runs(folders: Sequence[str], checkpoints: ReadCheckpoints) -> list[Run]:
     """Reads run folders. Files beside them are left out with a note on stderr, so that `runs/*` names all runs.
 
-    Raises TrainingError if a folder does not exist, is not a run's or is named twice, and if there are more than MAX_RUNS.
+    Raises TrainingError if a folder does not exist, cannot be read, is not a run's or is named twice, and if there
+    are more than MAX_RUNS.
     """
-    files = [folder for folder in folders if Path(folder).is_file()]
+    files = [folder for folder in folders if stat.S_ISREG(mode_of(Path(folder)))]
     if files and len(files) < len(folders):
         print(f"note: not a folder, left out: {', '.join(files)}", file=sys.stderr)
         folders = [folder for folder in folders if folder not in files]
@@ -78,12 +81,13 @@ def read_runs(folders: Sequence[str], checkpoints: ReadCheckpoints) -> list[Run]
 
 
 def _check(path: Path) -> None:
-    if path.is_file():
+    mode = mode_of(path)
+    if mode and not stat.S_ISDIR(mode):
         raise TrainingError(f"{path}: is a file; name the run's folder")
-    if not path.is_dir():
+    if not mode:
         raise TrainingError(f"{path}: no such folder; name the folder of a run (run_dir)")
     names = (METRICS, LAYOUT, SUMMARY, CONFIG, ERROR)
-    if not any((path / name).is_file() for name in names):
+    if not any(stat.S_ISREG(mode_of(path / name)) for name in names):
         raise TrainingError(f"{path}: not the folder of a run: it has none of {', '.join(names)}")
 
 

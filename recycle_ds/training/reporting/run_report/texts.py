@@ -17,7 +17,20 @@ def plain(value: Any) -> str:
         return NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return bounded(str(value))
+    return bounded(own_text(value))
+
+
+def own_text(value: Any) -> str:
+    """`str(value)`, also of a value with an integer that has more digits than Python writes."""
+    try:
+        return str(value)
+    except ValueError:
+        return "a number with thousands of digits"
+
+
+def encodable(text: str) -> str:
+    """A text as UTF-8 can hold it: a lone surrogate, also of a file name that is not UTF-8, is replaced by its number."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def bounded(text: str) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Shows the values of a plot at the step that is pointed at, or chosen with the arrow keys. Without this script a plot shows its last values.
+// Shows the values of a plot at the recorded step that is nearest to the one pointed at, or chosen with the arrow keys. Without this script a plot shows its last values.
 const plots = JSON.parse(document.getElementById("data").textContent);
 
 function text(value, unit) {
@@ -34,14 +34,20 @@ for (const figure of document.querySelectorAll(".plot")) {
 
   const show = (step) => {
     place = Math.min(Math.max(step, first), last);
-    const share = plot.left + ((plot.right - plot.left) * (place - first)) / (last - first);
+    // of each curve the index of its point that is nearest to the place, null where the curve has not begun or has ended
+    const points = plot.series.map(({ steps }) =>
+      place >= steps[0] - reach && place <= steps[steps.length - 1] + reach ? nearest(steps, place) : null);
+    const near = points.flatMap((point, i) => (point === null ? [] : [plot.series[i].steps[point]])).sort((a, b) => a - b);
+    const shownStep = near.length ? near[nearest(near, place)] : Math.round(place);
+    const share = plot.left + ((plot.right - plot.left) * (shownStep - first)) / (last - first);
     cursor.style.left = `${100 * share}%`;
     cursor.hidden = false;
     const marks = plot.marks.filter((mark) => Math.abs(mark[0] - place) <= reach / 2).map((mark) => `${mark[1]} at ${mark[0].toLocaleString("en-US")}`);
-    at.textContent = [`step ${Math.round(place).toLocaleString("en-US")}`, ...new Set(marks)].join(" · ");
+    at.textContent = [`step ${shownStep.toLocaleString("en-US")}`, ...new Set(marks)].join(" · ");
     plot.series.forEach(({ steps, values }, i) => {
-      const within = place >= steps[0] - reach && place <= steps[steps.length - 1] + reach;
-      shown[i].textContent = within ? text(values[nearest(steps, place)], plot.unit) : "–";
+      const point = points[i];
+      const own = point === null || steps[point] === shownStep ? "" : ` at ${steps[point].toLocaleString("en-US")}`;
+      shown[i].textContent = point === null ? "–" : text(values[point], plot.unit) + own;
     });
   };
   const reset = () => {
