@@ -1,9 +1,7 @@
-"""Verification of draft tokens: pure functions of drafts, distributions and counter-based random numbers.
-
-Greedy, and sampled with the request's own seed: accepts the longest prefix on which draft and full model agree, so that
-the text does not depend on the drafts. Sampled without a seed: speculative sampling (Leviathan et al., arXiv
-2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2), which accepts more; its output has the full
-model's distribution for any drafts. Shapes: N drafts, W = N + 1 positions scored by the full call, V token ids of this
+"""Verification of a chain of drafts that were drawn at random, without the request's own seed: speculative sampling
+(Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2). The output has the full
+model's distribution for any drafts. All other drafts are accepted where they are the token that the full model takes, see
+`walk` in tree.py. A pure function of drafts, distributions and counter-based random numbers. Shapes: N drafts, W = N + 1 positions scored by the full call, V token ids of this
 rank's shard of the vocabulary.
 """
 
@@ -26,14 +24,6 @@ class Verification:
 
     accepted: int
     token: int
-
-
-def verify_equal(drafts: Sequence[int], targets: Sequence[int]) -> Verification:
-    """targets[i]: the full model's choice at the position of drafts[i], plus one more after the last draft."""
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
-        accepted += 1
-    return Verification(accepted, targets[accepted])
 
 
 def residual(target_V: Tensor, draft_V: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from recycle_ds.inference.speculation import noise, verification
 from recycle_ds.inference.speculation.sampling import pick
-from recycle_ds.inference.speculation.verification import Verification, verify_equal
+from recycle_ds.inference.speculation.tree import walk
+from recycle_ds.inference.speculation.verification import Verification
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
 # Two positions over three tokens. Drafts are sampled from Q, and kept tokens must be distributed as P. The second
@@ -58,7 +59,9 @@ def test_greedy_keeps_the_longest_agreeing_prefix(
     drafts: list[int], targets: list[int], verification: Verification
 ) -> None:
     """Prevents a draft kept after a rejected one, and a bonus token taken from the wrong position."""
-    assert verify_equal(drafts, targets) == verification
+    path = walk(drafts, (), targets)
+    assert path == list(range(1, len(path) + 1))
+    assert Verification(len(path), targets[len(path)]) == verification
 
 
 def _p_value(verify: Verify, seed: int = 0) -> float:
