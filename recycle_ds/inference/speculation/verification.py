@@ -1,8 +1,8 @@
 """Verification of a chain of drafts that were drawn at random, without the request's own seed: speculative sampling
 (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2). The output has the full
 model's distribution for any drafts. All other drafts are accepted where they are the token that the full model takes, see
-`walk` in tree.py. A pure function of drafts, distributions and counter-based random numbers. Shapes: N drafts, W = N + 1 positions scored by the full call, V token ids of this
-rank's shard of the vocabulary.
+`walk` in tree.py. A pure function of drafts, distributions and counter-based random numbers. Shapes: N drafts, W = N + 1
+positions scored by the full call, V token ids of this rank's shard of the vocabulary.
 """
 
 from __future__ import annotations
