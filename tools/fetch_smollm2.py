@@ -28,10 +28,13 @@ def fetch_smollm2(
     ] = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct (dequantised Q4_1) as an fp32 Hugging Face folder, ready for --model."""
+    from recycle_ds.checkpoint.conversion.kept_gguf import check_gguf_target
     from recycle_ds.checkpoint.errors import CheckpointError
     from recycle_ds.checkpoint.files.new_folder import check_target
 
     check_target(folder)  # before torch, which takes seconds to import
+    if gguf is not None:
+        check_gguf_target(gguf, folder)
     if wheel is not None and not wheel.is_file():
         raise CheckpointError(f"--wheel {wheel}: no such file")
     from recycle_ds.parallel.rendezvous import quiet_libraries
