@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from recycle_ds.config.command import run_command
+from recycle_ds.config.command import run_command, shown_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,7 +49,8 @@ def fetch_smollm2(
     module = f", recycle module of {source.recycle.layers} layer(s) in bf16" if with_module else ""
     print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32{module}")
     mode = "verified" if with_module else "autoregressive"
-    print(f'try: python -m recycle_ds.generate --model {folder} --mode {mode} --prompt "The capital of France is"')
+    options = ["--model", str(folder), "--mode", mode, "--prompt", "The capital of France is"]
+    print(f"try: {shown_command('recycle_ds.generate', *options)}")
 
 
 if __name__ == "__main__":
