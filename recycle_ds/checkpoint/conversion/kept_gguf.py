@@ -40,8 +40,9 @@ def check_gguf_target(target: Path, folder: Path | None = None, *, may_differ: b
         if not os.access(above, os.W_OK | os.X_OK):
             raise CheckpointError(f"{target}: {above} is not writable; name another file for the GGUF")
         exists = os.path.lexists(target)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{target}: cannot be written ({reason}); name another file for the GGUF") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error.strerror}); name another file for the GGUF"
+        ) from None
     if exists and not may_differ and not is_packaged_gguf(target):
         raise CheckpointError(f"{target}: already exists and is not the package's GGUF; name a new file, or remove it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -192,6 +193,22 @@ def test_a_peer_that_cannot_be_loaded_is_left_out(folder: Path, tmp_path: Path) 
     ]
     with pytest.raises(DecodingError, match="peer transformers: cannot be loaded"):
         open_peers(PeerRequest.parse("transformers"), broken, "fp32", 1, 8)
+
+
+def test_an_installation_that_cannot_be_imported_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents `--peers all` from failing because llama-cpp-python does not find its shared library."""
+    (tmp_path / "llama_cpp.py").write_text("raise OSError('libllama.so: cannot open shared object file')\n")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    found = open_peers(PeerRequest.parse("all", tmp_path / "a.gguf"), folder, "fp32", 1, 8)
+    assert [one.name for one in found.peers] == ["transformers", "prompt_lookup"]
+    (note,) = found.notes
+    assert note.startswith("peer llama.cpp left out: cannot be loaded (libllama.so: cannot open")
+    with pytest.raises(DecodingError, match=r"peer llama\.cpp: cannot be loaded \(libllama"):
+        open_peers(PeerRequest.parse("llama.cpp", tmp_path / "a.gguf"), folder, "fp32", 1, 8)
 
 
 def test_peers_end_where_the_context_ends(folder: Path, tmp_path: Path) -> None:
