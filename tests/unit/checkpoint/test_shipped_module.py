@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +109,35 @@ def test_a_module_that_does_not_fit_changes_nothing(plain: Path, module: Path, t
     assert sorted(os.listdir(plain)) == before
 
 
+@pytest.mark.parametrize("name", _FILES)
+def test_a_folder_in_the_place_of_a_file_is_reported(plain: Path, module: Path, name: str) -> None:
+    """Prevents a traceback, and a half attached module, where a file of the module would replace a folder."""
+    (plain / name).mkdir()
+    before = sorted(os.listdir(plain))
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: is a folder"):
+        attach(plain, module)
+    assert sorted(os.listdir(plain)) == before
+
+
+def test_a_failed_attachment_keeps_the_ranking_of_the_model(
+    plain: Path, module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents the loss of a model's own token ranking when the disk fails between the module's files."""
+    (plain / RANKING).write_text("the model's own")
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target).name == "recycle.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        attach(plain, module)
+    assert (plain / RANKING).read_text() == "the model's own"
+    assert not any(path.name.startswith((".tmp-", "recycle")) for path in plain.iterdir())
+
+
 def test_a_package_without_its_module_is_named(tmp_path: Path) -> None:
     """Prevents a download of minutes before the error that the module to attach is missing."""
     with pytest.raises(CheckpointError, match=r"recycle\.safetensors and recycle\.json missing"):
@@ -115,8 +146,6 @@ def test_a_package_without_its_module_is_named(tmp_path: Path) -> None:
 
 def test_the_shipped_module_is_intact() -> None:
     """Prevents a release with a damaged module, one above the limit of 10 MB, or one without its ranking or card."""
-    if not (SMOLLM2 / "recycle.safetensors").is_file():
-        pytest.skip("this checkout has no recycle.safetensors in recycle_ds/modules")
     check_shipped(SMOLLM2)
     recycle, files = read_module(SMOLLM2)
     assert list(files) == ["recycle.safetensors"] and files["recycle.safetensors"].bytes <= 10_000_000

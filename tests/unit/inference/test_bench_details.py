@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -21,7 +23,7 @@ from recycle_ds.inference.bench.bench_prompts import BenchPrompt, read_bench_pro
 from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, run_bench
 from recycle_ds.inference.bench.held_out import HELD_OUT, held_out_prompts
 from recycle_ds.inference.bench.parts import PARTS, time_by_part
-from recycle_ds.inference.bench.peers import PEERS, PeerRequest, check_peers
+from recycle_ds.inference.bench.peers import PEERS, PeerRequest, check_peers, open_peers
 from recycle_ds.inference.bench.plots import plot_decoding
 from recycle_ds.inference.bench.quality import mean_log_likelihood, quality
 from recycle_ds.inference.parameters import SamplingParams
@@ -74,9 +76,10 @@ def test_timers_are_removed_from_the_engine() -> None:
     """Prevents an engine that stays slow, or keeps adding up times, after it was timed by part."""
     decoder = Decoder(random_model(6, 1))
     runner = decoder.engine._executor._runner  # type: ignore[attr-defined]
-    before = (dict(vars(runner)), dict(vars(runner._weights)))
+    owners = (runner, runner._weights, runner._drafter)
+    before = [dict(vars(owner)) for owner in owners]
     time_by_part(decoder.engine, [[1, 2]], "verified", SamplingParams(max_new_tokens=6, draft_tokens=2))
-    after = (dict(vars(runner)), dict(vars(runner._weights)))
+    after = [dict(vars(owner)) for owner in owners]
     assert [set(one) for one in before] == [set(one) for one in after]
     assert all(before[1][name] is after[1][name] for name in ("head", "draft_head", "module"))
 
@@ -162,6 +165,10 @@ def test_peers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> No
         check_peers(PeerRequest.parse("transformers"), tmp_path)
     with pytest.raises(DecodingError, match=r"peer llama\.cpp: .*(is not installed|no such file)"):
         check_peers(PeerRequest(("llama.cpp",), True, tmp_path / "no.gguf"), folder)
+    with pytest.raises(DecodingError, match="all already has every peer"):
+        PeerRequest.parse("all,transformers")
+    with pytest.raises(DecodingError, match=r"only llama\.cpp uses it"):
+        PeerRequest.parse("transformers", tmp_path / "no.gguf")
     everything = PeerRequest.parse("all")
     assert everything.names == PEERS
     check_peers(everything, tmp_path)
@@ -171,6 +178,48 @@ def test_peers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> No
     result = bench_model(str(folder), file, settings, dtype="fp32", threads=1, peers=everything)
     assert list(result.report["peers"]) == ["transformers", "prompt_lookup"]
     assert [note.partition(":")[0] for note in result.notes] == ["peer llama.cpp left out"]
+
+
+def test_a_peer_that_cannot_be_loaded_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """Prevents `--peers all` from failing because of an installed program that cannot load the model."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    found = open_peers(PeerRequest.parse("all"), broken, "fp32", 1, 8)
+    assert found.peers == []
+    assert [note.partition(" left out")[0] for note in found.notes if "cannot be loaded" in note] == [
+        "peer transformers",
+        "peer prompt_lookup",
+    ]
+    with pytest.raises(DecodingError, match="peer transformers: cannot be loaded"):
+        open_peers(PeerRequest.parse("transformers"), broken, "fp32", 1, 8)
+
+
+def test_an_installation_that_cannot_be_imported_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents `--peers all` from failing because llama-cpp-python does not find its shared library."""
+    (tmp_path / "llama_cpp.py").write_text("raise OSError('libllama.so: cannot open shared object file')\n")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    found = open_peers(PeerRequest.parse("all", tmp_path / "a.gguf"), folder, "fp32", 1, 8)
+    assert [one.name for one in found.peers] == ["transformers", "prompt_lookup"]
+    (note,) = found.notes
+    assert note.startswith("peer llama.cpp left out: cannot be loaded (libllama.so: cannot open")
+    with pytest.raises(DecodingError, match=r"peer llama\.cpp: cannot be loaded \(libllama"):
+        open_peers(PeerRequest.parse("llama.cpp", tmp_path / "a.gguf"), folder, "fp32", 1, 8)
+
+
+def test_peers_end_where_the_context_ends(folder: Path, tmp_path: Path) -> None:
+    """Prevents a peer that writes beyond the positions of the model, and a text that so differs from ours."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a tale"}\n')
+    settings = BenchSettings(("autoregressive",), max_new_tokens=500, repeats=1)
+    request = PeerRequest.parse("transformers")
+    report = bench_model(str(folder), file, settings, dtype="fp32", threads=1, peers=request).report
+    own, peer = report["modes"]["autoregressive"], report["peers"]["transformers"]
+    assert own["new_tokens"] == peer["new_tokens"] < 500 and peer["identical_to_autoregressive"]
 
 
 def test_prompts_are_rendered_as_they_are_meant(tmp_path: Path) -> None:
