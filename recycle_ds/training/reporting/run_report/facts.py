@@ -146,6 +146,7 @@ def on_disk(run: Run) -> str:
 def lowest_validation(run: Run) -> str:
     """The lowest validation loss, and its step."""
     curves = run.metrics.evaluations
+    # a run whose evaluations have no such loss has steps alone
     pairs = zip(curves.values.get("eval_loss", ()), curves.steps, strict=False)
     finite = [(loss, step) for loss, step in pairs if math.isfinite(loss)]
     return f"{min(finite)[0]:.4f} at step {min(finite)[1]:,}" if finite else NONE
