@@ -58,18 +58,24 @@ static void gather(const View *view, int64_t head) {
     }
 }
 
-/* Stores the token's key and value (fp32, C each). */
-static void store(const View *view, int64_t head, const float *key, const float *value) {
-    uint16_t *keys = block_of(view, view->slot, head, 0), *values = block_of(view, view->slot, head, 1);
-    const int64_t lane = view->slot % BLOCK;
+/* Stores the token's key (fp32, C). */
+static void store_key(const View *view, int64_t head, const float *key) {
+    uint32_t *keys = (uint32_t *)block_of(view, view->slot, head, 0) + view->slot % BLOCK;
     for (int64_t c = 0; c < view->channels; c += 16) {
-        uint16_t k[16], v[16];
-        _mm256_storeu_si256((__m256i *)k, to_bf16(_mm512_loadu_ps(key + c)));
+        uint32_t pairs[8];
+        _mm256_storeu_si256((__m256i *)pairs, to_bf16(_mm512_loadu_ps(key + c)));
+        for (int64_t i = 0; i < 8; i++) keys[(c / 2 + i) * BLOCK] = pairs[i];
+    }
+}
+
+/* Stores the token's value (fp32, C). */
+static void store_value(const View *view, int64_t head, const float *value) {
+    const int64_t lane = view->slot % BLOCK;
+    uint16_t *values = block_of(view, view->slot, head, 1) + lane / 2 * 2 * view->channels + lane % 2;
+    for (int64_t c = 0; c < view->channels; c += 16) {
+        uint16_t v[16];
         _mm256_storeu_si256((__m256i *)v, to_bf16(_mm512_loadu_ps(value + c)));
-        for (int64_t i = 0; i < 16; i++) {
-            keys[(c + i) / 2 * 2 * BLOCK + lane * 2 + i % 2] = k[i];
-            values[lane / 2 * 2 * view->channels + (c + i) * 2 + lane % 2] = v[i];
-        }
+        for (int64_t i = 0; i < 16; i++) values[(c + i) * 2] = v[i];
     }
 }
 

@@ -89,18 +89,11 @@ INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-/* One token: rotates its queries and keys, and stores keys and values. mixed: fp32 [(H + 2 H_kv) C] */
-static void place(const Stack *stack, const Layer *layer, const View *view, int64_t position, float *mixed, uint16_t *queries) {
-    const int64_t channels = stack->channels, half = channels / 2, heads = stack->heads, kv_heads = stack->kv_heads;
-    for (int64_t h = 0; h < heads + kv_heads; h++) {
-        float *x = mixed + h * channels;
-        const float *norm = h < heads ? layer->query_norm : layer->key_norm;
-        if (norm) rms_norm(x, norm, channels, (float)stack->epsilon, x);
-        if (layer->rotated) rotate(x, stack->cosine + position * half, stack->sine + position * half, half);
-    }
-    narrow(mixed, heads * channels, queries);
-    const float *keys = mixed + heads * channels, *values = keys + kv_heads * channels;
-    for (int64_t h = 0; h < kv_heads; h++) store(view, h, keys + h * channels, values + h * channels);
+/* One head of a token: its norm, if there is one, and its rotation. x: fp32 [C] */
+INLINE void turn(const Stack *stack, const Layer *layer, const float *norm, int64_t position, float *x) {
+    const int64_t half = stack->channels / 2;
+    if (norm) rms_norm(x, norm, stack->channels, (float)stack->epsilon, x);
+    if (layer->rotated) rotate(x, stack->cosine + position * half, stack->sine + position * half, half);
 }
 
 INLINE void look(const Step *step, int64_t t, View *view) {
@@ -134,6 +127,7 @@ static void run_layer(
     const Layer *layer = stack->layers + index;
     const int64_t tokens = step->tokens, width = stack->width, query = stack->heads * stack->channels;
     const int64_t mixed = query + 2 * stack->kv_heads * stack->channels, groups = stack->heads / stack->kv_heads;
+    const int64_t entries = 2 * stack->kv_heads; /* keys and values of a token */
     char *own = room->own + thread * room->own_size;
     float *row = (float *)take(&own, room->row * 4);
     float *scores = (float *)take(&own, room->stride * MOST_GROUPS * 4);
@@ -142,6 +136,11 @@ static void run_layer(
     view.cache = stack->cache + index * stack->layer_size;
     view.kv_heads = stack->kv_heads, view.channels = stack->channels, view.copies = (uint16_t *)own;
 #define MULTIPLY(product, y) multiply(product, tokens, room->codes, room->scales, y, 0, thread, threads)
+#define ATTEND(head, token) { \
+        const int64_t h = head, t = token, at = t * query + h * groups * stack->channels; \
+        look(step, t, &view); \
+        attend(&view, h, groups, room->queries + at, room->wide + at, scores, probabilities, room->stride); \
+    }
 
     EACH_TOKEN {
         rms_norm(room->x + t * width, layer->attention_norm, width, (float)stack->epsilon, row);
@@ -151,15 +150,28 @@ static void run_layer(
     MULTIPLY(&layer->query_key_value, room->wide);
     BARRIER
     EACH_TOKEN {
+        float *queries = room->wide + t * mixed;
+        for (int64_t head = 0; head < stack->heads; head++)
+            turn(stack, layer, layer->query_norm, step->positions[t] + step->shift, queries + head * stack->channels);
+        narrow(queries, query, room->queries + t * query);
+    }
+    /* Head by head: tokens of one sequence lie in the same cache lines, which must not travel between the cores. */
+    for (int64_t i = entries * tokens * thread / threads; i < entries * tokens * (thread + 1) / threads; i++) {
+        const int64_t entry = i / tokens, t = i % tokens;
+        float *x = room->wide + t * mixed + query + entry * stack->channels;
         look(step, t, &view);
-        place(stack, layer, &view, step->positions[t] + step->shift, room->wide + t * mixed, room->queries + t * query);
+        if (entry < stack->kv_heads) {
+            turn(stack, layer, layer->key_norm, step->positions[t] + step->shift, x);
+            store_key(&view, entry, x);
+        } else {
+            store_value(&view, entry - stack->kv_heads, x);
+        }
     }
     BARRIER
-    for (int64_t i = thread; i < tokens * stack->kv_heads; i += threads) {
-        const int64_t t = i / stack->kv_heads, head = i % stack->kv_heads, at = t * query + head * groups * stack->channels;
-        look(step, t, &view);
-        attend(&view, head, groups, room->queries + at, room->wide + at, scores, probabilities, room->stride);
-    }
+    /* As many whole heads for each thread as there are, so that it reads their entries once; then tokens in turn. */
+    const int64_t own_heads = stack->kv_heads / threads, left = own_heads * threads;
+    for (int64_t i = 0; i < own_heads * tokens; i++) ATTEND(thread * own_heads + i / tokens, i % tokens)
+    for (int64_t i = thread; i < (stack->kv_heads - left) * tokens; i += threads) ATTEND(left + i / tokens, i % tokens)
     BARRIER
     EACH_TOKEN encode(room->wide + t * query, query, layer->output.limit, room->codes + t * query, room->scales + t);
     BARRIER
