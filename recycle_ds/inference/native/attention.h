@@ -13,7 +13,9 @@
 
 #include "vectors.h"
 
-enum { BLOCK = 16, MOST_GROUPS = 4 };
+/* POSITIONS_AHEAD: how far ahead the cache is prefetched. Its blocks lie apart, so the processor does not foresee them: with 400
+   positions a pass over 8 tokens takes 7.4 instead of 7.8 ms. */
+enum { BLOCK = 16, MOST_GROUPS = 4, POSITIONS_AHEAD = 3 * BLOCK };
 
 typedef struct {
     uint16_t *cache;       /* of one layer */
@@ -79,10 +81,16 @@ static void store_value(const View *view, int64_t head, const float *value) {
     }
 }
 
+/* What is read POSITIONS_AHEAD positions after the keys at `at`: other keys, or the first values. */
+INLINE const uint16_t *block_ahead(const View *view, int64_t head, int64_t first, int64_t at) {
+    const int64_t next = at + POSITIONS_AHEAD, over = next - view->at - 1;
+    return over < 0 ? seen_block(view, next, head, 0) : seen_block(view, first + over / BLOCK * BLOCK, head, 1);
+}
+
 /* `vectors` times 16 channels of the sums of values weighted by probabilities. */
 INLINE void weigh(
     const View *view, int64_t head, int groups, int vectors, int64_t channel, const uint16_t *probabilities, int64_t stride,
-    const float *totals, float *mixed) {
+    const float *totals, float *mixed, uint16_t *codes) {
     const int64_t first = view->lowest / BLOCK * BLOCK;
     __m512 sum[MOST_GROUPS][4];
 #pragma GCC unroll 4
@@ -93,6 +101,10 @@ INLINE void weigh(
         const uint16_t *values = seen_block(view, at, head, 1) + at % BLOCK * view->channels + channel * 2;
         /* memory that was never written may contain NaN, which a probability of 0 would not remove */
         const int32_t kept = (at < view->lowest ? 0 : 0xffff) | (at + 1 > view->at ? 0 : 0xffff0000);
+        if (at + POSITIONS_AHEAD <= view->at) {
+            const uint16_t *next = seen_block(view, at + POSITIONS_AHEAD, head, 1) + at % BLOCK * view->channels + channel * 2;
+            for (int i = 0; i < vectors; i++) _mm_prefetch((const char *)(next + 32 * i), _MM_HINT_T0);
+        }
         __m512i v[4];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++)
@@ -107,16 +119,20 @@ INLINE void weigh(
 #pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++)
-            _mm512_storeu_ps(
-                mixed + g * view->channels + channel + 16 * i, _mm512_div_ps(sum[g][i], _mm512_set1_ps(totals[g])));
+        for (int i = 0; i < vectors; i++) {
+            const int64_t at = g * view->channels + channel + 16 * i;
+            const __m512 mean = _mm512_div_ps(sum[g][i], _mm512_set1_ps(totals[g]));
+            if (codes) _mm256_storeu_si256((__m256i *)(codes + at), to_bf16(mean));
+            else _mm512_storeu_ps(mixed + at, mean);
+        }
 }
 
-/* Attends with `groups` query heads (bf16, C each; a constant at each call) of one key/value head. Writes fp32 [groups, C].
+/* Attends with `groups` query heads (bf16, C each; a constant at each call) of one key/value head. Writes fp32 [groups, C], or
+   the same in bf16 to `codes`, if it is not NULL.
    scores: room for groups x stride numbers, probabilities likewise; stride: visible positions, rounded up. */
 INLINE void attend_groups(
-    const View *view, int64_t head, int groups, const uint16_t *query, float *mixed, float *scores, uint16_t *probabilities,
-    int64_t stride) {
+    const View *view, int64_t head, int groups, const uint16_t *query, float *mixed, uint16_t *codes, float *scores,
+    uint16_t *probabilities, int64_t stride) {
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)view->channels)), none = _mm512_set1_ps(-INFINITY);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int64_t first = view->lowest / BLOCK * BLOCK, pairs = view->channels / 2;
@@ -124,11 +140,13 @@ INLINE void attend_groups(
 #pragma GCC unroll 4
     for (int g = 0; g < groups; g++) most[g] = none;
     for (int64_t at = first; at <= view->at; at += BLOCK) {
-        const uint16_t *keys = seen_block(view, at, head, 0);
+        const uint16_t *keys = seen_block(view, at, head, 0), *next = block_ahead(view, head, first, at);
         __m512 sum[MOST_GROUPS][2];
 #pragma GCC unroll 4
         for (int g = 0; g < groups; g++) sum[g][0] = sum[g][1] = _mm512_setzero_ps();
         for (int64_t c = 0; c < pairs; c += 2) {
+            _mm_prefetch((const char *)(next + c * 2 * BLOCK), _MM_HINT_T0);
+            _mm_prefetch((const char *)(next + (c + 1) * 2 * BLOCK), _MM_HINT_T0);
             __m512i k0 = _mm512_loadu_si512(keys + c * 2 * BLOCK), k1 = _mm512_loadu_si512(keys + (c + 1) * 2 * BLOCK);
 #pragma GCC unroll 4
             for (int g = 0; g < groups; g++) {
@@ -164,24 +182,25 @@ INLINE void attend_groups(
     }
     int64_t channel = 0;
     for (; channel + 64 <= view->channels; channel += 64)
-        weigh(view, head, groups, 4, channel, probabilities, stride, totals, mixed);
+        weigh(view, head, groups, 4, channel, probabilities, stride, totals, mixed, codes);
     for (; channel < view->channels; channel += 16)
-        weigh(view, head, groups, 1, channel, probabilities, stride, totals, mixed);
+        weigh(view, head, groups, 1, channel, probabilities, stride, totals, mixed, codes);
 }
 
 /* Attends with all query heads of one key/value head, to the entries that `place` has stored for all tokens. */
 static void attend(
-    const View *view, int64_t head, int64_t groups, const uint16_t *query, float *mixed, float *scores,
-    uint16_t *probabilities, int64_t stride) {
+    const View *view, int64_t head, int64_t groups, const uint16_t *query, float *mixed, uint16_t *codes,
+    float *scores, uint16_t *probabilities, int64_t stride) {
     if (view->moved <= view->at) gather(view, head);
     for (int64_t g = 0; g < groups; g += MOST_GROUPS) {
         const uint16_t *from = query + g * view->channels;
         float *to = mixed + g * view->channels;
+        uint16_t *to_codes = codes ? codes + g * view->channels : NULL;
         switch (groups - g) {
-            case 1: attend_groups(view, head, 1, from, to, scores, probabilities, stride); break;
-            case 2: attend_groups(view, head, 2, from, to, scores, probabilities, stride); break;
-            case 3: attend_groups(view, head, 3, from, to, scores, probabilities, stride); break;
-            default: attend_groups(view, head, 4, from, to, scores, probabilities, stride); break;
+            case 1: attend_groups(view, head, 1, from, to, to_codes, scores, probabilities, stride); break;
+            case 2: attend_groups(view, head, 2, from, to, to_codes, scores, probabilities, stride); break;
+            case 3: attend_groups(view, head, 3, from, to, to_codes, scores, probabilities, stride); break;
+            default: attend_groups(view, head, 4, from, to, to_codes, scores, probabilities, stride); break;
         }
     }
 }

@@ -170,7 +170,7 @@ void recycle_ds_choose(const Head *head, const Choice *choice) {
             part.scale = product->scale ? product->scale + first : 0;
             part.bias = product->bias ? product->bias + first : 0;
             part.outputs = size;
-            multiply(&part, rows, room.codes, room.scales, room.logits, 0, 0, 1);
+            multiply(&part, rows, room.codes, room.scales, room.logits, NULL, 0, 0, 1);
             while (barred < head->barred_count && head->barred[barred] < first) barred++;
             for (; barred < head->barred_count && head->barred[barred] < first + size; barred++)
                 for (int64_t r = 0; r < rows; r++) room.logits[r * size + head->barred[barred] - first] = -INFINITY;

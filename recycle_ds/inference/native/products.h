@@ -42,9 +42,11 @@ INLINE void encode(const float *row, int64_t count, int64_t limit, uint16_t *cod
     }
 }
 
-/* One panel for `rows` rows of x (a constant at each call). add: whether the product is added to y. */
+/* One panel for `rows` rows of x (a constant at each call). add: whether the product is added to y. codes: where gated outputs
+   go in bf16 instead of y, or NULL. */
 INLINE void tile(
-    const Product *product, int64_t panel, int rows, const uint16_t *x, const float *scales, float *y, int add) {
+    const Product *product, int64_t panel, int rows, const uint16_t *x, const float *scales, float *y, uint16_t *codes,
+    int add) {
     const int64_t pairs = product->inputs / 2;
     __m512 result[MOST_ROWS][2];
     if (product->limit) {
@@ -102,8 +104,11 @@ INLINE void tile(
     const int64_t stride = product->outputs;
     if (product->gated) {
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; r++)
-            _mm512_storeu_ps(y + r * stride + panel * 16, _mm512_mul_ps(silu(result[r][0]), result[r][1]));
+        for (int r = 0; r < rows; r++) {
+            const __m512 gated = _mm512_mul_ps(silu(result[r][0]), result[r][1]);
+            if (codes) _mm256_storeu_si256((__m256i *)(codes + r * stride + panel * 16), to_bf16(gated));
+            else _mm512_storeu_ps(y + r * stride + panel * 16, gated);
+        }
         return;
     }
     const int64_t left = stride - panel * PANEL;
@@ -121,10 +126,10 @@ INLINE void tile(
     }
 }
 
-/* This thread's share of the panels, for encoded rows x. */
+/* This thread's share of the panels, for encoded rows x. codes: as of `tile`. */
 static void multiply(
-    const Product *product, int64_t rows, const uint16_t *x, const float *scales, float *y, int add, int thread,
-    int threads) {
+    const Product *product, int64_t rows, const uint16_t *x, const float *scales, float *y, uint16_t *codes, int add,
+    int thread, int threads) {
     const int64_t width = product->gated ? PANEL / 2 : PANEL;
     const int64_t panels = (product->outputs + width - 1) / width;
     const int64_t most = product->limit ? MOST_INT8_ROWS : MOST_ROWS, tiles = (rows + most - 1) / most;
@@ -133,8 +138,9 @@ static void multiply(
             const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
             const uint16_t *from = x + first * product->inputs;
             float *to = y + first * product->outputs;
+            uint16_t *to_codes = codes ? codes + first * product->outputs : NULL;
             switch (count) {
-#define CASE(N) case N: tile(product, panel, N, from, scales + first, to, add); break;
+#define CASE(N) case N: tile(product, panel, N, from, scales + first, to, to_codes, add); break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
             }

@@ -108,15 +108,16 @@ INLINE void look(const Step *step, int64_t t, View *view) {
 #define BARRIER wait_for_all(barrier, threads);
 #define EACH_TOKEN for (int64_t t = thread; t < tokens; t += threads)
 
-/* x += the product of encoded rows, summed over the ranks. Afterwards a thread may read the rows of its tokens. */
+/* The states += the product of encoded rows x, summed over the ranks. Afterwards a thread may read the rows of its tokens. */
 static void add_product(
-    const Product *product, int64_t tokens, const Room *room, Ranks *ranks, int thread, int threads, Barrier *barrier) {
+    const Product *product, int64_t tokens, const uint16_t *x, const Room *room, Ranks *ranks, int thread, int threads,
+    Barrier *barrier) {
     if (!ranks->exchange) {
-        multiply(product, tokens, room->codes, room->scales, room->x, 1, thread, threads);
+        multiply(product, tokens, x, room->scales, room->x, NULL, 1, thread, threads);
         BARRIER
         return;
     }
-    multiply(product, tokens, room->codes, room->scales, begin(ranks), 0, thread, threads);
+    multiply(product, tokens, x, room->scales, begin(ranks), NULL, 0, thread, threads);
     meet(ranks, thread, threads, barrier);
     EACH_TOKEN add_places(ranks, t * product->outputs, product->outputs, room->x + t * product->outputs);
 }
@@ -128,6 +129,8 @@ static void run_layer(
     const int64_t tokens = step->tokens, width = stack->width, query = stack->heads * stack->channels;
     const int64_t mixed = query + 2 * stack->kv_heads * stack->channels, groups = stack->heads / stack->kv_heads;
     const int64_t entries = 2 * stack->kv_heads; /* keys and values of a token */
+    /* What is rounded to bf16 leaves its thread so; integers need the scale of a whole row. */
+    const int encodes = !layer->output.limit && !layer->down.limit;
     char *own = room->own + thread * room->own_size;
     float *row = (float *)take(&own, room->row * 4);
     float *scores = (float *)take(&own, room->stride * MOST_GROUPS * 4);
@@ -135,11 +138,12 @@ static void run_layer(
     View view = {0};
     view.cache = stack->cache + index * stack->layer_size;
     view.kv_heads = stack->kv_heads, view.channels = stack->channels, view.copies = (uint16_t *)own;
-#define MULTIPLY(product, y) multiply(product, tokens, room->codes, room->scales, y, 0, thread, threads)
+#define MULTIPLY(product, y) multiply(product, tokens, room->codes, room->scales, y, NULL, 0, thread, threads)
 #define ATTEND(head, token) { \
         const int64_t h = head, t = token, at = t * query + h * groups * stack->channels; \
         look(step, t, &view); \
-        attend(&view, h, groups, room->queries + at, room->wide + at, scores, probabilities, room->stride); \
+        attend(&view, h, groups, room->queries + at, room->wide + at, encodes ? room->codes + at : NULL, scores, \
+               probabilities, room->stride); \
     }
 
     EACH_TOKEN {
@@ -173,20 +177,25 @@ static void run_layer(
     for (int64_t i = 0; i < own_heads * tokens; i++) ATTEND(thread * own_heads + i / tokens, i % tokens)
     for (int64_t i = thread; i < (stack->kv_heads - left) * tokens; i += threads) ATTEND(left + i / tokens, i % tokens)
     BARRIER
-    EACH_TOKEN encode(room->wide + t * query, query, layer->output.limit, room->codes + t * query, room->scales + t);
-    BARRIER
-    add_product(&layer->output, tokens, room, ranks, thread, threads, barrier);
+    if (!encodes) {
+        EACH_TOKEN encode(room->wide + t * query, query, layer->output.limit, room->codes + t * query, room->scales + t);
+        BARRIER
+    }
+    add_product(&layer->output, tokens, room->codes, room, ranks, thread, threads, barrier);
     EACH_TOKEN {
         rms_norm(room->x + t * width, layer->mlp_norm, width, (float)stack->epsilon, row);
         encode(row, width, layer->gate_up.limit, room->codes + t * width, room->scales + t);
     }
     BARRIER
-    MULTIPLY(&layer->gate_up, room->wide);
+    uint16_t *gated = (uint16_t *)room->wide; /* the product still reads room->codes */
+    multiply(&layer->gate_up, tokens, room->codes, room->scales, room->wide, encodes ? gated : NULL, 0, thread, threads);
     BARRIER
-    EACH_TOKEN encode(
-        room->wide + t * stack->ffn, stack->ffn, layer->down.limit, room->codes + t * stack->ffn, room->scales + t);
-    BARRIER
-    add_product(&layer->down, tokens, room, ranks, thread, threads, barrier);
+    if (!encodes) {
+        EACH_TOKEN encode(
+            room->wide + t * stack->ffn, stack->ffn, layer->down.limit, room->codes + t * stack->ffn, room->scales + t);
+        BARRIER
+    }
+    add_product(&layer->down, tokens, encodes ? gated : room->codes, room, ranks, thread, threads, barrier);
 }
 
 /* Runs all layers. The states leave through the final norm, if there is one. Returns -1, or the tensor rank that has not
@@ -217,7 +226,7 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
             float *y = ranks->exchange ? begin(ranks) : room.x;
             if (step->added) EACH_TOKEN widen(step->added + t * columns, columns, y + t * columns);
             BARRIER
-            multiply(&stack->joined, tokens, room.codes, room.scales, y, step->added != 0, thread, threads);
+            multiply(&stack->joined, tokens, room.codes, room.scales, y, NULL, step->added != 0, thread, threads);
             if (ranks->exchange) {
                 meet(ranks, thread, threads, barrier);
                 EACH_TOKEN for (int64_t rank = 0; rank < ranks->exchange->size; rank++)
@@ -258,6 +267,6 @@ void recycle_ds_multiply(
             encode(row, inputs, product->limit, codes + r * inputs, scales + r);
         }
         BARRIER
-        multiply(product, rows, codes, scales, y, 0, thread, threads);
+        multiply(product, rows, codes, scales, y, NULL, 0, thread, threads);
     }
 }
