@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from recycle_ds.inference.engine.cache import Cache, Tokens
-from recycle_ds.inference.engine.drafting import Drafter, position_of
+from recycle_ds.inference.engine.drafting.drafter import Drafter
+from recycle_ds.inference.engine.drafting.entries import position_of
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.generation import Logprobs

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
-from recycle_ds.inference.native.heads import NativeHead
+from recycle_ds.inference.engine.heads import Head, head_of
+from recycle_ds.inference.native.growing import NativeGrower
 from recycle_ds.inference.native.packing import PackedProduct
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
 from recycle_ds.inference.native.torch_products import Norm, Product
+from recycle_ds.inference.speculation.tree import BRANCH
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
@@ -98,7 +100,8 @@ class Module:
         module, int8 = model.recycle, model.int8 or compiled  # drafts are only guesses
         assert module is not None
         self._rotary = model.rotary
-        self._stack: NativeStack | None = None
+        self.stack: NativeStack | None = None
+        """The module without taps, where it is compiled."""
         self._tap_norms = [Norm(norm) for norm in module.tap_norms]
         taps = module.tap_projection
         product = PackedProduct if compiled else Product
@@ -106,11 +109,11 @@ class Module:
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
         exchange = None if ranks is None else ranks.exchange
-        self._confidence = module.confidence
+        self.confidence_layer = module.confidence
         if compiled:
             join = Join((module.hidden_norm, module.embedding_norm), module.projection.weight)
             blocks, final = list(module.blocks), module.final_norm
-            self._stack = NativeStack(blocks, model.rotary, final, join, int8=int8, exchange=exchange)
+            self.stack = NativeStack(blocks, model.rotary, final, join, int8=int8, exchange=exchange)
             return
         self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
         self._projection = Product(module.projection.weight, int8=int8)
@@ -124,9 +127,9 @@ class Module:
         tapped_TE = None
         if hidden_TD.shape[1] > self._width:
             hidden_TD, tapped_TE = hidden_TD[:, : self._width], hidden_TD[:, self._width :].contiguous()
-        if self._stack is not None:
+        if self.stack is not None:
             inputs = (hidden_TD, embedded_TD)
-            return self._stack(inputs, tokens.spans, tokens.keys_values, shift=tokens.shift, added=tapped_TE)[0]
+            return self.stack(inputs, tokens.spans, tokens.keys_values, shift=tokens.shift, added=tapped_TE)[0]
         pair = torch.cat((self._hidden_norm(hidden_TD), self._embedding_norm(embedded_TD)), dim=-1)
         x_TD = self._projection(pair, tapped_TE)
         if self._ranks is not None:  # every rank has some of the columns
@@ -138,37 +141,13 @@ class Module:
 
     def confidence(self, states_TD: Tensor) -> Tensor | None:
         """The probability that the draft of each state is accepted [T], by the module's confidence layer; None without one."""
-        return None if self._confidence is None else self._confidence(states_TD)[:, 0].float().sigmoid()
+        return None if self.confidence_layer is None else self.confidence_layer(states_TD)[:, 0].float().sigmoid()
 
     def tapped(self, taps: Sequence[Tensor]) -> Tensor:
         """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""
         assert self._tap_projection is not None, "the module has no taps"
         normed = [norm(state) for norm, state in zip(self._tap_norms, taps, strict=True)]
         return self._tap_projection(torch.cat(normed, dim=-1)).to(normed[0].dtype)
-
-
-class Head:
-    """The rows of the output head for some token ids of this rank's shard."""
-
-    def __init__(
-        self, weight_VD: Tensor, ids: Tensor | None, barred: Tensor | None, *, int8: bool, compiled: bool
-    ) -> None:
-        """ids: token ids of the rows, int64, ascending; None for 0, 1, ... barred: rows that are never chosen, int64,
-        ascending; None for none."""
-        self.native: NativeHead | None = None
-        """The same head without logits, where it is compiled."""
-        self._product: PackedProduct | Product
-        if compiled:
-            self._product = PackedProduct(weight_VD, int8=int8)
-            self.native = NativeHead(self._product, ids, barred)
-        else:
-            self._product = Product(weight_VD, int8=int8)
-        self._barred = barred
-
-    def __call__(self, states_RD: Tensor) -> Tensor:
-        """fp32 logits [R, V]."""
-        logits_RV = self._product(states_RD).float()
-        return logits_RV if self._barred is None else logits_RV.index_fill_(-1, self._barred, -torch.inf)
 
 
 class StageWeights:
@@ -205,17 +184,23 @@ class StageWeights:
         self.candidates: Candidates | None = None
         """`NativeHead.candidates` of `draft_head`; None where `likeliest` is."""
         self.module: Module | None = None
+        self.grower: NativeGrower | None = None
+        """Grows trees of drafts in one call; None where `likeliest` is, or without a recycle module."""
         if model.final_norm is not None:
             self.final_norm = Norm(model.final_norm)
-            self.head = self.draft_head = _head(model, compiled)[1]
+            self.head = self.draft_head = head_of(model, compiled)[1]
         if model.recycle is not None:
             self.module = Module(model, ranks, compiled=compiled)
             if model.draft_ids is not None:
-                self.draft_ids, self.draft_head = _head(model, compiled, model.draft_ids)
+                self.draft_ids, self.draft_head = head_of(model, compiled, model.draft_ids)
         if self.head is not None and self.draft_head is not None and ranks is None:
             full, drafts = self.head.native, self.draft_head.native
-            self.likeliest = None if full is None else full.likeliest
+            self.likeliest = None if full is None else self.head.likeliest
             self.candidates = None if drafts is None else drafts.candidates
+            if drafts is not None and self.module is not None and self.module.stack is not None:
+                assert self._embedding is not None, "the module reads embeddings"
+                weight, layer = self._embedding.weight.detach(), self.module.confidence_layer
+                self.grower = NativeGrower(self.module.stack, drafts, weight, layer, BRANCH)
         attention = _any_block(model).attention
         self._taps = [number for number, index in enumerate(model.blocks) if int(index) in model.recycle_config.taps]
         self.layers = len(blocks)
@@ -266,25 +251,6 @@ def _angles(rotary: Rotary, tokens: Tokens, dtype: torch.dtype) -> CosineSine:
     """Cosines and sines [T, 1, C/2] of the tokens' positions."""
     cosine, sine = rotary(tokens.rotary_positions()[:, None], dtype)
     return cosine[:, 0], sine[:, 0]
-
-
-def _head(model: RecycleGPT, compiled: bool, ids: Tensor | None = None) -> tuple[Tensor, Head]:
-    """This shard's part of the vocabulary, or of the given ids: token ids, and their rows of the head.
-
-    Ids without a token (of a padded vocabulary) are never chosen: not by the full model and not by the module, so that
-    verification stays exact. Nor is the single row that stands for an empty shard.
-    """
-    weight, first = model.head_weight, model.shard.first
-    own = torch.arange(first, first + model.shard.valid) if ids is None else ids.cpu()
-    own = own[(own >= first) & (own < first + model.shard.valid)]
-    barred = torch.isin(own, torch.tensor(model.unnamed_ids, dtype=torch.int64))
-    if len(own) == 0:
-        own, barred = torch.tensor([first]), torch.tensor([True])
-    own = own.to(weight.device)
-    rows = weight[: len(own)] if ids is None else weight[own - first]
-    barred_ids = barred.nonzero()[:, 0].to(weight.device) if barred.any() else None
-    int8 = model.int8 or (compiled and ids is not None)  # drafts are only guesses
-    return own, Head(rows, None if ids is None else own, barred_ids, int8=int8, compiled=compiled)
 
 
 def _any_block(model: RecycleGPT) -> Block:

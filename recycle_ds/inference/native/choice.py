@@ -1,4 +1,4 @@
-"""Sampling tokens from logits in one call: see choice.h. Shapes: R rows, V token ids."""
+"""Sampling tokens from logits in one call: see c/choice.h. Shapes: R rows, V token ids."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from recycle_ds.parallel.peers import PeerLost
 
 
 class ExchangeStruct(ctypes.Structure):
-    """`Exchange` in exchange.h."""
+    """`Exchange` in c/exchange.h."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p),

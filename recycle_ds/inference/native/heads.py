@@ -1,4 +1,4 @@
-"""Choice of tokens by an output head in the compiled kernels: see heads.h. Shapes: R rows, D width, K tokens of each row."""
+"""Choice of tokens by an output head in the compiled kernels: see c/heads.h. Shapes: R rows, D width, K tokens of each row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
 class _HeadStruct(ctypes.Structure):
-    """`Head` in heads.h."""
+    """`Head` in c/heads.h."""
 
     _fields_ = (("product", ProductStruct), ("ids", _POINTER), ("barred", _POINTER), ("barred_count", _INTEGER))
 
 
-class _ChoiceStruct(ctypes.Structure):
-    """`Choice` in heads.h."""
+class ChoiceStruct(ctypes.Structure):
+    """`Choice` in c/heads.h."""
 
     _fields_ = (
         *((name, _INTEGER) for name in ("rows", "count", "threads")),
@@ -38,12 +38,18 @@ class NativeHead:
         self._ids = None if ids is None else ids.contiguous()
         self._barred = None if barred is None else barred.contiguous()
         barred_count = 0 if barred is None else len(barred)
-        self._allowed = product.outputs - barred_count
+        self.allowed = product.outputs - barred_count
+        """Outputs that may be chosen."""
         self._product = product  # keeps the weight
         self._head = _HeadStruct(product.struct, address(self._ids), address(self._barred), barred_count)
-        self._head_address = ctypes.addressof(self._head)
+        self.address = ctypes.addressof(self._head)
         self._room = torch.empty(0, dtype=torch.uint8)
         self._room_for = (0, 0, 0)
+
+    def room(self, choice: ChoiceStruct) -> int:
+        """Bytes that choices of a size need."""
+        needed: int = self._kernels.recycle_ds_choice_room(self.address, ctypes.addressof(choice))
+        return needed
 
     def likeliest(self, states_RD: Tensor) -> list[int]:
         """The likeliest token id of each row by the logits that the product gives; among equal ones the lowest.
@@ -61,7 +67,7 @@ class NativeHead:
         and their log probabilities [R, K], fp32, over all tokens that are not barred; K is less than `count` if these are
         fewer. states_RD: bf16. inverse_temperature_R: fp32, positive; None for 1. keys_R: int64, see `noise.key`; a row with
         one that is not 0 has, in place of its logits, what sampling with these random numbers takes the maximum of."""
-        rows, count = len(states_RD), min(count, self._allowed)
+        rows, count = len(states_RD), min(count, self.allowed)
         ids_RK = torch.empty(rows, count, dtype=torch.int64)
         log_probabilities_RK = torch.empty(rows, count)
         self._choose(states_RD, count, inverse_temperature_R, ids_RK, log_probabilities_RK, keys_R)
@@ -80,7 +86,7 @@ class NativeHead:
         states_RD = states_RD.contiguous()
         factors_R = None if factors_R is None else factors_R.contiguous()
         size = (len(states_RD), count, torch.get_num_threads())
-        choice = _ChoiceStruct(
+        choice = ChoiceStruct(
             *size, states_RD.data_ptr(), address(factors_R), ids.data_ptr(), address(log_probabilities),
             -(-self._room.data_ptr() // 64) * 64, address(keys_R),
         )  # fmt: skip
@@ -89,8 +95,7 @@ class NativeHead:
         if size[0] > room[0] or size[1] > room[1] or size[2] > room[2]:
             rows, count, threads = (max(pair) for pair in zip(size, room, strict=True))
             self._room_for = rows, count, threads
-            largest = _ChoiceStruct(rows, count, threads)
-            needed = self._kernels.recycle_ds_choice_room(self._head_address, ctypes.addressof(largest))
-            self._room = torch.empty(needed + 64, dtype=torch.uint8)
+            largest = ChoiceStruct(rows, count, threads)
+            self._room = torch.empty(self.room(largest) + 64, dtype=torch.uint8)
             choice.room = -(-self._room.data_ptr() // 64) * 64
-        self._kernels.recycle_ds_choose(self._head_address, choice_address)
+        self._kernels.recycle_ds_choose(self.address, choice_address)

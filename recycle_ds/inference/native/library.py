@@ -24,7 +24,14 @@ import torch
 
 from recycle_ds.config.cache_folder import cache_folder
 
-_SOURCES = ("stack.c", "attention.h", "choice.h", "exchange.h", "heads.h", "products.h", "vectors.h")
+_FOLDER = Path(__file__).with_name("c")
+_SOURCES = (
+    "kernels.c",
+    *(
+        f"{name}.h"
+        for name in ("attention", "choice", "exchange", "grow", "heads", "products", "screen", "stack", "vectors")
+    ),
+)
 # Without contraction, a sum is rounded in the same way wherever the compiler inlines it.
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -58,7 +65,7 @@ def _load() -> ctypes.CDLL:
     openmp = _openmp_of_torch()
     compiler = _compiler()
     folder = cache_folder()
-    sources = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _SOURCES}
+    sources = {name: (_FOLDER / name).read_text(encoding="utf-8") for name in _SOURCES}
     key = (sources, _run([*compiler, "--version"]), _processor(), _FLAGS, openmp)
     name = f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
     if folder is not None and (folder / name).is_file():
@@ -87,6 +94,7 @@ def _kept(built: Path, path: Path) -> Path:
 
 
 def _open(path: Path) -> ctypes.CDLL:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -94,12 +102,15 @@ def _open(path: Path) -> ctypes.CDLL:
     library.recycle_ds_room.restype = ctypes.c_int64
     library.recycle_ds_run.restype = ctypes.c_int64
     library.recycle_ds_choice_room.restype = ctypes.c_int64
+    library.recycle_ds_grow.restype = None
+    library.recycle_ds_grow.argtypes = (pointer, pointer, integer, pointer, pointer)
     library.recycle_ds_multiply.restype = library.recycle_ds_choose.restype = None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.recycle_ds_multiply.argtypes = (pointer, integer, pointer, pointer, pointer, integer)
     library.recycle_ds_sample.restype = None
     library.recycle_ds_sample.argtypes = (pointer, *(integer,) * 3, *(pointer,) * 4, integer)
-    for function in ("room", "run", "choice_room", "choose"):
+    library.recycle_ds_screen_room.restype = integer
+    library.recycle_ds_likeliest.restype = None
+    for function in ("room", "run", "choice_room", "choose", "screen_room", "likeliest"):
         getattr(library, f"recycle_ds_{function}").argtypes = (pointer, pointer)
     return library
 
@@ -121,7 +132,7 @@ def _compile(compiler: Sequence[str], folder: Path, openmp: str) -> Path:
     """Compiles into a folder. The library is linked with the OpenMP library that PyTorch has loaded: the threads of two
     would spin on the same cores and slow each other down tenfold."""
     compiled, linked = folder / "kernels.o", folder / "kernels.so"
-    _run([*compiler, *_FLAGS, "-c", str(Path(__file__).with_name("stack.c")), "-o", str(compiled)])
+    _run([*compiler, *_FLAGS, "-c", str(_FOLDER / "kernels.c"), "-o", str(compiled)])
     _run([*compiler, "-shared", str(compiled), openmp, "-lm", "-o", str(linked)])
     return linked
 

@@ -11,14 +11,14 @@ from recycle_ds.inference.native.arena import Arena
 from recycle_ds.inference.native.library import kernels
 
 _PANEL = 32
-"""Outputs that are computed together; as in products.h."""
+"""Outputs that are computed together; as in c/products.h."""
 _LARGEST = 127
 _INT32 = 2**31 - 1
 _INT16 = 2**15 - 1
 
 
 class ProductStruct(ctypes.Structure):
-    """`Product` in products.h."""
+    """`Product` in c/products.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-"""Where a call's tokens are in the cache and what they see, as the kernels read it: see `Step` in stack.c."""
+"""Where a call's tokens are in the cache and what they see, as the kernels read it: see `Step` in c/stack.h."""
 
 from __future__ import annotations
 

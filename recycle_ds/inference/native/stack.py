@@ -1,4 +1,4 @@
-"""A stack of transformer blocks as one call: see stack.c. The numbers of a token do not depend on the other tokens of a call.
+"""A stack of transformer blocks as one call: see c/stack.h. The numbers of a token do not depend on the other tokens of a call.
 
 Inside, sums and the residual stream are fp32; what enters products, and what the cache keeps, is rounded to bf16 (with
 int8 weights, what enters products to integers). Shapes: T tokens, D width, C channels of a head.
@@ -48,7 +48,9 @@ class _StackStruct(ctypes.Structure):
     )
 
 
-class _StepStruct(ctypes.Structure):
+class StepStruct(ctypes.Structure):
+    """`Step` in c/stack.h."""
+
     _fields_ = (
         *((name, _INTEGER) for name in ("tokens", "longest", "threads", "shift", "copied")),
         *((name, _POINTER) for name in ("slots", "positions", "lowest", "table", "blocks", "paths", "moved")),
@@ -114,7 +116,7 @@ class NativeStack:
         assert isinstance(first, Block) and isinstance(first.attention, Attention)
         attention, norm = first.attention, first.attention_norm
         assert isinstance(norm, RMSNorm)
-        self._width, self._count = len(norm.weight), len(blocks)
+        self.width, self._count = len(norm.weight), len(blocks)
         norms = [] if join is None else [self._numbers(norm.weight) for norm in join.norms]
         norm_addresses = (_POINTER * max(len(norms), 1))(*norms)
         joined = ProductStruct()
@@ -127,13 +129,13 @@ class NativeStack:
             ctypes.addressof(layers), None, self._numbers(rotary.cosine), self._numbers(rotary.sine),
             None if final_norm is None else self._numbers(final_norm.weight), ctypes.addressof(norm_addresses),
             None if exchange is None else ctypes.addressof(exchange.struct), joined,
-            len(blocks), len(norms), 0, self._width, attention.heads, attention.kv_heads, attention.channels,
+            len(blocks), len(norms), 0, self.width, attention.heads, attention.kv_heads, attention.channels,
             len(first.mlp.gate_up.weight) // 2, norm.epsilon,
         )  # fmt: skip
         self._room = torch.empty(0, dtype=torch.uint8)
         self._room_for = (0, 0, 0, 0)
         # of the latest call: its fields are written again by each one
-        self._step = _StepStruct()
+        self._step = StepStruct()
         self._addresses = ctypes.addressof(self._stack), ctypes.addressof(self._step)
         self._inputs = (_POINTER * max(len(norms), 1))()
         self._tapped = (_POINTER * max(len(blocks), 1))()
@@ -177,17 +179,17 @@ class NativeStack:
         """Runs the blocks over the tokens of some spans, and stores their keys and values.
 
         inputs: bf16 [T, D] each; several are joined. keys_values: the cache [layers, slots, 2 H_kv, C]; a block of 16 slots
-        has an order of its own, see attention.h. shift: what to add to a slot's position for its rotary position. added:
+        has an order of its own, see c/attention.h. shift: what to add to a slot's position for its rotary position. added:
         bf16 [T, D], added to the joined inputs; of tensor ranks, this rank's columns. taps: numbers of blocks whose states
         are returned too. Returns the states and the tapped ones, bf16 [T, D] each. Raises PeerLost.
         """
         tokens = sum(span.count for span in spans)
-        if self._exchange is not None and tokens > (most := self._exchange.struct.room // (4 * self._width)):
+        if self._exchange is not None and tokens > (most := self._exchange.struct.room // (4 * self.width)):
             return self._in_groups(divided(spans, most), inputs, keys_values, shift, added, taps)
         places = Places(spans)
         inputs = [one.contiguous() for one in inputs]
         added = None if added is None else added.contiguous()
-        states = torch.empty(tokens, self._width, dtype=torch.bfloat16)
+        states = torch.empty(tokens, self.width, dtype=torch.bfloat16)
         tapped = [torch.empty_like(states) for _ in taps]
         self._describe(places, shift, inputs, added, states)
         self._step.tapped = None
@@ -197,11 +199,20 @@ class NativeStack:
             for layer, one in zip(taps, tapped, strict=True):
                 self._tapped[layer] = one.data_ptr()
             self._step.tapped = ctypes.addressof(self._tapped)
-        self._stack.cache, self._stack.layer_size = keys_values.data_ptr(), keys_values.stride(0)
-        late = self._kernels.recycle_ds_run(*self._addresses)
+        late = self._kernels.recycle_ds_run(self.address_for(keys_values), self._addresses[1])
         if self._exchange is not None and late >= 0:
             raise self._exchange.lost(late)
         return states, tapped
+
+    def address_for(self, keys_values: Tensor) -> int:
+        """Address of the stack, which uses a cache until the next call."""
+        self._stack.cache, self._stack.layer_size = keys_values.data_ptr(), keys_values.stride(0)
+        return self._addresses[0]
+
+    def room(self, step: StepStruct) -> int:
+        """Bytes that steps of a size need."""
+        needed: int = self._kernels.recycle_ds_room(self._addresses[0], ctypes.addressof(step))
+        return needed
 
     def _describe(
         self, places: Places, shift: int, inputs: Sequence[Tensor], added: Tensor | None, states: Tensor
@@ -227,9 +238,8 @@ class NativeStack:
         """Makes room for steps up to this size and those before it."""
         tokens, longest, threads, copied = (max(pair) for pair in zip(size, self._room_for, strict=True))
         self._room_for = (tokens, longest, threads, copied)
-        largest = _StepStruct(tokens, longest, threads, 0, copied)
-        needed = self._kernels.recycle_ds_room(self._addresses[0], ctypes.addressof(largest))
-        self._room = torch.empty(needed + 64, dtype=torch.uint8)
+        largest = StepStruct(tokens, longest, threads, 0, copied)
+        self._room = torch.empty(self.room(largest) + 64, dtype=torch.uint8)
         self._step.room = -(-self._room.data_ptr() // 64) * 64
 
     def _in_groups(

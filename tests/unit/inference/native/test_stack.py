@@ -78,11 +78,11 @@ def test_joined_inputs_and_tapped_states() -> None:
         assert torch.equal(whole((x,), span, cache)[0], states)
         assert model.recycle is not None
         weights = StageWeights(model)
-        assert weights.module is not None and weights.module._stack is not None
-        joined = weights.module._stack((x, x), span, cache)[0]
+        assert weights.module is not None and weights.module.stack is not None
+        joined = weights.module.stack((x, x), span, cache)[0]
         zeros, ones = torch.zeros_like(x), torch.ones_like(x)
-        assert torch.equal(weights.module._stack((x, x), span, cache, added=zeros)[0], joined)
-        assert not torch.equal(weights.module._stack((x, x), span, cache, added=ones)[0], joined)
+        assert torch.equal(weights.module.stack((x, x), span, cache, added=zeros)[0], joined)
+        assert not torch.equal(weights.module.stack((x, x), span, cache, added=ones)[0], joined)
 
 
 @needs_kernels

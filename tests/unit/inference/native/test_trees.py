@@ -61,7 +61,7 @@ class Rig:
         stack = weights._stack
         if module:
             assert weights.module is not None
-            stack = weights.module._stack
+            stack = weights.module.stack
         assert stack is not None
         self._stack: NativeStack = stack
         self._embedding, self._inputs = model.embedding.weight, 1 + module

@@ -89,6 +89,8 @@ INLINE void narrow(const float *from, int64_t count, uint16_t *to) {
     for (int64_t i = 0; i < count; i += 16) _mm256_storeu_si256((__m256i *)(to + i), to_bf16(_mm512_loadu_ps(from + i)));
 }
 
+INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
 INLINE int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* The next `bytes` of a piece of memory, which begins at a multiple of 64. */

@@ -1,12 +1,12 @@
 /* A stack of transformer blocks over the tokens of one step, in one call: norms, products, rotary embedding, cache and
    attention. The Python side is stack.py; structures must have the same fields there. */
+#pragma once
+
 #include <omp.h>
 #include <string.h>
 
 #include "attention.h"
-#include "choice.h"
 #include "exchange.h"
-#include "heads.h"
 #include "products.h"
 
 typedef struct {
@@ -52,8 +52,6 @@ typedef struct {
     char *own; /* of the first thread */
     int64_t own_size, row, stride;
 } Room;
-
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t divide(const Stack *stack, const Step *step, Room *room) {
     const int64_t t = step->tokens, query = stack->heads * stack->channels;
@@ -248,25 +246,4 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
         if (thread == 0 && stack->exchange) stack->exchange->done = own.done;
     }
     return late;
-}
-
-/* y = x W^T + b, bf16 [rows, inputs] to fp32 [rows, outputs]. room: rows x (inputs x 2 + 4) + most x inputs x 4
-   bytes; most: threads. */
-void recycle_ds_multiply(
-    const Product *product, int64_t rows, const uint16_t *x, float *y, char *room, int64_t most) {
-    const int64_t inputs = product->inputs;
-    float *scales = (float *)room, *rows_of_threads = scales + rows;
-    uint16_t *codes = (uint16_t *)(rows_of_threads + most * inputs);
-    Barrier all = {0}, *barrier = &all;
-#pragma omp parallel num_threads((int)most)
-    {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        for (int64_t r = thread; r < rows; r += threads) {
-            float *row = rows_of_threads + thread * inputs;
-            widen(x + r * inputs, inputs, row);
-            encode(row, inputs, product->limit, codes + r * inputs, scales + r);
-        }
-        BARRIER
-        multiply(product, rows, codes, scales, y, NULL, 0, thread, threads);
-    }
 }

@@ -1,0 +1,1 @@
+"""The recycle module at work: it reads what has become known, and makes drafts."""
