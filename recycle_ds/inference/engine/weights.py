@@ -19,9 +19,9 @@ from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
 from recycle_ds.inference.engine.heads import Head, head_of
 from recycle_ds.inference.native.growing import NativeGrower
-from recycle_ds.inference.native.packing import PackedProduct
+from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
-from recycle_ds.inference.native.torch_products import Norm, Product
+from recycle_ds.inference.native.torch_products import Norm, Product, TorchJoin
 from recycle_ds.inference.speculation.tree import BRANCH
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
@@ -102,10 +102,11 @@ class Module:
         self._rotary = model.rotary
         self.stack: NativeStack | None = None
         """The module without taps, where it is compiled."""
-        self._tap_norms = [Norm(norm) for norm in module.tap_norms]
         taps = module.tap_projection
-        product = PackedProduct if compiled else Product
-        self._tap_projection = None if taps is None else product(taps.weight, int8=int8)
+        self._join_taps: Callable[[Sequence[Tensor]], Tensor] | None = None
+        if taps is not None:
+            joined = NativeJoin if compiled else TorchJoin
+            self._join_taps = joined(list(module.tap_norms), taps.weight, int8=int8)
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
         exchange = None if ranks is None else ranks.exchange
@@ -145,9 +146,8 @@ class Module:
 
     def tapped(self, taps: Sequence[Tensor]) -> Tensor:
         """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""
-        assert self._tap_projection is not None, "the module has no taps"
-        normed = [norm(state) for norm, state in zip(self._tap_norms, taps, strict=True)]
-        return self._tap_projection(torch.cat(normed, dim=-1)).to(normed[0].dtype)
+        assert self._join_taps is not None, "the module has no taps"
+        return self._join_taps(taps)
 
 
 class StageWeights:

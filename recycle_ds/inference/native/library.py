@@ -106,7 +106,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.recycle_ds_grow.argtypes = (pointer, pointer, integer, pointer, pointer)
     library.recycle_ds_multiply.restype = library.recycle_ds_choose.restype = None
     library.recycle_ds_multiply.argtypes = (pointer, integer, pointer, pointer, pointer, integer)
-    library.recycle_ds_sample.restype = None
+    library.recycle_ds_join.restype = library.recycle_ds_sample.restype = None
+    library.recycle_ds_join.argtypes = (pointer, integer, *(pointer,) * 3, integer)
     library.recycle_ds_sample.argtypes = (pointer, *(integer,) * 3, *(pointer,) * 4, integer)
     library.recycle_ds_screen_room.restype = integer
     library.recycle_ds_likeliest.restype = None

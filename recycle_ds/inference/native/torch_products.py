@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,3 +70,16 @@ class Norm:
             return F.rms_norm(x, (self._width,), self._weight, self._epsilon)
         pair = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * self._width,), self._doubled, None, self._epsilon)
         return pair[..., : self._width].contiguous()
+
+
+class TorchJoin:
+    """W [norm_1(a); norm_2(b); ...]."""
+
+    def __init__(self, norms: Sequence[nn.Module], weight: Tensor, *, int8: bool) -> None:
+        """norms: one for each input. weight: [E, inputs x D]."""
+        self._norms, self._product = [Norm(norm) for norm in norms], Product(weight, int8=int8)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """[T, D] each to [T, E]."""
+        normed = [norm(state) for norm, state in zip(self._norms, inputs, strict=True)]
+        return self._product(torch.cat(normed, dim=-1)).to(normed[0].dtype)

@@ -34,8 +34,9 @@ typedef struct {
     int64_t depth, count; /* found: depth and nodes */
     int64_t *ids, *parents;       /* found: room for branch x (1 + (limit - 1) x width) each */
     double *confidences, *chances;
-    int64_t *expanded, *number; /* nodes that were in a beam, in the order of their slots; of each node its number there, or 0 */
-    int64_t beam, first;        /* nodes of the beam, the last ones of `expanded` (0: only the root so far); their first row */
+    int64_t *expanded;   /* nodes that were in a beam, in the order of their slots after the root */
+    int64_t *number;     /* of each node its number there, from 1 on, or 0 */
+    int64_t beam, first; /* nodes of the beam, the last of `expanded` or at first the root; their first row */
 } Growing;
 
 INLINE int ends_text(const Growing *tree, int64_t id) {

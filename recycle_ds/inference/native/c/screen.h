@@ -103,7 +103,7 @@ static float logit_of(const Product *product, int64_t output, const uint16_t *x)
     return logits[output % PANEL];
 }
 
-/* One row: the likeliest of what the threads have kept. Returns 0 if they have kept nothing, as with a state that is no number. */
+/* One row: the likeliest of what the threads have kept. Returns 0 if they have kept nothing. */
 static int judge(const Screen *screen, const Choice *choice, int64_t r, int threads) {
     const Product *product = &screen->head->product;
     const uint16_t *x = choice->x + r * product->inputs;

@@ -196,6 +196,17 @@ static void run_layer(
     add_product(&layer->down, tokens, encodes ? gated : room->codes, room, ranks, thread, threads, barrier);
 }
 
+/* The pieces of a token, each with its norm, one after the other. row: fp32 [pieces D] */
+static void normalise(
+    const uint16_t *const *inputs, const float *const *norms, int64_t pieces, int64_t token, int64_t width, float epsilon,
+    float *row) {
+    for (int64_t i = 0; i < pieces; i++) {
+        float *piece = row + i * width;
+        widen(inputs[i] + token * width, width, piece);
+        if (norms[i]) rms_norm(piece, norms[i], width, epsilon, piece);
+    }
+}
+
 /* Runs all layers. The states leave through the final norm, if there is one. Returns -1, or the tensor rank that has not
    answered in time. */
 int64_t recycle_ds_run(const Stack *stack, const Step *step) {
@@ -212,12 +223,7 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
         float *row = (float *)(room.own + thread * room.own_size);
         if (stack->pieces) {
             EACH_TOKEN {
-                for (int64_t i = 0; i < stack->pieces; i++) {
-                    float *piece = row + i * width;
-                    widen(step->inputs[i] + t * width, width, piece);
-                    if (stack->piece_norms[i])
-                        rms_norm(piece, stack->piece_norms[i], width, (float)stack->epsilon, piece);
-                }
+                normalise(step->inputs, stack->piece_norms, stack->pieces, t, width, (float)stack->epsilon, row);
                 encode(row, joined, stack->joined.limit, room.codes + t * joined, room.scales + t);
             }
             const int64_t columns = stack->joined.outputs; /* of this rank */
@@ -246,4 +252,34 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
         if (thread == 0 && stack->exchange) stack->exchange->done = own.done;
     }
     return late;
+}
+
+/* Several inputs, normalised and joined by a product, as bf16: what tapped states add to the recycle module's input. */
+typedef struct {
+    Product product;
+    const float *const *norms;
+    int64_t pieces, width;
+    double epsilon;
+} Joint;
+
+/* inputs: bf16 [T, D] each. y: bf16 [T, outputs]. room: (T + threads) x pieces x D x 4 + T x (outputs + 1) x 4 bytes. */
+void recycle_ds_join(
+    const Joint *joint, int64_t tokens, const uint16_t *const *inputs, uint16_t *y, char *room, int64_t most) {
+    const int64_t joined = joint->width * joint->pieces, outputs = joint->product.outputs;
+    float *sums = (float *)room, *scales = sums + tokens * outputs, *rows = scales + tokens;
+    uint16_t *codes = (uint16_t *)(rows + most * joined);
+    Barrier all = {0}, *barrier = &all;
+#pragma omp parallel num_threads((int)most)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        float *row = rows + thread * joined;
+        EACH_TOKEN {
+            normalise(inputs, joint->norms, joint->pieces, t, joint->width, (float)joint->epsilon, row);
+            encode(row, joined, joint->product.limit, codes + t * joined, scales + t);
+        }
+        BARRIER
+        multiply(&joint->product, tokens, codes, scales, sums, NULL, 0, thread, threads);
+        BARRIER
+        EACH_TOKEN narrow(sums + t * outputs, outputs, y + t * outputs);
+    }
 }

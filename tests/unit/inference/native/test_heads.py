@@ -10,7 +10,9 @@ from torch import Tensor
 
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.heads import NativeHead
+from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.packing import PackedProduct
+from recycle_ds.inference.native.torch_products import TorchJoin
 from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 WIDTH, ROWS = 48, 29
@@ -95,11 +97,31 @@ def test_drafts_use_int8_weights_in_bf16() -> None:
     weights = StageWeights(model)
     assert weights.head is not None and weights.draft_head is not None
     assert weights.module is not None and weights.module.stack is not None and weights._stack is not None
-    assert isinstance(weights.module._tap_projection, PackedProduct)
+    assert isinstance(weights.module._join_taps, NativeJoin)
     products = [product for kept in weights.module.stack._kept if isinstance(kept, tuple) for product in kept]
     products += [kept for kept in weights.module.stack._kept if isinstance(kept, PackedProduct)]
-    products += [weights.module._tap_projection, weights.draft_head._product]
+    products += [weights.module._join_taps._product, weights.draft_head._product]
     assert len(products) == 7 and all(product.weight.dtype == torch.int8 for product in products)
     full = [product for kept in weights._stack._kept if isinstance(kept, tuple) for product in kept]
     full.append(weights.head._product)
     assert len(full) == 9 and all(product.weight.dtype == torch.bfloat16 for product in full)
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+def test_joined_states_are_those_of_norms_and_product(int8: bool) -> None:
+    """Prevents a tapped state that goes through another one's norm or columns, which only makes drafts worse."""
+    model = bf16_model(hidden=64, taps=(0, 1), init_std=0.3)
+    assert model.recycle is not None and model.recycle.tap_projection is not None
+    generator = torch.Generator().manual_seed(2)
+    norms, weight = list(model.recycle.tap_norms), model.recycle.tap_projection.weight
+    for tensor in (weight, *(norm.weight for norm in norms)):
+        torch.nn.init.normal_(tensor, std=0.5, generator=generator)
+    for rows in (1, 5, 30):
+        states = [torch.randn(rows, 64, generator=generator).bfloat16() for _ in norms]
+        found = NativeJoin(norms, weight, int8=int8)(states)
+        expected = TorchJoin(norms, weight, int8=int8)(states)
+        assert found.shape == (rows, len(weight)) and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.06)
+        alone = NativeJoin(norms, weight, int8=int8)([one[:1] for one in states])
+        assert torch.equal(found[:1], alone)
