@@ -232,5 +232,7 @@ def test_weights_and_biases_is_asked_for_and_missing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     training = tiny_run(tmp_path, tmp_path, training__wandb="speech").training
-    with pytest.raises(ConfigError, match=r"training\.wandb=speech needs the package wandb, which is not installed: pip"):
+    with pytest.raises(
+        ConfigError, match=r"training\.wandb=speech needs the package wandb, which is not installed: pip"
+    ):
         check_observers(training)
