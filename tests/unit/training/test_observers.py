@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,20 @@ import pytest
 
 from recycle_ds.config import ConfigError
 from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.training.observers import Event, LoggedStep, Observer, RunEnd, RunStart, StepEnd, StepStart
+from recycle_ds.training.observers import (
+    EvaluationEnd,
+    Event,
+    LoggedStep,
+    Observer,
+    RunEnd,
+    RunStart,
+    StepEnd,
+    StepStart,
+    records,
+)
 from recycle_ds.training.observers.dispatch import ObserverError, Observers
 from recycle_ds.training.observers.loading import check_observers, observer_class, users_observers
-from tests.runs import tiny_run
+from tests.runs import ROOT, tiny_run
 
 START = RunStart(None, None, 0, 9)  # type: ignore[arg-type]
 STEP = StepEnd(3, 3, "apply", 3, 2.5, (2.0, 3.0), 1.0, {}, 0.1, 0.5)
@@ -236,3 +248,49 @@ def test_weights_and_biases_is_asked_for_and_missing(tmp_path: Path, monkeypatch
         ConfigError, match=r"training\.wandb=speech needs the package wandb, which is not installed: pip"
     ):
         check_observers(training)
+
+
+def test_the_documented_example_does_what_it_says(tmp_path: Path) -> None:
+    """Prevents docs/observers.md from showing an observer that stops at the wrong evaluation, or not at all."""
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "observers.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict[str, Any] = {"__name__": "my_observers"}
+    exec(compile(example, "my_observers.py", "exec"), names)
+    calls: list[str] = []
+    observers = Observers([names["EarlyStop"](), names["StepTime"](), Watching("log", calls)], Mesh())
+    observers.at_start(RunStart(tiny_run(tmp_path, tmp_path), None, 0, 9))  # type: ignore[arg-type]
+    losses = [3.0, 2.0, 2.5, 2.0, 1.9, 2.0, 2.1, 2.2]
+    for step, loss in enumerate(losses, start=1):
+        assert not (tmp_path / "stop").exists()
+        observers.after_evaluation(EvaluationEnd(step, {"eval_loss": loss}, 0.1))
+    assert (tmp_path / "stop").exists() and calls[-1] == "log.at_event no_improvement"
+    assert observers.figures(STEP) == {"last_step_seconds": 0.5, "log": 3} and observers.failure is None
+
+
+def test_the_documented_methods_and_observers_are_those_of_the_code() -> None:
+    """Prevents a method, a record's field or a built-in observer that docs/observers.md leaves out, and a wrong order."""
+    text = (ROOT / "docs" / "observers.md").read_text(encoding="utf-8")
+    methods = re.findall(r"^\| `([a-z_]+)` \| (?:.*)\| `(\w+)`", text, re.MULTILINE)
+    assert [name for name, _ in methods] == [
+        name
+        for name, value in vars(Observer).items()
+        if not name.startswith("_") and callable(value) and name != "report"
+    ]
+    for record in {kind for _, kind in methods}:
+        (line,) = [line for line in text.splitlines() if f"`{record}`:" in line]
+        fields = [field.name for field in dataclasses.fields(getattr(records, record))]
+        assert [field for field in fields if f"`{field}`" not in line] == [], record
+    listed = re.findall(r"^\| `([A-Z]\w+)` \| (all|0) \|", text, re.MULTILINE)
+    source = (ROOT / "recycle_ds" / "training" / "reporting" / "observers_of_run.py").read_text(encoding="utf-8")
+    for group in ("0", "all"):  # the logs of rank 0 are created in a function of their own
+        calls = ["stop," if name == "StopRequest" else f"{name}(" for name, ranks in listed if ranks == group]
+        places = [source.rindex(call) for call in calls]
+        assert places == sorted(places)
+    assert [ranks == "all" for _, ranks in listed] == [_built_in(source, name).every_rank for name, _ in listed]
+
+
+def _built_in(source: str, name: str) -> type[Observer]:
+    module = re.search(rf"from (\S+) import {name}$", source, re.MULTILINE)
+    assert module is not None, name
+    return getattr(importlib.import_module(module[1]), name)
