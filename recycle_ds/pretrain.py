@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,6 @@ import typer
 
 from recycle_ds.config import (
     ConfigError,
-    RecycleError,
     RunConfig,
     TokenSource,
     load_config,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from recycle_ds.data.loader import BatchLoader
     from recycle_ds.parallel.job import Job
     from recycle_ds.parallel.mesh import Mesh
+    from recycle_ds.training.observers import Observer
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -60,13 +60,15 @@ def pretrain(
         raise typer.Exit(INTERRUPTED)
 
 
-def run(config: RunConfig, *, check: bool = False) -> str:
+def run(config: RunConfig, *, check: bool = False, observers: Sequence[Observer] = ()) -> str:
     """Sets up ranks, data, engine and state, and trains. Returns why it ended; raises RecycleError for the user's errors.
-    check: stops before the data, which need not exist yet, and before the ranks connect."""
+    check: stops before the data, which need not exist yet, and before the ranks connect. observers: called after those of
+    `training.observers`; every rank must be given the same ones."""
     import time
 
     from recycle_ds.checkpoint.portable.folders import check_run_dir
     from recycle_ds.data.prepare import check_data
+    from recycle_ds.training.observers.loading import check_observers
 
     started = time.time()
     with errors_of_host():  # before torch, which takes seconds to import
@@ -76,6 +78,7 @@ def run(config: RunConfig, *, check: bool = False) -> str:
             for note in notes:
                 print(note, flush=True)
         check_run_dir(config.run_dir)
+        check_observers(config.training, observers)
         if not check:
             check_data(config.data)
 
@@ -103,7 +106,7 @@ def run(config: RunConfig, *, check: bool = False) -> str:
         if config.faults.hang_timeout:  # data are there; the first step may take four times as long as others
             rendezvous.shorten_timeouts(5 * config.faults.hang_timeout + 60)
         try:
-            return _train(config, deepspeed_config, mesh, device, job, lock, started)
+            return _train(config, deepspeed_config, mesh, device, job, lock, started, observers)
         except RuntimeError as error:
             lost = lost_peer(error)
             if lost is None:
@@ -183,6 +186,7 @@ def _train(
     job: Job,
     lock: RunLock | None,
     started: float,
+    given: Sequence[Observer],
 ) -> str:
     from recycle_ds.checkpoint.run import resume
     from recycle_ds.checkpoint.run.saving import PortableCheckpointer
@@ -194,7 +198,7 @@ def _train(
     from recycle_ds.training.faults.stop_requests import REASONS
     from recycle_ds.training.loop import Trainer
     from recycle_ds.training.reporting.layout_file import write_layout_file
-    from recycle_ds.training.reporting.run_logs import RunLogs, open_run_logs
+    from recycle_ds.training.reporting.observers_of_run import observers_of_run, open_run_logs
 
     inputs = on_all_ranks(lambda: _open(config, mesh), mesh, device)
     config = inputs.config
@@ -207,29 +211,20 @@ def _train(
         engine = build_engine(config, dict(deepspeed_config), mesh, device, initial=found is None)
         state, source = resume.begin(config, found, engine, device)
         open_logs = functools.partial(open_run_logs, config, job, state, source, taken_by, started)
-        logs = on_first_rank(open_logs, mesh, device) or RunLogs()
+        logs = on_first_rank(open_logs, mesh, device) or []
         write_layout_file(config, engine, device)
         ranking = on_first_rank(functools.partial(ranking_of_run, config), mesh, device)
         train_on_drafts(engine, config, ranking, device)
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
-        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, logs, device)
-        ended, refused = "", False
+        gather = functools.partial(observers_of_run, config, engine, device, stop, logs, given)
+        observers = on_all_ranks(gather, mesh, device)
+        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, observers, device)
         try:
             ended = trainer.run(state, stop)
-            refused = ended not in REASONS  # unless a step was run: then it is no refusal
-        except TakenOver:
-            logs = RunLogs()  # the files belong to the later start
-            raise
-        except RecycleError as error:
-            ended, refused = str(error), True
-            if isinstance(error, LocalError) and not mesh.is_first:
+        except LocalError as error:
+            if not mesh.is_first:
                 print_local_error(error, mesh)
             raise
-        except RuntimeError as error:
-            ended = str(lost_peer(error) or error)
-            raise
-        finally:
-            logs.end(ended or "error", trainer.state.step, refused=refused)
         # the user may have created the stop file in the meantime
         conclude(job, (stop.poll(0) or ended) if ended in REASONS else ended)
         stop.remove_stop_files()

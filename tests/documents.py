@@ -42,6 +42,7 @@ _PRETRAIN = (
 SMALL = {
     "^retrofit_smollm2$": f"{_PRETRAIN} recycle.taps=[0,1]",  # of a smaller model
     "pretrain": _PRETRAIN,
+    "my_observers": _PRETRAIN,
     "generate": "--max-new-tokens 6 --threads 1",
     "serve": "--threads 1 --max-batch 4",
     "evaluate": "--limit 2 --seq-length 32",

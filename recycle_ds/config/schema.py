@@ -118,6 +118,10 @@ disk."""
     """Global batches in one evaluation."""
     tensorboard: Annotated[bool, OnResume.FREE] = True
     """Write TensorBoard events to run_dir/tensorboard/."""
+    wandb: Annotated[Text | None, OnResume.FREE] = None
+    """Project of Weights & Biases that gets the metrics (needs the package wandb)."""
+    observers: Annotated[tuple[Text, ...], OnResume.FREE] = ()
+    """Observers of the run, as module:Class, see docs/observers.md."""
     profile: Annotated[ProfileConfig | None, OnResume.FREE] = None
     """Steps to trace."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from recycle_ds.training.observers import Event, SaveEnd
+from recycle_ds.training.observers.dispatch import Observers
 from recycle_ds.training.state import Checkpointer, TrainingState
 
 
@@ -20,27 +21,14 @@ class Saving:
 
 
 class Saver:
-    """Starts and publishes checkpoints. Every method except `ended` is collective over all ranks.
+    """Starts and publishes checkpoints, and tells the observers. Every method except `ended` is collective over all ranks."""
 
-    say: prints a line for the user. failed: called with the step of a checkpoint that could not be written. done: called with
-    the step of a published checkpoint and the seconds that training waited for it.
-    """
-
-    def __init__(
-        self,
-        checkpointer: Checkpointer,
-        say: Callable[[str], None],
-        failed: Callable[[int], None],
-        done: Callable[[int, float], None],
-    ) -> None:
-        self._checkpointer = checkpointer
-        self._say, self._failed, self._done = say, failed, done
+    def __init__(self, checkpointer: Checkpointer, observers: Observers) -> None:
+        self._checkpointer, self._observers = checkpointer, observers
         self.saved_step = -1
         """Step of the newest checkpoint of the current trajectory, or -1."""
         self._published = False
         self._saving: Saving | None = None
-        self.longest = 0.0
-        """Seconds that the slowest checkpoint took so far, from its start to its publication."""
 
     def ended(self) -> bool:
         """Whether this rank has nothing left to write."""
@@ -66,7 +54,7 @@ class Saver:
         if self._checkpointer.begin(state):
             self._saving = Saving(state.step, start, time.perf_counter() - start)
         else:
-            self._failed(state.step)
+            self._failed(SaveEnd(state.step, None, 0.0, 0.0))
 
     def finish(self, *, writing: bool = False) -> bool:
         """Waits for the checkpoint that was started, if any, and publishes it. Does nothing while some rank is still `writing`.
@@ -79,14 +67,12 @@ class Saver:
         wait_start = time.perf_counter()
         folder = self._checkpointer.finish()
         now = time.perf_counter()
-        self.longest = max(self.longest, now - saving.start)
+        save = SaveEnd(saving.step, folder, now - saving.start, saving.waited + now - wait_start)
         if folder is None:
-            self._failed(saving.step)
+            self._failed(save)
             return False
         self.saved_step, self._published = saving.step, True
-        waited = saving.waited + now - wait_start
-        self._done(saving.step, waited)
-        self._say(f"saved {folder} in {now - saving.start:.1f} s; training waited {waited:.2f} s")
+        self._observers.at_save(save)
         return True
 
     def save_now(self, state: TrainingState) -> bool:
@@ -96,3 +82,8 @@ class Saver:
             return True
         self.begin(state)
         return self._saving is not None and self.finish()
+
+    def _failed(self, save: SaveEnd) -> None:
+        text = f"step {save.step}: the checkpoint could not be written; older ones are intact"
+        self._observers.at_event(Event("save_failed", save.step, text))
+        self._observers.at_save(save)

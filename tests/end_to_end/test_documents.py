@@ -51,6 +51,7 @@ def forked(rank: int, world_size: int, words: list[str], folder: str, is_rank: b
 
             main(words[1:])
         elif words[1] == "-m":
+            sys.path.insert(0, folder)  # as `python -m` does
             sys.argv = words[2:]
             runpy.run_module(words[2], run_name="__main__", alter_sys=True)
         else:
@@ -152,6 +153,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in (demo, plain, convert, sweep):
         code, out, err = run_ranks(forked, 1, words, str(folder), timeout=240)[0]
         assert code == 0, out + err
+    example = (
+        (ROOT / "docs" / "observers.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    )
+    (folder / "my_observers.py").write_text(example, encoding="utf-8")
     for path in ("prompts.jsonl", "runs/demo/prompts.jsonl"):  # a file of the user's, and what `make demo` leaves
         (folder / path).write_text('{"prompt": "The Congress"}\n{"prompt": "The Union"}\n')
     return folder

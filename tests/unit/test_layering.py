@@ -32,11 +32,13 @@ PARTS = {
         "schedule",
         "state",
         "batches",
+        "observers",
         "engine",
         "faults",
         "reporting",
         "benchmark",
         "saving",
+        "recovery",
         "loop",
     ),
     "checkpoint": (

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from recycle_ds.training.observers import EvaluationEnd, Observer, SaveEnd, StepEnd
+
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 JOB_SIGNAL, TIME_LIMIT = "job signal", "time limit"
 STOP_FILE = "stop file"
@@ -21,13 +23,18 @@ REASONS = (*STOP_SIGNALS, JOB_SIGNAL, TIME_LIMIT, STOP_FILE, TAKEN_OVER)
 """Why an unfinished run may end, in rising priority: if ranks have several reasons, the last of them wins."""
 
 
-class StopRequest:
+class StopRequest(Observer):
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `reason` instead of ending the process, however many arrive.
 
     files: stop files to look for at every step, each with its reason; the last one that exists wins. Only one rank needs them.
     end: Unix time at which the job is ended from outside.
     taken_by: called at every step; names the process that has taken over this one's work, or None.
+
+    As an observer of the run it measures how long a stop takes.
     """
+
+    every_rank = True  # a signal may reach any rank
+    on_error = "raise"
 
     def __init__(
         self,
@@ -39,6 +46,7 @@ class StopRequest:
         self.taker: str | None = None
         self._files, self._end, self._taken_by = files or {}, end, taken_by
         self._previous: dict[signal.Signals, Any] = {}
+        self._longest_step = self._longest_save = self._longest_evaluation = 0.0
 
     def poll(self, margin: float) -> str | None:
         """The reason to stop now, or None. margin: seconds before the job's end at which to stop. A user's stop file
@@ -55,6 +63,24 @@ class StopRequest:
             elif self._end is not None and time.time() + margin >= self._end:
                 self.reason = TIME_LIMIT
         return self.reason
+
+    @property
+    def needed(self) -> float:
+        """Seconds that a run may need to stop, by the longest step, save and evaluation so far."""
+        return 2 * (self._longest_step + self._longest_save) + self._longest_evaluation
+
+    def after_step(self, end: StepEnd) -> None:
+        """The first step compiles, opens connections, fills caches: it does not count."""
+        if end.number > 1:
+            self._longest_step = max(self._longest_step, end.seconds)
+
+    def at_save(self, save: SaveEnd) -> None:
+        """See `needed`."""
+        self._longest_save = max(self._longest_save, save.seconds)
+
+    def after_evaluation(self, end: EvaluationEnd) -> None:
+        """See `needed`."""
+        self._longest_evaluation = max(self._longest_evaluation, end.seconds)
 
     def remove_stop_files(self) -> None:
         """Removes the stop files, or the next start would stop as well."""

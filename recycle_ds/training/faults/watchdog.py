@@ -14,11 +14,15 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
+
+from recycle_ds.training.observers import Observer, PhaseStart, RunEnd, RunStart, StepStart
+from recycle_ds.training.observers.records import Phase
 
 WAITING, WORKING = "waiting in a collective", "not in a collective"
 HANG_EXIT = 70
 """Exit code of a rank that exits because of a hang (EX_SOFTWARE)."""
-PHASES = ("starting", "data", "count", "compute", "agree", "update", "log", "save", "evaluate")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """Phases of a step, in order."""
 _LONG_PHASES = ("save", "evaluate")
 PATIENCE = 4.0
@@ -27,8 +31,11 @@ _GRACE = 5.0
 """Seconds between writing the stack traces and exiting: the other ranks write theirs, and rank 0 reads them."""
 
 
-class Watchdog:
-    """Watches this rank from `start` to `stop`. timeout: seconds without a heartbeat; 0 disables it."""
+class Watchdog(Observer):
+    """Watches this rank during the run. Every phase of a step is a heartbeat. timeout: seconds without one; 0 disables it."""
+
+    every_rank = True
+    on_error = "raise"
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
         self._folder, self._rank, self._world_size, self._timeout = folder, rank, world_size, timeout
@@ -37,24 +44,29 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def start(self) -> None:
+    def at_start(self, start: RunStart) -> None:
         """Starts to watch."""
         if self._timeout:
             self._last_beat = (time.monotonic(), 0, PHASES[0])
             self._thread.start()
 
-    def beat(self, step: int, phase: str) -> None:
-        """Heartbeat: the current step and its phase."""
-        if phase == PHASES[1] and self._last_beat[2] != PHASES[0]:
-            self._warmed_up = True  # a complete step has been run
+    def before_step(self, start: StepStart) -> None:
+        """The first step may take longer."""
+        self._warmed_up = start.number > 1
+
+    def at_phase(self, phase: PhaseStart) -> None:
+        """Heartbeat."""
+        self._beat(phase.step, phase.phase)
+
+    def _beat(self, step: int, phase: Phase) -> None:
         self._limit = self._timeout * (1 if self._warmed_up and phase not in _LONG_PHASES else PATIENCE)
         self._last_beat = (time.monotonic(), step, phase)
         if self._timeout and phase in (PHASES[1], *_LONG_PHASES) and sys.__stderr__ is not None:
             # a native call that never releases the GIL blocks the thread too, but not this timer, which runs in C
             faulthandler.dump_traceback_later(self._limit + _GRACE / 2, file=sys.__stderr__)
 
-    def stop(self) -> None:
-        """Stops watching."""
+    def at_end(self, end: RunEnd) -> None:
+        """Stops to watch."""
         self._stopped.set()
         if self._timeout:
             faulthandler.cancel_dump_traceback_later()

@@ -13,16 +13,18 @@ STUCK = """
 import sys, time
 from pathlib import Path
 from recycle_ds.training.faults.watchdog import Watchdog
+from recycle_ds.training.observers import PhaseStart, RunEnd, RunStart, StepStart
 def stand_still():
     {hang}
 dog = Watchdog(Path(sys.argv[1]), 0, 1, 0.4)
-dog.start()
+dog.at_start(RunStart(None, None, 0, 3))
 for step in range(1, 4):
-    dog.beat(step, "data")
+    dog.before_step(StepStart(step, step))
+    dog.at_phase(PhaseStart(step, "data"))
     time.sleep(0.2)
-    dog.beat(step, "compute")
+    dog.at_phase(PhaseStart(step, "compute"))
 {then}
-dog.stop()
+dog.at_end(RunEnd(3, "finished", 3))
 print("done")
 """
 
@@ -53,6 +55,28 @@ def test_a_slow_run_is_not_a_hang(tmp_path: Path) -> None:
     done = run(tmp_path, "pass", "stand_still()")
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert not (tmp_path / "hangs").exists()
+
+
+LIMITS = """
+import sys
+from pathlib import Path
+from recycle_ds.training.faults.watchdog import Watchdog
+from recycle_ds.training.observers import PhaseStart, StepStart
+dog = Watchdog(Path(sys.argv[1]), 0, 1, 100.0)
+for number, step in enumerate((5, 5, 6), start=1):
+    dog.before_step(StepStart(step, number))
+    for phase in ("data", "count", "compute", "save"):
+        dog.at_phase(PhaseStart(step, phase))
+        print(dog._limit)
+"""
+
+
+def test_only_the_first_step_and_saves_may_take_longer(tmp_path: Path) -> None:
+    """Prevents a start that is ended in its first step, which compiles: the dry run before it counted as a step."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["400.0"] * 4 + ["100.0", "100.0", "100.0", "400.0"] * 2
 
 
 def test_the_rank_behind_the_others_is_named() -> None:

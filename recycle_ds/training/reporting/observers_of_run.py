@@ -1,0 +1,79 @@
+"""The observers that every run has, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from recycle_ds.config import RunConfig, save_config
+from recycle_ds.parallel.job import Job
+from recycle_ds.training.engine.build import TrainingEngine
+from recycle_ds.training.faults.slow_ranks import SlowRanks
+from recycle_ds.training.faults.stop_requests import StopRequest
+from recycle_ds.training.faults.timeouts import CollectiveTimeouts
+from recycle_ds.training.faults.watchdog import Watchdog
+from recycle_ds.training.observers import Observer
+from recycle_ds.training.observers.dispatch import Observers
+from recycle_ds.training.observers.loading import users_observers
+from recycle_ds.training.reporting.console import RunConsole
+from recycle_ds.training.reporting.metrics_log import MetricsLog
+from recycle_ds.training.reporting.profiling import StepProfiler
+from recycle_ds.training.reporting.sessions import SessionLog
+from recycle_ds.training.reporting.step_figures import StepFigures
+from recycle_ds.training.reporting.summary import Summary
+from recycle_ds.training.reporting.tensorboard import TensorBoard
+from recycle_ds.training.reporting.weights_and_biases import WeightsAndBiases
+from recycle_ds.training.state import TrainingState
+
+
+def open_run_logs(
+    config: RunConfig,
+    job: Job,
+    state: TrainingState,
+    source: Path | None,
+    taken_by: Callable[[], str | None],
+    started: float,
+) -> list[Observer]:
+    """The logs of rank 0. Writes the resolved configuration, trims the metrics log to the state, and opens a new session of the
+    summary.
+
+    source: the checkpoint that the run resumes from, if any. taken_by, started: see `SessionLog`.
+    """
+    training, run_dir = config.training, Path(config.run_dir)
+    save_config(config, run_dir / "config.yaml")
+    tokens = training.global_batch_size * training.seq_length
+    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
+    sessions.begin(state.step, started)
+    metrics = MetricsLog(run_dir, resumed_step=state.step)
+    if source is not None:
+        metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
+    boards: list[Observer] = [TensorBoard(run_dir)] if training.tensorboard else []
+    if training.wandb is not None:
+        boards.append(WeightsAndBiases(run_dir, training.wandb))
+    return [metrics, *boards, RunConsole(training.steps), Summary(sessions, job)]
+
+
+def observers_of_run(
+    config: RunConfig,
+    engine: TrainingEngine,
+    device: torch.device,
+    stop: StopRequest,
+    logs: Sequence[Observer],
+    given: Sequence[Observer],
+) -> Observers:
+    """All observers of a run on this rank, in the order in which they are called: heartbeats and stop requests first, then
+    what makes figures, what writes them, and the user's. logs: those of `open_run_logs`, on rank 0. given: the user's, called
+    after those of the configuration. Raises ConfigError if one of the configuration's cannot be created."""
+    mesh, faults, run_dir = engine.mesh, config.faults, Path(config.run_dir)
+    own: list[Observer] = [
+        Watchdog(run_dir / "hangs", mesh.rank, mesh.world_size, faults.hang_timeout),
+        CollectiveTimeouts(faults.hang_timeout),
+        stop,
+        StepProfiler(config.training.profile, run_dir, mesh.rank),
+        StepFigures(config, mesh, engine.model.depth, device),
+        SlowRanks(engine.model, device, faults.straggler_ratio),
+        *logs,
+    ]
+    return Observers([*own, *users_observers(config.training, given, first=mesh.is_first)], mesh)
