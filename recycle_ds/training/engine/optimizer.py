@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recycle_ds.config import TrainingConfig
+from recycle_ds.parallel.partitions import local_shape
 
 BACKBONE, RECYCLE = "backbone", "recycle"
 PARTS = (BACKBONE, RECYCLE)
@@ -68,7 +69,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             members = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if parameter.requires_grad and part_of(name) == part and (_dimensions(parameter) > 1) == decayed
+                if parameter.requires_grad and part_of(name) == part and (len(local_shape(parameter)) > 1) == decayed
             ]
             if members:
                 decay = weight_decay if decayed else 0.0
@@ -85,7 +86,3 @@ def idle_group(module: nn.Module) -> list[dict[str, Any]]:
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, by its name."""
     return RECYCLE if name.startswith("recycle.") else BACKBONE
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))

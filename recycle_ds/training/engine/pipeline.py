@@ -126,11 +126,6 @@ class PipelinePasses:
         self._stage = module.stage
         frozen = module.stage.model.recycle_config.gradient == "frozen_backbone"
         self._schedule = _ForwardSchedule if frozen else _GradientSchedule
-        if hasattr(engine.optimizer, "fp32_groups_gradients"):
-            # DeepSpeed reads tied gradients from _hp_grad, which BF16_Optimizer sets only after the first gradient
-            for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
-                for parameter, gradient in zip(low, high, strict=True):
-                    parameter._hp_grad = gradient
         placeholder = torch.zeros(1)
         engine.set_dataiterator(repeat((placeholder, placeholder)))
 
