@@ -17,9 +17,9 @@ from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
 from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica
-from recycle_ds.training.engine.optimizer import AdamW, idle_group, parameter_groups, part_of
+from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
 from recycle_ds.training.engine.passes import FullDepthPasses, Passes
-from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline
+from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline, idle_group
 from recycle_ds.training.engine.zero.adapter import Weights, ZeroAdapter
 from recycle_ds.training.engine.zero.choice import weights_at, zero_adapter
 

@@ -47,6 +47,7 @@ class GradientControl:
         self._device = next(model.parameters()).device
         self._accept: Callable[[float], bool] = math.isfinite
         self._report = GradientReport(0.0, {}, False)
+        zero.replace_norm(self._decide)
 
     def step(self, accept: Callable[[float], bool]) -> GradientReport:
         """Runs DeepSpeed's step on the reduced gradients. Updates only if their norm is finite and accepted. Collective.
@@ -55,7 +56,7 @@ class GradientControl:
         """
         self._accept = accept
         self._report = GradientReport(math.nan, {}, False)  # the result if DeepSpeed returns before it computes norms
-        self._zero.step(self._decide, self._passes.take_step)
+        self._zero.step(self._passes.take_step)
         self._optimizer.hold = True
         return self._report
 

@@ -77,12 +77,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def idle_group(module: nn.Module) -> list[dict[str, Any]]:
-    """The group of a pipeline stage with nothing to train, which DeepSpeed's optimizer needs all the same: see `Stage.idle`."""
-    members = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [{"params": members, "weight_decay": 0.0, "part": RECYCLE, "clip": None}]
-
-
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, by its name."""
     return RECYCLE if name.startswith("recycle.") else BACKBONE

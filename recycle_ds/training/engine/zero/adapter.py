@@ -60,8 +60,8 @@ class ZeroAdapter(ABC):
     """What the class relies on in DeepSpeed's optimizer, see `internals`."""
     USES_OF_PARAMETER: ClassVar[Uses] = {}
     """What DeepSpeed must have set on a trainable parameter."""
-    REPLACED: ClassVar[str | None] = None
-    """The method that DeepSpeed's `step` calls and that the class replaces."""
+    CALLS: ClassVar[Mapping[str, str]] = {}
+    """A method of DeepSpeed's optimizer that must call another one: the one that `replace_norm` replaces."""
 
     keeps_gradients = True
     """Whether a rank keeps the gradients of all its parameters until the step."""
@@ -74,12 +74,16 @@ class ZeroAdapter(ABC):
     @abstractmethod
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """fp32 norms of the reduced gradients that this rank counts, before clipping: of its partitions, or on replica 0 of all
-        its gradients. counted: other parameters are left out. Only valid while `step` calls `decide`."""
+        its gradients. counted: other parameters are left out. Only valid while `decide` runs."""
 
-    def step(self, decide: Callable[[], float], take_step: Callable[[], None]) -> None:
-        """Runs DeepSpeed's step with `take_step`. Calls `decide` once the gradients are final and before the update, unless
-        DeepSpeed returns earlier; it sets the clipping factors and returns a finite norm for DeepSpeed. Collective."""
-        decide()
+    def replace_norm(self, decide: Callable[[], float]) -> None:
+        """Replaces DeepSpeed's norm: `step` calls `decide` once the gradients are final and before the update, unless DeepSpeed
+        returns earlier. decide: reads `norms`, calls `clip`, and returns a finite norm for DeepSpeed."""
+        self._decide = decide
+
+    def step(self, take_step: Callable[[], None]) -> None:
+        """Runs DeepSpeed's step with `take_step`. Collective."""
+        self._decide()
         take_step()
 
     def clip(self, factors: Mapping[str, float | None]) -> None:

@@ -14,11 +14,8 @@ from recycle_ds.training.engine.zero.adapter import ZeroAdapter
 class DecidedInside(ZeroAdapter):
     """The gradients are final only inside DeepSpeed's step: `decide` is called from there, in place of its own norm."""
 
-    _decide: Callable[[], float]
-
-    def step(self, decide: Callable[[], float], take_step: Callable[[], None]) -> None:
+    def step(self, take_step: Callable[[], None]) -> None:
         """See `ZeroAdapter`."""
-        self._decide = decide
         take_step()
 
     def _norm_for_deepspeed(self) -> Tensor:

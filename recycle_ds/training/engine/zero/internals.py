@@ -2,7 +2,7 @@
 
 DeepSpeed has no public interface for
 - norms by part of the model: `step` of its optimizers computes one norm, between the reduction and the update, and at stage 0
-  in fp32 none. Each class replaces the method that does so (`REPLACED`) and reads the gradients from DeepSpeed's lists;
+  in fp32 none. Each class replaces the method that does so (`CALLS`) and reads the gradients from DeepSpeed's lists;
 - masters and moments at every stage: its `safe_get` and `safe_set` functions work at stages 1 to 3 only, find moments only once
   they are linked, in the first step, and leave the weights that the model computes with as they are;
 - the gradients of tied weights in a pipeline before the first backward pass.
@@ -14,7 +14,7 @@ engine of every class and also compares `FUNCTIONS`; with a new version of DeepS
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -29,6 +29,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from recycle_ds.training.engine.zero.adapter import Kind, Uses
+from recycle_ds.training.errors import TrainingError
 
 FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     safe_get_full_fp32_param: ("param",),
@@ -42,10 +43,10 @@ FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
 """DeepSpeed's functions, with the parameters that they are called with."""
 
 
-def moved(owner: Any, uses: Uses, replaced: str | None = None) -> list[str]:
+def moved(owner: Any, uses: Uses, calls: Mapping[str, str] | None = None) -> list[str]:
     """What `owner`, an object of DeepSpeed's, does not have as expected, one text each.
 
-    uses: its attributes and methods. replaced: a method that its `step` must call.
+    uses: its attributes and methods. calls: a method, and the one that its code must call.
     """
     name = type(owner).__name__
     found = []
@@ -54,9 +55,18 @@ def moved(owner: Any, uses: Uses, replaced: str | None = None) -> list[str]:
             found.append(f"{name}.{key} is gone")
         elif parameters is not None:
             found += changed_parameters(f"{name}.{key}", getattr(type(owner), key), ("self", *parameters))
-    if replaced is not None and replaced not in _original(type(owner).step).__code__.co_names:
-        found.append(f"{name}.step does not call {replaced}")
+    for caller, called in (calls or {}).items():
+        if called not in _original(getattr(type(owner), caller)).__code__.co_names:
+            found.append(f"{name}.{caller} does not call {called}")
     return found
+
+
+def other_version(faults: list[str]) -> TrainingError:
+    """The error for a DeepSpeed in which something has moved. faults: as returned by `moved`."""
+    return TrainingError(
+        f"deepspeed {deepspeed.__version__} is not the one that this package was written for: {'; '.join(faults)}; "
+        "install the version in requirements.txt"
+    )
 
 
 def changed_parameters(name: str, function: Callable[..., Any], expected: tuple[str, ...]) -> list[str]:

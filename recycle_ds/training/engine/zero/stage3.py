@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.parallel.partitions import partition_range, partition_size
-from recycle_ds.training.engine.optimizer import AdamW
 from recycle_ds.training.engine.zero.adapter import Kind, Norms, Uses, Weights, norms_of
 from recycle_ds.training.engine.zero.inside_step import DecidedInside
 from recycle_ds.training.engine.zero.internals import read_fp32
@@ -63,12 +63,13 @@ class Stage3(DecidedInside):
         "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
     }  # fmt: skip
     USES_OF_PARAMETER: ClassVar[Uses] = {"ds_tensor": None, "ds_shape": None}
-    REPLACED: ClassVar[str | None] = "_get_norm_groups"
+    CALLS: ClassVar[Mapping[str, str]] = {"step": "_get_norm_groups"}
     keeps_gradients = False
 
-    def __init__(self, zero: Any, optimizer: AdamW, mesh: Mesh, weights: Weights) -> None:
-        super().__init__(zero, optimizer, mesh, weights)
-        zero._get_norm_groups = lambda: [self._norm_for_deepspeed()]
+    def replace_norm(self, decide: Callable[[], float]) -> None:
+        """See `ZeroAdapter`."""
+        super().replace_norm(decide)
+        self._zero._get_norm_groups = lambda: [self._norm_for_deepspeed()]
 
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """See `ZeroAdapter`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
@@ -51,12 +52,13 @@ class Stage1Fp32Accumulation(Linked):
     USES: ClassVar[Uses] = {
         **Linked.USES, "bf16_groups": None, "fp32_groups_gradients": None, "get_grads_for_norm": ("for_clipping",)
     }  # fmt: skip
-    REPLACED: ClassVar[str | None] = "get_grads_for_norm"
+    CALLS: ClassVar[Mapping[str, str]] = {"step": "get_grads_for_norm"}
 
-    def __init__(self, zero: Any, optimizer: AdamW, mesh: Mesh, weights: Weights) -> None:
-        super().__init__(zero, optimizer, mesh, weights)
+    def replace_norm(self, decide: Callable[[], float]) -> None:
+        """See `ZeroAdapter`."""
+        super().replace_norm(decide)
         nothing = torch.zeros(1, device=self.masters()[0].device)  # its own norm, over tensor ranks, is not used
-        zero.get_grads_for_norm = lambda for_clipping=False: ([nothing], {})
+        self._zero.get_grads_for_norm = lambda for_clipping=False: ([nothing], {})
 
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """See `ZeroAdapter`."""
@@ -79,12 +81,16 @@ class Stages12(Linked, DecidedInside):
         **Linked.USES, "params_in_partition": None, "averaged_gradients": None, "partition_gradients": None,
         "scaled_global_norm": ("norm_type",),
     }  # fmt: skip
-    REPLACED: ClassVar[str | None] = "scaled_global_norm"
+    CALLS: ClassVar[Mapping[str, str]] = {"step": "scaled_global_norm"}
 
     def __init__(self, zero: Any, optimizer: AdamW, mesh: Mesh, weights: Weights) -> None:
         super().__init__(zero, optimizer, mesh, weights)
         self.keeps_gradients = not zero.partition_gradients
-        zero.scaled_global_norm = lambda *_: self._norm_for_deepspeed()
+
+    def replace_norm(self, decide: Callable[[], float]) -> None:
+        """See `ZeroAdapter`."""
+        super().replace_norm(decide)
+        self._zero.scaled_global_norm = lambda *_: self._norm_for_deepspeed()
 
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """See `ZeroAdapter`."""
