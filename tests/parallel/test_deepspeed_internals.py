@@ -112,6 +112,6 @@ def test_another_signature_and_a_lost_call_are_named() -> None:
     assert moved(Optimizer(), uses, {"step": "norm"}) == [
         "Optimizer.norm takes (self, norm_type: 'int', groups: 'list[int]') instead of (self, norm_type)",
         "Optimizer.gone is gone",
-        "Optimizer.step does not call norm",
+        "Optimizer.step does not use norm",
     ]
     assert moved(SimpleNamespace(lists=1), {"lists": None}) == []

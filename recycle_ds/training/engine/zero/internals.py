@@ -46,7 +46,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
 def moved(owner: Any, uses: Uses, calls: Mapping[str, str] | None = None) -> list[str]:
     """What `owner`, an object of DeepSpeed's, does not have as expected, one text each.
 
-    uses: its attributes and methods. calls: a method, and the one that its code must call.
+    uses: its attributes and methods. calls: a method, and the name of another one or of an attribute that its code must use.
     """
     name = type(owner).__name__
     found = []
@@ -57,7 +57,7 @@ def moved(owner: Any, uses: Uses, calls: Mapping[str, str] | None = None) -> lis
             found += changed_parameters(f"{name}.{key}", getattr(type(owner), key), ("self", *parameters))
     for caller, called in (calls or {}).items():
         if called not in _original(getattr(type(owner), caller)).__code__.co_names:
-            found.append(f"{name}.{caller} does not call {called}")
+            found.append(f"{name}.{caller} does not use {called}")
     return found
 
 
