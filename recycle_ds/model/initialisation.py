@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recycle_ds.config import ModelConfig
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.parallel.partitions import local_shape
 
 # Projections that add to the residual stream: scaled down, since the sum grows with depth (GPT-2, section 2.3).
 _RESIDUAL = re.compile(r"\.(attention\.output|mlp\.down)\.weight$")
@@ -37,7 +38,7 @@ def initial_values(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int 
     """
     for name, row in pieces(model, mesh).items():
         parameter = model.get_parameter(name)
-        value = torch.zeros(tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        value = torch.zeros(local_shape(parameter))
         for piece in row if seed is not None else ():
             assert seed is not None
             full = initial_tensor(piece.name, piece.shape, config, seed)

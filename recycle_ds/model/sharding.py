@@ -12,6 +12,7 @@ from torch import nn
 
 from recycle_ds.model.layers import ColumnLinear, OutputHead, RowLinear, VocabEmbedding
 from recycle_ds.parallel.mesh import Axis, Mesh
+from recycle_ds.parallel.partitions import local_shape
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ def pieces(model: nn.Module, mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
     table: dict[str, tuple[Piece, ...]] = {}
     for prefix, module in model.named_modules():
         for suffix, parameter in module.named_parameters(recurse=False):
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            table[f"{prefix}.{suffix}"] = _describe(module, prefix, suffix, shape, mesh.tensor)
+            table[f"{prefix}.{suffix}"] = _describe(module, prefix, suffix, local_shape(parameter), mesh.tensor)
     return table
 
 

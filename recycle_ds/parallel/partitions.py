@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def partition_size(elements: int, replicas: int) -> int:
@@ -32,3 +33,8 @@ def flat_partitions(sizes: Sequence[int], replicas: int) -> list[list[tuple[int,
             held[replica].append((index, range(start - first, stop - first)))
         first += size
     return held
+
+
+def local_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of this rank's tensor shard of a parameter, which ZeRO-3 may have partitioned over the replicas."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -86,8 +86,6 @@ def _hold(config: RunConfig) -> Held:
     with torch.no_grad():
         sizes = {name: torch.Size(master.shape(name)).numel() for name in master.parameters}
         module = sum(size for name, size in sizes.items() if name.startswith("recycle."))
-        groups = engine.gradients._groups if engine.zero_stage != 3 else []
-        flat = [p for group in groups for p in group["params"]] or engine.engine.optimizer.fp32_partitioned_groups_flat
         tables = {buffer.untyped_storage()._cdata for buffer in engine.model.buffers()}
         moments = sum(state["exp_avg"].numel() for state in engine.optimizer.state.values())
     fp32 = {}
@@ -100,7 +98,7 @@ def _hold(config: RunConfig) -> Held:
     return Held(
         module,
         sum(sizes.values()) - module,
-        sum(p.numel() for p in flat),
+        sum(p.numel() for p in engine.zero.masters()),
         moments,
         sum(fp32.values()),
         [name for name, parameter in backbone if parameter.grad is not None or parameter.requires_grad],

@@ -120,7 +120,7 @@ def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: to
     generators = folder / f"rng-{mesh.rank:05d}.safetensors"
     states = on_all_ranks(lambda: _read_generators(generators) if same_world_size else {}, mesh, device)
     _load_tensors(engine, PortableSource(folder, manifest), moments=True)
-    engine.master.adam_step = manifest.adam_step
+    engine.zero.adam_step = manifest.adam_step
     if same_world_size:
         torch.set_rng_state(states["cpu"])
         if device.type == "cuda" and "cuda" in states:

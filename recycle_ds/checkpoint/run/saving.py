@@ -86,7 +86,7 @@ class PortableCheckpointer:
         if self._device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self._device)
         writer.close(generators)
-        self._save = _Save(state, self._engine.master.adam_step, temporary, final, writer)
+        self._save = _Save(state, self._engine.zero.adam_step, temporary, final, writer)
         return True
 
     def ended(self) -> bool:

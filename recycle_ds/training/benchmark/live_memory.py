@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from recycle_ds.parallel.partitions import local_shape
+from recycle_ds.training.engine.zero.adapter import ZeroAdapter
 
 
 class PeakMemory(TorchDispatchMode):
@@ -58,26 +62,18 @@ class PersistentTensors:
     """Buffers that ZeRO-3 allocates once: its partition of the gradients, and a reduction bucket."""
 
 
-def persistent_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: Any) -> PersistentTensors:
-    """The persistent tensors at any ZeRO stage. optimizer: torch's. zero: DeepSpeed's wrapper of it.
-
-    ZeRO-3 stores its partition of a weight next to the parameter, whose own data is empty or, for a small weight, gathered.
-    Its master weights are in none of the optimizer's groups between steps.
-    """
+def persistent_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroAdapter
+) -> PersistentTensors:
+    """The persistent tensors at any ZeRO stage. optimizer: torch's. A gathered weight counts with its partition."""
     parameters = list(model.parameters())
-    masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    masters += getattr(zero, "fp32_partitioned_groups_flat", [])
-    partitions = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
     moments = [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
-    beside = []
-    if hasattr(zero, "grad_partitions_flat_buffer"):
-        beside = [zero.grad_partitions_flat_buffer, *(bucket.buffer for bucket in zero.ipg_buckets.values())]
     return PersistentTensors(
-        parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
-        state=[*parameters, *partitions, *masters, *moments],
-        beside=[tensor for tensor in beside if isinstance(tensor, torch.Tensor)],
+        parameters=sum(math.prod(local_shape(parameter)) for parameter in parameters),
+        state=[*parameters, *map(zero.weights.stored, parameters), *zero.masters(), *moments],
+        beside=zero.buffers(),
     )
 
 

@@ -15,6 +15,7 @@ from recycle_ds.training.batches import assemble
 from recycle_ds.training.benchmark.live_memory import PersistentTensors, persistent_tensors
 from recycle_ds.training.engine.build import build_engine
 from recycle_ds.training.engine.optimizer import AdamW, parameter_groups
+from recycle_ds.training.engine.zero.choice import weights_at, zero_adapter
 from recycle_ds.training.errors import TrainingError
 
 BACKBONE, RECYCLE, HUGGING_FACE = "backbone", "recycle", "huggingface"
@@ -51,7 +52,7 @@ class OurSubject:
 
     def held(self) -> PersistentTensors:
         """See `Subject`."""
-        return persistent_tensors(self._engine.model, self._engine.optimizer, self._engine.engine.optimizer)
+        return persistent_tensors(self._engine.model, self._engine.optimizer, self._engine.zero)
 
 
 class HuggingFaceSubject:
@@ -68,6 +69,8 @@ class HuggingFaceSubject:
         self._engine, *_ = deepspeed.initialize(
             model=self._model, optimizer=self._optimizer, config=tree, dist_init_required=False
         )
+        weights = weights_at(self._engine.zero_optimization_stage(), mesh)
+        self._zero = zero_adapter(self._engine, self._optimizer, mesh, weights)
         self._optimizer.hold = False
         self._tokens = [batch.tokens_BS.to(device) for batch in random_batches(config, mesh, 0)]
 
@@ -80,7 +83,7 @@ class HuggingFaceSubject:
 
     def held(self) -> PersistentTensors:
         """See `Subject`."""
-        return persistent_tensors(self._model, self._optimizer, self._engine.optimizer)
+        return persistent_tensors(self._model, self._optimizer, self._zero)
 
 
 def llama_config(config: RunConfig) -> Any:

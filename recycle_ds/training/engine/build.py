@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -16,10 +16,12 @@ from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.gradients import GradientControl
-from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica, write_partition
-from recycle_ds.training.engine.optimizer import AdamW, idle_group, parameter_groups, part_of
+from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica
+from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
 from recycle_ds.training.engine.passes import FullDepthPasses, Passes
-from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline
+from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline, idle_group
+from recycle_ds.training.engine.zero.adapter import Weights, ZeroAdapter
+from recycle_ds.training.engine.zero.choice import weights_at, zero_adapter
 
 # DeepSpeed warnings that do not apply here, as the parity tests show: the optimizer is torch's AdamW with a clipping factor;
 # batches and evaluation sums carry no gradient, so no hook needs to see them.
@@ -28,12 +30,13 @@ _HARMLESS_WARNINGS = ("untested optimizer", "unknown inputs or outputs type")
 
 @dataclass(frozen=True)
 class TrainingEngine:
-    """DeepSpeed's engine with this rank's part of the model, its passes, gradient control and master state."""
+    """DeepSpeed's engine and optimizer with this rank's part of the model, its passes, gradient control and master state."""
 
     engine: Any
     model: RecycleGPT
     passes: Passes
     optimizer: AdamW
+    zero: ZeroAdapter
     gradients: GradientControl
     master: MasterState
     mesh: Mesh
@@ -57,14 +60,13 @@ def build_engine(
         logger.addFilter(lambda record: not any(text in record.getMessage() for text in _HARMLESS_WARNINGS))
     training = config.training
     stage = zero_stage(deepspeed_config)
-    model, frozen = _build_model(config, deepspeed_config, mesh, device, initial)
+    weights = weights_at(stage, mesh)
+    model, frozen = _build_model(config, deepspeed_config, mesh, device, weights, initial)
     pipeline = mesh.pipeline.size > 1
     with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
         module = RecyclePipeline(model) if pipeline else model
     optimizer = AdamW(parameter_groups(model, training.weight_decay) or idle_group(module), training)
-    if stage == 3:
-        # the root module uses this weight too, not only its owner: ZeRO-3 must gather it for both
-        deepspeed.zero.register_external_parameter(model, model.head_weight)
+    weights.register(model, model.head_weight)
     with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -75,41 +77,38 @@ def build_engine(
         )
     if training.compile:
         engine.compile()
+    zero = zero_adapter(engine, optimizer, mesh, weights)
+    if pipeline:
+        zero.prepare_pipeline()
     passes: Passes = PipelinePasses(engine) if pipeline else FullDepthPasses(engine, model)
     separate = config.recycle.gradient == "detached"
-    control = GradientControl(engine, model, optimizer, passes, training.gradient_clipping, separate=separate)
-    master = MasterState(engine, model, optimizer, frozen)
-    master.allocate_moments()
-    return TrainingEngine(engine, model, passes, optimizer, control, master, mesh, stage)
+    control = GradientControl(zero, model, optimizer, passes, training.gradient_clipping, separate=separate)
+    zero.allocate_moments()
+    return TrainingEngine(
+        engine, model, passes, optimizer, zero, control, MasterState(zero, model, frozen), mesh, stage
+    )
 
 
 def _build_model(
-    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, initial: bool
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    mesh: Mesh,
+    device: torch.device,
+    weights: Weights,
+    initial: bool,
 ) -> tuple[RecycleGPT, dict[str, torch.Tensor | None] | None]:
     """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16): only of
     those that bf16 rounds."""
-    import deepspeed
-
     training = config.training
-    partitioned = zero_stage(deepspeed_config) == 3
-    partitioning: AbstractContextManager[Any] = nullcontext()
-    if partitioned:
-        # with `mpu` alone it would partition over all ranks, tensor ranks included
-        partitioning = deepspeed.zero.Init(
-            data_parallel_group=mesh.replicas.group,
-            mpu=ModelParallelUnit(mesh),
-            config_dict_or_path=deepspeed_config,
-            mem_efficient_linear=False,
-        )
-    with partitioning:
+    with weights.creating(deepspeed_config):
         model = build_model(
             config.model,
             config.recycle,
             mesh,
             seed=None,
             # DeepSpeed copies its fp32 master weights from the rounded weights anyway, and a full fp32 model would set the
-            # peak of device memory. ZeRO-3 rounds each weight as it partitions it
-            dtype=torch.bfloat16 if training.dtype == "bf16" and not partitioned else torch.float32,
+            # peak of device memory
+            dtype=torch.bfloat16 if training.dtype == "bf16" and not weights.rounded_by_deepspeed else torch.float32,
             checkpoint_blocks=training.activation_checkpointing == "full",
             loss_chunk=training.loss_chunk,
             seq_length=training.seq_length,
@@ -120,10 +119,7 @@ def _build_model(
     owners = owning_replica([name for name, _ in model.named_parameters()], mesh.replicas.size)
     for name, value in initial_values(model, config.model, mesh, training.seed if initial else None):
         parameter = model.get_parameter(name)
-        if partitioned:
-            write_partition(parameter, value, mesh.replicas.size, mesh.replicas.rank)
-        else:
-            parameter.data.copy_(value)
+        weights.write(parameter, value)
         if not parameter.requires_grad and owners[name] == mesh.replicas.rank:
             kept[name] = fp32_copy(value)
     return model, kept if training.dtype == "bf16" else None
@@ -147,8 +143,4 @@ def freeze(model: RecycleGPT, gradient: str) -> None:
 
 def local_parameters(engine: TrainingEngine) -> int:
     """Number of weights that this rank holds between steps: its tensor shard of the stage, or its ZeRO-3 partition of that."""
-    count = 0
-    for parameter in engine.model.parameters():
-        partition = getattr(parameter, "ds_tensor", None)
-        count += parameter.numel() if partition is None else partition.ds_numel
-    return count
+    return sum(engine.zero.weights.stored(parameter).numel() for parameter in engine.model.parameters())

@@ -32,7 +32,7 @@ def _walk(engine: TrainingEngine, batches: StepBatches, scales: torch.Tensor) ->
     with torch.random.fork_rng(devices=devices):
         outputs = [_forward(engine, batch, scales) for batch in _in_flight(engine, batches)]
         trainable = [p for p in engine.model.parameters() if p.requires_grad]
-        requested = trainable if engine.zero_stage < 2 else trainable[:1]
+        requested = trainable if engine.zero.keeps_gradients else trainable[:1]
         for output in outputs if trainable else ():
             torch.autograd.grad(output, requested, allow_unused=True)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recycle_ds.config import TrainingConfig
+from recycle_ds.parallel.partitions import local_shape
 
 BACKBONE, RECYCLE = "backbone", "recycle"
 PARTS = (BACKBONE, RECYCLE)
@@ -68,7 +69,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             members = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if parameter.requires_grad and part_of(name) == part and (_dimensions(parameter) > 1) == decayed
+                if parameter.requires_grad and part_of(name) == part and (len(local_shape(parameter)) > 1) == decayed
             ]
             if members:
                 decay = weight_decay if decayed else 0.0
@@ -76,16 +77,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def idle_group(module: nn.Module) -> list[dict[str, Any]]:
-    """The group of a pipeline stage with nothing to train, which DeepSpeed's optimizer needs all the same: see `Stage.idle`."""
-    members = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [{"params": members, "weight_decay": 0.0, "part": RECYCLE, "clip": None}]
-
-
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, by its name."""
     return RECYCLE if name.startswith("recycle.") else BACKBONE
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))

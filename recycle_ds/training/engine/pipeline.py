@@ -2,13 +2,25 @@
 
 The module's "layers" are the stages themselves, one per rank: `recycle_ds.model.stages` decides which blocks a stage holds.
 Every rank of a pipeline has the full batch, so only the residual stream is sent between stages.
+
+What DeepSpeed's PipelineEngine forces, and why:
+- its own grid of ranks instead of an mpu (`RecyclePipeline`): it builds the groups that it sends and reduces over from one;
+- a stage that takes one tensor and returns one (`Stage`): it sends tensors only, and passes the batch to the first and the last
+  stage only. A stage therefore takes micro-batches from an iterator, in the schedule's order, and the engine a placeholder;
+- the loss times the number of micro-batches (`Stage.forward`): its backward pass divides by it regardless;
+- a trainable parameter on every rank (`Stage.idle`, `idle_group`): its optimizers need one, and a frozen backbone leaves none;
+- a gradient of the tied embedding on both ends (`get_tied_weights_and_groups`): it leaves out a weight without one, and the
+  other end would wait for ever. With bf16 it reads another attribute: see `prepare_pipeline` in `zero`;
+- schedules without its optimizer step (`_GradientSchedule`): ranks must agree before the update whether to apply it;
+- calls of `_exec_schedule` and `_exec_optimizer_step`: `train_batch` runs both at once, and synchronises to average the loss;
+- refusals at start-up, with their reasons in `recycle_ds.config.deepspeed_json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -28,6 +40,9 @@ from recycle_ds.model.evaluation import SUMS, EvaluationSums
 from recycle_ds.model.recyclegpt import RecycleGPT
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.engine.optimizer import RECYCLE
+from recycle_ds.training.engine.zero.adapter import Uses
+from recycle_ds.training.engine.zero.internals import moved, other_version
 
 
 class Stage(nn.Module):
@@ -98,6 +113,12 @@ class RecyclePipeline(PipelineModule):
         return [(weight, self._tied_group) for weight in self._tied]
 
 
+def idle_group(module: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's only group on a stage with nothing to train: see `Stage.idle`."""
+    members = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [{"params": members, "weight_decay": 0.0, "part": RECYCLE, "clip": None}]
+
+
 class _GradientSchedule(TrainSchedule):
     """1F1B without the optimizer step: ranks first agree on whether to apply it."""
 
@@ -117,20 +138,28 @@ class _ForwardSchedule(InferenceSchedule):
 
 
 class PipelinePasses:
-    """Passes through DeepSpeed's PipelineEngine (see `Passes`). Relies on how DeepSpeed 0.19.8 executes schedules."""
+    """Passes through DeepSpeed's PipelineEngine (see `Passes`).
+
+    Raises TrainingError if the installed DeepSpeed is not the one that this was written for."""
+
+    USES: ClassVar[Uses] = {
+        "num_stages": None, "stage_id": None, "total_loss": None, "total_additional_losses": None,
+        "set_dataiterator": ("iterator",), "_exec_schedule": ("pipe_schedule",), "_exec_optimizer_step": (),
+    }  # fmt: skip
+    CALLS: ClassVar[Mapping[str, str]] = {
+        "_exec_reduce_tied_grads": "get_tied_weights_and_groups", "_exec_forward_pass": "_compute_loss"
+    }  # fmt: skip
 
     def __init__(self, engine: Any) -> None:
+        faults = moved(engine, self.USES, self.CALLS)
+        if faults:
+            raise other_version(faults)
         self._engine = engine
         module = engine.module
         assert isinstance(module, RecyclePipeline)
         self._stage = module.stage
         frozen = module.stage.model.recycle_config.gradient == "frozen_backbone"
         self._schedule = _ForwardSchedule if frozen else _GradientSchedule
-        if hasattr(engine.optimizer, "fp32_groups_gradients"):
-            # DeepSpeed reads tied gradients from _hp_grad, which BF16_Optimizer sets only after the first gradient
-            for low, high in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
-                for parameter, gradient in zip(low, high, strict=True):
-                    parameter._hp_grad = gradient
         placeholder = torch.zeros(1)
         engine.set_dataiterator(repeat((placeholder, placeholder)))
 
