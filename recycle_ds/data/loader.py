@@ -34,6 +34,8 @@ class Batch:
     """[K+1, B, S] token read at each depth; depth 0 is `tokens_BS`."""
     targets_KBS: Tensor
     """[K+1, B, S] token predicted at each depth, `targets.IGNORE` where no loss is computed."""
+    single: bool | None = None
+    """Whether each sequence is one document, as known on the host; None if unknown."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -43,6 +45,7 @@ class Batch:
             documents_BS=self.documents_BS.to(device, non_blocking=True),
             inputs_KBS=self.inputs_KBS.to(device, non_blocking=True),
             targets_KBS=self.targets_KBS.to(device, non_blocking=True),
+            single=self.single,
         )
 
     def part(self, rank: int, size: int) -> Batch:
@@ -57,6 +60,7 @@ class Batch:
             documents_BS=self.documents_BS,
             inputs_KBS=self.inputs_KBS[:, :, part],
             targets_KBS=self.targets_KBS[:, :, part],
+            single=self.single,
         )
 
 
@@ -124,6 +128,7 @@ class BatchLoader:
             documents_BS=documents_BT[:, :-1].contiguous(),
             inputs_KBS=targets.inputs,
             targets_KBS=targets.targets,
+            single=not documents_BT[:, :-1].any(),
         )
 
 

@@ -15,6 +15,7 @@ from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
+from recycle_ds.training.engine.compiling import Compilation, compile_model
 from recycle_ds.training.engine.gradients import GradientControl
 from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica, write_partition
 from recycle_ds.training.engine.optimizer import AdamW, idle_group, parameter_groups, part_of
@@ -38,6 +39,7 @@ class TrainingEngine:
     master: MasterState
     mesh: Mesh
     zero_stage: int
+    compilation: Compilation = Compilation()
 
 
 def build_engine(
@@ -73,14 +75,13 @@ def build_engine(
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order
             dist_init_required=False,
         )
-    if training.compile:
-        engine.compile()
+    compilation = compile_model(model, config, device, stage)
     passes: Passes = PipelinePasses(engine) if pipeline else FullDepthPasses(engine, model)
     separate = config.recycle.gradient == "detached"
     control = GradientControl(engine, model, optimizer, passes, training.gradient_clipping, separate=separate)
     master = MasterState(engine, model, optimizer, frozen)
     master.allocate_moments()
-    return TrainingEngine(engine, model, passes, optimizer, control, master, mesh, stage)
+    return TrainingEngine(engine, model, passes, optimizer, control, master, mesh, stage, compilation)
 
 
 def _build_model(

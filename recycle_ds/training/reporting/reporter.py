@@ -29,7 +29,7 @@ class Reporter:
 
     def __init__(self, config: RunConfig, engine: TrainingEngine, logs: RunLogs, device: torch.device) -> None:
         self._config, self._engine, self._logs, self._device = config, engine, logs, device
-        self._seconds, self._steps, self._logged = 0.0, 0, False
+        self._seconds, self._steps, self._logged, self._logged_compilation = 0.0, 0, False, False
         training = config.training
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
         self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
@@ -106,6 +106,10 @@ class Reporter:
         if self._logs.metrics is not None:
             self._logs.metrics.write(record)
             self._console.metrics(record)
+        if not self._logged_compilation:
+            self._logged_compilation = True
+            if text := self._engine.compilation.report():
+                self.say(text)
 
     def evaluate(self, step: int, validation: BatchLoader) -> None:
         """Writes a line of metrics.jsonl with validation losses and acceptance; `eval_loss` is the backbone's."""
