@@ -193,6 +193,7 @@ def _train(
     from recycle_ds.training.faults.job_end import conclude, print_local_error, stop_request
     from recycle_ds.training.faults.stop_requests import REASONS
     from recycle_ds.training.loop import Trainer
+    from recycle_ds.training.prefetching import prefetch
     from recycle_ds.training.reporting.layout_file import write_layout_file
     from recycle_ds.training.reporting.run_logs import RunLogs, open_run_logs
 
@@ -212,7 +213,7 @@ def _train(
         ranking = on_first_rank(functools.partial(ranking_of_run, config), mesh, device)
         train_on_drafts(engine, config, ranking, device)
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
-        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, logs, device)
+        trainer = Trainer(config, engine, prefetch(inputs.train, device), inputs.validation, checkpointer, logs, device)
         ended, refused = "", False
         try:
             ended = trainer.run(state, stop)

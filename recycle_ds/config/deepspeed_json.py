@@ -107,7 +107,7 @@ def _check_layout(config: RunConfig, tree: Mapping[str, Any]) -> None:
         )
     if config.training.compile is True:
         raise ConfigError(
-            f"training.compile=true does not work with parallel.pipeline={stages}: leave it auto or false, or use parallel.tensor"
+            f"training.compile=true does not work with parallel.pipeline={stages}: set it to auto, or use parallel.tensor"
         )
 
 

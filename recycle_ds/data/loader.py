@@ -5,8 +5,8 @@ Shapes: B sequences of a micro-batch, S positions, K recycle depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,14 +38,21 @@ class Batch:
     """Whether each sequence is one document, as known on the host; None if unknown."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            positions_BS=self.positions_BS.to(device, non_blocking=True),
-            documents_BS=self.documents_BS.to(device, non_blocking=True),
-            inputs_KBS=self.inputs_KBS.to(device, non_blocking=True),
-            targets_KBS=self.targets_KBS.to(device, non_blocking=True),
-            single=self.single,
+        """The same batch on another device; the host does not wait for the copy of a pinned one."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while the host goes on. Needs CUDA."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            tokens_BS=change(self.tokens_BS),
+            positions_BS=change(self.positions_BS),
+            documents_BS=change(self.documents_BS),
+            inputs_KBS=change(self.inputs_KBS),
+            targets_KBS=change(self.targets_KBS),
         )
 
     def part(self, rank: int, size: int) -> Batch:

@@ -32,6 +32,7 @@ PARTS = {
         "schedule",
         "state",
         "batches",
+        "prefetching",
         "engine",
         "faults",
         "reporting",

@@ -1,9 +1,9 @@
 """A chunk's losses and the gradients of its logits as pure functions of the logits, for torch.compile.
 
-The functions of `cross_entropy` and `objectives` work in place, step by step, which is best without a compiler: each step reads
-and writes the chunk's logits in fp32, some 46 bytes per logit in bf16 training. Here a compiler makes one kernel that reads the
-logits as the product wrote them and writes their gradient in the same dtype, with everything between in registers: 6 to 8 bytes.
-Without a compiler these functions would take more memory than the others, so they are only used compiled.
+The functions of `cross_entropy` and `objectives` work in place, step by step, which is best without a compiler: each step
+reads and writes the chunk's logits in fp32, some 46 bytes per logit in bf16 training. Here a compiler makes one kernel that
+reads the logits as the product wrote them and writes their gradient in the same dtype, with everything between in registers:
+6 to 8 bytes. Without a compiler these functions would take more memory than the others, so they are only used compiled.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def training_losses(
     also where its likeliest token is the backbone's, bool [K, N] for the N rows of all tensor ranks.
 
     states: h and r^1..r^K, [S, B, D] each (a part of S under sequence parallelism). targets_KBS: [K+1, B, S]. scales: [K+1],
-    the weight of one row's loss. weight: [V_local, D]. draft: None for the complete vocabulary. fused: compiled functions, None to
-    work without a compiler. Collective over the tensor and the ulysses axis.
+    the weight of one row's loss. weight: [V_local, D]. draft: None for the complete vocabulary. fused: compiled functions, if
+    training compiles. Collective over the tensor and the ulysses axis.
     """
     targets = targets_KBS[: len(states)].transpose(1, 2).flatten(1)
     joint = recycle.gradient == "joint"
@@ -63,7 +63,9 @@ def training_losses(
         counted = counted & draft.table[targets[1:].clamp_min(0)]
     complete = HeadShard(shard.first, shard.valid, shard.axis)
     columns = None if draft is None else draft.columns
-    head = ModuleHead(recycle.objective, complete, columns, chunk, joint, compare_choices=recycle.confidence, fused=fused)
+    head = ModuleHead(
+        recycle.objective, complete, columns, chunk, joint, compare_choices=recycle.confidence, fused=fused
+    )
     if shard.scattered:
         module = [gather_from_sequence_parallel_region(r, False, shard.axis.group) for r in module]
     rows = [r.flatten(0, 1) for r in module]

@@ -39,7 +39,7 @@ class TrainingEngine:
     master: MasterState
     mesh: Mesh
     zero_stage: int
-    compilation: Compilation = Compilation()
+    compilation: Compilation
 
 
 def build_engine(

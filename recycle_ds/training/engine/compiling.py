@@ -55,7 +55,9 @@ def choose(setting: bool | str, device: torch.device, *, tensor: int, pipeline: 
         if pipeline > 1:
             return Compilation(reason="training.compile does not work in a pipeline")
         if not has_triton():
-            return Compilation(reason="Triton is missing or does not support this GPU; training takes longer without it")
+            return Compilation(
+                reason="Triton is missing or does not support this GPU; training takes longer without it"
+            )
     return Compilation(FUNCTIONS if tensor > 1 or zero_stage == 3 else BLOCKS)
 
 
@@ -83,7 +85,7 @@ def compile_regions(model: RecycleGPT, regions: str, backend: Any = "inductor") 
         whole = [*model.blocks.values(), model.recycle, model.final_norm]
         for module in whole:
             if module is not None:
-                module.forward = compiled(module.forward)  # type: ignore[method-assign]
+                module.forward = compiled(module.forward)
     else:
         for module in model.modules():
             if isinstance(module, RMSNorm):

@@ -47,7 +47,8 @@ def batch_of(depth: int, *, packed: bool, seed: int = 5, rows: int = ROWS) -> Ba
         positions[:, 13:] -= 13
     targets = make_targets(tokens, documents, depth)
     single = not packed
-    return Batch(targets.inputs[0], positions[:, :-1], documents[:, :-1], targets.inputs, targets.targets, single)
+    positions, documents = positions[:, :-1].contiguous(), documents[:, :-1].contiguous()
+    return Batch(targets.inputs[0], positions, documents, targets.inputs, targets.targets, single)
 
 
 def gradients_of(model: RecycleGPT, batch: Batch) -> tuple[float, list[Tensor]]:
@@ -155,7 +156,7 @@ def test_flex_attention_is_part_of_the_graph(depth: int, monkeypatch: pytest.Mon
     assert counter.frame_count == found
     graphs: list[Any] = counter.graphs
     assert not any("argsort" in str(node.target) for graph in graphs for node in graph.graph.nodes)
-    calls = [sum("flex_attention" == str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    calls = [sum(str(node.target) == "flex_attention" for node in graph.graph.nodes) for graph in graphs]
     assert sum(calls) == 1 + depth, "one in the blocks' shared graph, one in each unrolled step"
 
 
