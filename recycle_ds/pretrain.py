@@ -197,6 +197,7 @@ def _train(
     from recycle_ds.training.faults.job_end import conclude, print_local_error, stop_request
     from recycle_ds.training.faults.stop_requests import REASONS
     from recycle_ds.training.loop import Trainer
+    from recycle_ds.training.prefetching import prefetch
     from recycle_ds.training.reporting.layout_file import write_layout_file
     from recycle_ds.training.reporting.observers_of_run import observers_of_run, open_run_logs
 
@@ -218,7 +219,8 @@ def _train(
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
         gather = functools.partial(observers_of_run, config, engine, device, stop, logs, given)
         observers = on_all_ranks(gather, mesh, device)
-        trainer = Trainer(config, engine, inputs.train, inputs.validation, checkpointer, observers, device)
+        train = prefetch(inputs.train, device)
+        trainer = Trainer(config, engine, train, inputs.validation, checkpointer, observers, device)
         try:
             ended = trainer.run(state, stop)
         except LocalError as error:

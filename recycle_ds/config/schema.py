@@ -92,8 +92,9 @@ class TrainingConfig(Section):
     """`full`: blocks keep only their input and recompute in the backward pass."""
     loss_chunk: Annotated[Positive, OnResume.FREE] = 1024
     """Rows (tokens) of logits that the output head computes at once."""
-    compile: Annotated[bool, OnResume.FREE] = False
-    """Compile the model through `engine.compile` (needs a working compiler; the first step is slow)."""
+    compile: Annotated[bool | Literal["auto"], OnResume.FREE] = "auto"
+    """Compile blocks, recycle module and losses with torch.compile, which takes time at the start. `auto`: on CUDA, except in a
+    pipeline; on a CPU only `true` does."""
     dry_run: Annotated[bool, OnResume.FREE] = True
     """One forward and backward pass before step 1 that changes no state, so that an out-of-memory error comes at once."""
     nonfinite: Annotated[Policy, OnResume.FREE] = "stop"

@@ -5,8 +5,8 @@ Shapes: B sequences of a micro-batch, S positions, K recycle depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,15 +34,25 @@ class Batch:
     """[K+1, B, S] token read at each depth; depth 0 is `tokens_BS`."""
     targets_KBS: Tensor
     """[K+1, B, S] token predicted at each depth, `targets.IGNORE` where no loss is computed."""
+    single: bool | None = None
+    """Whether each sequence is one document, as known on the host; None if unknown."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            positions_BS=self.positions_BS.to(device, non_blocking=True),
-            documents_BS=self.documents_BS.to(device, non_blocking=True),
-            inputs_KBS=self.inputs_KBS.to(device, non_blocking=True),
-            targets_KBS=self.targets_KBS.to(device, non_blocking=True),
+        """The same batch on another device; the host does not wait for the copy of a pinned one."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while the host goes on. Needs CUDA."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            tokens_BS=change(self.tokens_BS),
+            positions_BS=change(self.positions_BS),
+            documents_BS=change(self.documents_BS),
+            inputs_KBS=change(self.inputs_KBS),
+            targets_KBS=change(self.targets_KBS),
         )
 
     def part(self, rank: int, size: int) -> Batch:
@@ -57,6 +67,7 @@ class Batch:
             documents_BS=self.documents_BS,
             inputs_KBS=self.inputs_KBS[:, :, part],
             targets_KBS=self.targets_KBS[:, :, part],
+            single=self.single,
         )
 
 
@@ -124,6 +135,7 @@ class BatchLoader:
             documents_BS=documents_BT[:, :-1].contiguous(),
             inputs_KBS=targets.inputs,
             targets_KBS=targets.targets,
+            single=not documents_BT[:, :-1].any(),
         )
 
 

@@ -99,4 +99,5 @@ def _batch(rows: list[tuple[list[int], list[int]]], depth: int) -> Batch:
         documents_BS=numbers[:, :-1],
         inputs_KBS=targets.inputs,
         targets_KBS=targets.targets,
+        single=not numbers.any(),
     )

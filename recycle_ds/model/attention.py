@@ -17,6 +17,7 @@ from recycle_ds.model.masks import AttentionMask
 from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import CosineSine, rotate
 from recycle_ds.model.ulysses import to_heads, to_sequence
+from recycle_ds.parallel.compiler import raise_recompile_limit
 from recycle_ds.parallel.mesh import Mesh
 
 KeysValues = tuple[Tensor, Tensor]
@@ -34,6 +35,8 @@ class Attention(nn.Module):
         """rotated: whether queries and keys get the rotary embedding."""
         super().__init__()
         self.rotated = rotated
+        self.rotate = rotate
+        """`rope.rotate`, or what a compiler made of it."""
         self.channels = config.dim_per_head
         self.ulysses = mesh.ulysses
         self.heads = config.heads // mesh.tensor.size
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = both.split((heads, kv_heads), dim=2)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2)
-        query, key = (rotate(both, rotary) if self.rotated else both).split((heads, kv_heads), dim=2)
+        query, key = (self.rotate(both, rotary) if self.rotated else both).split((heads, kv_heads), dim=2)
         if self.ulysses.size > 1:
             query, key, value = to_heads((query, key, value), self.ulysses)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
@@ -83,9 +86,13 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v under a packed mask: FlexAttention on CUDA, dense-mask SDPA elsewhere. [B, H, S, C]."""
-    if query.is_cuda:
-        return flex(query, keys, values, mask, compiled=True)
+    """softmax(q k^T / sqrt(C)) v under a packed mask, [B, H, S, C].
+
+    On CUDA FlexAttention, or SDPA's flash kernel if each row is one document; elsewhere SDPA with a dense mask. Inside compiled
+    code FlexAttention is compiled along with what is around it.
+    """
+    if query.is_cuda and not mask.plain_causal:
+        return flex(query, keys, values, mask, compiled=not torch.compiler.is_compiling())
     return dense(query, keys, values, mask)
 
 
@@ -94,7 +101,7 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
 
     `cpu_attention` replaces it on CPUs with fast bf16 products.
     """
-    if mask.steps == 1 and cpu_attention.is_faster(query):
+    if mask.steps == 1 and not torch.compiler.is_compiling() and cpu_attention.is_faster(query):
         return cpu_attention.causal(query, keys, values, None if mask.plain_causal else mask.additive(query.dtype))
     grouped = query.shape[1] != keys.shape[1]
     if mask.plain_causal:
@@ -117,4 +124,6 @@ def _plain_flex() -> Any:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    return torch.compile(_plain_flex(), dynamic=False)
+    # fullgraph: at the limit of recompilations it raises, instead of going back to the unfused operations without a word
+    raise_recompile_limit()
+    return torch.compile(_plain_flex(), fullgraph=True, dynamic=False)

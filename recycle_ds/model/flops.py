@@ -35,10 +35,20 @@ def block_flops_per_token(config: ModelConfig, seq_length: int) -> float:
     return 6.0 * (_block_matrices(config) + _attention(config, seq_length / 2))
 
 
-def recycle_flops_per_token(config: ModelConfig, recycle: RecycleConfig, seq_length: int) -> float:
-    """FLOPs of one token's forward and backward pass through all recycle depths, including the head's losses."""
+def attention_flops_per_token(config: ModelConfig, seq_length: int) -> float:
+    """The share of attention in `block_flops_per_token`."""
+    return 6.0 * _attention(config, seq_length / 2)
+
+
+def recycle_flops_per_token(
+    config: ModelConfig, recycle: RecycleConfig, seq_length: int, *, attention_only: bool = False
+) -> float:
+    """FLOPs of one token's forward and backward pass through all recycle depths, including the head's losses; or the share of
+    attention in them."""
     if not recycle.layers:
         return 0.0
+    if attention_only:
+        return sum(6.0 * recycle.layers * _attention(config, seq_length / 2 + step) for step in range(recycle.depth))
     stack = 2 * config.hidden**2 + recycle.layers * _block_matrices(config)
     head_passes = 6 if recycle.gradient == "joint" else 4
     head = _head(config)

@@ -22,15 +22,33 @@ class AttentionMask:
     """Attention of packed sequences: causal within a document, plus `steps - 1` diagonal blocks.
 
     documents_BS has the document index of each token. steps = 1 is ordinary causal attention; there are steps x S keys.
+    single: whether each row is one document, where the host knows it (see `Batch.single`); None if it does not.
     """
 
     documents_BS: Tensor
     steps: int = 1
+    single: bool | None = None
 
     @cached_property
     def plain_causal(self) -> bool:
-        """Whether each row is one document, so that the kernel's built-in causal mask is enough. Synchronises the device."""
-        return self.steps == 1 and bool((self.documents_BS == self.documents_BS[:, :1]).all())
+        """Whether the kernel's built-in causal mask is enough, because each row is one document.
+
+        Does not synchronise a device: documents that are on one and of which the host knows nothing count as packed.
+        """
+        if self.steps > 1 or self.single is not None:
+            return self.steps == 1 and bool(self.single)
+        return self.documents_BS.device.type == "cpu" and rows_are_single(self.documents_BS)
+
+    def prepare(self, dtype: torch.dtype) -> AttentionMask:
+        """Builds what the attention of this device needs, once for all layers and outside compiled code. Returns itself.
+
+        dtype: of the queries."""
+        if not self.plain_causal:
+            if self.documents_BS.is_cuda:
+                _ = self.block_mask
+            else:
+                self.additive(dtype)
+        return self
 
     @cached_property
     def dense(self) -> Tensor:
@@ -79,7 +97,12 @@ class AttentionMask:
 
     def at_step(self, step: int) -> AttentionMask:
         """The mask of unrolled step `step` of the recycle module over the same documents."""
-        return AttentionMask(self.documents_BS, step)
+        return self if step == self.steps else AttentionMask(self.documents_BS, step, self.single)
+
+
+def rows_are_single(documents_BS: Tensor) -> bool:
+    """Whether each row is one document. Synchronises a device."""
+    return bool((documents_BS == documents_BS[:, :1]).all())
 
 
 def visible_blocks(documents_BS: Tensor, steps: int, size: int) -> tuple[Tensor, Tensor]:

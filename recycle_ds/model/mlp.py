@@ -18,8 +18,15 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = ColumnLinear(config.hidden, {"gate": config.ffn, "up": config.ffn}, mesh, megatron)
         self.down = RowLinear(config.ffn, config.hidden, mesh, megatron)
+        self.activate = swiglu
+        """`swiglu`, or what a compiler made of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activate(self.gate_up(x)))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., 2 F] = [gate; up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

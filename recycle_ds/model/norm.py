@@ -20,6 +20,8 @@ class RMSNorm(nn.Module):
         self.group = mesh.tensor.group if split else None
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
         self.epsilon = epsilon
+        self.normalise = normalise
+        """`normalise`, or what a compiler made of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -27,4 +29,9 @@ class RMSNorm(nn.Module):
         if self.group is not None:
             # a tensor rank has part of the sequence or of the heads: its gradient is a partial sum
             weight = copy_to_tensor_model_parallel_region(weight, self.group)
-        return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
+        return self.normalise(x, weight, self.epsilon)
+
+
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), weight, epsilon)

@@ -19,6 +19,7 @@ from recycle_ds.model.evaluation import EvaluationSums, judge
 from recycle_ds.model.layers import OutputHead, VocabEmbedding, padded_vocabulary, parallel_config
 from recycle_ds.model.losses import (
     DraftColumns,
+    FusedLosses,
     HeadShard,
     confidence_losses,
     head_predictions,
@@ -70,6 +71,8 @@ class RecycleGPT(nn.Module):
         """Bool [V] on the CPU: the targets that count for the module's losses; None if all do."""
         self.unnamed_ids: tuple[int, ...] = ()
         """Ids within vocab_size that the tokenizer has no token for. Decoding never samples them."""
+        self.fused_losses: FusedLosses | None = None
+        """The losses' compiled functions, if training compiles."""
         self.int8 = False
         """Whether decoding rounds the weights of products to int8."""
         self.checkpoint_blocks, self.loss_chunk = checkpoint_blocks, loss_chunk
@@ -156,6 +159,7 @@ class RecycleGPT(nn.Module):
             self.recycle_config,
             chunk=self.loss_chunk,
             draft=self.trained_drafts,
+            fused=self.fused_losses,
         )
         return (total, sums) if agrees is None else self._with_confidence(total, sums, agrees, batch, states, scales)
 
@@ -174,7 +178,7 @@ class RecycleGPT(nn.Module):
 
     def states(self, batch: Batch, received: Tensor | None = None) -> list[Tensor]:
         """h and r^1..r^K, each [S, B, D]. A pipeline stage before the last returns only its output for the next stage."""
-        mask = AttentionMask(batch.documents_BS)
+        mask = AttentionMask(batch.documents_BS, single=batch.single)
         frozen = self.recycle_config.gradient == "frozen_backbone"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             hidden, taps = self._backbone(batch, mask, received)
@@ -244,7 +248,8 @@ class RecycleGPT(nn.Module):
             positions = (batch.positions_BS.t() + step - 1).clamp_max(self.max_positions - 1)
             rotary = self.rotary(positions, hidden.dtype)
             embedded = embedded if joint else embedded.detach()
-            arguments = (state, embedded, rotary, mask.at_step(step), earlier, tapped if step == 1 else ())
+            visible = mask.at_step(step).prepare(hidden.dtype)
+            arguments = (state, embedded, rotary, visible, earlier, tapped if step == 1 else ())
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 state, earlier = checkpoint(self.recycle, *arguments, use_reentrant=False)
             else:
@@ -263,6 +268,7 @@ class RecycleGPT(nn.Module):
         else:
             x = received
         rotary = self.rotary(batch.positions_BS.t(), x.dtype)
+        mask.prepare(x.dtype)
         for index, block in self.blocks.items():
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, _ = checkpoint(block, x, rotary, mask, use_reentrant=False)
@@ -278,7 +284,7 @@ class RecycleGPT(nn.Module):
         positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         documents = torch.zeros_like(tokens_BT)
         batch = Batch(tokens_BT, positions, documents, tokens_BT[None], tokens_BT[None])
-        return self._backbone(batch, AttentionMask(documents), None)[0]
+        return self._backbone(batch, AttentionMask(documents, single=True), None)[0]
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """fp32 logits [T, B, V] without vocabulary padding, gathered over the tensor axis. Collective over that axis."""

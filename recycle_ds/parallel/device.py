@@ -121,6 +121,13 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**26)))
 
 
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor on a device. The host does not wait for a GPU's copy: it is queued from page-locked memory."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def synchronise(device: torch.device) -> None:
     """Waits for queued CUDA work. Does nothing on a CPU."""
     if device.type == "cuda":

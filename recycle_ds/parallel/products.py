@@ -18,9 +18,14 @@ from torch import Tensor
 _FEW_ROWS = 16
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result  # compiled code asks while it is traced, and keeps the answer
 def multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bf16 matrix products."""
+    return _has_bf16_products()
+
+
+@lru_cache(maxsize=1)
+def _has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -43,7 +43,7 @@ class Plan:
             "fullest_stage": self.stage,
             "communication_bytes": asdict(self.sent),
             "bubble": self.time.bubble,
-            "seconds": {name: value for name, value in asdict(self.time).items() if name != "bubble"},
+            "seconds": self.time.seconds(),
             "step_seconds": self.time.total,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,

@@ -81,7 +81,7 @@ def _breakdown(plan: Plan) -> Table:
     memory = [(name, f"{value / GIB:.2f}") for name, value in asdict(plan.memory).items() if name != "host"]
     if plan.memory.host:
         memory.append(("(on the host)", f"{plan.memory.host / GIB:.2f}"))
-    time = [(name, f"{value:.3f}") for name, value in asdict(plan.time).items() if name != "bubble"]
+    time = [(name, f"{value:.3f}") for name, value in plan.time.seconds().items()]
     sent = [(name, f"{value / 1e9:.2f}") for name, value in asdict(plan.sent).items()]
     blank = ("", "")
     for row in range(max(len(memory), len(time), len(sent))):

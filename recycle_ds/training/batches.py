@@ -16,15 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recycle_ds.data.loader import Batch
+from recycle_ds.parallel.device import upload
 from recycle_ds.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A rank's micro-batches, on its device. counts [K+1]: targets of the global batch by depth, float64."""
+    """A rank's micro-batches, on its device. counts [K+1]: targets of the global batch by depth, float64, on the host unless
+    they were summed over ranks."""
 
     micro: list[Batch]
     counts: Tensor
+    device: torch.device
 
     @cached_property
     def count_list(self) -> list[float]:
@@ -33,8 +36,9 @@ class StepBatches:
 
     def scales(self, weights: Sequence[float], replicas: int) -> Tensor:
         """[K+1] fp32: weight of one target in the total, times `replicas`, over which DeepSpeed averages gradients."""
-        weight = torch.tensor(weights, dtype=torch.float64, device=self.counts.device)
-        return (weight * replicas / self.counts.clamp_min(1)).float()
+        weight = upload(torch.tensor(weights, dtype=torch.float64), self.counts.device)
+        scales = (weight * replicas / self.counts.clamp_min(1)).float()
+        return upload(scales, self.device) if scales.device != self.device else scales
 
     def means(self, sums: Sequence[float]) -> list[float]:
         """Mean losses from the global batch's sums, in the order of `RecycleGPT.losses`; 0 if a depth has no target."""
@@ -56,10 +60,10 @@ def assemble(
         if counted_V is not None:
             counted[1:] &= counted_V[batch.targets_KBS[1:losses].clamp_min(0)]
         counts += counted.flatten(1).sum(1)
-    counts = counts.to(device)
     if mesh.data.size > 1:
+        counts = upload(counts, device)
         dist.all_reduce(counts, group=mesh.data.group)
-    return StepBatches(local_batches(micro, mesh, device), counts)
+    return StepBatches(local_batches(micro, mesh, device), counts, device)
 
 
 def local_batches(micro: Sequence[Batch], mesh: Mesh, device: torch.device) -> list[Batch]:

@@ -14,6 +14,7 @@ from recycle_ds.config import RunConfig
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.loader import Batch, BatchLoader
 from recycle_ds.parallel.agree import on_all_ranks
+from recycle_ds.parallel.device import upload
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.training.batches import StepBatches, assemble
 from recycle_ds.training.engine.build import TrainingEngine
@@ -231,7 +232,7 @@ class Trainer:
         update."""
         mesh = self.engine.mesh
         flags = [*(reason == name for name in REASONS), not self._saver.ended()]
-        votes = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        votes = upload(torch.tensor(flags, dtype=torch.float64), self.device)
         # every tensor rank of the last stage has the same sums: only one of them may count
         counts = mesh.last_stage and mesh.tensor.rank == 0
         shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))

@@ -32,6 +32,7 @@ PARTS = {
         "schedule",
         "state",
         "batches",
+        "prefetching",
         "observers",
         "engine",
         "faults",

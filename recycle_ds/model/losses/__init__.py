@@ -4,11 +4,13 @@ from recycle_ds.model.losses.chunks import HeadShard
 from recycle_ds.model.losses.confidence import confidence_losses
 from recycle_ds.model.losses.cross_entropy import head_losses, head_predictions
 from recycle_ds.model.losses.draft_columns import DraftColumns
+from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.model.losses.module_losses import ModuleHead, module_losses
 from recycle_ds.model.losses.training import training_losses
 
 __all__ = [
     "DraftColumns",
+    "FusedLosses",
     "HeadShard",
     "ModuleHead",
     "confidence_losses",

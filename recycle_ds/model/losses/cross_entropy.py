@@ -25,6 +25,7 @@ from torch import Tensor
 
 from recycle_ds.data.targets import IGNORE
 from recycle_ds.model.losses.chunks import HeadGradient, HeadShard, global_argmax, reduce
+from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.parallel.products import upcasts
 
 _ROWS_IN_CACHE = 32
@@ -58,17 +59,19 @@ def head_losses(
     *,
     chunk: int,
     train_head: Sequence[bool],
+    fused: FusedLosses | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies of several states under one head.
 
     hiddens: J tensors [N, D], the backbone's states and those of each recycle depth ([N / p, D] if scattered over p ranks).
     weight: [V_local, D]. targets: [J, N], IGNORE for rows without a target. scales: [J], the weight of one row's loss in the
     total. train_head: J flags, whether these rows contribute to the head's gradient. chunk: rows of logits in memory at once.
+    fused: compiled functions, for a head that is not split.
 
     Returns the weighted total (scalar, differentiable) and the unweighted sums over rows [J] (no gradient), both fp32.
     Collective over the tensor axis.
     """
-    total, sums = _HeadLosses.apply(weight, targets, scales, shard, chunk, tuple(train_head), *hiddens)
+    total, sums = _HeadLosses.apply(weight, targets, scales, shard, chunk, tuple(train_head), fused, *hiddens)
     return total, sums
 
 
@@ -102,16 +105,24 @@ class _HeadLosses(torch.autograd.Function):
         shard: HeadShard,
         chunk: int,
         train_head: tuple[bool, ...],
+        fused: FusedLosses | None,
         *hiddens: Tensor,
     ) -> tuple[Tensor, Tensor]:
         want_weight = ctx.needs_input_grad[0]
-        want_hidden = ctx.needs_input_grad[6:]
+        want_hidden = ctx.needs_input_grad[7:]
         sums = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
         head = HeadGradient(weight)
         grads: list[Tensor | None] = []
         for index, hidden in enumerate(hiddens):
             head_gradient = head if want_weight and train_head[index] else None
             grad = torch.empty_like(hidden) if want_hidden[index] else None
+            trains = grad is not None or head_gradient is not None
+            if fused is not None and trains and shard.axis.size == 1 and not upcasts(hidden):
+                sums[index] = _fused_losses(
+                    fused, hidden, weight, targets[index], scales[index], shard, chunk, grad, head_gradient
+                )
+                grads.append(grad)
+                continue
             for part in _chunks(hidden, weight, targets[index], shard, chunk, want_best=False):
                 sums[index] += part.loss.sum()
                 if grad is not None or head_gradient is not None:
@@ -127,7 +138,31 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *grads = ctx.saved_tensors
         scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in (grad_weight, *grads)]
-        return (scaled[0], None, None, None, None, None, *scaled[1:])
+        return (scaled[0], None, None, None, None, None, None, *scaled[1:])
+
+
+def _fused_losses(
+    fused: FusedLosses,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    shard: HeadShard,
+    chunk: int,
+    grad: Tensor | None,
+    head_gradient: HeadGradient | None,
+) -> Tensor:
+    """The sum of the losses of all rows, and their gradients, with the compiled functions."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        loss, error = fused.cross_entropy(F.linear(hidden[rows], weight), targets[rows], scale, shard.valid)
+        total += loss.sum()
+        if grad is not None:
+            torch.mm(error, weight, out=grad[rows])
+        if head_gradient is not None:
+            head_gradient.add(error, hidden[rows])
+    return total
 
 
 def _chunks(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from recycle_ds.data.targets import IGNORE
 from recycle_ds.model.losses.chunks import HeadGradient, HeadShard, global_argmax, reduce
+from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.model.losses.objectives import OBJECTIVES, Expected, softmax
 from recycle_ds.parallel.products import upcasts
 
@@ -34,7 +35,7 @@ class ModuleHead:
 
     columns: the rows of this rank's head that are in the draft vocabulary, ascending; None for all. chunk: rows of logits in
     memory at once. train_head: whether the losses contribute to the head's gradient. compare_choices: whether to compare the
-    likeliest tokens of module and backbone. shard: must not be scattered.
+    likeliest tokens of module and backbone. fused: compiled functions. shard: must not be scattered.
     """
 
     objective: str
@@ -43,6 +44,7 @@ class ModuleHead:
     chunk: int
     train_head: bool
     compare_choices: bool = False
+    fused: FusedLosses | None = None
 
 
 def module_losses(
@@ -174,16 +176,35 @@ class _Run:
         """Adds the loss of the module's rows at a depth, and their gradients. probs, best: of the backbone."""
         states, scale = self._states[depth - 1][rows], self._scales[depth]
         counted = self._counted[depth - 1, rows]
-        logits = _logits(states, self._rows)
+        grad = self.grads[depth - 1]
+        trains = grad is not None or self._gradient is not None
+        fused = self._head.fused if trains and self._head.shard.axis.size == 1 and not upcasts(states) else None
+        logits = _logits(states, self._rows) if fused is None else F.linear(states, self._rows)
         if best is not None:
             self.agrees[depth - 1, rows] = self._best(logits, self._head.columns) == best
+        weights = scale * counted
+        if fused is not None:
+            loss, error = self._fused(fused, logits, depth, rows, probs, weights)
+            self.sums[depth] += loss.masked_fill(~counted, 0.0).sum()
+            self._add(error, states, grad, rows)
+            return
         column, owned = self._column(self._targets[depth, rows], self._head.columns)
         loss, error = OBJECTIVES[self._head.objective](logits, Expected(probs, column, owned), self._head.shard.axis)
         self.sums[depth] += loss.masked_fill(~counted, 0.0).sum()
-        grad = self.grads[depth - 1]
-        if grad is None and self._gradient is None:
-            return
-        error.mul_((scale * counted)[:, None])
+        if trains:
+            self._add(error.mul_(weights[:, None]), states, grad, rows)
+
+    def _fused(
+        self, fused: FusedLosses, logits: Tensor, depth: int, rows: slice, probs: Tensor | None, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss [n] and weighted gradient [n, M] of a chunk by the compiled functions."""
+        if probs is not None:
+            return fused.compare(self._head.objective, logits, probs, weights)
+        column, owned = self._column(self._targets[depth, rows], self._head.columns)
+        return fused.cross_entropy(logits, column.masked_fill(~owned, IGNORE), weights, logits.shape[1])
+
+    def _add(self, error: Tensor, states: Tensor, grad: Tensor | None, rows: slice) -> None:
+        """Adds a chunk's contribution to the gradients. error: [n, M], with respect to the logits."""
         weight = self._rows
         if upcasts(states):
             weight, states = weight.float(), states.float()

@@ -13,6 +13,7 @@ from recycle_ds.config import RecycleConfig
 from recycle_ds.model.losses.chunks import HeadShard
 from recycle_ds.model.losses.cross_entropy import head_losses
 from recycle_ds.model.losses.draft_columns import DraftColumns
+from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.model.losses.module_losses import ModuleHead, module_losses
 from recycle_ds.model.ulysses import gather_sequence
 from recycle_ds.parallel.mesh import Axis, Mesh
@@ -29,13 +30,14 @@ def training_losses(
     *,
     chunk: int,
     draft: DraftColumns | None = None,
+    fused: FusedLosses | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The weighted total (scalar, differentiable) and the unweighted sums over rows [K+1]; for a module with a confidence layer
     also where its likeliest token is the backbone's, bool [K, N] for the N rows of all tensor ranks.
 
     states: h and r^1..r^K, [S, B, D] each (a part of S under sequence parallelism). targets_KBS: [K+1, B, S]. scales: [K+1],
-    the weight of one row's loss. weight: [V_local, D]. draft: None for the complete vocabulary. Collective over the tensor and
-    the ulysses axis.
+    the weight of one row's loss. weight: [V_local, D]. draft: None for the complete vocabulary. fused: compiled functions, if
+    training compiles. Collective over the tensor and the ulysses axis.
     """
     targets = targets_KBS[: len(states)].transpose(1, 2).flatten(1)
     joint = recycle.gradient == "joint"
@@ -49,6 +51,7 @@ def training_losses(
             shard,
             chunk=chunk,
             train_head=[index == 0 or joint for index in range(len(states))],
+            fused=fused,
         )
         return total, sums, None
     frozen = recycle.gradient == "frozen_backbone"
@@ -60,7 +63,9 @@ def training_losses(
         counted = counted & draft.table[targets[1:].clamp_min(0)]
     complete = HeadShard(shard.first, shard.valid, shard.axis)
     columns = None if draft is None else draft.columns
-    head = ModuleHead(recycle.objective, complete, columns, chunk, joint, compare_choices=recycle.confidence)
+    head = ModuleHead(
+        recycle.objective, complete, columns, chunk, joint, compare_choices=recycle.confidence, fused=fused
+    )
     if shard.scattered:
         module = [gather_from_sequence_parallel_region(r, False, shard.axis.group) for r in module]
     rows = [r.flatten(0, 1) for r in module]
@@ -69,7 +74,7 @@ def training_losses(
     if frozen:  # the backbone's loss has no weight, and is known from the comparison
         return total, sums, found
     own, own_sums = head_losses(
-        [hidden.flatten(0, 1)], weight, targets[:1], scales[:1], shard, chunk=chunk, train_head=[True]
+        [hidden.flatten(0, 1)], weight, targets[:1], scales[:1], shard, chunk=chunk, train_head=[True], fused=fused
     )
     return total + own, torch.cat((own_sums, sums[1:])), found
 

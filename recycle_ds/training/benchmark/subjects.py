@@ -119,7 +119,7 @@ def random_batches(config: RunConfig, mesh: Mesh, depth: int) -> list[Batch]:
         targets = make_targets(tokens, torch.zeros_like(tokens), depth)
         positions = torch.arange(training.seq_length).expand(training.micro_batch_size, -1)
         documents = torch.zeros(training.micro_batch_size, training.seq_length, dtype=torch.int64)
-        batches.append(Batch(targets.inputs[0], positions, documents, targets.inputs, targets.targets))
+        batches.append(Batch(targets.inputs[0], positions, documents, targets.inputs, targets.targets, single=True))
     return batches
 
 

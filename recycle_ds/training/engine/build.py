@@ -15,6 +15,7 @@ from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
+from recycle_ds.training.engine.compiling import Compilation, compile_model
 from recycle_ds.training.engine.gradients import GradientControl
 from recycle_ds.training.engine.master_state import MasterState, fp32_copy, owning_replica
 from recycle_ds.training.engine.optimizer import AdamW, parameter_groups, part_of
@@ -41,6 +42,7 @@ class TrainingEngine:
     master: MasterState
     mesh: Mesh
     zero_stage: int
+    compilation: Compilation
 
 
 def build_engine(
@@ -75,8 +77,7 @@ def build_engine(
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order
             dist_init_required=False,
         )
-    if training.compile:
-        engine.compile()
+    compilation = compile_model(model, config, device, stage)
     zero = zero_adapter(engine, optimizer, mesh, weights)
     if pipeline:
         zero.prepare_pipeline()
@@ -84,9 +85,8 @@ def build_engine(
     separate = config.recycle.gradient == "detached"
     control = GradientControl(zero, model, optimizer, passes, training.gradient_clipping, separate=separate)
     zero.allocate_moments()
-    return TrainingEngine(
-        engine, model, passes, optimizer, zero, control, MasterState(zero, model, frozen), mesh, stage
-    )
+    master = MasterState(zero, model, frozen)
+    return TrainingEngine(engine, model, passes, optimizer, zero, control, master, mesh, stage, compilation)
 
 
 def _build_model(

@@ -17,6 +17,7 @@ from recycle_ds.training.faults.watchdog import Watchdog
 from recycle_ds.training.observers import Observer
 from recycle_ds.training.observers.dispatch import Observers
 from recycle_ds.training.observers.loading import users_observers
+from recycle_ds.training.reporting.compile_time import CompileTime
 from recycle_ds.training.reporting.console import RunConsole
 from recycle_ds.training.reporting.metrics_log import MetricsLog
 from recycle_ds.training.reporting.profiling import StepProfiler
@@ -75,5 +76,6 @@ def observers_of_run(
         StepFigures(config, mesh, engine.model.depth, device),
         SlowRanks(engine.model, device, faults.straggler_ratio),
         *logs,
+        *([CompileTime(engine.compilation.report)] if mesh.is_first else []),
     ]
     return Observers([*own, *users_observers(config.training, given, first=mesh.is_first)], mesh)
