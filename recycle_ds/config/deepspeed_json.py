@@ -78,6 +78,8 @@ def resolve_deepspeed(config: RunConfig, data_size: int) -> dict[str, Any]:
     # stages read their own copy of the batch, and do their own activation checkpointing
     tree["pipeline"] = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
     tree.setdefault("steps_per_print", 2**31 - 1)
+    # on by default, it waits for the GPU before every micro-batch and after every step
+    tree.setdefault("timers", {"throughput": {"enabled": False}})
     return tree
 
 

@@ -19,6 +19,9 @@ from recycle_ds.model.rope import CosineSine, rotate
 from recycle_ds.model.ulysses import to_heads, to_sequence
 from recycle_ds.parallel.mesh import Mesh
 
+_FLEX_VARIANTS = 64
+"""Shapes and kinds of FlexAttention that are compiled: depths, with and without gradients, batches of other sizes."""
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one block, [B, H, S, C] each."""
 
@@ -104,7 +107,7 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
 
 def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:
     """The CUDA back end: FlexAttention skips fully masked blocks. With compiled=False it runs on any device, slowly."""
-    function = _compiled_flex() if compiled else _plain_flex()
+    function = compiled_flex() if compiled else _plain_flex()
     grouped = query.shape[1] != keys.shape[1]
     return function(query, keys, values, block_mask=mask.block_mask, enable_gqa=grouped)
 
@@ -115,6 +118,11 @@ def _plain_flex() -> Any:
     return flex_attention
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    return torch.compile(_plain_flex(), dynamic=False)
+@lru_cache(maxsize=2)
+def compiled_flex(backend: str | Any = "inductor") -> Any:
+    """`flex_attention` compiled for each variant of its arguments. backend: a backend of torch.compile.
+
+    Beyond torch's limit of 8 variants it would run unfused, with all scores in memory, and without any message."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _FLEX_VARIANTS)
+    return torch.compile(_plain_flex(), dynamic=False, backend=backend)

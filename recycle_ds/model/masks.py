@@ -78,8 +78,9 @@ class AttentionMask:
         )
 
     def at_step(self, step: int) -> AttentionMask:
-        """The mask of unrolled step `step` of the recycle module over the same documents."""
-        return AttentionMask(self.documents_BS, step)
+        """The mask of unrolled step `step` of the recycle module over the same documents; this one, with the blocks that it
+        has already computed, if it is that step's."""
+        return self if step == self.steps else AttentionMask(self.documents_BS, step)
 
 
 def visible_blocks(documents_BS: Tensor, steps: int, size: int) -> tuple[Tensor, Tensor]:

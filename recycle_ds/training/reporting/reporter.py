@@ -32,8 +32,10 @@ class Reporter:
         self._seconds, self._steps, self._logged = 0.0, 0, False
         training = config.training
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
-        self._peak = peak_flops(training.dtype, device) * engine.mesh.world_size
-        self.work = WorkTimer(engine.model, engine.mesh, device)
+        arithmetic = "tf32" if training.tf32 and device.type == "cuda" else training.dtype
+        self._peak = peak_flops(arithmetic, device) * engine.mesh.world_size
+        # a pipeline, which is never compiled, calls the module and not the engine
+        self.work = WorkTimer(engine.engine if engine.mesh.pipeline.size == 1 else engine.model, engine.mesh, device)
         self._console = RunConsole(first=False, steps=training.steps, completed=0)
 
     def start(self, step: int) -> None:
