@@ -16,17 +16,19 @@ from tests.gpu.device import device
 PROMPTS = ([1, 2, 3], [4, 4, 1, 0, 2, 5, 1], [7], [3, 1] * 9, [2, 6, 5, 4, 3])
 
 
-def tiny(place: torch.device, *, dtype: torch.dtype = torch.float32, vocab_size: int = 8) -> RecycleGPT:
+def tiny(
+    place: torch.device, *, dtype: torch.dtype = torch.float32, vocab_size: int = 8, std: float = 0.4
+) -> RecycleGPT:
     """Weights large enough that the most likely token changes; the module agrees with the backbone by chance."""
     config = ModelConfig(
-        layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocab_size=vocab_size, max_positions=128, init_std=0.4
+        layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocab_size=vocab_size, max_positions=128, init_std=std
     )
     return build_model(config, RecycleConfig(layers=1, depth=2), seed=3).eval().to(place, dtype)
 
 
-def on_device(*, dtype: torch.dtype = torch.float32, vocab_size: int = 8) -> RecycleGPT:
+def on_device(*, dtype: torch.dtype = torch.float32, vocab_size: int = 8, std: float = 0.4) -> RecycleGPT:
     """The same model on the GPU."""
-    return tiny(device(), dtype=dtype, vocab_size=vocab_size)
+    return tiny(device(), dtype=dtype, vocab_size=vocab_size, std=std)
 
 
 def decode(

@@ -15,6 +15,7 @@ from tests.gpu.device import device, rehearsal
 from tests.gpu.models import PROMPTS, decode, on_device, tiny
 
 _VOCABULARY, _TRIALS = 4, 600 if rehearsal() else 3000
+_STD, _TEMPERATURE = 0.13, 4.0  # no pair of tokens is rare
 _CPU = torch.device("cpu")
 
 
@@ -41,10 +42,13 @@ def _pairs(model: RecycleGPT, prompt: list[int], temperature: float) -> dict[tup
 def test_samples_have_the_distribution_of_the_model() -> None:
     """Prevents random numbers that are correlated or biased on the GPU, and a wrong rule for rejected drafts."""
     prompt = [1, 3, 2]
-    expected = _pairs(tiny(_CPU, vocab_size=_VOCABULARY), prompt, 1.5)
-    engine = local_engine(on_device(vocab_size=_VOCABULARY), max_batch=64)
+    expected = _pairs(tiny(_CPU, vocab_size=_VOCABULARY, std=_STD), prompt, _TEMPERATURE)
+    assert min(expected.values()) * _TRIALS > 5, "too rare for a chi-squared test"
+    engine = local_engine(on_device(vocab_size=_VOCABULARY, std=_STD), max_batch=64)
     for mode in ("autoregressive", "verified"):
-        params = SamplingParams(temperature=1.5, max_new_tokens=2, draft_tokens=2 if mode == "verified" else None)
+        params = SamplingParams(
+            temperature=_TEMPERATURE, max_new_tokens=2, draft_tokens=2 if mode == "verified" else None
+        )
         found = Counter(decode(engine, [prompt] * _TRIALS, [params] * _TRIALS, mode))
         assert set(found) <= set(expected)
         assert _p_value(found, expected, _TRIALS) > 1e-4, mode
