@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from recycle_ds.gpu_check.part import PASSED, Result
+from recycle_ds.gpu_check.parts import BENCH
 
 BORNE_OUT, SHORT, NOT_MEASURED = "borne out", "falls short", "not measured"
 
@@ -160,10 +161,15 @@ PROVEN = {
 """Claims that tests of a part prove, by the part's name. A part that is not here stands for itself."""
 
 
+def figures_of(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    """The figures of the benches that have any, by bench."""
+    return {name.removeprefix(BENCH): one.figures for name, one in results.items() if one.figures}
+
+
 def judge_all(results: Mapping[str, Result], *, rehearsal: bool) -> list[dict[str, Any]]:
     """For report.json: every claim with `wanted`, `measured` and `verdict`."""
     found = [_judge_tests(name, text, results.get(name), rehearsal) for name, text in PROVEN.items()]
-    figures = {name: result.figures for name, result in results.items()}
+    figures = figures_of(results)
     return found + [_judge(claim, figures, rehearsal) for claim in CLAIMS]
 
 
@@ -203,7 +209,7 @@ def _judge(claim: Claim, figures: Figures, rehearsal: bool) -> dict[str, Any]:
 def compare_with_before(results: Mapping[str, Result]) -> dict[str, Any]:
     """The figures of an earlier run on a GPU beside those of this one: card, source, and `then` and `now` by figure."""
     before = json.loads(files("recycle_ds.gpu_check").joinpath("figures_h100.json").read_text(encoding="utf-8"))
-    figures = {name: result.figures for name, result in results.items()}
+    figures = figures_of(results)
     rows = []
     for one in before["figures"]:
         try:

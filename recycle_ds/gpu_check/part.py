@@ -24,7 +24,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Test:
+class Checked:
     """What became of one test of a part."""
 
     name: str
@@ -42,7 +42,7 @@ class Result:
     state: str
     seconds: float = 0.0
     limit: float = 0.0
-    tests: tuple[Test, ...] = ()
+    tests: tuple[Checked, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
     """A bench's figures, as far as it came."""
     output: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from recycle_ds.config.atomic_files import write_atomically, write_json_atomically
-from recycle_ds.gpu_check.claims import compare_with_before, judge_all
+from recycle_ds.gpu_check.claims import compare_with_before, figures_of, judge_all
 from recycle_ds.gpu_check.part import NOT_RUN, PASSED, Result
 from recycle_ds.gpu_check.parts import CheckSettings
 
@@ -55,7 +55,7 @@ class Report:
             "minutes_at_most": settings.minutes,
             "claims": judge_all(results, rehearsal=settings.rehearsal),
             "parts": {name: result.report() for name, result in results.items()},
-            "figures": {name: result.figures for name, result in results.items() if result.figures},
+            "figures": figures_of(results),
             "before": compare_with_before(results),
         }
 
@@ -103,7 +103,7 @@ def _failures(parts: Mapping[str, Any]) -> list[str]:
         told = [test for test in part["tests"] if test["state"] != PASSED]
         lines += [f"- `{test['name']}`: {test['state']}" for test in told]
         texts = [test["message"].rstrip() for test in told if test["message"]] or ["\n".join(part["output"])]
-        for text in texts:
+        for text in filter(None, texts):
             lines += ["", "```text", text, "```"]
     return ["", "## What did not pass", *lines] if lines else []
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recycle_ds.gpu_check.part import FAILED, NOT_RUN, PASSED, TIMED_OUT, Part, Result, Test
+from recycle_ds.gpu_check.part import FAILED, NOT_RUN, PASSED, TIMED_OUT, Checked, Part, Result
 
 _KEPT_LINES = 25
 _GRACE = 1.0
@@ -120,14 +120,14 @@ def _result(one: _Running) -> Result:
     lines = _lines(one.part.results)
     figures: dict[str, Any] = {}
     expected: list[str] = []
-    found: list[Test] = []
+    found: list[Checked] = []
     for line in lines:
         figures |= line.get("figures", {})
         expected += line.get("expected", [])
         if "test" in line:
-            found.append(Test(line["test"], line["state"], line["seconds"], line["message"]))
+            found.append(Checked(line["test"], line["state"], line["seconds"], line["message"]))
     missing = [name for name in expected if name not in {test.name for test in found}]
-    found += [Test(name, TIMED_OUT if one.expired and name == missing[0] else NOT_RUN) for name in missing]
+    found += [Checked(name, TIMED_OUT if one.expired and name == missing[0] else NOT_RUN) for name in missing]
     good = one.process.returncode == 0 and all(test.state == PASSED for test in found)
     state = TIMED_OUT if one.expired else PASSED if good else FAILED
     text = one.log.read_text(encoding="utf-8", errors="replace").splitlines()

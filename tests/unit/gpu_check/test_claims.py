@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recycle_ds.gpu_check.claims import BORNE_OUT, NOT_MEASURED, PROVEN, SHORT, compare_with_before, judge_all
-from recycle_ds.gpu_check.part import FAILED, PASSED, Result, Test
+from recycle_ds.gpu_check.part import FAILED, PASSED, Checked, Result
 from recycle_ds.gpu_check.parts import CheckSettings
 from recycle_ds.gpu_check.report import Report, as_markdown
 from recycle_ds.gpu_check.time_by_kind import OTHER, kind_of
@@ -41,7 +41,7 @@ def figures(speed: float = 2.0, random: bool = False) -> dict[str, dict[str, Any
 
 
 def results(found: dict[str, dict[str, Any]]) -> dict[str, Result]:
-    return {name: Result(name, PASSED, figures=one) for name, one in found.items()}
+    return {f"bench_{name}": Result(f"bench_{name}", PASSED, figures=one) for name, one in found.items()}
 
 
 def verdicts(entries: list[dict[str, Any]], word: str) -> list[str]:
@@ -80,7 +80,7 @@ def test_nothing_is_borne_out_without_figures() -> None:
 
 def test_tests_decide_what_is_proven() -> None:
     """Prevents a claim that counts as proven although one of its tests failed or never ran."""
-    good, bad = Test("test_a", PASSED), Test("test_b", FAILED)
+    good, bad = Checked("test_a", PASSED), Checked("test_b", FAILED)
     found = {"zero": Result("zero", PASSED, tests=(good,)), "engine": Result("engine", FAILED, tests=(good, bad))}
     entries = {one["wanted"]: one for one in judge_all(found, rehearsal=False)[: len(PROVEN)]}
     assert entries["tests/gpu/test_zero.py"]["verdict"] == BORNE_OUT
@@ -105,7 +105,7 @@ def test_figures_are_beside_those_of_the_earlier_run() -> None:
 def test_the_report_names_the_card_and_the_model(tmp_path: Path, device: str) -> None:
     """Prevents a report that cannot be told from that of another card, of other weights or of a rehearsal."""
     settings = CheckSettings(tmp_path, device=device)
-    report = Report(settings, {"name": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"}, [*figures(), "zero"])
+    report = Report(settings, {"name": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"}, [*results(figures()), "zero"])
     for result in results(figures()).values():
         report.add(result)
     report.write(12.0, complete=True)
