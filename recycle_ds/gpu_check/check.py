@@ -72,7 +72,8 @@ def part_environment(settings: CheckSettings, repository: Path, work: Path, cach
         "HF_DATASETS_OFFLINE": "1",
         "XDG_CACHE_HOME": str(work / cache),
         "TORCH_EXTENSIONS_DIR": str(work / "torch_extensions"),
-        "OMP_NUM_THREADS": str(max(1, cores // jobs)),
+        # threads of tiny products wait for one another on cores that others use
+        "OMP_NUM_THREADS": "1" if settings.rehearsal else str(max(1, cores // jobs)),
         "PYTHONUNBUFFERED": "1",
     }
     for name, value in (

@@ -58,8 +58,8 @@ def all_parts(settings: CheckSettings, repository: Path) -> list[Part]:
         found.append(Part(name, command, results, slack * _TESTS_LIMIT))
     for name, seconds in BENCHES.items():
         results = work / f"bench_{name}.jsonl"
-        command = ("-m", "recycle_ds.gpu_check.bench", name, str(results.resolve()), *_options(settings))
-        found.append(Part(f"{BENCH}{name}", command, results, slack * seconds, alone=True))
+        bench = ("-m", "recycle_ds.gpu_check.bench", name, str(results.resolve()), *_options(settings))
+        found.append(Part(f"{BENCH}{name}", bench, results, slack * seconds, alone=True))
     names = [part.name for part in found]
     for name in settings.only:
         if name not in names:

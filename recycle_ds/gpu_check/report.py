@@ -119,18 +119,18 @@ def _where_time_goes(figures: Mapping[str, Any]) -> list[str]:
     parts = {mode: one["milliseconds_per_token"] for mode, one in modes.items() if "milliseconds_per_token" in one}
     if parts:
         names = list(next(iter(parts.values())))
-        rows = ((mode, *(f"{one[name]:.3f}" for name in names)) for mode, one in parts.items())
+        by_mode = ((mode, *(f"{one[name]:.3f}" for name in names)) for mode, one in parts.items())
         title = "## Where a token's time goes (ms, in a pass with timers)"
-        lines += ["", title, "", *_table(("mode", *(name.replace("_", " ") for name in names)), rows)]
+        lines += ["", title, "", *_table(("mode", *(name.replace("_", " ") for name in names)), by_mode)]
     batches = figures.get("serving", {}).get("batches", {})
     if batches:
-        rows = (
+        measured = (
             (batch, mode, f"{one['tokens_per_second']:.1f}", f"{one['tokens_per_full_call']:.2f}")
             for batch, by_mode in batches.items()
             for mode, one in by_mode.items()
         )
         headings = ("batch", "mode", "tokens/s", "tokens per full call")
-        lines += ["", "## Decoding many sequences", "", *_table(headings, rows)]
+        lines += ["", "## Decoding many sequences", "", *_table(headings, measured)]
     return lines
 
 

@@ -117,7 +117,7 @@ def _predicted(config: RunConfig, device: torch.device) -> dict[str, float]:
         plans = make_plans(own, Cluster(1, 1, find_gpu(known)), offload=False).fitting
         chosen = [plan for plan in plans if _is_the_runs(plan.report(), config)]
         if chosen:
-            found[subject] = float(chosen[0].report()["step_seconds"])
+            found[subject] = chosen[0].time.total
     return found
 
 
