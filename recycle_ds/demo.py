@@ -1,4 +1,5 @@
-"""Entry point of `make demo`: pretrains a small RecycleGPT with two ranks, decodes held-out prompts in three modes.
+"""Entry point of `make demo`: pretrains a small RecycleGPT, decodes held-out prompts in three modes. On the machine's GPUs, or
+with two ranks on its CPU.
 
 Leaves runs/demo/{metrics.jsonl, decoding.json, prompts.jsonl, loss.png, decoding.png, checkpoints/}. A second call
 skips pretraining that is complete."""
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +24,31 @@ from recycle_ds.config import RecycleError, RunConfig, load_config
 from recycle_ds.config.command import INTERRUPTED, run_command, shown_command
 
 CONFIG = "ds_configs/runs/demo.yaml"
-RANKS = 2
+CPU_RANKS = 2
 _SAVE_TIMEOUT = 60.0
 """Seconds that ranks have to save after a signal."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 24, 96
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that pretrain: one for each GPU that is used, or some on the CPU."""
+
+    number: int
+    on_gpus: bool
+
+
+def choose_ranks(gpus: int, config: RunConfig) -> Ranks:
+    """As many of the visible `gpus` as divide the global batch evenly; two ranks on the CPU if there are none, or fewer than
+    one replica of the model needs."""
+    parallel, training = config.parallel, config.training
+    replica = parallel.tensor * parallel.pipeline * parallel.ulysses
+    micro_batches = training.global_batch_size // training.micro_batch_size
+    for replicas in range(gpus // replica, 0, -1):
+        if micro_batches % replicas == 0:
+            return Ranks(replicas * replica, on_gpus=True)
+    return Ranks(CPU_RANKS, on_gpus=False)
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,7 +66,7 @@ def demo(
     if finished(config):
         print(f"pretraining: already complete ({run_dir}/checkpoints); `make demo-clean` removes it", flush=True)
     else:
-        pretrain(overrides or [])
+        pretrain(config, overrides or [])
     trained = time.monotonic()
     decode(config, run_dir)
     total = time.monotonic() - start
@@ -66,35 +89,58 @@ def finished(config: RunConfig) -> bool:
     return (model, before.recycle, before.training) == (config.model, config.recycle, config.training)
 
 
-def pretrain(overrides: list[str]) -> None:
-    """Starts the ranks with the deepspeed launcher and an equal share of the cores each. Raises RecycleError if they
-    fail."""
+def pretrain(config: RunConfig, overrides: list[str]) -> None:
+    """Starts the ranks of `choose_ranks`. Raises RecycleError if they fail."""
     import torch
 
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    if torch.cuda.device_count() < RANKS:
-        # without DS_ACCELERATOR DeepSpeed warns that it found none
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or RANKS
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // RANKS))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), "--log_level", "error"]
-    command = [
-        *launcher,
-        "--master_port",
-        str(_free_port()),
-        "--module",
-        "recycle_ds.pretrain",
-        "--config",
-        CONFIG,
-        *overrides,
-    ]
-    shown = " ".join(
-        ["deepspeed", "--num_gpus", str(RANKS), "--module", "recycle_ds.pretrain", "--config", CONFIG, *overrides]
-    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = choose_ranks(gpus, config)
+    names = [torch.cuda.get_device_name(index) for index in range(ranks.number)] if ranks.on_gpus else []
+    print(f"pretraining on {described_devices(names, ranks.number)}", flush=True)
+    shown, command = launch_command(ranks, overrides)
     print(f"$ {shown}", flush=True)
-    code = _run_group(command, environment)
+    code = _run_group(command, rank_environment(ranks, dict(os.environ), _cores()))
     if code != 0:
         raise RecycleError(f"pretraining ended with exit code {code}; its output is above")
+
+
+def described_devices(gpus: list[str], ranks: int) -> str:
+    """What the ranks run on, by the names of the GPUs; without any, on the CPU."""
+    if not gpus:
+        return f"the CPU with {ranks} ranks"
+    return f"one GPU ({gpus[0]})" if len(gpus) == 1 else f"{len(gpus)} GPUs ({', '.join(dict.fromkeys(gpus))})"
+
+
+def launch_command(ranks: Ranks, overrides: list[str]) -> tuple[str, list[str]]:
+    """The command that starts the ranks, as a user would type it and as it is run.
+
+    On GPUs not by DeepSpeed's launcher, which ignores CUDA_VISIBLE_DEVICES when it is given a number of ranks.
+    """
+    arguments = ["recycle_ds.pretrain", "--config", CONFIG, *overrides]
+    if ranks.on_gpus and ranks.number == 1:
+        return " ".join(["python", "-m", *arguments]), [sys.executable, "-m", *arguments]
+    number, port = str(ranks.number), str(_free_port())
+    if ranks.on_gpus:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", number, "--master-port", port]
+        return " ".join(["torchrun", "--nproc-per-node", number, "-m", *arguments]), [
+            *(sys.executable, *launcher, "-m", *arguments)
+        ]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", number, "--log_level", "error", "--master_port", port]
+    return " ".join(["deepspeed", "--num_gpus", number, "--module", *arguments]), [
+        *(sys.executable, *launcher, "--module", *arguments)
+    ]
+
+
+def rank_environment(ranks: Ranks, environment: dict[str, str], cores: int) -> dict[str, str]:
+    """The environment of the ranks: they use the GPUs, or none, and an equal share of the cores."""
+    found = environment | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores // ranks.number))}
+    if not ranks.on_gpus:  # without DS_ACCELERATOR DeepSpeed warns that it found none
+        found |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or CPU_RANKS
 
 
 def _run_group(command: list[str], environment: dict[str, str]) -> int:
@@ -142,6 +188,7 @@ def decode(config: RunConfig, run_dir: Path) -> None:
     quiet_libraries()  # before what warns on import
     from recycle_ds.inference.bench.comparison import BenchSettings, bench_model, write_report
     from recycle_ds.inference.bench.plots import plot_decoding
+    from recycle_ds.inference.bench.setting import described
     from recycle_ds.inference.bench.tables import print_result
     from recycle_ds.training.reporting.plots import plot_loss
 
@@ -152,7 +199,7 @@ def decode(config: RunConfig, run_dir: Path) -> None:
     write_report(result.report, run_dir / "decoding.json")
     plot_decoding(result.report, run_dir / "decoding.png")
     plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
-    print(f"\n{PROMPTS} held-out prompts, {NEW_TOKENS} tokens each, greedy, fp32, one thread")
+    print(f"\n{PROMPTS} held-out prompts, {NEW_TOKENS} tokens each, greedy, {described(result.report)}")
     print_result(result)
 
 

@@ -29,6 +29,7 @@ ELSEWHERE = {
         ),
         "needs the shipped module: tests/end_to_end/test_smollm2.py; the model of these tests has none",
     ),
+    "make gpu": "tests/unit/gpu_check/test_check.py",
     "make test": "runs these tests",
     "vllm serve": "needs vLLM, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",
     "python -m sglang": "needs SGLang, which is not a dependency; tests/unit/checkpoint/test_mimo.py checks the folder",

@@ -66,6 +66,9 @@ class TrainingConfig(Section):
     """Tokens in a sequence."""
     dtype: Annotated[Literal["fp32", "bf16"], OnResume.FREE] = "fp32"
     """Arithmetic of forward and backward; master weights and optimizer moments are always fp32."""
+    tf32: Annotated[bool, OnResume.FREE] = False
+    """With dtype=fp32 on a GPU: matrix products round their operands to TF32 (10 bits of mantissa), which is several times as
+    fast. CPUs ignore it."""
     seed: Annotated[NonNegative, OnResume.FIXED] = 1234
     """Seed of initial weights and data order."""
     learning_rate: Annotated[float, Field(gt=0), OnResume.REPORTED]
@@ -227,6 +230,8 @@ class RunConfig(Section):
             )
         if recycle.layers == 0 and recycle.gradient != "joint":
             raise ValueError(f"recycle.gradient={recycle.gradient} needs a module, but recycle.layers is 0")
+        if training.tf32 and training.dtype != "fp32":
+            raise ValueError(f"training.tf32=true is for training.dtype=fp32, not {training.dtype}: remove it")
         self._divides()
         recycle.check_taps(model.layers)
         if training.decay_steps is not None and training.schedule != "wsd":

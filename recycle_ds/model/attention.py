@@ -111,7 +111,7 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
 
 def flex(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, *, compiled: bool) -> Tensor:
     """The CUDA back end: FlexAttention skips fully masked blocks. With compiled=False it runs on any device, slowly."""
-    function = _compiled_flex() if compiled else _plain_flex()
+    function = compiled_flex() if compiled else _plain_flex()
     grouped = query.shape[1] != keys.shape[1]
     return function(query, keys, values, block_mask=mask.block_mask, enable_gqa=grouped)
 
@@ -122,8 +122,9 @@ def _plain_flex() -> Any:
     return flex_attention
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
+@lru_cache(maxsize=2)
+def compiled_flex(backend: str | Any = "inductor") -> Any:
+    """`flex_attention` compiled for each variant of its arguments. backend: a backend of torch.compile."""
     # fullgraph: at the limit of recompilations it raises, instead of going back to the unfused operations without a word
     raise_recompile_limit()
-    return torch.compile(_plain_flex(), fullgraph=True, dynamic=False)
+    return torch.compile(_plain_flex(), fullgraph=True, dynamic=False, backend=backend)

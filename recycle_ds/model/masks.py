@@ -96,7 +96,8 @@ class AttentionMask:
         )
 
     def at_step(self, step: int) -> AttentionMask:
-        """The mask of unrolled step `step` of the recycle module over the same documents."""
+        """The mask of unrolled step `step` of the recycle module over the same documents; this one, with the blocks that it
+        has already computed, if it is that step's."""
         return self if step == self.steps else AttentionMask(self.documents_BS, step, self.single)
 
 

@@ -18,6 +18,7 @@ from recycle_ds.parallel.products import linear
 # Dense peak FLOP/s (vendors' data sheets, without sparsity), by a substring of the device's name.
 _CUDA_PEAKS = {
     "bf16": {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12},
+    "tf32": {"H200": 494.7e12, "H100 80GB HBM3": 494.7e12, "H100 PCIe": 378e12, "A100": 156e12, "A800": 156e12},
     "fp32": {"H200": 67e12, "H100 80GB HBM3": 67e12, "H100 PCIe": 51e12, "A100": 19.5e12, "A800": 19.5e12},
 }
 
@@ -58,14 +59,21 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def set_fp32_products(tf32: bool, device: torch.device) -> None:
+    """Sets whether fp32 matrix products on a GPU round their operands to TF32 (10 bits of mantissa), for this process.
+    Does nothing on a CPU: it has no TF32, but the setting would let its products round to bf16."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype for the configuration's "fp32" or "bf16"."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """The torch dtype for the configuration's "fp32" or "bf16", and of operands of TF32 products."""
+    return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 @lru_cache
 def peak_flops(dtype: str, device: torch.device) -> float:
-    """Peak FLOP/s of one rank, the reference for model FLOPs utilisation (MFU).
+    """Peak FLOP/s of one rank, the reference for model FLOPs utilisation (MFU). dtype: "bf16", "fp32" or "tf32".
 
     On CUDA, the data sheet's dense figure. On a CPU or an unlisted GPU, the rate that `matmul_rate` measures.
     """
@@ -80,10 +88,11 @@ def peak_flops(dtype: str, device: torch.device) -> float:
 @torch.no_grad()
 def matmul_rate(dtype: str, device: torch.device, seconds: float = 0.05) -> float:
     """Measured FLOP/s of the model's matrix product. The square operands double in size until one product takes
-    `seconds`."""
+    `seconds`. Their elements are random: a GPU multiplies constants faster, since fewer bits change, than a model's numbers."""
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     best, size, fastest = 0.0, 128, 0.0
     while fastest < seconds and size <= (8192 if device.type == "cuda" else 1024):
-        a = torch.ones(size, size, dtype=torch_dtype(dtype), device=device)
+        a = torch.randn(size, size, generator=generator, device=device).to(torch_dtype(dtype))
         fastest = _timed_product(a, device)
         if fastest < seconds:
             fastest = min(fastest, *(_timed_product(a, device) for _ in range(3)))

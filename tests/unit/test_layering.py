@@ -24,6 +24,7 @@ SUBPACKAGES = (
     "serving",
     "evaluation",
     "planning",
+    "gpu_check",
 )
 # In a larger subpackage, a file or folder may import from itself and from those before it.
 PARTS = {

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ENTRY_POINTS = [
     name
-    for name in ("pretrain", "generate", "serve", "evaluate", "report", "smollm2", "cli")
+    for name in ("pretrain", "generate", "serve", "evaluate", "report", "smollm2", "gpu", "cli")
     if (ROOT / f"recycle_ds/{name}.py").exists()
 ]
 TOOLS = sorted((ROOT / "tools").glob("[!_]*.py"))

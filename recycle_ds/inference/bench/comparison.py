@@ -24,6 +24,7 @@ from recycle_ds.inference.bench.parts import time_by_part
 from recycle_ds.inference.bench.peers import OpenPeers, Peer, PeerRequest, Task, check_peers, open_peers
 from recycle_ds.inference.bench.quality import quality
 from recycle_ds.inference.bench.runs import Runs, Timed
+from recycle_ds.inference.bench.setting import host_threads
 from recycle_ds.inference.decoder import Decoder, decode_one
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import decoder_of, load
@@ -116,12 +117,13 @@ def run_bench(
     opened = peers or OpenPeers()
     runs = _run_all(decoder, asked, settings, opened.peers, tuple(end_ids), on_progress or (lambda done, total: None))
     ids = [one.ids for one in asked]
+    device = next(decoder.model.parameters()).device
     report: dict[str, Any] = {
         "modes": {mode: _figures(runs[mode], runs[REFERENCE], settings) for mode in settings.modes},
         "model": model,
         "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "machine": machine_name(next(decoder.model.parameters()).device),
+        "threads": host_threads(device),
+        "machine": machine_name(device),
     }
     notes = list(opened.notes)
     if "verified" in runs:

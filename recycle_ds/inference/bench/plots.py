@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recycle_ds.inference.bench.setting import described
 from recycle_ds.training.reporting.plot_style import DEPTH_COLOURS, GRID, INK, MODE_COLOURS, MUTED, two_panels
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def plot_decoding(report: dict[str, Any], path: Path) -> None:
     """Plots tokens per second by mode and peer, with speedups, and acceptance by draft position and by kind of prompt, from a
     report of `run_bench`."""
-    subtitle = f"{report['model']}  ·  {report['dtype']}, {report['threads']} threads  ·  {report['machine']}"
+    subtitle = f"{report['model']}  ·  {described(report, '  ·  ')}"
     with two_panels(path, "Decoding speed and draft acceptance", subtitle) as (left, right):
         _speeds(left, {**report["modes"], **report.get("peers", {})})
         _acceptance(right, report["modes"])

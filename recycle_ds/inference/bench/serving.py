@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from recycle_ds.config.console import output_console
 from recycle_ds.inference.bench.comparison import read_prompts
+from recycle_ds.inference.bench.setting import host_threads
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.sequence import Sequence as Answer
 from recycle_ds.inference.errors import DecodingError
@@ -194,10 +194,11 @@ def bench_serving(
             settings,
             lambda done, of: progress.update(task, completed=done, total=of),
         )
+    device = next(loaded.model.parameters()).device
     return {
         "batches": batches,
         "model": path,
         "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "machine": machine_name(next(loaded.model.parameters()).device),
+        "threads": host_threads(device),
+        "machine": machine_name(device),
     }

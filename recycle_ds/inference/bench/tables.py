@@ -9,6 +9,7 @@ from rich.table import Table
 from recycle_ds.config.console import output_console
 from recycle_ds.inference.bench.comparison import BenchResult
 from recycle_ds.inference.bench.parts import PARTS
+from recycle_ds.inference.bench.setting import described
 
 
 def print_result(result: BenchResult) -> None:
@@ -25,7 +26,7 @@ def print_result(result: BenchResult) -> None:
 def results_table(report: dict[str, Any]) -> Table:
     """The modes, and the peers below them."""
     table = _table(
-        f"Decoding {report['model']}  ({report['dtype']}, {report['threads']} threads, {report['machine']})",
+        f"Decoding {report['model']}  ({described(report)})",
         *("mode", "tokens/s", "speedup", "tokens per full call", "acceptance by position", "identical"),
     )
     same = {True: "yes", False: "no", None: "-"}

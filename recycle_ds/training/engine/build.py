@@ -14,6 +14,7 @@ from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
 from recycle_ds.parallel.agree import broadcast_from
+from recycle_ds.parallel.device import set_fp32_products
 from recycle_ds.parallel.mesh import Mesh, ModelParallelUnit
 from recycle_ds.training.engine.compiling import Compilation, compile_model
 from recycle_ds.training.engine.gradients import GradientControl
@@ -61,6 +62,7 @@ def build_engine(
     if not logger.filters:
         logger.addFilter(lambda record: not any(text in record.getMessage() for text in _HARMLESS_WARNINGS))
     training = config.training
+    set_fp32_products(training.tf32, device)
     stage = zero_stage(deepspeed_config)
     weights = weights_at(stage, mesh)
     model, frozen = _build_model(config, deepspeed_config, mesh, device, weights, initial)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from recycle_ds.model import RecycleGPT
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -22,14 +22,16 @@ class WorkTimer:
     rank shows as a slow group.
     """
 
-    def __init__(self, model: RecycleGPT, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, mesh: Mesh, device: torch.device) -> None:
+        """module: its forward pass is timed. It must not be one that torch.compile compiles, as DeepSpeed's engine does its
+        own module: CUDA events that are recorded inside a compiled graph are lost."""
         self._mesh, self._device = mesh, device
         self._seconds, self._steps = 0.0, 0
         self._start: Any = None
         self._events: list[tuple[Any, Any]] = []
         self._hosts: list[str] = []
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
+        module.register_forward_pre_hook(self._before_forward)
+        module.register_forward_hook(self._after_forward)
 
     def data(self, seconds: float) -> None:
         """Adds the seconds that reading a step's data took, and counts the step."""

@@ -26,7 +26,8 @@ class StepFigures(Observer):
         self._seconds, self._steps = 0.0, 0
         training = config.training
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
-        self._peak = peak_flops(training.dtype, device) * mesh.world_size
+        arithmetic = "tf32" if training.tf32 and device.type == "cuda" else training.dtype
+        self._peak = peak_flops(arithmetic, device) * mesh.world_size
 
     def after_step(self, end: StepEnd) -> None:
         """Counts the step and its time, also if it is repeated."""

@@ -116,6 +116,13 @@ def test_errors_name_path_values_and_neighbour(override: str, expected: list[str
         assert part in message
 
 
+def test_tf32_is_for_fp32() -> None:
+    """Prevents a setting without effect that a user relies on."""
+    with pytest.raises(ConfigError, match=r"training\.tf32=true is for training\.dtype=fp32, not bf16"):
+        load_config(RUNS / "demo.yaml", ["training.tf32=true", "training.dtype=bf16"])
+    assert load_config(RUNS / "demo.yaml", ["training.tf32=true"]).training.tf32
+
+
 def test_only_the_inner_error_is_reported() -> None:
     """Prevents reporting a list as too short when one of its elements has a wrong key."""
     error = error_of("data.train.0.wieght=3")
@@ -198,6 +205,7 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     tree = resolve_deepspeed(config, 2)
     assert "auto" not in json.dumps(tree)
     assert tree["gradient_accumulation_steps"] * 2 * 2 == tree["train_batch_size"] == 8
+    assert tree["timers"] == {"throughput": {"enabled": False}}, "it waits for the GPU in every micro-batch"
     with pytest.raises(ConfigError, match=r"global_batch_size \(8\).*micro_batch_size \(2\).*ranks \(3\) = 6"):
         resolve_deepspeed(config, 3)
 

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from recycle_ds.model.attention import compiled_flex
 from recycle_ds.model.masks import BLOCK, AttentionMask, visible_blocks
 from recycle_ds.training.benchmark.live_memory import PeakMemory
 
@@ -129,3 +131,22 @@ def test_block_mask_costs_little_memory(steps: int) -> None:
     for length, peak in peaks.items():
         assert peak < 40 * steps * (length // BLOCK) ** 2, length
     assert peaks[16_384] < 2 * 2**20
+
+
+def test_the_first_step_uses_the_blocks_of_the_backbone() -> None:
+    """Prevents the module's first step from building the mask a second time, in some hundred operations."""
+    mask = AttentionMask(packed(2 * BLOCK, [], [10]))
+    assert mask.at_step(1) is mask
+    assert mask.at_step(2).steps == 2 and mask.at_step(2).at_step(2).at_step(1).steps == 1
+
+
+def test_every_variant_of_flex_attention_is_compiled() -> None:
+    """Prevents FlexAttention from running unfused, in silence, from the ninth variant on: torch's limit is 8."""
+    counter = CompileCounter()
+    compiled = compiled_flex(counter)
+    variants = [(length, steps) for length in (8, 16, 24, 32, 40) for steps in (1, 2)]
+    for length, steps in variants:
+        mask = AttentionMask(packed(length, [], [5]), steps)
+        query, keys = torch.randn(2, 2, length, 16), torch.randn(2, 2, steps * length, 16)
+        compiled(query, keys, keys, block_mask=mask.block_mask)
+    assert len(variants) > 8 and counter.frame_count == len(variants)

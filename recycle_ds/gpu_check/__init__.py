@@ -1,0 +1,1 @@
+"""`make gpu`: what CPUs cannot prove, checked and measured on a machine with a GPU, or rehearsed without one."""

@@ -1,0 +1,79 @@
+"""Which parts a check has: every file of tests/gpu, and the benches."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from recycle_ds.config import ConfigError
+from recycle_ds.gpu_check.part import Part
+
+BENCHES = {"machine": 45.0, "training": 110.0, "decoding": 70.0, "serving": 60.0, "training_large": 70.0}
+"""In the order in which they run, the most telling first, with their time limits in seconds. See bench.py."""
+_TESTS_LIMIT = 230.0
+_SLACK = 4.0
+"""A rehearsal's limits over those of a GPU: it may share a few cores with others."""
+BENCH = "bench_"
+"""How the names of benches among parts begin."""
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """device: "cuda", or "cpu" for a rehearsal. minutes: all parts end by then. only: names of parts; empty for all. model: a
+    folder of SmolLM2-135M with a recycle module; None for random weights of its shape. jobs: tests side by side."""
+
+    run_dir: Path
+    device: str = "cuda"
+    minutes: float = 8.0
+    only: tuple[str, ...] = ()
+    model: Path | None = None
+    jobs: int = 6
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values out of range."""
+        if not 0.05 <= self.minutes <= 1440:
+            raise ConfigError(f"--minutes {self.minutes:g}: must be between 0.05 and 1440")
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs {self.jobs}: must be at least 1")
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether this is no GPU: figures then say nothing about one."""
+        return self.device == "cpu"
+
+
+def all_parts(settings: CheckSettings, repository: Path) -> list[Part]:
+    """The parts that are asked for: tests first, benches last. Raises ConfigError for names that do not exist."""
+    work = settings.run_dir / "parts"
+    files = sorted((repository / "tests" / "gpu").glob("test_*.py"))
+    if not files:
+        raise ConfigError(f"{repository}/tests/gpu has no tests: run this in a clone of the repository")
+    found = []
+    slack = _SLACK if settings.rehearsal else 1.0
+    for file in files:
+        name, results = file.stem.removeprefix("test_"), work / f"{file.stem}.jsonl"
+        relative = str(file.relative_to(repository))
+        command = ("-m", "recycle_ds.gpu_check.functions", relative, str(results.resolve()))
+        found.append(Part(name, command, results, slack * _TESTS_LIMIT))
+    for name, seconds in BENCHES.items():
+        results = work / f"bench_{name}.jsonl"
+        bench = ("-m", "recycle_ds.gpu_check.bench", name, str(results.resolve()), *_options(settings))
+        found.append(Part(f"{BENCH}{name}", bench, results, slack * seconds, alone=True))
+    names = [part.name for part in found]
+    for name in settings.only:
+        if name not in names:
+            raise ConfigError(f"--only {name}: no such part; they are {', '.join(names)}")
+    return [part for part in found if not settings.only or part.name in settings.only]
+
+
+def _options(settings: CheckSettings) -> tuple[str, ...]:
+    """Options of a bench."""
+    model = () if settings.model is None else ("--model", str(settings.model.resolve()))
+    return (*(("--small",) if settings.rehearsal else ()), *model)
+
+
+def default_jobs() -> int:
+    """How many parts run side by side: each has at least two cores of this process, and six fill a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(6, cores // 2))

@@ -1,0 +1,42 @@
+"""Where a step's time goes: milliseconds by kind of kernel, from the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_KINDS = {
+    "attention": ("flex_attention", "flash", "fmha", "attention", "softmax"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "::mm", "::addmm", "::bmm", "mkldnn", "matmul", "linear"),
+    "optimizer and norms of gradients": ("adam", "multi_tensor", "foreach"),
+    "copies and casts": ("copy", "memcpy", "memset", "catarray", "::cat", "::to", "clone"),
+    "fused by the compiler": ("triton_",),
+}
+OTHER = "other elementwise kernels and reductions"
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, or of an operation on a CPU, by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), OTHER)
+
+
+def milliseconds_by_kind(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step by kind, the most expensive first: of kernels on a GPU, of operations on a CPU."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    found: dict[str, float] = {}
+    for event in profiler.key_averages():
+        is_kernel = event.device_type != torch.autograd.DeviceType.CPU
+        if is_kernel == on_gpu:
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            kind = kind_of(event.key)
+            found[kind] = found.get(kind, 0.0) + spent / 1000
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

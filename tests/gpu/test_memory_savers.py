@@ -1,0 +1,43 @@
+"""What saves memory changes no loss, and a run that was interrupted continues as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.gpu.runs import STEPS, assert_close, corpus, stage, train
+from tests.runs import figures
+
+
+def test_offloaded_optimizers_are_equal(tmp_path: Path) -> None:
+    """Prevents moments or master weights that are lost or late on the way to the host and back."""
+    corpus(tmp_path)
+    expected = train(tmp_path, "zero1")
+    for name in ("2_offload", "3_offload"):
+        assert_close(train(tmp_path, name, **stage(name)), expected, 1e-4)
+
+
+def test_checkpointed_activations_are_equal(tmp_path: Path) -> None:
+    """Prevents a recomputed block that differs from the first pass."""
+    corpus(tmp_path)
+    expected = train(tmp_path, "kept")
+    found = train(tmp_path, "recomputed", training__activation_checkpointing="full")
+    assert_close(found, expected, 1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Prevents weights, moments, random numbers or the place in the data from being lost in a checkpoint of a GPU."""
+    corpus(tmp_path)
+    for dtype in ("fp32", "bf16"):
+        expected = train(tmp_path, f"{dtype}-whole", training__dtype=dtype)
+        train(tmp_path, f"{dtype}-parts", training__dtype=dtype, training__stop_at=STEPS // 2)
+        found = train(tmp_path, f"{dtype}-parts", training__dtype=dtype)
+        assert_close(found, expected, 1e-7)
+        assert figures(tmp_path / f"{dtype}-parts") == found
+
+
+def test_bf16_follows_fp32(tmp_path: Path) -> None:
+    """Prevents bf16 training that diverges from the first steps on."""
+    corpus(tmp_path)
+    expected = train(tmp_path, "fp32")
+    found = train(tmp_path, "bf16", training__dtype="bf16")
+    assert_close([row[:-1] for row in found], [row[:-1] for row in expected], 0.03)
