@@ -76,9 +76,9 @@ class Drafter:
     def __init__(self, weights: StageWeights, cache: Cache, vocabulary: Vocabulary, rules: Mapping[int, Rules]) -> None:
         """rules: of the sequences, which the owner keeps up to date."""
         self._weights, self._cache, self._vocabulary, self._rules = weights, cache, vocabulary, rules
-        self._draft_vocabulary = vocabulary
+        self.draft_vocabulary = vocabulary
         if weights.draft_ids is not None:
-            self._draft_vocabulary = replace(vocabulary, count=len(weights.draft_ids), selected=weights.draft_ids)
+            self.draft_vocabulary = replace(vocabulary, count=len(weights.draft_ids), selected=weights.draft_ids)
         self._drawn_from: dict[int, Tensor] = {}
 
     def take_distributions(self, sequence: int) -> Tensor | None:
@@ -106,7 +106,7 @@ class Drafter:
                 rows[part.width > 0].append(len(reading))
             reading.append((part, slots))
         if reading:
-            states_ND = self._read(reading)
+            states_ND = self.read(reading)
             if chains:
                 self._chain(chains, _rows(states_ND, rows[0]))
             if trees:
@@ -127,12 +127,12 @@ class Drafter:
             )
         return chosen
 
-    def _read(self, reading: Sequence[tuple[Part, range]]) -> Tensor:
+    def read(self, reading: Sequence[tuple[Part, range]]) -> Tensor:
         """Runs the module over the missing slots of known tokens. Returns the last state of every sequence [N, D]."""
         spans = []
         for part, slots in reading:
             while len(slots) > _MOST_READ:  # after long without drafts: in pieces, or attention would need much memory
-                self._read([(part, slots[:_MOST_READ])])
+                self.read([(part, slots[:_MOST_READ])])
                 slots = slots[_MOST_READ:]
             spans.append(Span(part.blocks, slots.start, len(slots), lowest=1))
         before = [Span(span.blocks, span.first - 1, span.count) for span in spans]
@@ -188,7 +188,7 @@ class Drafter:
         if candidates is not None and not any(one.params.adjusts for one in rules):
             ids_TK, logprobs_TK = candidates(states_TD, BRANCH, scale_T, keys_T)
         else:
-            vocabulary = self._draft_vocabulary
+            vocabulary = self.draft_vocabulary
             positions = [
                 position_of(self._cache, tree.part, rule, tree.index + 1, tree.nodes.path_ids(node), stored)
                 for (tree, node), rule in zip(((t, node) for t in trees for node in t.nodes.beam), rules, strict=True)
@@ -253,7 +253,7 @@ class Drafter:
 
         Drafts are chosen with the full model's random numbers, or with their own if they are verified by rejection. A
         confidence is that of the distribution, not of the token drawn: which drafts are verified must not depend on it."""
-        vocabulary = self._draft_vocabulary
+        vocabulary = self.draft_vocabulary
         assert self._weights.draft_head is not None and self._weights.module is not None, "only the last stage drafts"
         confidence_N = self._weights.module.confidence(states_ND)
         candidates = self._weights.candidates
@@ -280,9 +280,9 @@ class Drafter:
         Where a request forbids all of the draft vocabulary, it is the token itself: it was not drawn at random.
         """
         full = self._vocabulary
-        if self._draft_vocabulary is full:  # then a request that forbids all of it has been refused
+        if self.draft_vocabulary is full:  # then a request that forbids all of it has been refused
             return probs_V
-        ids = self._draft_vocabulary.ids(probs_V.device)
+        ids = self.draft_vocabulary.ids(probs_V.device)
         probs_V = torch.where(probs_V.isnan(), (ids == token).float(), probs_V)
         return probs_V.new_zeros(full.count).index_copy_(0, ids - full.first, probs_V)
 
