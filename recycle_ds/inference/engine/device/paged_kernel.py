@@ -31,7 +31,7 @@ def _attend(  # type: ignore[no-untyped-def]
     scale, lowest, table_stride, part_length,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     CHANNELS: tl.constexpr, CHANNELS_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     root, own_bits, end = tl.load(roots + row), tl.load(bits + row), tl.load(ends + row)
@@ -41,6 +41,8 @@ def _attend(  # type: ignore[no-untyped-def]
     heads = row * KV_HEADS * GROUPS + head * GROUPS + group
     used = (group < GROUPS)[:, None] & inside[None, :]
     rows = tl.load(query + heads[:, None] * CHANNELS + channel[None, :], mask=used, other=0.0)
+    if WIDEN:
+        rows = rows.to(tl.float32)
     highest = tl.full([GROUPS_PADDED], float("-inf"), tl.float32)
     weight = tl.zeros([GROUPS_PADDED], tl.float32)
     sums = tl.zeros([GROUPS_PADDED, CHANNELS_PADDED], tl.float32)
@@ -55,6 +57,8 @@ def _attend(  # type: ignore[no-untyped-def]
         entry = ((block * BLOCK + at % BLOCK) * 2 * KV_HEADS + head) * CHANNELS
         read = seen[:, None] & inside[None, :]
         keys = tl.load(stored + entry[:, None] + channel[None, :], mask=read, other=0.0)
+        if WIDEN:
+            keys = keys.to(tl.float32)
         scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -62,8 +66,10 @@ def _attend(  # type: ignore[no-untyped-def]
         old = tl.exp(highest - base)
         chances = tl.exp(scores - base[:, None])
         values = tl.load(stored + (entry + KV_HEADS * CHANNELS)[:, None] + channel[None, :], mask=read, other=0.0)
-        product = tl.dot(chances.to(values.dtype), values, input_precision=PRECISION)
-        sums = sums * old[:, None] + product
+        rounded = chances.to(values.dtype)
+        if WIDEN:
+            rounded, values = rounded.to(tl.float32), values.to(tl.float32)
+        sums = sums * old[:, None] + tl.dot(rounded, values, input_precision=PRECISION)
         weight = weight * old + tl.sum(chances, 1)
         highest = higher
     if PARTS == 1:
@@ -117,6 +123,7 @@ def paged(stored: Tensor, query_THC: Tensor, seen: Seen, /) -> Tensor:
         KV_HEADS=kv_heads, GROUPS=groups, GROUPS_PADDED=max(triton.next_power_of_2(groups), _LEAST),
         CHANNELS=channels, CHANNELS_PADDED=padded, BLOCK=seen.block_size, KEYS=_KEYS, PARTS=parts,
         PRECISION="ieee" if query_THC.dtype == torch.float32 else "tf32",
+        WIDEN=mixed.device.type == "cpu",  # the interpreter multiplies the bits of bf16 numbers as if they were integers
     )  # fmt: skip
     if parts > 1:
         _combine[(rows * heads,)](
