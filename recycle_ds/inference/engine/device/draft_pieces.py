@@ -51,7 +51,7 @@ class DraftPieces:
         limits_N = torch.where(widths_N > 0, results.limits[:end], 0)
         # the first depth has one node: the latest known token
         states_TD, each_T = results.module_states[:end], torch.arange(end, device=device)
-        beam, paths_TJ = growing.first_beam(states_TD, end, 1), None
+        beam, paths_TJ = growing.first_beam(end, device), None
         greedy_N, even_N = fields["temperature"][:end] == 0, fields["nearly_greedy"][:end] > 0
         inverse_N = torch.where(greedy_N, 1.0, 1 / fields["temperature"][:end]).float()
         for depth in range(1, shape.depth + 1):

@@ -21,11 +21,12 @@ class Beam:
     """The slots of the path after the latest known token, as bits: see paged.py."""
 
 
-def first_beam(like: Tensor, sequences: int, width: int) -> Beam:
-    """The latest known token of every sequence, in place 0."""
-    chances_NB = like.new_zeros((sequences, width), dtype=torch.float64)
-    chances_NB[:, 0] = 1.0
-    return Beam(chances_NB, like.new_zeros((sequences, width), dtype=torch.int64))
+def first_beam(sequences: int, device: torch.device) -> Beam:
+    """The latest known token of every sequence, alone [N, 1]."""
+    return Beam(
+        torch.ones((sequences, 1), dtype=torch.float64, device=device),
+        torch.zeros((sequences, 1), dtype=torch.int64, device=device),
+    )
 
 
 def confidences(probabilities_NBK: Tensor, layer_NB: Tensor | None, greedy_N: Tensor) -> Tensor:
