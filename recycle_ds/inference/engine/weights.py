@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
+from recycle_ds.inference.engine.device.products import Product
 from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.packing import PackedProduct
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
-from recycle_ds.inference.native.torch_products import Norm, Product
+from recycle_ds.inference.native.torch_products import Norm
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block

@@ -1,10 +1,8 @@
-"""Random cases for attention over a paged cache, and the dense reference. Run as a program, it checks the kernels of Triton,
-in Triton's interpreter where TRITON_INTERPRET=1 is set: that has to be known before Triton is imported."""
+"""Random cases for attention over a paged cache, and the dense reference."""
 
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -87,14 +85,3 @@ def check(attend: PagedAttention, device: str = "cpu") -> None:
             assert found.dtype == dtype
             worst = (found.float() - dense(case)).abs().max().item()
             assert worst < tolerance, f"{shape} {dtype}: {worst}"
-
-
-def main() -> None:
-    """Checks the kernels."""
-    from recycle_ds.inference.engine.device.paged_kernel import paged
-
-    check(paged, sys.argv[1] if len(sys.argv) > 1 else "cpu")
-
-
-if __name__ == "__main__":
-    main()

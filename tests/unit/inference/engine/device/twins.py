@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-import pytest
-
 from recycle_ds.inference.engine.build import Steps, local_engine
 from recycle_ds.inference.engine.device import fields
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -20,8 +18,9 @@ class Twins:
 
     depth = 1
 
-    def __init__(self, flat: LocalExecutor, static: LocalExecutor) -> None:
-        self._flat, self._static = flat, static
+    def __init__(self, flat: LocalExecutor, static: LocalExecutor, *, compare_drafts: bool = True) -> None:
+        """compare_drafts: whether drafts have to be the same too, which rounding of a GPU may change."""
+        self._flat, self._static, self._compare_drafts = flat, static, compare_drafts
         self.seen: Counter[str] = Counter()
         """How often each kind of step occurred."""
 
@@ -47,11 +46,13 @@ class Twins:
 
     def _compare(self, found: Chosen, expected: Chosen) -> None:
         assert found.tokens == expected.tokens
+        self.seen["accepted"] += len(found.tokens) - 1
+        if not self._compare_drafts:
+            return
         assert (found.drafts, found.parents, found.calls) == (expected.drafts, expected.parents, expected.calls)
-        assert found.confidences == pytest.approx(expected.confidences, abs=2e-4)
+        assert all(abs(a - b) < 2e-4 for a, b in zip(found.confidences, expected.confidences, strict=True))
         self.seen["chains"] += bool(found.drafts) and not found.parents
         self.seen["trees"] += bool(found.parents)
-        self.seen["accepted"] += len(found.tokens) - 1
 
     def discard(self) -> None:
         """See `Executor`."""
@@ -74,7 +75,9 @@ def twin_engine(
     max_batch: int,
     kv_memory_gib: float | None = None,
     eos: int | None = None,
+    *,
     steps: Steps = "static",
+    compare_drafts: bool = True,
 ) -> tuple[DecodingEngine, Twins]:
     """An engine that runs every plan twice."""
     both = [
@@ -84,6 +87,6 @@ def twin_engine(
         )
         for kind in ("flat", steps)
     ]  # fmt: skip
-    twins = Twins(both[0]._executor, both[1]._executor)
+    twins = Twins(both[0]._executor, both[1]._executor, compare_drafts=compare_drafts)
     both[0]._executor = twins
     return both[0], twins
