@@ -40,7 +40,7 @@ def serve(
     mode: Annotated[
         str, typer.Option(help="Mode of requests that name none: autoregressive, alternate or verified (lossless).")
     ] = "verified",
-    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32, bf16, or int8 (8-bit weights, on CPUs).")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Arithmetic: fp32, bf16, or int8 (bf16 with weights of 8 bits).")] = "fp32",
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; by default PyTorch's choice.")] = None,
     max_batch: Annotated[int, typer.Option(metavar="N", help="Answers decoded at once.")] = 32,
     kv_memory_gib: Annotated[

@@ -35,10 +35,10 @@ class Engine:
     ) -> Engine:
         """Loads the newest complete checkpoint of a run folder, a checkpoint, or a model folder of another known format.
 
-        dtype: "fp32", "bf16", or "int8" (bf16 with weights of 8 bits, on CPUs). max_batch: prompts decoded at once.
+        dtype: "fp32", "bf16", or "int8" (bf16 with weights of 8 bits). max_batch: prompts decoded at once.
         threads: CPU threads; None keeps PyTorch's default. kv_memory_gib: memory of the KV cache, allocated once; None:
         enough for max_batch prompts of the longest context, but at most half of the free memory. Raises DecodingError
-        for an argument out of range, or for int8 on a GPU, and CheckpointError for a folder that cannot be loaded.
+        for an argument out of range, and CheckpointError for a folder that cannot be loaded.
         """
         check_batch(max_batch, kv_memory_gib)
         return cls(load(str(folder), dtype, threads), max_batch, kv_memory_gib)

@@ -9,10 +9,8 @@ from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.team import Team
-from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import check_runtime
 from recycle_ds.inference.text_stream import TextStream
-from recycle_ds.parallel.device import local_device
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -21,14 +19,12 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     they are packed for decoding. threads: CPU threads; None keeps PyTorch's default. local_rank: device index. mesh: of
     the ranks that hold the model together; None for this process alone.
 
-    Raises DecodingError for an argument out of range or int8 on a GPU, CheckpointError for a folder that cannot be loaded.
+    Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded.
     """
     check_runtime(dtype, threads)
     if threads is not None:
         torch.set_num_threads(threads)
     int8 = dtype == "int8"
-    if int8 and local_device(local_rank).type != "cpu":
-        raise DecodingError("dtype=int8: 8-bit weights are for CPUs, and this process decodes on a GPU; use bf16")
     loaded = load_model(path, dtype="bf16" if int8 else dtype, local_rank=local_rank, mesh=mesh)
     loaded.model.int8 = int8
     return loaded

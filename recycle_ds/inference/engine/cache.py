@@ -9,7 +9,7 @@ cached positions, G query heads per key/value head, H_kv key/value heads, C chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,7 +109,7 @@ class Tokens:
         positions = [span.position(at) + self.shift for span in self.spans for at in range(span.first, span.end)]
         return torch.tensor(positions, device=self.keys_values.device)
 
-    def attention(self) -> Attention:
+    def attention(self) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Attention in PyTorch's operations."""
         return Attention(self.keys_values, self.spans, self.slots_T, self.block_size)
 

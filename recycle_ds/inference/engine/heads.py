@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recycle_ds.inference.engine.device.products import Product
 from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.packing import PackedProduct
 from recycle_ds.inference.native.screen import LEAST_OUTPUTS, MOST_ROWS, ScreenedHead
-from recycle_ds.inference.native.torch_products import Product
 from recycle_ds.model import RecycleGPT
 
 

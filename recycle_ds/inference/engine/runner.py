@@ -53,10 +53,7 @@ class Runner:
 
         Returns the states [T, D] for the next stage, and on the last stage what was chosen.
         """
-        self._rules.update(plan.rules)
-        for number in plan.ended:
-            self._rules.pop(number, None)
-            self._drafter.take_distributions(number)
+        self._begin(plan)
         self._cache.move(plan.moves)
         self._cache.copy_blocks(plan.copies)
         if not plan.parts:
@@ -82,6 +79,13 @@ class Runner:
         for number, scores in scored.items():
             chosen[number] = replace(chosen.get(number, Chosen(number, ())), scored=scores)
         return tuple(chosen.values())
+
+    def _begin(self, plan: Plan) -> None:
+        """Keeps the rules of new sequences, and forgets those that have ended."""
+        self._rules.update(plan.rules)
+        for number in plan.ended:
+            self._rules.pop(number, None)
+            self._drafter.take_distributions(number)
 
     def _score(self, parts: Sequence[Part], states_TD: Tensor) -> dict[int, Logprobs]:
         """Log probabilities of the parts' targets, by sequence."""

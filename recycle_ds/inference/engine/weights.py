@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
+from recycle_ds.inference.engine.device.products import Product
 from recycle_ds.inference.engine.heads import Head, head_of
 from recycle_ds.inference.native.growing import NativeGrower
 from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
-from recycle_ds.inference.native.torch_products import Norm, Product, TorchJoin
+from recycle_ds.inference.native.torch_products import Norm, TorchJoin
 from recycle_ds.inference.speculation.tree import BRANCH
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
@@ -105,8 +106,11 @@ class Module:
         taps = module.tap_projection
         self._join_taps: Callable[[Sequence[Tensor]], Tensor] | None = None
         if taps is not None:
-            joined = NativeJoin if compiled else TorchJoin
-            self._join_taps = joined(list(module.tap_norms), taps.weight, int8=int8)
+            norms = list(module.tap_norms)
+            if compiled:
+                self._join_taps = NativeJoin(norms, taps.weight, int8=int8)
+            else:
+                self._join_taps = TorchJoin(norms, Product(taps.weight, int8=int8))
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
         exchange = None if ranks is None else ranks.exchange

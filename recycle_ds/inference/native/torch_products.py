@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,9 @@ class Norm:
 class TorchJoin:
     """W [norm_1(a); norm_2(b); ...]."""
 
-    def __init__(self, norms: Sequence[nn.Module], weight: Tensor, *, int8: bool) -> None:
-        """norms: one for each input. weight: [E, inputs x D]."""
-        self._norms, self._product = [Norm(norm) for norm in norms], Product(weight, int8=int8)
+    def __init__(self, norms: Sequence[nn.Module], product: Callable[[Tensor], Tensor]) -> None:
+        """norms: one for each input. product: [T, inputs x D] to [T, E]."""
+        self._norms, self._product = [Norm(norm) for norm in norms], product
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """[T, D] each to [T, E]."""

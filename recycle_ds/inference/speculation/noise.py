@@ -36,15 +36,31 @@ def exponentials(keys_R: Tensor, ids_V: Tensor) -> Tensor:
     The token with the largest weight / exponential is a sample from the weights: the race of exponential clocks, the
     same thing as the Gumbel-max trick without its second logarithm. The smallest number is 2^-33.
     """
-    z = keys_R[:, None] + (ids_V + 1) * _signed(_INCREMENT)
+    z = _mix_each(keys_R[:, None] + (ids_V + 1) * _signed(_INCREMENT))
+    uniforms = (((z >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    # 1 - u is exact for the small ones, which win; a u that rounds to 1 gives infinity, which never wins
+    return torch.log1p(-uniforms).neg_()
+
+
+def seed_state(seed: int) -> int:
+    """What `keys` needs of a seed, as a signed 64-bit integer."""
+    return _signed(_mix(seed + _INCREMENT))
+
+
+def keys(states_R: Tensor, positions_R: Tensor, purpose: int) -> Tensor:
+    """`key` of every row, computed where the tensors are: int64 [R]. states_R: see `seed_state`."""
+    mixed_R = _mix_each(states_R + positions_R * _signed(_INCREMENT))
+    return _mix_each(mixed_R + _signed((purpose + 1) * _INCREMENT))
+
+
+def _mix_each(z: Tensor) -> Tensor:
+    """`_mix` of every number, in place."""
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         # >> keeps the sign of a signed integer: the mask makes it the logical shift
         z ^= (z >> shift) & ((1 << (64 - shift)) - 1)
         if multiplier != 1:
             z *= _signed(multiplier)
-    uniforms = (((z >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
-    # 1 - u is exact for the small ones, which win; a u that rounds to 1 gives infinity, which never wins
-    return torch.log1p(-uniforms).neg_()
+    return z
 
 
 def _mix(z: int) -> int:

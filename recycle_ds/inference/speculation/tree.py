@@ -159,18 +159,22 @@ class GrowingTree:
         """Adds the children (id, confidence) of every node of the beam, and chooses the next beam."""
         first = len(self.ids) + 1
         for node, row in zip(self.beam, children, strict=True):
-            reached = self.chances[node - 1] if node else 1.0
-            for token, confidence in row:
-                self.ids.append(token)
-                self.parents.append(node)
-                self.confidences.append(confidence)
-                self.chances.append(reached * confidence)
+            self.add(node, row)
         self.depth += 1
         open_ = [node for node in range(first, len(self.ids) + 1) if self.ids[node - 1] not in self.end_ids]
         beam = sorted(open_, key=lambda node: -self.chances[node - 1])[: self.width]
         worth = self.depth < self.limit and sum(self.chances[node - 1] for node in beam) >= self.floor
         self.beam = beam if worth else []
         self.expanded += self.beam
+
+    def add(self, node: int, children: Sequence[tuple[int, float]]) -> None:
+        """Adds the children (id, confidence) of one node."""
+        reached = self.chances[node - 1] if node else 1.0
+        for token, confidence in children:
+            self.ids.append(token)
+            self.parents.append(node)
+            self.confidences.append(confidence)
+            self.chances.append(reached * confidence)
 
     def slot_parents(self) -> tuple[int, ...]:
         """Parents of all nodes that have been in a beam, numbered in that order; empty for a chain."""

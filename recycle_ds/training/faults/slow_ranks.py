@@ -7,8 +7,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
-from recycle_ds.model import RecycleGPT
+from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.faults.stragglers import WorkTimer, slowest
 from recycle_ds.training.observers import EvaluationEnd, Observer, PhaseStart, StepEnd, StepStart
 
@@ -25,8 +26,9 @@ class SlowRanks(Observer):
     every_rank = True  # the times are gathered: collective on logged steps
     on_error = "raise"
 
-    def __init__(self, model: RecycleGPT, device: torch.device, ratio: float) -> None:
-        self._work, self._stages, self._ratio = WorkTimer(model, model.mesh, device), model.mesh.pipeline.size, ratio
+    def __init__(self, module: nn.Module, mesh: Mesh, device: torch.device, ratio: float) -> None:
+        """module: see `WorkTimer`."""
+        self._work, self._stages, self._ratio = WorkTimer(module, mesh, device), mesh.pipeline.size, ratio
         self._reading_since = 0.0
         self._has_first_step = False
 

@@ -68,13 +68,15 @@ def observers_of_run(
     what makes figures, what writes them, and the user's. logs: those of `open_run_logs`, on rank 0. given: the user's, called
     after those of the configuration. Raises ConfigError if one of the configuration's cannot be created."""
     mesh, faults, run_dir = engine.mesh, config.faults, Path(config.run_dir)
+    # a pipeline, which is never compiled, calls the module and not the engine
+    timed = engine.engine if mesh.pipeline.size == 1 else engine.model
     own: list[Observer] = [
         Watchdog(run_dir / "hangs", mesh.rank, mesh.world_size, faults.hang_timeout),
         CollectiveTimeouts(faults.hang_timeout),
         stop,
         StepProfiler(config.training.profile, run_dir, mesh.rank),
         StepFigures(config, mesh, engine.model.depth, device),
-        SlowRanks(engine.model, device, faults.straggler_ratio),
+        SlowRanks(timed, mesh, device, faults.straggler_ratio),
         *logs,
         *([CompileTime(engine.compilation.report)] if mesh.is_first else []),
     ]

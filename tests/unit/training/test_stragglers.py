@@ -33,13 +33,12 @@ class Event:
 
 
 def _times(rank: int, world_size: int, corpus: str, folder: str) -> tuple[list[float], list[Any]]:
-    """The times of two compiled passes by a reporter's timer, and whether DeepSpeed's throughput timer is on."""
-    from recycle_ds.training.reporting.reporter import Reporter
-    from recycle_ds.training.reporting.run_logs import RunLogs
+    """The times of two compiled passes by the timer of a run, and whether DeepSpeed's throughput timer is on."""
     from torch._dynamo.testing import CompileCounter
 
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
+    from recycle_ds.training.faults.slow_ranks import SlowRanks
 
     rendezvous.quiet_libraries()
     rendezvous.start(rendezvous.detect_launch({}))
@@ -47,7 +46,7 @@ def _times(rank: int, world_size: int, corpus: str, folder: str) -> tuple[list[f
         config = tiny_run(Path(corpus), Path(folder), training__global_batch_size=2, model__vocab_size=300)
         mesh, device = build_mesh(config.parallel), torch.device("cpu")
         engine = build_engine(config, resolve_deepspeed(config, 1), mesh, device)
-        work = Reporter(config, engine, RunLogs(), device).work
+        work = SlowRanks(engine.engine, mesh, device, 2.0)._work
         work._device, torch.cuda.Event = torch.device("cuda"), Event  # type: ignore[assignment,misc]
         counter = CompileCounter()
         engine.engine.compile(backend=counter)

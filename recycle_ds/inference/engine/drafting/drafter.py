@@ -29,11 +29,11 @@ class Drafter:
     def __init__(self, weights: StageWeights, cache: Cache, vocabulary: Vocabulary, rules: Mapping[int, Rules]) -> None:
         """rules: of the sequences, which the owner keeps up to date."""
         self._weights, self._cache, self._rules = weights, cache, rules
-        drafts = vocabulary
+        self.draft_vocabulary = vocabulary
         if weights.draft_ids is not None:
-            drafts = replace(vocabulary, count=len(weights.draft_ids), selected=weights.draft_ids)
-        self._chains = ChainDrafter(weights, cache, vocabulary, drafts, rules)
-        self._trees = TreeGrower(weights, cache, drafts, rules)
+            self.draft_vocabulary = replace(vocabulary, count=len(weights.draft_ids), selected=weights.draft_ids)
+        self._chains = ChainDrafter(weights, cache, vocabulary, self.draft_vocabulary, rules)
+        self._trees = TreeGrower(weights, cache, self.draft_vocabulary, rules)
         self._drawn_from: dict[int, Tensor] = {}
 
     def take_distributions(self, sequence: int) -> Tensor | None:
@@ -61,7 +61,7 @@ class Drafter:
                 rows[part.width > 0].append(len(reading))
             reading.append((part, slots))
         if reading:
-            states_ND = self._read(reading)
+            states_ND = self.read(reading)
             if chains:
                 self._chains.draft(chains, rows_of(states_ND, rows[0]))
             if trees:
@@ -82,12 +82,12 @@ class Drafter:
             )
         return chosen
 
-    def _read(self, reading: Sequence[tuple[Part, range]]) -> Tensor:
+    def read(self, reading: Sequence[tuple[Part, range]]) -> Tensor:
         """Runs the module over the missing slots of known tokens. Returns the last state of every sequence [N, D]."""
         spans = []
         for part, slots in reading:
             while len(slots) > _MOST_READ:  # after long without drafts: in pieces, or attention would need much memory
-                self._read([(part, slots[:_MOST_READ])])
+                self.read([(part, slots[:_MOST_READ])])
                 slots = slots[_MOST_READ:]
             spans.append(Span(part.blocks, slots.start, len(slots), lowest=1))
         before = [Span(span.blocks, span.first - 1, span.count) for span in spans]

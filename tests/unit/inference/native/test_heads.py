@@ -12,7 +12,7 @@ from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.packing import PackedProduct
-from recycle_ds.inference.native.torch_products import TorchJoin
+from recycle_ds.inference.native.torch_products import Product, TorchJoin
 from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 WIDTH, ROWS = 48, 29
@@ -120,7 +120,7 @@ def test_joined_states_are_those_of_norms_and_product(int8: bool) -> None:
     for rows in (1, 5, 30):
         states = [torch.randn(rows, 64, generator=generator).bfloat16() for _ in norms]
         found = NativeJoin(norms, weight, int8=int8)(states)
-        expected = TorchJoin(norms, weight, int8=int8)(states)
+        expected = TorchJoin(norms, Product(weight, int8=int8))(states)
         assert found.shape == (rows, len(weight)) and found.dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.06)
         alone = NativeJoin(norms, weight, int8=int8)([one[:1] for one in states])
