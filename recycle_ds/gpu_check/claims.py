@@ -156,7 +156,7 @@ PROVEN = {
     "decoding": "verified is autoregressive token for token, in fp32 also the CPU's; alternate keeps what it drafts",
     "sampling": "sampled texts have the model's distribution; with a seed they are the CPU's",
     "engine": "no answer depends on the batch or on preemption",
-    "graphs": "decoding in CUDA graphs gives the tokens of eager decoding",
+    "decoding_graphs": "decoding in CUDA graphs gives the tokens of eager decoding",
 }
 """Claims that tests of a part prove, by the part's name. A part that is not here stands for itself."""
 
