@@ -21,12 +21,13 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
     from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.training.benchmark.live_memory import PeakMemory
     from recycle_ds.training.engine.build import _build_model
+    from recycle_ds.training.engine.zero.choice import weights_at
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
     mesh = build_mesh(config.parallel)
     tree = resolve_deepspeed(config, mesh.data.size)
     with PeakMemory() as tracker:
-        model, _ = _build_model(config, dict(tree), mesh, torch.device("cpu"), initial=True)
+        model, _ = _build_model(config, dict(tree), mesh, torch.device("cpu"), weights_at(3, mesh), initial=True)
     held = sum(getattr(p, "ds_tensor", p).numel() * 4 for p in model.parameters())
     largest = max(getattr(p, "ds_numel", p.numel()) * 4 for p in model.parameters())
     weights = {}

@@ -75,7 +75,12 @@ def _measure_one(config: RunConfig) -> tuple[int, int]:
     engine.passes.train(batches.micro, scales)
     engine.gradients.step(lambda _: True)
     peak = _peak_of_a_step(engine, batches, scales, earlier)
-    inputs = sum(t.untyped_storage().nbytes() for batch in batches.micro for t in vars(batch).values())
+    inputs = sum(
+        t.untyped_storage().nbytes()
+        for batch in batches.micro
+        for t in vars(batch).values()
+        if isinstance(t, torch.Tensor)
+    )
     tables = sum(b.untyped_storage().nbytes() for b in engine.model.buffers())
     return peak - inputs - tables, _saved_bytes(engine, batches, scales)
 

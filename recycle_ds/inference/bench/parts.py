@@ -16,7 +16,8 @@ from recycle_ds.inference.parameters import SamplingParams
 
 FULL_CALL, MODULE, HEAD, SAMPLING, HOST = "full_call", "module", "head", "sampling", "host"
 PARTS = (FULL_CALL, MODULE, HEAD, SAMPLING, HOST)
-"""The backbone's blocks with the embedding; the recycle module's block; the heads of both; choosing tokens and judging
+"""The backbone's blocks with the embedding; the recycle module's block, with its head where
+a tree grows in one call; other heads; choosing tokens and judging
 drafts; everything else of a step, such as plans, the draft budget and the copies between calls."""
 
 
@@ -105,9 +106,11 @@ def _timed(runner: Any, watch: _Stopwatch) -> Iterator[None]:
         (weights, "candidates", HEAD),
         (weights, "module", MODULE),
         (runner, "_choose", SAMPLING),
-        (runner._drafter, "_children", SAMPLING),
-        (runner._drafter, "_choose", SAMPLING),
+        (runner._drafter._trees, "_children", SAMPLING),
+        (runner._drafter._chains, "_choose", SAMPLING),
     ]
+    if weights.grower is not None:  # with the head of the drafts and their choice
+        places.append((weights.grower, "grow", MODULE))
     restore: list[Callable[[], None]] = []
     try:
         for owner, name, part in places:

@@ -3,7 +3,7 @@
 A slot is a position in the cache: block * block size + offset. Besides keys and values it holds the token and, for the
 recycle module, the backbone's state. Keys and values of a sequence are read in place where its blocks are adjacent, and
 gathered (one copy into a padded batch) elsewhere. The compiled kernels keep the keys and values of a block of 16 slots in an
-order of their own, see native/attention.h. Shapes: T tokens of a step, N sequences, W tokens per sequence, L
+order of their own, see native/c/attention.h. Shapes: T tokens of a step, N sequences, W tokens per sequence, L
 cached positions, G query heads per key/value head, H_kv key/value heads, C channels of a head, D width.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from recycle_ds.inference.engine.device.products import Product
 from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.packing import PackedProduct
-from recycle_ds.inference.native.screen import LEAST_OUTPUTS, MOST_ROWS, ScreenedHead
+from recycle_ds.inference.native.screen import MOST_SCREENED_ROWS, ScreenedHead
 from recycle_ds.model import RecycleGPT
 
 
@@ -27,8 +27,8 @@ class Head:
         if compiled:
             self._product = PackedProduct(weight_VD, int8=int8)
             self.native = NativeHead(self._product, ids, barred)
-            if not int8 and len(weight_VD) >= LEAST_OUTPUTS:
-                self._screened = ScreenedHead(weight_VD, self.native)
+            if not int8:
+                self._screened = ScreenedHead.of(weight_VD, self.native)
         else:
             self._product = Product(weight_VD, int8=int8)
         self._barred = barred
@@ -41,7 +41,7 @@ class Head:
     def likeliest(self, states_RD: Tensor) -> list[int]:
         """The token id of each row with the highest logit, among equal ones the lowest; only of compiled heads."""
         assert self.native is not None
-        if self._screened is not None and len(states_RD) <= MOST_ROWS:
+        if self._screened is not None and len(states_RD) <= MOST_SCREENED_ROWS:
             return self._screened.likeliest(states_RD)
         return self.native.likeliest(states_RD)
 

@@ -1,6 +1,6 @@
 """A model's weights laid out for decoding: packed once for products of few rows, projections fused.
 
-In bf16 and int8 on CPUs, blocks run in compiled kernels (see native/), which also sum over tensor ranks that share memory.
+In bf16 and int8 on CPUs, blocks, heads and the recycle module run in compiled kernels (see native/), which also sum over tensor ranks that share memory.
 Everything else is computed here, in PyTorch's operations: oneDNN can keep a weight in the order in which its kernel for few
 rows reads it, which takes half the time of the plain call on products of one to sixteen rows. Under tensor parallelism
 every rank holds its shard; outputs of row-parallel products are summed over the axis.
@@ -201,7 +201,7 @@ class StageWeights:
             full, drafts = self.head.native, self.draft_head.native
             self.likeliest = None if full is None else self.head.likeliest
             self.candidates = None if drafts is None else drafts.candidates
-            if drafts is not None and self.module is not None and self.module.stack is not None:
+            if drafts is not None and drafts.allowed > 0 and self.module is not None and self.module.stack is not None:
                 assert self._embedding is not None, "the module reads embeddings"
                 weight, layer = self._embedding.weight.detach(), self.module.confidence_layer
                 self.grower = NativeGrower(self.module.stack, drafts, weight, layer, BRANCH)

@@ -15,7 +15,7 @@ from recycle_ds.inference.native.places import BLOCK
 from recycle_ds.inference.native.stack import NativeStack, StepStruct
 
 _POINTER, _INTEGER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-_LINE, _SLOTS = 64, 256
+_LINE, _SLOTS, _BLOCKS = 64, 256, 64
 
 
 class _GrowerStruct(ctypes.Structure):
@@ -103,6 +103,7 @@ class NativeGrower:
     def grow(self, states_ND: Tensor, roots: Sequence[Root], keys_values: Tensor) -> list[Grown]:
         """Grows a tree from each root. states_ND: the module's states of the latest known tokens, bf16. keys_values: the
         module's cache, as of `NativeStack`. Writes the entries of all nodes that got children."""
+        assert states_ND.dtype == torch.bfloat16 and all(root.limit >= 1 and root.width >= 1 for root in roots)
         states_ND = states_ND.contiguous()
         count, limit = len(roots), max(root.limit for root in roots)
         rows = max(sum(root.width for root in roots), count)
@@ -110,6 +111,7 @@ class NativeGrower:
         slots = max(root.index + 1 + (root.limit - 1) * root.width for root in roots)
         longest = -(-slots // _SLOTS) * _SLOTS  # texts grow: not new room for every token
         threads, blocks = torch.get_num_threads(), sum(len(root.blocks) for root in roots)
+        blocks = -(-blocks // _BLOCKS) * _BLOCKS
         ends = max(len(root.end_ids) for root in roots)
         room = self._room
         if room is None or not room.holds(count, rows, limit, nodes, longest, threads, blocks, ends):

@@ -35,7 +35,11 @@ class NativeJoin:
         self._kernels, self._product = kernels(), PackedProduct(weight, int8=int8)
         first = norms[0]
         assert isinstance(first, RMSNorm)
-        weights = [norm.weight.detach().float().contiguous() for norm in norms if isinstance(norm, RMSNorm)]
+        weights = []
+        for norm in norms:
+            assert isinstance(norm, RMSNorm) and norm.epsilon == first.epsilon and len(norm.weight) == len(first.weight)
+            weights.append(norm.weight.detach().float().contiguous())
+        assert len(weight) % 16 == 0 and weight.shape[1] == len(norms) * len(first.weight)
         addresses = (_POINTER * len(weights))(*(one.data_ptr() for one in weights))
         self._kept = (weights, addresses)
         self._joint = _JointStruct(
@@ -49,7 +53,7 @@ class NativeJoin:
         rows, threads, outputs = len(inputs[0]), torch.get_num_threads(), self._product.outputs
         y = torch.empty(rows, outputs, dtype=torch.bfloat16)
         room = torch.empty(4 * ((rows + threads) * self._product.inputs + rows * (outputs + 1)), dtype=torch.uint8)
-        for number, one in enumerate(inputs):
+        for number, one in zip(range(len(self._inputs)), inputs, strict=True):
             self._inputs[number] = one.data_ptr()
         self._kernels.recycle_ds_join(
             ctypes.addressof(self._joint), rows, ctypes.addressof(self._inputs), y.data_ptr(), room.data_ptr(), threads

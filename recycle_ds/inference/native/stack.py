@@ -160,6 +160,7 @@ class NativeStack:
             PackedProduct(mlp.down.weight, int8=int8, arena=self._arena),
         )
         self._kept.append(products)
+        assert products[2].struct.gated and len({product.struct.limit == 0 for product in products}) == 1
         head_norms = [
             None if norm is None else self._numbers(norm.weight) for norm in (attention.query_norm, attention.key_norm)
         ]

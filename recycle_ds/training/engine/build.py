@@ -70,7 +70,7 @@ def build_engine(
     with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
         module = RecyclePipeline(model) if pipeline else model
     optimizer = AdamW(parameter_groups(model, training.weight_decay) or idle_group(module), training)
-    weights.register(model, model.head_weight)
+    weights.register(model, lambda: model.head_weight)
     with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(
             model=module,

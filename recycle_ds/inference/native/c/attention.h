@@ -30,7 +30,7 @@ typedef struct {
 
 INLINE uint16_t *block_of(const View *view, int64_t slot, int64_t head, int values) {
     const int64_t size = BLOCK * view->channels;
-    return view->cache + (view->blocks[slot / BLOCK] * 2 * view->kv_heads + (values ? view->kv_heads : 0) + head) * size;
+    return view->cache + ((int64_t)view->blocks[slot / BLOCK] * 2 * view->kv_heads + (values ? view->kv_heads : 0) + head) * size;
 }
 
 /* The copy of the block of a position from `moved`'s block on. */
@@ -84,7 +84,9 @@ static void store_value(const View *view, int64_t head, const float *value) {
 /* What is read POSITIONS_AHEAD positions after the keys at `at`: other keys, or the first values. */
 INLINE const uint16_t *block_ahead(const View *view, int64_t head, int64_t first, int64_t at) {
     const int64_t next = at + POSITIONS_AHEAD, over = next - view->at - 1;
-    return over < 0 ? seen_block(view, next, head, 0) : seen_block(view, first + over / BLOCK * BLOCK, head, 1);
+    if (over < 0) return seen_block(view, next, head, 0);
+    const int64_t value = first + over / BLOCK * BLOCK; /* of a short text there are none that far */
+    return seen_block(view, value <= view->at ? value : first, head, 1);
 }
 
 /* `vectors` times 16 channels of the sums of values weighted by probabilities. */
@@ -187,7 +189,7 @@ INLINE void attend_groups(
         weigh(view, head, groups, 1, channel, probabilities, stride, totals, mixed, codes);
 }
 
-/* Attends with all query heads of one key/value head, to the entries that `place` has stored for all tokens. */
+/* Attends with all query heads of one key/value head, to the entries that have been stored for all tokens. */
 static void attend(
     const View *view, int64_t head, int64_t groups, const uint16_t *query, float *mixed, uint16_t *codes,
     float *scores, uint16_t *probabilities, int64_t stride) {

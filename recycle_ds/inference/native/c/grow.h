@@ -87,7 +87,7 @@ static void choose_beam(Growing *tree, int64_t first, int64_t expanded) {
         tree->expanded[expanded + i] = best + 1, tree->number[best] = expanded + i + 1;
         sum += tree->chances[best], tree->beam++;
     }
-    if (sum < tree->floor) tree->beam = 0;
+    if (!(sum >= tree->floor)) tree->beam = 0;
 }
 
 /* Writes where a node of a beam at the tree's depth is, and what it sees. moved: where its path begins. Returns the numbers

@@ -11,6 +11,9 @@
 /* KEPT: outputs of a row that a thread remembers; if there are more, the whole head is read. */
 enum { KEPT = 2048 };
 
+/* Of a shorter row, squares would underflow. */
+#define SHORTEST 1e-10
+
 typedef struct {
     const Head *head; /* bf16, without a bias */
     Product product;  /* the same weights in int8 */
@@ -18,6 +21,7 @@ typedef struct {
        if rounding the row has changed it by at most `rounded` |x| */
     const float *errors;
     double rounded;
+    double longest; /* a longer row could overflow in sums */
 } Screen;
 
 typedef struct {
@@ -71,7 +75,7 @@ static int keep(
     __m512 most = _mm512_set1_ps(room->lowest[r]);
     for (int64_t i = 0; i < size; i += 16) {
         const __m512 error = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes_left(size - i), errors + i), factor);
-        most = _mm512_max_ps(most, _mm512_sub_ps(some_of(logits, i, size), error));
+        most = _mm512_max_ps(_mm512_sub_ps(some_of(logits, i, size), error), most); /* a NaN gives way to the second */
     }
     const float lowest = room->lowest[r] = _mm512_reduce_max_ps(most);
     float *bounds = room->bounds + r * KEPT;
@@ -103,11 +107,11 @@ static float logit_of(const Product *product, int64_t output, const uint16_t *x)
     return logits[output % PANEL];
 }
 
-/* One row: the likeliest of what the threads have kept. Returns 0 if they have kept nothing. */
+/* One row: the likeliest of what the threads have kept. Returns 0 if they have kept nothing, or too much. */
 static int judge(const Screen *screen, const Choice *choice, int64_t r, int threads) {
     const Product *product = &screen->head->product;
     const uint16_t *x = choice->x + r * product->inputs;
-    float lowest = -INFINITY, highest = -INFINITY, best = 0;
+    float lowest = -INFINITY, highest = -INFINITY, best = -INFINITY;
     int64_t found = -1, first = -1;
     ScreenRoom room;
     for (int thread = 0; thread < threads; thread++) {
@@ -118,15 +122,22 @@ static int judge(const Screen *screen, const Choice *choice, int64_t r, int thre
     }
     if (first < 0) return 0;
     lowest = fmaxf(lowest, logit_of(product, first, x)); /* the likely winner: its logit leaves few others */
+    int64_t left = 0;
+    for (int thread = 0; thread < threads; thread++) {
+        divide_screen(screen, choice, thread, &room);
+        for (int64_t i = r * KEPT; i < r * KEPT + room.counts[r]; i++) left += room.bounds[i] >= lowest;
+    }
+    if (left * PANEL > product->outputs / 4) return 0; /* each costs a panel: all of the head by all threads is faster */
     for (int thread = 0; thread < threads; thread++) { /* outputs are in ascending order: of equal logits the first stays */
         divide_screen(screen, choice, thread, &room);
         for (int64_t i = r * KEPT; i < r * KEPT + room.counts[r]; i++) {
             if (room.bounds[i] < lowest) continue;
             const float logit = logit_of(product, room.outputs[i], x);
-            if (found < 0 || logit > best) best = logit, found = room.outputs[i];
+            if (logit > best) best = logit, found = room.outputs[i];
             lowest = fmaxf(lowest, best);
         }
     }
+    if (found < 0) return 0;
     choice->ids[r] = screen->head->ids ? screen->head->ids[found] : found;
     return 1;
 }
@@ -151,8 +162,9 @@ void recycle_ds_likeliest(const Screen *screen, const Choice *choice) {
             }
             encode(room.row, inputs, screen->product.limit, room.codes + r * inputs, room.scales + r);
             room.lengths[r] = sqrtf(_mm512_reduce_add_ps(squares)) * 1.0001f; /* its own rounding */
-            const double rounding = 0.5 * room.scales[r] * sqrt((double)inputs);
-            if (!(rounding <= screen->rounded * room.lengths[r] && room.lengths[r] < INFINITY)) whole = 1;
+            /* an integer is off by a half, and by what its own computation rounds */
+            const double rounding = 0.51 * room.scales[r] * sqrt((double)inputs), length = room.lengths[r];
+            if (!(rounding <= screen->rounded * length && length >= SHORTEST && length <= screen->longest)) whole = 1;
         }
         for (int64_t r = 0; r < rows; r++) room.lowest[r] = -INFINITY, room.counts[r] = 0;
         wait_for_all(barrier, threads);

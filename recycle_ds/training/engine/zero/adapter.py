@@ -35,8 +35,9 @@ class Weights:
         """The context in which the model's parameters are created."""
         return nullcontext()
 
-    def register(self, model: nn.Module, shared: Tensor) -> None:
-        """Called before DeepSpeed wraps the model. shared: a weight that the root module uses, not only its owner."""
+    def register(self, model: nn.Module, shared: Callable[[], Tensor]) -> None:
+        """Called before DeepSpeed wraps the model. shared: gives a weight that the root module uses, not only its owner; a
+        pipeline stage, which is never partitioned, may have none."""
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
         """The tensor that this rank keeps between steps: the parameter or, of another shape, its partition."""

@@ -34,9 +34,9 @@ class PartitionedWeights(Weights):
             mem_efficient_linear=False,
         )
 
-    def register(self, model: nn.Module, shared: Tensor) -> None:
+    def register(self, model: nn.Module, shared: Callable[[], Tensor]) -> None:
         """See `Weights`. ZeRO-3 must gather the weight for the root module too."""
-        deepspeed.zero.register_external_parameter(model, shared)
+        deepspeed.zero.register_external_parameter(model, shared())
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
         """See `Weights`. The parameter's own data is empty or, for a small weight, gathered."""

@@ -8,7 +8,7 @@ import torch
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.heads import NativeHead
 from recycle_ds.inference.native.packing import PackedProduct
-from recycle_ds.inference.native.screen import LEAST_OUTPUTS, MOST_ROWS, ScreenedHead
+from recycle_ds.inference.native.screen import LEAST_OUTPUTS, MOST_SCREENED_ROWS, MOST_WIDTH, ScreenedHead
 from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 WIDTH, OUTPUTS = 64, 6000
@@ -40,7 +40,8 @@ def test_the_likeliest_token_is_that_of_all_logits(kind: str) -> None:
     barred = torch.tensor([0, 17, OUTPUTS - 1])
     product = PackedProduct(weight)
     head = NativeHead(product, ids, barred)
-    screened = ScreenedHead(weight, head)
+    screened = ScreenedHead.of(weight, head)
+    assert screened is not None
     states = _states(300)
     if kind == "outliers":
         states[::2, 3] *= 50
@@ -62,7 +63,8 @@ def test_states_that_are_no_numbers() -> None:
     """Prevents an endless search, or a token that was never compared, where a state has overflowed."""
     weight = torch.randn(OUTPUTS, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
     head = NativeHead(PackedProduct(weight), None, None)
-    screened = ScreenedHead(weight, head)
+    screened = ScreenedHead.of(weight, head)
+    assert screened is not None
     for value in (float("nan"), float("inf"), 0.0):
         states = _states(3)
         states[1] = value
@@ -75,7 +77,34 @@ def test_large_heads_are_screened() -> None:
     with torch.inference_mode():
         weights = StageWeights(bf16_model(vocab_size=LEAST_OUTPUTS + 100, hidden=WIDTH))
         assert weights.head is not None and weights.head._screened is not None and weights.likeliest is not None
-        states = _states(2 * MOST_ROWS)
+        states = _states(2 * MOST_SCREENED_ROWS)
         expected = weights.head(states).argmax(-1).tolist()
         assert weights.likeliest(states) == expected
-        assert weights.likeliest(states[:MOST_ROWS]) + weights.likeliest(states[MOST_ROWS:]) == expected
+        assert (
+            weights.likeliest(states[:MOST_SCREENED_ROWS]) + weights.likeliest(states[MOST_SCREENED_ROWS:]) == expected
+        )
+
+
+@needs_kernels
+def test_weights_that_are_no_numbers_and_too_wide_or_small_heads() -> None:
+    """Prevents a bound that is no number, below which every token is lost, and a second copy that is never used."""
+    weight = torch.randn(OUTPUTS, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    head = NativeHead(PackedProduct(weight), None, None)
+    assert ScreenedHead.of(weight, head) is not None
+    for value in (float("nan"), float("inf")):
+        broken = weight.clone()
+        broken[115, 3] = value
+        assert ScreenedHead.of(broken, head) is None
+    assert ScreenedHead.of(weight[: LEAST_OUTPUTS - 1], head) is None
+    assert ScreenedHead.of(torch.ones(LEAST_OUTPUTS, MOST_WIDTH + 16).bfloat16(), head) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize(("weights", "states"), [(1e20, 1e17), (1e20, 3e17), (1e35, 1e2), (1e-17, 1e-17), (1e-30, 1.0)])
+def test_sums_that_overflow_or_underflow(weights: float, states: float) -> None:
+    """Prevents a token lost because its logit overflowed in one of two sums, and bounds that are smaller than fp32 can tell."""
+    weight = weights * torch.randn(OUTPUTS, WIDTH, generator=torch.Generator().manual_seed(1))
+    head = NativeHead(PackedProduct(weight.bfloat16()), None, None)
+    screened = ScreenedHead.of(weight.bfloat16(), head)
+    rows = (states * _states(64).float()).bfloat16()
+    assert screened is None or screened.likeliest(rows) == head.likeliest(rows)
