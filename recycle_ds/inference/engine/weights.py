@@ -1,6 +1,7 @@
 """A model's weights laid out for decoding: packed once for products of few rows, projections fused.
 
-In bf16 and int8 on CPUs, blocks, heads and the recycle module run in compiled kernels (see native/), which also sum over tensor ranks that share memory.
+In bf16 and int8 on CPUs, blocks, heads and the recycle module run in compiled kernels (see native/), which also sum over
+tensor ranks that share memory.
 Everything else is computed here, in PyTorch's operations: oneDNN can keep a weight in the order in which its kernel for few
 rows reads it, which takes half the time of the plain call on products of one to sixteen rows. Under tensor parallelism
 every rank holds its shard; outputs of row-parallel products are summed over the axis.
