@@ -96,7 +96,7 @@ class PartRunner:
         """Asks for the stack traces of a part that is out of time, and kills it with all its processes."""
         one.expired = True
         with contextlib.suppress(ProcessLookupError):
-            one.process.send_signal(signal.SIGUSR1)  # see `announce`
+            one.process.send_signal(signal.SIGUSR2)  # see `announce`
         with contextlib.suppress(subprocess.TimeoutExpired):
             one.process.wait(_GRACE)
         _kill_group(one.process)
@@ -104,10 +104,10 @@ class PartRunner:
 
 
 def announce() -> None:
-    """In the process of a part: SIGUSR1 prints the stacks of all threads, so that a hang names its place."""
+    """In the process of a part: SIGUSR2 (a run handles SIGUSR1 itself) prints the stacks of all threads, so that a hang names its place."""
     import faulthandler
 
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -88,7 +88,7 @@ class Attention(nn.Module):
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(C)) v under a packed mask, [B, H, S, C].
 
-    On CUDA FlexAttention, or SDPA's flash kernel if each row is one document; elsewhere SDPA with a dense mask. Inside compiled
+    On CUDA FlexAttention, or a fused kernel of SDPA (flash in bf16) if each row is one document; elsewhere SDPA with a dense mask. Inside compiled
     code FlexAttention is compiled along with what is around it.
     """
     if query.is_cuda and not mask.plain_causal:
@@ -105,6 +105,10 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> T
         return cpu_attention.causal(query, keys, values, None if mask.plain_causal else mask.additive(query.dtype))
     grouped = query.shape[1] != keys.shape[1]
     if mask.plain_causal:
+        if grouped and query.is_cuda and query.dtype == torch.float32:
+            # no fused kernel takes grouped heads in fp32: all scores would be in memory
+            groups = query.shape[1] // keys.shape[1]
+            keys, values, grouped = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), False
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=grouped)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.additive(query.dtype), enable_gqa=grouped)
 

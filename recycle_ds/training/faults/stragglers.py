@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from recycle_ds.parallel.device import synchronise
 from recycle_ds.parallel.mesh import Mesh
 
 
@@ -45,6 +46,8 @@ class WorkTimer:
 
     def gather(self) -> list[float]:
         """Mean seconds of a rank's own work per step since the last call, by rank. Collective; synchronises the device."""
+        if self._events:
+            synchronise(self._device)
         own = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         shared = torch.tensor([own / max(1, self._steps)], dtype=torch.float64, device=self._device)
         self.reset()
