@@ -104,7 +104,8 @@ class PartRunner:
 
 
 def announce() -> None:
-    """In the process of a part: SIGUSR2 (a run handles SIGUSR1 itself) prints the stacks of all threads, so that a hang names its place."""
+    """In the process of a part: SIGUSR2 prints the stacks of all threads, so that a hang names its place. (A run handles
+    SIGUSR1 itself.)"""
     import faulthandler
 
     faulthandler.register(signal.SIGUSR2, all_threads=True)

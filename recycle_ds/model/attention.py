@@ -88,8 +88,8 @@ class Attention(nn.Module):
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(C)) v under a packed mask, [B, H, S, C].
 
-    On CUDA FlexAttention, or a fused kernel of SDPA (flash in bf16) if each row is one document; elsewhere SDPA with a dense mask. Inside compiled
-    code FlexAttention is compiled along with what is around it.
+    On CUDA FlexAttention, or a fused kernel of SDPA (flash in bf16) if each row is one document; elsewhere SDPA with a dense
+    mask. Inside compiled code FlexAttention is compiled along with what is around it.
     """
     if query.is_cuda and not mask.plain_causal:
         return flex(query, keys, values, mask, compiled=not torch.compiler.is_compiling())
