@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from recycle_ds.gpu_check.part import PASSED, Part, Result
-from recycle_ds.gpu_check.parts import CheckSettings, all_parts
+from recycle_ds.gpu_check.parts import CheckSettings, all_parts, fitted
 from recycle_ds.gpu_check.report import Report
 from recycle_ds.gpu_check.running import PartRunner
 
@@ -50,6 +50,8 @@ def run_check(
     work = (settings.run_dir / "cache").resolve()
     for group, jobs, deadline, cache in ((together, settings.jobs, first_end, "tests"), (alone, 1, end, "benches")):
         environment = part_environment(settings, repository, work, cache, jobs)
+        # benches get what the tests have left of the time, which is at least the benches' share
+        group = fitted(group, deadline - time.monotonic()) if group is alone else group
         PartRunner(repository, environment, deadline, on_result).run(group, jobs)
     report.write(time.monotonic() - start, complete=True)
     return all(result.state == PASSED for result in report.results)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recycle_ds.config import ConfigError
@@ -11,6 +12,8 @@ from recycle_ds.gpu_check.part import Part
 
 BENCHES = {"machine": 45.0, "training": 110.0, "decoding": 70.0, "serving": 60.0, "training_large": 70.0}
 """In the order in which they run, the most telling first, with their time limits in seconds. See bench.py."""
+_WEIGHTY = ("zero", "memory_savers", "compiled", "decoding_graphs")
+"""Files of tests that take longest. They start first, so that none of them is left for the end."""
 _TESTS_LIMIT = 230.0
 _SLACK = 4.0
 """A rehearsal's limits over those of a GPU: it may share a few cores with others."""
@@ -44,14 +47,17 @@ class CheckSettings:
 
 
 def all_parts(settings: CheckSettings, repository: Path) -> list[Part]:
-    """The parts that are asked for: tests first, benches last. Raises ConfigError for names that do not exist."""
+    """The parts that are asked for: tests first, the longest before others, benches last.
+
+    Raises ConfigError for names that do not exist."""
     work = settings.run_dir / "parts"
     files = sorted((repository / "tests" / "gpu").glob("test_*.py"))
     if not files:
         raise ConfigError(f"{repository}/tests/gpu has no tests: run this in a clone of the repository")
     found = []
     slack = _SLACK if settings.rehearsal else 1.0
-    for file in files:
+    order = {f"test_{name}": place for place, name in enumerate(_WEIGHTY)}
+    for file in sorted(files, key=lambda one: order.get(one.stem, len(order))):
         name, results = file.stem.removeprefix("test_"), work / f"{file.stem}.jsonl"
         relative = str(file.relative_to(repository))
         command = ("-m", "recycle_ds.gpu_check.functions", relative, str(results.resolve()))
@@ -65,6 +71,13 @@ def all_parts(settings: CheckSettings, repository: Path) -> list[Part]:
         if name not in names:
             raise ConfigError(f"--only {name}: no such part; they are {', '.join(names)}")
     return [part for part in found if not settings.only or part.name in settings.only]
+
+
+def fitted(parts: Sequence[Part], seconds: float) -> list[Part]:
+    """Parts that run one after the other, with limits that are reduced alike until their sum is at most `seconds`: a hang of
+    one does not use up the time of the next."""
+    share = min(1.0, max(0.0, seconds) / max(sum(part.seconds for part in parts), 1e-9))
+    return [replace(part, seconds=share * part.seconds) for part in parts]
 
 
 def _options(settings: CheckSettings) -> tuple[str, ...]:

@@ -11,14 +11,19 @@ _KINDS = {
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "::mm", "::addmm", "::bmm", "mkldnn", "matmul", "linear"),
     "optimizer and norms of gradients": ("adam", "multi_tensor", "foreach"),
     "copies and casts": ("copy", "memcpy", "memset", "catarray", "::cat", "::to", "clone"),
-    "fused by the compiler": ("triton_",),
 }
+_COMPILED = "triton_"
+"""How the names of the compiler's kernels begin; the operations that one fuses follow, whatever its own kind."""
 OTHER = "other elementwise kernels and reductions"
 
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel, or of an operation on a CPU, by its name."""
     name = kernel.lower()
+    if name.startswith(_COMPILED):
+        if "flex_attention" in name:
+            return "attention"
+        return "matrix products" if "triton_tem_" in name or "mm" in name.split("_") else "fused by the compiler"
     return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), OTHER)
 
 

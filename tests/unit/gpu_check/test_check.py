@@ -16,7 +16,7 @@ import pytest
 from recycle_ds.config import ConfigError
 from recycle_ds.gpu_check.check import part_environment, run_check
 from recycle_ds.gpu_check.part import FAILED, NOT_RUN, PASSED, TIMED_OUT, Part
-from recycle_ds.gpu_check.parts import BENCHES, CheckSettings, all_parts
+from recycle_ds.gpu_check.parts import BENCHES, CheckSettings, all_parts, fitted
 from tests.runs import ROOT
 
 TESTS = """
@@ -113,13 +113,13 @@ def test_every_end_of_a_part_is_reported(tmp_path: Path) -> None:
 def test_time_that_is_up_ends_every_part(tmp_path: Path) -> None:
     """Prevents a check beyond its minutes, tests that use up the time of the benches, and one without a report."""
     start = time.monotonic()
-    parts = [*(bench(tmp_path, f"slow{n}", 600.0, 600.0) for n in range(2)), bench(tmp_path, "never", 0.0, 60.0)]
+    parts = [*(bench(tmp_path, f"slow{n}", 600.0, 600.0) for n in range(2)), bench(tmp_path, "last", 600.0, 600.0)]
     slow = Part("tests", ("-c", "import time; time.sleep(600)"), tmp_path / "tests.jsonl", 600.0)
     assert not run_check(settings(tmp_path, minutes=0.2), ROOT, {"name": "a machine"}, parts=[slow, *parts])
     assert time.monotonic() - start < 60
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     states = [one["state"] for one in report["parts"].values()]
-    assert states == [TIMED_OUT, TIMED_OUT, NOT_RUN, NOT_RUN]
+    assert states[:2] == [TIMED_OUT, TIMED_OUT] and set(states[2:]) <= {TIMED_OUT, NOT_RUN}
     assert report["parts"]["tests"]["seconds"] < 0.6 * 60 * 0.2 + 3
 
 
@@ -161,16 +161,28 @@ def test_every_file_of_tests_gpu_is_a_part(tmp_path: Path) -> None:
     """Prevents tests for GPUs that `make gpu` does not run, and names that are silently ignored."""
     names = [one.name for one in all_parts(settings(tmp_path), ROOT)]
     files = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests" / "gpu").glob("test_*.py"))
-    assert names == [*files, *(f"bench_{name}" for name in BENCHES)] and len(files) > 5
+    benches = [f"bench_{name}" for name in BENCHES]
+    assert sorted(names[: len(files)]) == files and names[len(files) :] == benches and len(files) > 5
+    assert names[:4] == ["zero", "memory_savers", "compiled", "decoding_graphs"], "the longest would end last"
     assert len(set(names)) == len(names), "one part would replace another's results"
     assert [one.name for one in all_parts(settings(tmp_path, only=("engine",)), ROOT)] == ["engine"]
-    with pytest.raises(ConfigError, match="--only engin: no such part; they are attention"):
+    with pytest.raises(ConfigError, match="--only engin: no such part; they are zero"):
         all_parts(settings(tmp_path, only=("engin",)), ROOT)
     with pytest.raises(ConfigError, match="run this in a clone"):
         all_parts(settings(tmp_path), tmp_path)
     for wrong in ({"minutes": 0.0}, {"jobs": 0}):
         with pytest.raises(ConfigError, match="must be"):
             settings(tmp_path, **wrong)
+
+
+def test_limits_of_benches_fit_their_time(tmp_path: Path) -> None:
+    """Prevents benches that hang and so leave no time for those after them, and limits beyond a part's own."""
+    benches = [one for one in all_parts(settings(tmp_path, device="cuda"), ROOT) if one.alone]
+    least = [one.seconds for one in fitted(benches, 200.0)]
+    assert sum(least) == pytest.approx(200.0) and min(least) > 20
+    assert least[1] / least[0] == pytest.approx(BENCHES["training"] / BENCHES["machine"])
+    assert fitted(benches, 1000.0) == benches and sum(one.seconds for one in fitted(benches, -1.0)) == 0
+    assert fitted([], 10.0) == []
 
 
 def test_real_parts_are_rehearsed(tmp_path: Path) -> None:
