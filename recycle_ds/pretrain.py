@@ -219,14 +219,16 @@ def _train(
         checkpointer = PortableCheckpointer(config, engine, device, inputs.identity, taken_by, ranking)
         gather = functools.partial(observers_of_run, config, engine, device, stop, logs, given)
         observers = on_all_ranks(gather, mesh, device)
-        train = prefetch(inputs.train, device)
-        trainer = Trainer(config, engine, train, inputs.validation, checkpointer, observers, device)
-        try:
-            ended = trainer.run(state, stop)
-        except LocalError as error:
-            if not mesh.is_first:
-                print_local_error(error, mesh)
-            raise
+        steps = min(config.training.steps, config.training.stop_at or config.training.steps) - state.step
+        end = state.next_sample + steps * config.training.global_batch_size
+        with prefetch(inputs.train, device, end) as train:
+            trainer = Trainer(config, engine, train, inputs.validation, checkpointer, observers, device)
+            try:
+                ended = trainer.run(state, stop)
+            except LocalError as error:
+                if not mesh.is_first:
+                    print_local_error(error, mesh)
+                raise
         # the user may have created the stop file in the meantime
         conclude(job, (stop.poll(0) or ended) if ended in REASONS else ended)
         stop.remove_stop_files()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,29 @@ def test_same_batches(loader: BatchLoader) -> None:
     ahead = PrefetchingLoader(loader, pin=False)
     for first in (0, 4, 8, 8, 4, 40, 44):
         assert equal(ahead.step(first), loader.step(first))
-    assert prefetch(loader, torch.device("cpu")) is loader
+    with prefetch(loader, torch.device("cpu"), 48) as same:
+        assert same is loader
+    ahead.close()
+
+
+def test_the_thread_ends_with_the_run(loader: BatchLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a thread for each run of a process, and data that are read, or prepared at length, beyond the last step."""
+    seen: list[int] = []
+    read = loader.step
+
+    def watched(first_sample: int) -> list[Batch]:
+        seen.append(first_sample)
+        return read(first_sample)
+
+    monkeypatch.setattr(loader, "step", watched)
+    before = set(threading.enumerate())
+    ahead = PrefetchingLoader(loader, pin=False, end=8)
+    for first in (0, 4):
+        ahead.step(first)
+    (thread,) = set(threading.enumerate()) - before
+    ahead.close()
+    thread.join(60)
+    assert seen == [0, 4] and not thread.is_alive()
 
 
 def test_an_error_belongs_to_its_step(loader: BatchLoader, monkeypatch: pytest.MonkeyPatch) -> None:
