@@ -41,9 +41,13 @@ smollm2: $(STAMP) ## SmolLM2-135M with the shipped recycle module, decoded in th
 # ARGS are options of recycle_ds/gpu.py.
 gpu: ## tests/gpu and the benches on one CUDA GPU in at most 8 minutes, a report in runs/gpu
 	@"$(PYTHON)" -c 'import importlib.util as u, sys; \
-	missing = [name for name in ("torch", "deepspeed", "megatron", "transformers", "typer") if u.find_spec(name) is None]; \
+	names = "torch deepspeed megatron.core transformers tokenizers safetensors pydantic hjson yaml typer rich psutil numpy".split(); \
+	there = lambda name: u.find_spec(name.split(".")[0]) is not None and u.find_spec(name) is not None; \
+	missing = [name for name in names if not there(name)]; \
 	missing and sys.exit(f"error: {sys.executable} does not have {missing}: docs/gpu.md lists the packages; or run make venv")' \
 	  || exit 2; \
+	command -v "$${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null \
+	  || echo "warning: no C compiler found: nothing can be compiled, and parts that compile fail; install gcc, or name one: CC=/path/to/cc" >&2; \
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" exec "$(PYTHON)" -m recycle_ds.gpu $(ARGS)
 
 test: $(STAMP) ## the test suite, as CI runs it
