@@ -79,7 +79,7 @@ def build_engine(
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order
             dist_init_required=False,
         )
-    compilation = compile_model(model, config, device, stage)
+    compilation = compile_model(model, config, device, stage, mesh=mesh)
     zero = zero_adapter(engine, optimizer, mesh, weights)
     if pipeline:
         zero.prepare_pipeline()

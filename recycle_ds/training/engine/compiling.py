@@ -25,7 +25,10 @@ from recycle_ds.model.attention import Attention
 from recycle_ds.model.losses import FusedLosses
 from recycle_ds.model.mlp import MLP
 from recycle_ds.model.norm import RMSNorm
+from recycle_ds.parallel.agree import SharedError, on_all_ranks
 from recycle_ds.parallel.compiler import raise_recompile_limit
+from recycle_ds.parallel.mesh import Mesh
+from recycle_ds.training.errors import TrainingError
 
 BLOCKS, FUNCTIONS = "blocks", "functions"
 
@@ -45,8 +48,14 @@ class Compilation:
         return f"compiled {self.regions}: {graphs} graphs in {seconds:.1f} s (training.compile=false turns it off)"
 
 
-def choose(setting: bool | str, device: torch.device, *, tensor: int, pipeline: int, zero_stage: int) -> Compilation:
-    """What `training.compile` means here. "auto" compiles on CUDA, except in a pipeline."""
+def choose(
+    setting: bool | str, device: torch.device, *, tensor: int, pipeline: int, zero_stage: int, mesh: Mesh | None = None
+) -> Compilation:
+    """What `training.compile` means here. "auto" compiles on CUDA, except in a pipeline and where code cannot be compiled.
+
+    Collective over all ranks of `mesh` on CUDA, unless the setting is False: they compile alike. Raises TrainingError on all
+    of them if the setting is True and the code of one of them cannot be compiled.
+    """
     if setting is False:
         return Compilation()
     if setting == "auto":
@@ -58,16 +67,60 @@ def choose(setting: bool | str, device: torch.device, *, tensor: int, pipeline: 
             return Compilation(
                 reason="Triton is missing or does not support this GPU; training takes longer without it"
             )
+    if device.type == "cuda":
+        reason = _agreed_reason(device, mesh or Mesh())
+        if reason and setting is True:
+            raise TrainingError(f"training.compile=true: {reason}; mend that, or set training.compile=false")
+        if reason:
+            return Compilation(reason=f"{reason}; training takes longer without it")
     return Compilation(FUNCTIONS if tensor > 1 or zero_stage == 3 else BLOCKS)
 
 
+def why_not(device: torch.device) -> str:
+    """Why code for the device cannot be compiled, as one line; empty if a trivial function is compiled and runs.
+
+    Triton may be there without the C compiler that it needs, without Python's headers, or with a cache that is not writable.
+    """
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # of torch, Triton or the C compiler, whatever their type
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"code for {device} cannot be compiled ({(lines or [type(error).__name__])[0][:200]})"
+    return ""
+
+
+def _agreed_reason(device: torch.device, mesh: Mesh) -> str:
+    """`why_not` of a rank that has a reason, the same on all ranks. Collective over all ranks."""
+
+    def check() -> None:
+        reason = why_not(device)
+        if reason:  # raised here: an error of a disk as its context would end the job
+            raise TrainingError(reason)
+
+    try:
+        on_all_ranks(check, mesh, device)
+    except SharedError as error:
+        return str(error)
+    return ""
+
+
 def compile_model(
-    model: RecycleGPT, config: RunConfig, device: torch.device, zero_stage: int, backend: Any = "inductor"
+    model: RecycleGPT,
+    config: RunConfig,
+    device: torch.device,
+    zero_stage: int,
+    backend: Any = "inductor",
+    mesh: Mesh | None = None,
 ) -> Compilation:
-    """Compiles the model's regions as the run is configured. Code is generated when each is first called."""
+    """Compiles the model's regions as the run is configured. Code is generated when each is first called. See `choose`."""
     parallel = config.parallel
     chosen = choose(
-        config.training.compile, device, tensor=parallel.tensor, pipeline=parallel.pipeline, zero_stage=zero_stage
+        config.training.compile,
+        device,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        zero_stage=zero_stage,
+        mesh=mesh,
     )
     if chosen.regions:
         compile_regions(model, chosen.regions, backend)

@@ -17,8 +17,10 @@ from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.model import RecycleGPT, attention, build_model, masks
 from recycle_ds.model.losses.fused import FusedLosses
+from recycle_ds.parallel.agree import on_all_ranks
 from recycle_ds.parallel.compiler import RECOMPILE_LIMIT
-from recycle_ds.training.engine.compiling import BLOCKS, FUNCTIONS, choose, compile_regions
+from recycle_ds.training.engine.compiling import BLOCKS, FUNCTIONS, choose, compile_regions, why_not
+from recycle_ds.training.errors import TrainingError
 
 CONFIG = ModelConfig(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocab_size=131, max_positions=64)
 ROWS, LENGTH, CHUNK = 3, 40, 50
@@ -189,17 +191,33 @@ def test_fused_cross_entropy_reads_the_logits_once(padding: int, monkeypatch: py
 
 def test_when_training_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents compilation on a CPU that nobody asked for, blocks compiled around hooks or asynchronous collectives, and a
-    GPU without Triton that fails at the first step or that is slow without a word."""
+    GPU without Triton or a C compiler that fails at the first step or that is slow without a word."""
     from recycle_ds.training.engine import compiling
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     one: dict[str, int] = {"tensor": 1, "pipeline": 1, "zero_stage": 1}
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(compiling, "why_not", lambda device: "")
+    monkeypatch.setattr(compiling, "on_all_ranks", lambda action, mesh, _: on_all_ranks(action, mesh, cpu))
     assert choose("auto", cpu, **one).regions == "" == choose(False, cuda, **one).regions
     assert choose("auto", cuda, **one).regions == choose(True, cpu, **one).regions == BLOCKS
     assert choose("auto", cuda, **one | {"zero_stage": 3}).regions == FUNCTIONS
     assert choose("auto", cuda, **one | {"tensor": 2}).regions == FUNCTIONS
     assert "pipeline" in choose("auto", cuda, **one | {"pipeline": 2}).report()
+    monkeypatch.setattr(compiling, "why_not", lambda device: "no C compiler")
+    assert choose("auto", cuda, **one).report().startswith("not compiled: no C compiler; ")
+    with pytest.raises(TrainingError, match=r"training\.compile=true: no C compiler; .* training\.compile=false"):
+        choose(True, cuda, **one)
     monkeypatch.setattr(compiling, "has_triton", lambda: False)
     assert choose("auto", cuda, **one).report().startswith("not compiled: Triton")
     assert choose("auto", cpu, **one).report() == ""
+
+
+def test_a_compiler_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a check that finds no fault, and a reason that is a traceback of many lines."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("\nFailed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert why_not(torch.device("cpu")) == "code for cpu cannot be compiled (Failed to find C compiler.)"
