@@ -100,6 +100,7 @@ def _timed(runner: Any, watch: _Stopwatch) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (weights, "embed", FULL_CALL),
         (weights, "run", FULL_CALL),
+        (weights, "run_in_cache", FULL_CALL),
         (weights, "head", HEAD),
         (weights, "draft_head", HEAD),
         (weights, "likeliest", HEAD),
@@ -109,6 +110,8 @@ def _timed(runner: Any, watch: _Stopwatch) -> Iterator[None]:
         (runner._drafter._trees, "_children", SAMPLING),
         (runner._drafter._chains, "_choose", SAMPLING),
     ]
+    if weights.module is not None:
+        places.append((weights.module, "read_cache", MODULE))
     if weights.grower is not None:  # with the head of the drafts and their choice
         places.append((weights.grower, "grow", MODULE))
     restore: list[Callable[[], None]] = []

@@ -58,19 +58,9 @@ class Runner:
         self._cache.copy_blocks(plan.copies)
         if not plan.parts:
             return ()
-        cache, device = self._cache, self._weights.device
-        spans = [part.span() for part in plan.parts]
-        slots_T = cache.slots(spans)
-        ids_T = torch.tensor([token for part in plan.parts for token in part.tokens], device=device)
-        cache.tokens[slots_T] = ids_T
-        x_TD = self._weights.embed(ids_T) if received_TD is None else received_TD
-        states_TD = self._weights.run(x_TD, Tokens(cache.keys_values, spans, slots_T, cache.block_size))
+        states_TD = self._run_backbone(plan.parts, received_TD)
         if self._weights.final_norm is None:
             return states_TD
-        if self._weights.module is not None:
-            cache.hidden[slots_T] = states_TD
-            if states_TD.shape[1] > self._weights.width:
-                states_TD = states_TD[:, : self._weights.width].contiguous()
         scored = self._score(plan.parts, states_TD)
         chosen = self._choose(plan.parts, states_TD)
         if self._weights.module is not None:
@@ -79,6 +69,22 @@ class Runner:
         for number, scores in scored.items():
             chosen[number] = replace(chosen.get(number, Chosen(number, ())), scored=scores)
         return tuple(chosen.values())
+
+    def _run_backbone(self, parts: Sequence[Part], received_TD: Tensor | None) -> Tensor:
+        """This stage's states of the parts' tokens. Keeps in the cache what the recycle module will read."""
+        cache, weights = self._cache, self._weights
+        spans, ids = [part.span() for part in parts], [token for part in parts for token in part.tokens]
+        cache.write_tokens(spans, ids)
+        if cache.contents is not None:
+            return weights.run_in_cache(cache.contents, Tokens(cache.keys_values, spans, None, cache.block_size))
+        slots_T = cache.slots(spans)
+        x_TD = weights.embed(torch.tensor(ids, device=weights.device)) if received_TD is None else received_TD
+        states_TD = weights.run(x_TD, Tokens(cache.keys_values, spans, slots_T, cache.block_size))
+        if weights.final_norm is not None and weights.module is not None:
+            cache.hidden[slots_T] = states_TD
+            if states_TD.shape[1] > weights.width:
+                states_TD = states_TD[:, : weights.width].contiguous()
+        return states_TD
 
     def _begin(self, plan: Plan) -> None:
         """Keeps the rules of new sequences, and forgets those that have ended."""
@@ -205,5 +211,4 @@ class Runner:
         """Writes the full model's tokens into their slots. Accepted drafts are there already."""
         if kept:
             ends = [Span(part.blocks, part.known + len(one.tokens) - 1, 1) for part, one in kept]
-            tokens = torch.tensor([one.tokens[-1] for _, one in kept], device=self._weights.device)
-            self._cache.tokens[self._cache.slots(ends)] = tokens
+            self._cache.write_tokens(ends, [one.tokens[-1] for _, one in kept])

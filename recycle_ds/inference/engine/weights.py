@@ -20,6 +20,7 @@ from recycle_ds.inference.engine.cache import Tokens
 from recycle_ds.inference.engine.collectives import Collectives
 from recycle_ds.inference.engine.device.products import Product
 from recycle_ds.inference.engine.heads import Head, head_of
+from recycle_ds.inference.native.contents import Contents
 from recycle_ds.inference.native.growing import NativeGrower
 from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
@@ -105,13 +106,14 @@ class Module:
         self.stack: NativeStack | None = None
         """The module without taps, where it is compiled."""
         taps = module.tap_projection
-        self._join_taps: Callable[[Sequence[Tensor]], Tensor] | None = None
+        self.join_taps: Callable[[Sequence[Tensor]], Tensor] | None = None
+        """What tapped states [T, D] each add to this rank's columns of the module's input [T, `tapped_width`]."""
         if taps is not None:
             norms = list(module.tap_norms)
             if compiled:
-                self._join_taps = NativeJoin(norms, taps.weight, int8=int8)
+                self.join_taps = NativeJoin(norms, taps.weight, int8=int8)
             else:
-                self._join_taps = TorchJoin(norms, Product(taps.weight, int8=int8))
+                self.join_taps = TorchJoin(norms, Product(taps.weight, int8=int8))
         self._width, self.tapped_width = model.config.hidden, 0 if taps is None else len(taps.weight)
         self._ranks = ranks
         exchange = None if ranks is None else ranks.exchange
@@ -129,7 +131,7 @@ class Module:
     def __call__(self, hidden_TD: Tensor, embedded_TD: Tensor, tokens: Tokens) -> Tensor:
         """The states r [T, D] of entries made from h (or the r before) and the embedding of the next token.
 
-        hidden_TD: with what `tapped` returned for h in `tapped_width` further columns."""
+        hidden_TD: with what `join_taps` returned for h in `tapped_width` further columns."""
         tapped_TE = None
         if hidden_TD.shape[1] > self._width:
             hidden_TD, tapped_TE = hidden_TD[:, : self._width], hidden_TD[:, self._width :].contiguous()
@@ -149,10 +151,10 @@ class Module:
         """The probability that the draft of each state is accepted [T], by the module's confidence layer; None without one."""
         return None if self.confidence_layer is None else self.confidence_layer(states_TD)[:, 0].float().sigmoid()
 
-    def tapped(self, taps: Sequence[Tensor]) -> Tensor:
-        """What tapped states [T, D] each add to this rank's columns of the module's input [T, tapped_width]."""
-        assert self._join_taps is not None, "the module has no taps"
-        return self._join_taps(taps)
+    def read_cache(self, contents: Contents, tokens: Tokens) -> Tensor:
+        """The same for tokens and states that the cache has, if the module is compiled."""
+        assert self.stack is not None
+        return self.stack.run_in_cache(contents, tokens.spans, tokens.keys_values, shift=tokens.shift)
 
 
 class StageWeights:
@@ -209,6 +211,11 @@ class StageWeights:
         attention = _any_block(model).attention
         self._taps = [number for number, index in enumerate(model.blocks) if int(index) in model.recycle_config.taps]
         self.layers = len(blocks)
+        self._whole = ranks is None and model.mesh.first_stage and model.final_norm is not None
+        """Whether this rank has all of the model."""
+        join = None if self.module is None else self.module.join_taps
+        if self._stack is not None and self._whole and isinstance(join, NativeJoin):
+            self._stack.keep_taps(join, self._taps)
         self.module_layers = 0 if model.recycle is None else len(model.recycle.blocks)
         self.kv_heads, self.channels, self.width = attention.kv_heads, attention.channels, model.config.hidden
         self.received_width = (1 + model.received_taps) * self.width
@@ -229,6 +236,19 @@ class StageWeights:
         rows_TD = F.embedding(local_T.clamp(0, len(weight) - 1), weight).masked_fill_(~own_T[:, None], 0.0)
         return self._ranks.sum(rows_TD)
 
+    def contents(self, ids: Tensor, states: Tensor) -> Contents | None:
+        """A cache's tokens [slots] and states [slots, `kept_width`] for `run_in_cache`; None without compiled kernels, or if
+        several ranks hold the model."""
+        if self._stack is None or self._embedding is None or not self._whole:
+            return None
+        return Contents(self._embedding.weight.detach(), ids, states)
+
+    def run_in_cache(self, contents: Contents, tokens: Tokens) -> Tensor:
+        """`run` of the tokens that the cache has. Returns the states [T, D]; the cache keeps them, with their columns for
+        taps."""
+        assert self._stack is not None
+        return self._stack.run_in_cache(contents, tokens.spans, tokens.keys_values)
+
     def run(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         """Runs this stage's blocks. Returns the states [T, D], after the final norm on the last stage, and with taps further
         columns: the tapped states for the next stage, or what they add to the recycle module's input."""
@@ -248,7 +268,8 @@ class StageWeights:
     def _with_taps(self, x_TD: Tensor, taps: list[Tensor]) -> Tensor:
         """The states with the columns for taps."""
         if self.final_norm is not None:
-            taps = [self.module.tapped(taps)] if taps and self.module is not None else []
+            join = None if self.module is None else self.module.join_taps
+            taps = [join(taps)] if taps and join is not None else []
         return torch.cat((x_TD, *taps), dim=1) if taps else x_TD
 
 

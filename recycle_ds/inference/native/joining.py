@@ -1,4 +1,4 @@
-"""Several states, normalised and joined by one product, in one call: see `Joint` in c/stack.h. Shapes: T tokens, D width."""
+"""Several states, normalised and joined by one product, in one call: see c/joint.h. Shapes: T tokens, D width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
 class _JointStruct(ctypes.Structure):
-    """`Joint` in c/stack.h."""
+    """`Joint` in c/joint.h."""
 
     _fields_ = (
         ("product", ProductStruct),
@@ -46,11 +46,12 @@ class NativeJoin:
             self._product.struct, ctypes.addressof(addresses), len(norms), len(first.weight), first.epsilon
         )
         self._inputs = (_POINTER * len(norms))()
+        self.count, self.outputs, self.address = len(norms), len(weight), ctypes.addressof(self._joint)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """bf16 [T, D] each to bf16 [T, E]."""
         inputs = [one.contiguous() for one in inputs]
-        rows, threads, outputs = len(inputs[0]), torch.get_num_threads(), self._product.outputs
+        rows, threads, outputs = len(inputs[0]), torch.get_num_threads(), self.outputs
         y = torch.empty(rows, outputs, dtype=torch.bfloat16)
         room = torch.empty(4 * ((rows + threads) * self._product.inputs + rows * (outputs + 1)), dtype=torch.uint8)
         for number, one in zip(range(len(self._inputs)), inputs, strict=True):

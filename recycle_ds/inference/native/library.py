@@ -29,7 +29,18 @@ _SOURCES = (
     "kernels.c",
     *(
         f"{name}.h"
-        for name in ("attention", "choice", "exchange", "grow", "heads", "products", "screen", "stack", "vectors")
+        for name in (
+            "attention",
+            "choice",
+            "exchange",
+            "grow",
+            "heads",
+            "joint",
+            "products",
+            "screen",
+            "stack",
+            "vectors",
+        )
     ),
 )
 # Without contraction, a sum is rounded in the same way wherever the compiler inlines it.

@@ -57,6 +57,9 @@ class ScreenedHead:
         self._screen = _ScreenStruct(head.address, self._product.struct, errors_V.data_ptr(), _ROUNDED, longest)
         self._room = torch.empty(0, dtype=torch.uint8)
         self._room_for = (0, 0)
+        # of the latest call: their fields are written again by each one
+        self._ids, self._choice = (ctypes.c_int64 * 0)(), ChoiceStruct(count=1)
+        self._addresses = ctypes.addressof(self._screen), ctypes.addressof(self._choice)
 
     @classmethod
     def of(cls, weight_VD: Tensor, head: NativeHead) -> ScreenedHead | None:
@@ -70,18 +73,20 @@ class ScreenedHead:
         """What `NativeHead.likeliest` finds, and the bits of the same logits decide. states_RD: bf16."""
         assert states_RD.dtype == torch.bfloat16
         rows, threads = len(states_RD), torch.get_num_threads()
-        ids_R = torch.empty(rows, dtype=torch.int64)
-        states_RD = states_RD.contiguous()
-        choice = ChoiceStruct(rows, 1, threads, states_RD.data_ptr(), None, ids_R.data_ptr(), None, None, None)
+        states_RD, choice = states_RD.contiguous(), self._choice
         if rows > self._room_for[0] or threads > self._room_for[1]:
-            self._room_for = max(rows, self._room_for[0]), max(threads, self._room_for[1])
-            largest = ChoiceStruct(self._room_for[0], 1, self._room_for[1])
-            needed = self._kernels.recycle_ds_screen_room(ctypes.addressof(self._screen), ctypes.addressof(largest))
-            self._room = torch.empty(needed + 64, dtype=torch.uint8)
-        choice.room = -(-self._room.data_ptr() // 64) * 64
-        self._kernels.recycle_ds_likeliest(ctypes.addressof(self._screen), ctypes.addressof(choice))
-        found: list[int] = ids_R.tolist()
-        return found
+            self._make_room(max(rows, self._room_for[0]), max(threads, self._room_for[1]))
+        choice.rows, choice.threads, choice.x = rows, threads, states_RD.data_ptr()
+        self._kernels.recycle_ds_likeliest(*self._addresses)
+        return self._ids[:rows]
+
+    def _make_room(self, rows: int, threads: int) -> None:
+        """Makes room for calls up to this size."""
+        self._room_for = rows, threads
+        largest = ChoiceStruct(rows, 1, threads)
+        needed = self._kernels.recycle_ds_screen_room(self._addresses[0], ctypes.addressof(largest))
+        self._room, self._ids = torch.empty(needed + 64, dtype=torch.uint8), (ctypes.c_int64 * rows)()
+        self._choice.room, self._choice.ids = -(-self._room.data_ptr() // 64) * 64, ctypes.addressof(self._ids)
 
 
 def errors_of(weight_VD: Tensor) -> Tensor:

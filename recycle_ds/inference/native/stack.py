@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from recycle_ds.inference.native.arena import Arena
+from recycle_ds.inference.native.contents import Contents
 from recycle_ds.inference.native.exchange import Exchange
+from recycle_ds.inference.native.joining import NativeJoin
 from recycle_ds.inference.native.library import KernelsUnavailable, kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
 from recycle_ds.inference.native.places import Places
@@ -45,6 +47,8 @@ class _StackStruct(ctypes.Structure):
         *((name, _INTEGER) for name in ("count", "pieces", "layer_size")),
         *((name, _INTEGER) for name in ("width", "heads", "kv_heads", "channels", "ffn")),
         ("epsilon", ctypes.c_double),
+        ("joint", _POINTER),
+        ("joined_states", _POINTER),
     )
 
 
@@ -54,7 +58,7 @@ class StepStruct(ctypes.Structure):
     _fields_ = (
         *((name, _INTEGER) for name in ("tokens", "longest", "threads", "shift", "copied")),
         *((name, _POINTER) for name in ("slots", "positions", "lowest", "table", "blocks", "paths", "moved")),
-        *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room")),
+        *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room", "contents")),
     )
 
 
@@ -140,6 +144,17 @@ class NativeStack:
         self._inputs = (_POINTER * max(len(norms), 1))()
         self._tapped = (_POINTER * max(len(blocks), 1))()
         self._step.inputs = ctypes.addressof(self._inputs)
+        self._joined_taps: tuple[int, ...] = ()
+        self._joined_states = (_POINTER * 0)()
+
+    def keep_taps(self, join: NativeJoin, taps: Sequence[int]) -> None:
+        """Lets `run_in_cache` join the states of some blocks and keep what comes out behind the states. For one tensor rank."""
+        assert self._exchange is None and len(taps) == join.count
+        self._joined_states = (_POINTER * len(taps))()
+        self._kept.append(join)
+        self._joined_taps = tuple(taps)
+        self._stack.joint, self._stack.joined_states = join.address, ctypes.addressof(self._joined_states)
+        self._room_for = (0, 0, 0, 0)
 
     def _numbers(self, values: object) -> int:
         """Address of a tensor's numbers in fp32."""
@@ -191,19 +206,45 @@ class NativeStack:
         inputs = [one.contiguous() for one in inputs]
         added = None if added is None else added.contiguous()
         states = torch.empty(tokens, self.width, dtype=torch.bfloat16)
-        tapped = [torch.empty_like(states) for _ in taps]
-        self._describe(places, shift, inputs, added, states)
-        self._step.tapped = None
-        if taps:
-            for layer in range(self._count):
-                self._tapped[layer] = None
-            for layer, one in zip(taps, tapped, strict=True):
-                self._tapped[layer] = one.data_ptr()
-            self._step.tapped = ctypes.addressof(self._tapped)
+        tapped = torch.empty(len(taps), tokens, self.width, dtype=torch.bfloat16)
+        step = self._step
+        for number, one in enumerate(inputs):
+            self._inputs[number] = one.data_ptr()
+        step.added, step.contents = address(added), None
+        self._describe(places, shift, states)
+        self._tap(taps, [one.data_ptr() for one in tapped])
         late = self._kernels.recycle_ds_run(self.address_for(keys_values), self._addresses[1])
         if self._exchange is not None and late >= 0:
             raise self._exchange.lost(late)
-        return states, tapped
+        return states, list(tapped)
+
+    def run_in_cache(self, contents: Contents, spans: Sequence[Span], keys_values: Tensor, *, shift: int = 0) -> Tensor:
+        """The same with what the cache contains as inputs, and of one tensor rank. Returns the states, bf16 [T, D].
+
+        A stack of one input reads the embeddings of its tokens, and keeps its states, with taps joined as `keep_taps` says.
+        One of two, the recycle module, reads the states of the slots before its tokens' and their embeddings."""
+        assert self._exchange is None and self._stack.pieces in (0, 2)
+        states = torch.empty(sum(span.count for span in spans), self.width, dtype=torch.bfloat16)
+        if taps := self._joined_taps:
+            tapped = torch.empty(len(taps), *states.shape, dtype=torch.bfloat16)
+            addresses = [tapped.data_ptr() + 2 * number * states.numel() for number in range(len(taps))]
+            self._joined_states[:] = addresses
+            self._tap(taps, addresses)
+        else:
+            self._step.tapped = None
+        self._step.contents = ctypes.addressof(contents.struct)
+        places = Places(spans)
+        self._describe(places, shift, states)
+        self._kernels.recycle_ds_run(self.address_for(keys_values), self._addresses[1])
+        return states
+
+    def _tap(self, taps: Sequence[int], addresses: Sequence[int]) -> None:
+        """Tells which blocks' states to write, and where."""
+        self._step.tapped = ctypes.addressof(self._tapped) if taps else None
+        if taps:
+            self._tapped[:] = [None] * len(self._tapped)
+            for layer, one in zip(taps, addresses, strict=True):
+                self._tapped[layer] = one
 
     def address_for(self, keys_values: Tensor) -> int:
         """Address of the stack, which uses a cache until the next call."""
@@ -215,9 +256,7 @@ class NativeStack:
         needed: int = self._kernels.recycle_ds_room(self._addresses[0], ctypes.addressof(step))
         return needed
 
-    def _describe(
-        self, places: Places, shift: int, inputs: Sequence[Tensor], added: Tensor | None, states: Tensor
-    ) -> None:
+    def _describe(self, places: Places, shift: int, states: Tensor) -> None:
         """Writes the fields of the step, and makes room for it. The caller keeps the arguments until it has run."""
         step = self._step
         size = (len(states), places.longest, torch.get_num_threads(), places.copied)
@@ -231,9 +270,7 @@ class NativeStack:
         step.blocks = places.blocks.buffer_info()[0]
         step.paths = None if places.paths is None else places.paths.buffer_info()[0]
         step.moved = places.moved.buffer_info()[0]
-        for number, one in enumerate(inputs):
-            self._inputs[number] = one.data_ptr()
-        step.added, step.states = address(added), states.data_ptr()
+        step.states = states.data_ptr()
 
     def _make_room(self, size: tuple[int, int, int, int]) -> None:
         """Makes room for steps up to this size and those before it."""

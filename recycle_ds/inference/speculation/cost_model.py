@@ -89,9 +89,12 @@ def _interpolate(points: Sequence[tuple[int, float]], size: int) -> float:
 
 def _interpolate_range(points: Sequence[tuple[int, float]], first: int, last: int) -> list[float]:
     """The same for all sizes from `first` to `last`."""
-    found, segment = [], 0
-    for size in range(first, last + 1):
-        while segment < len(points) - 2 and size > points[segment + 1][0]:
-            segment += 1
-        found.append(_interpolate(points[segment : segment + 2], size))
-    return found
+    found: list[float] = []
+    size = first
+    for (left, low), (right, high) in pairwise(points):
+        until = last if right == points[-1][0] else min(right, last)
+        slope = max(high - low, 0.0) / (right - left)
+        while size <= until:  # as `_interpolate` computes it, but without looking for the segment each time
+            found.append(low + slope * (size - left) if size > left else low)
+            size += 1
+    return found or [points[0][1]] * (last + 1 - first)

@@ -30,6 +30,7 @@ from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.model import RecycleGPT
 from tests.unit.checkpoint.conversion_cases import model_folder
 from tests.unit.inference.models import next_logits, random_model
+from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
 TEXTS = [prompt["prompt"] for prompt in held_out_prompts()]
 PROMPTS = [BenchPrompt([1, 2, 3], "chat"), BenchPrompt([4, 4], "code"), BenchPrompt([0], "chat")]
@@ -82,6 +83,14 @@ def test_timers_are_removed_from_the_engine() -> None:
     after = [dict(vars(owner)) for owner in owners]
     assert [set(one) for one in before] == [set(one) for one in after]
     assert all(before[1][name] is after[1][name] for name in ("head", "draft_head", "module"))
+
+
+@needs_kernels
+def test_the_parts_of_compiled_calls_are_told_apart() -> None:
+    """Prevents full calls and calls of the module that count as the host's work, as timers on other methods would."""
+    decoder = Decoder(bf16_model(vocab_size=45, hidden=64, taps=(0,)))
+    found = time_by_part(decoder.engine, [[1, 2, 3]], "verified", SamplingParams(max_new_tokens=12, ignore_eos=True))
+    assert found["full_call"] > 0 and found["module"] > 0 and found["head"] > 0
 
 
 def _likelihood(model: RecycleGPT, prompt: Sequence[int], text: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recycle_ds.inference.engine.cache import Cache
 from recycle_ds.inference.engine.drafting.chains import Chain, ChainDrafter
-from recycle_ds.inference.engine.drafting.entries import rows_of, run_module
+from recycle_ds.inference.engine.drafting.entries import read_cache, rows_of
 from recycle_ds.inference.engine.drafting.trees import Tree, TreeGrower
 from recycle_ds.inference.engine.plan import Chosen, Part, Rules
 from recycle_ds.inference.engine.weights import StageWeights
@@ -90,8 +90,5 @@ class Drafter:
                 self.read([(part, slots[:_MOST_READ])])
                 slots = slots[_MOST_READ:]
             spans.append(Span(part.blocks, slots.start, len(slots), lowest=1))
-        before = [Span(span.blocks, span.first - 1, span.count) for span in spans]
-        hidden_TD = self._cache.hidden[self._cache.slots(before)]
-        slots_T = self._cache.slots(spans)
-        states_TD = run_module(self._weights, self._cache, hidden_TD, self._cache.tokens[slots_T], spans, slots_T)
+        states_TD = read_cache(self._weights, self._cache, spans)
         return rows_of(states_TD, [end - 1 for end in accumulate(span.count for span in spans)])

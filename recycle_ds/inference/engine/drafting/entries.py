@@ -29,6 +29,17 @@ def run_module(
     return weights.module(hidden_TD, weights.embed(ids_T), tokens)
 
 
+def read_cache(weights: StageWeights, cache: Cache, spans: Sequence[Span]) -> Tensor:
+    """The module's states r [T, D] of known tokens, from h of the slots before theirs."""
+    assert weights.module is not None
+    if cache.contents is not None:
+        tokens = Tokens(cache.module_keys_values, spans, None, cache.block_size, shift=-1)
+        return weights.module.read_cache(cache.contents, tokens)
+    slots_T = cache.slots(spans)
+    before = [Span(span.blocks, span.first - 1, span.count) for span in spans]
+    return run_module(weights, cache, cache.hidden[cache.slots(before)], cache.tokens[slots_T], spans, slots_T)
+
+
 def position_of(
     cache: Cache, part: Part, rules: Rules, known: int, drafts: Sequence[int], stored: dict[int, Tensor]
 ) -> Position:
@@ -48,4 +59,6 @@ def rows_of(states_TD: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows, or the tensor itself if they are all of its rows in their order."""
     if len(rows) == len(states_TD) and all(row == i for i, row in enumerate(rows)):
         return states_TD
+    if len(rows) == 1:
+        return states_TD[rows[0] : rows[0] + 1]
     return states_TD[torch.tensor(rows, device=states_TD.device)]

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "exchange.h"
+#include "joint.h"
 #include "products.h"
 
 typedef struct {
@@ -29,7 +30,19 @@ typedef struct {
     int64_t layer_size; /* elements of the cache of one layer */
     int64_t width, heads, kv_heads, channels, ffn;
     double epsilon;
+    const Joint *joint; /* of tapped states, whose outputs are kept with the states; or NULL */
+    const uint16_t *const *joined_states; /* its inputs, each bf16 [T, D]: where `tapped` goes */
 } Stack;
+
+/* What the cache holds of its slots besides keys and values: the tokens, and for the recycle module states. A stack without
+   pieces reads embeddings from it and keeps its states there; one of pieces reads there the states of the slots before those of
+   its tokens, and the embeddings of these. */
+typedef struct {
+    const uint16_t *embedding; /* bf16 [V, D] */
+    const int64_t *ids;        /* of each slot's token */
+    uint16_t *states;          /* bf16 [slots, columns], or NULL: none are kept */
+    int64_t columns;           /* D, or D and the outputs of the joint: what tapped states add to the module's input */
+} Contents;
 
 typedef struct {
     int64_t tokens, longest, threads;
@@ -44,6 +57,7 @@ typedef struct {
     uint16_t *const *tapped;       /* of each layer: where its states go, bf16 [T, D], or NULL; may be NULL itself */
     uint16_t *states;              /* bf16 [T, D] */
     char *room;                    /* room(...) bytes */
+    const Contents *contents;      /* in place of `inputs` and `added`, or NULL */
 } Step;
 
 typedef struct {
@@ -56,11 +70,13 @@ typedef struct {
 static int64_t divide(const Stack *stack, const Step *step, Room *room) {
     const int64_t t = step->tokens, query = stack->heads * stack->channels;
     const int64_t mixed = query + 2 * stack->kv_heads * stack->channels;
+    const Joint *joint = stack->joint;
+    const int64_t joined = joint ? joint->width * joint->pieces : 0, outputs = joint ? joint->product.outputs : 0;
     char *at = step->room;
-    room->row = largest(largest(stack->width * largest(stack->pieces, 1), stack->ffn), mixed);
+    room->row = largest(largest(largest(stack->width * largest(stack->pieces, 1), stack->ffn), mixed), joined);
     room->stride = (step->longest + BLOCK) / BLOCK * BLOCK + BLOCK;
     room->x = (float *)take(&at, t * stack->width * 4);
-    room->wide = (float *)take(&at, t * largest(mixed, stack->ffn) * 4);
+    room->wide = (float *)take(&at, t * largest(largest(mixed, stack->ffn), outputs) * 4);
     room->scales = (float *)take(&at, t * 4);
     room->codes = (uint16_t *)take(&at, t * room->row * 2);
     room->queries = (uint16_t *)take(&at, t * query * 2);
@@ -103,8 +119,20 @@ INLINE void look(const Step *step, int64_t t, View *view) {
     view->moved = path[0], view->path = path + 1;
 }
 
-#define BARRIER wait_for_all(barrier, threads);
-#define EACH_TOKEN for (int64_t t = thread; t < tokens; t += threads)
+/* The place in the cache of a slot of token t's sequence. */
+INLINE int64_t place_in_cache(const Step *step, int64_t t, int64_t slot) {
+    return (int64_t)step->blocks[step->table[t] + slot / BLOCK] * BLOCK + slot % BLOCK;
+}
+
+/* The embedding of token t, by the contents of the cache. */
+INLINE const uint16_t *embedding_of(const Step *step, int64_t t, int64_t width) {
+    return step->contents->embedding + step->contents->ids[place_in_cache(step, t, step->slots[t])] * width;
+}
+
+/* What the contents keep of a slot. */
+INLINE uint16_t *kept_of(const Step *step, int64_t t, int64_t slot) {
+    return step->contents->states + place_in_cache(step, t, slot) * step->contents->columns;
+}
 
 /* The states += the product of encoded rows x, summed over the ranks. Afterwards a thread may read the rows of its tokens. */
 static void add_product(
@@ -196,23 +224,14 @@ static void run_layer(
     add_product(&layer->down, tokens, encodes ? gated : room->codes, room, ranks, thread, threads, barrier);
 }
 
-/* The pieces of a token, each with its norm, one after the other. row: fp32 [pieces D] */
-static void normalise(
-    const uint16_t *const *inputs, const float *const *norms, int64_t pieces, int64_t token, int64_t width, float epsilon,
-    float *row) {
-    for (int64_t i = 0; i < pieces; i++) {
-        float *piece = row + i * width;
-        widen(inputs[i] + token * width, width, piece);
-        if (norms[i]) rms_norm(piece, norms[i], width, epsilon, piece);
-    }
-}
-
 /* Runs all layers. The states leave through the final norm, if there is one. Returns -1, or the tensor rank that has not
    answered in time. */
 int64_t recycle_ds_run(const Stack *stack, const Step *step) {
     Room room;
     divide(stack, step, &room);
     const int64_t tokens = step->tokens, width = stack->width, joined = width * stack->pieces;
+    const Contents *contents = step->contents;
+    const int keeps = contents && contents->states && !stack->pieces;
     Barrier all = {0}, *barrier = &all;
     _Atomic int64_t late = -1;
     const int64_t done = stack->exchange ? stack->exchange->done : 0;
@@ -223,21 +242,31 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
         float *row = (float *)(room.own + thread * room.own_size);
         if (stack->pieces) {
             EACH_TOKEN {
-                normalise(step->inputs, stack->piece_norms, stack->pieces, t, width, (float)stack->epsilon, row);
+                if (contents) {
+                    const uint16_t *pieces[2] = {kept_of(step, t, step->slots[t] - 1), embedding_of(step, t, width)};
+                    normalise(pieces, stack->piece_norms, 2, 0, width, (float)stack->epsilon, row);
+                } else {
+                    normalise(step->inputs, stack->piece_norms, stack->pieces, t, width, (float)stack->epsilon, row);
+                }
                 encode(row, joined, stack->joined.limit, room.codes + t * joined, room.scales + t);
             }
             const int64_t columns = stack->joined.outputs; /* of this rank */
             float *y = ranks->exchange ? begin(ranks) : room.x;
-            if (step->added) EACH_TOKEN widen(step->added + t * columns, columns, y + t * columns);
+            const int adds = contents ? contents->columns > width : step->added != 0;
+            if (adds) EACH_TOKEN {
+                const uint16_t *added = contents ? kept_of(step, t, step->slots[t] - 1) + width : step->added + t * columns;
+                widen(added, columns, y + t * columns);
+            }
             BARRIER
-            multiply(&stack->joined, tokens, room.codes, room.scales, y, NULL, step->added != 0, thread, threads);
+            multiply(&stack->joined, tokens, room.codes, room.scales, y, NULL, adds, thread, threads);
             if (ranks->exchange) {
                 meet(ranks, thread, threads, barrier);
                 EACH_TOKEN for (int64_t rank = 0; rank < ranks->exchange->size; rank++)
                     memcpy(room.x + t * width + rank * columns, place_of(ranks, rank) + t * columns, columns * 4);
             }
         } else {
-            EACH_TOKEN widen(step->inputs[0] + t * width, width, room.x + t * width);
+            EACH_TOKEN widen(
+                contents ? embedding_of(step, t, width) : step->inputs[0] + t * width, width, room.x + t * width);
         }
         BARRIER
         for (int64_t i = 0; i < stack->count; i++) {
@@ -248,38 +277,15 @@ int64_t recycle_ds_run(const Stack *stack, const Step *step) {
             float *x = room.x + t * width;
             if (stack->final_norm) rms_norm(x, stack->final_norm, width, (float)stack->epsilon, x);
             narrow(x, width, step->states + t * width);
+            if (keeps) memcpy(kept_of(step, t, step->slots[t]), step->states + t * width, width * 2);
+        }
+        if (keeps && stack->joint) {
+            const int64_t outputs = stack->joint->product.outputs;
+            join_states(
+                stack->joint, tokens, stack->joined_states, row, room.codes, room.scales, room.wide, thread, threads, barrier);
+            EACH_TOKEN narrow(room.wide + t * outputs, outputs, kept_of(step, t, step->slots[t]) + width);
         }
         if (thread == 0 && stack->exchange) stack->exchange->done = own.done;
     }
     return late;
-}
-
-/* Several inputs, normalised and joined by a product, as bf16: what tapped states add to the recycle module's input. */
-typedef struct {
-    Product product;
-    const float *const *norms;
-    int64_t pieces, width;
-    double epsilon;
-} Joint;
-
-/* inputs: bf16 [T, D] each. y: bf16 [T, outputs]. room: (T + threads) x pieces x D x 4 + T x (outputs + 1) x 4 bytes. */
-void recycle_ds_join(
-    const Joint *joint, int64_t tokens, const uint16_t *const *inputs, uint16_t *y, char *room, int64_t most) {
-    const int64_t joined = joint->width * joint->pieces, outputs = joint->product.outputs;
-    float *sums = (float *)room, *scales = sums + tokens * outputs, *rows = scales + tokens;
-    uint16_t *codes = (uint16_t *)(rows + most * joined);
-    Barrier all = {0}, *barrier = &all;
-#pragma omp parallel num_threads((int)most)
-    {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        float *row = rows + thread * joined;
-        EACH_TOKEN {
-            normalise(inputs, joint->norms, joint->pieces, t, joint->width, (float)joint->epsilon, row);
-            encode(row, joined, joint->product.limit, codes + t * joined, scales + t);
-        }
-        BARRIER
-        multiply(&joint->product, tokens, codes, scales, sums, NULL, 0, thread, threads);
-        BARRIER
-        EACH_TOKEN narrow(sums + t * outputs, outputs, y + t * outputs);
-    }
 }

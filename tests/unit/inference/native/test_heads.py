@@ -97,10 +97,10 @@ def test_drafts_use_int8_weights_in_bf16() -> None:
     weights = StageWeights(model)
     assert weights.head is not None and weights.draft_head is not None
     assert weights.module is not None and weights.module.stack is not None and weights._stack is not None
-    assert isinstance(weights.module._join_taps, NativeJoin)
+    assert isinstance(weights.module.join_taps, NativeJoin)
     products = [product for kept in weights.module.stack._kept if isinstance(kept, tuple) for product in kept]
     products += [kept for kept in weights.module.stack._kept if isinstance(kept, PackedProduct)]
-    products += [weights.module._join_taps._product, weights.draft_head._product]
+    products += [weights.module.join_taps._product, weights.draft_head._product]
     assert len(products) == 7 and all(product.weight.dtype == torch.int8 for product in products)
     full = [product for kept in weights._stack._kept if isinstance(kept, tuple) for product in kept]
     full.append(weights.head._product)
