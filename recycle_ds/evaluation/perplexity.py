@@ -14,7 +14,7 @@ from recycle_ds.config import RecycleError
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.model import RecycleGPT
-from recycle_ds.model.evaluation import EvaluationResult
+from recycle_ds.model.acceptance import EvaluationResult
 
 
 class EvaluationError(RecycleError):

@@ -41,7 +41,7 @@ class StepBatches:
         return upload(scales, self.device) if scales.device != self.device else scales
 
     def means(self, sums: Sequence[float]) -> list[float]:
-        """Mean losses from the global batch's sums, in the order of `RecycleGPT.losses`; 0 if a depth has no target."""
+        """Mean losses from the global batch's sums, as `RecycleGPT.train_losses` orders them; 0 for a depth without targets."""
         counts = [*self.count_list, *self.count_list[1:]]
         return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
 

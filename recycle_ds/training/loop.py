@@ -214,7 +214,7 @@ class Trainer:
 
     def _assemble(self, micro: list[Batch]) -> StepBatches:
         model = self.engine.model
-        return assemble(micro, 1 + model.depth, self.engine.mesh, self.device, model.counted_tokens)
+        return assemble(micro, 1 + model.depth, self.engine.mesh, self.device, model.loss_settings.counted_tokens)
 
     def _enter(self, step: int, phase: Phase) -> None:
         self._observers.at_phase(PhaseStart(step, phase))

@@ -1,4 +1,4 @@
-"""The loss of a training step: the backbone's cross entropy and the recycle module's objective at every depth."""
+"""The losses of a training pass: of the backbone, of the recycle module at every depth, and of its confidence layer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 
-from recycle_ds.config import RecycleConfig
 from recycle_ds.model.losses.chunks import HeadShard
+from recycle_ds.model.losses.confidence import confidence_losses
 from recycle_ds.model.losses.cross_entropy import head_losses
-from recycle_ds.model.losses.draft_columns import DraftColumns
-from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.model.losses.module_losses import ModuleHead, module_losses
+from recycle_ds.model.losses.settings import LossSettings
 from recycle_ds.model.ulysses import gather_sequence
-from recycle_ds.parallel.mesh import Axis, Mesh
+from recycle_ds.parallel.mesh import Axis
 
 
 def training_losses(
@@ -24,26 +23,22 @@ def training_losses(
     targets_KBS: Tensor,
     scales: Tensor,
     weight: Tensor,
-    shard: HeadShard,
-    mesh: Mesh,
-    recycle: RecycleConfig,
-    *,
-    chunk: int,
-    draft: DraftColumns | None = None,
-    fused: FusedLosses | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weighted total (scalar, differentiable) and the unweighted sums over rows [K+1]; for a module with a confidence layer
-    also where its likeliest token is the backbone's, bool [K, N] for the N rows of all tensor ranks.
+    settings: LossSettings,
+    confidence: nn.Linear | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted total (scalar, differentiable) and the unweighted sums over rows [1 + K] without a gradient: the
+    backbone's cross entropy, then the module's objective by depth. With a confidence layer, its loss by depth follows,
+    [1 + 2 K].
 
-    states: h and r^1..r^K, [S, B, D] each (a part of S under sequence parallelism). targets_KBS: [K+1, B, S]. scales: [K+1],
-    the weight of one row's loss. weight: [V_local, D]. draft: None for the complete vocabulary. fused: compiled functions, if
-    training compiles. Collective over the tensor and the ulysses axis.
+    states: h and r^1..r^K, [S, B, D] each (a part of S under sequence parallelism). targets_KBS: [K+1, B, S]. scales:
+    [K+1], the weight of one row's loss. weight: [V_local, D]. Collective over the tensor and the ulysses axis.
     """
+    recycle, shard, chunk, fused = settings.recycle, settings.shard, settings.chunk, settings.fused
     targets = targets_KBS[: len(states)].transpose(1, 2).flatten(1)
     joint = recycle.gradient == "joint"
     hidden, *module = states
-    if not module or (recycle.objective == "cross_entropy" and draft is None and not recycle.confidence):
-        total, sums = head_losses(
+    if not module or (recycle.objective == "cross_entropy" and settings.drafts is None and confidence is None):
+        return head_losses(
             [state.flatten(0, 1) for state in states],
             weight,
             targets,
@@ -53,30 +48,33 @@ def training_losses(
             train_head=[index == 0 or joint for index in range(len(states))],
             fused=fused,
         )
-        return total, sums, None
     frozen = recycle.gradient == "frozen_backbone"
     teacher = None
-    if frozen or recycle.objective != "cross_entropy" or recycle.confidence:
-        teacher = _ahead(hidden.detach(), len(module), shard, mesh.ulysses).flatten(0, 1)
-    counted = targets[1:] >= 0
-    if draft is not None and recycle.objective == "cross_entropy":
-        counted = counted & draft.table[targets[1:].clamp_min(0)]
+    if frozen or recycle.objective != "cross_entropy" or confidence is not None:
+        teacher = _ahead(hidden.detach(), len(module), shard, settings.ulysses).flatten(0, 1)
+    valid = targets[1:] >= 0
+    counted = valid
+    if settings.drafts is not None and recycle.objective == "cross_entropy":
+        counted = valid & settings.drafts.table[targets[1:].clamp_min(0)]
     complete = HeadShard(shard.first, shard.valid, shard.axis)
-    columns = None if draft is None else draft.columns
+    columns = None if settings.drafts is None else settings.drafts.columns
     head = ModuleHead(
-        recycle.objective, complete, columns, chunk, joint, compare_choices=recycle.confidence, fused=fused
+        recycle.objective, complete, columns, chunk, joint, compare_choices=confidence is not None, fused=fused
     )
-    if shard.scattered:
+    if shard.scattered:  # every tensor rank sees all rows, so that the confidence layer's gradient is complete too
         module = [gather_from_sequence_parallel_region(r, False, shard.axis.group) for r in module]
     rows = [r.flatten(0, 1) for r in module]
     total, sums, agrees = module_losses(teacher, rows, weight, targets, counted, scales, head)
-    found = agrees if recycle.confidence else None
-    if frozen:  # the backbone's loss has no weight, and is known from the comparison
-        return total, sums, found
-    own, own_sums = head_losses(
-        [hidden.flatten(0, 1)], weight, targets[:1], scales[:1], shard, chunk=chunk, train_head=[True], fused=fused
-    )
-    return total + own, torch.cat((own_sums, sums[1:])), found
+    if not frozen:  # a frozen backbone's loss has no weight, and is known from the comparison
+        own, own_sums = head_losses(
+            [hidden.flatten(0, 1)], weight, targets[:1], scales[:1], shard, chunk=chunk, train_head=[True], fused=fused
+        )
+        total, sums = total + own, torch.cat((own_sums, sums[1:]))
+    if confidence is None:
+        return total, sums
+    logits = torch.stack([confidence(r.detach()).flatten() for r in module])
+    loss, by_depth = confidence_losses(logits, agrees, valid, scales[1:])
+    return total + loss, torch.cat((sums, by_depth.to(sums.dtype)))
 
 
 def _ahead(hidden_SBD: Tensor, depth: int, shard: HeadShard, ulysses: Axis) -> Tensor:

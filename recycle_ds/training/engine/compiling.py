@@ -147,7 +147,7 @@ def compile_regions(model: RecycleGPT, regions: str, backend: Any = "inductor") 
                 module.activate = compiled(module.activate)
             elif isinstance(module, Attention):
                 module.rotate = compiled(module.rotate)
-    model.fused_losses = FusedLosses.compiled(compiled)
+    model.loss_settings.fused = FusedLosses.compiled(compiled)
 
 
 def compile_seconds() -> float:

@@ -46,7 +46,7 @@ def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torc
     """The loss of a micro-batch, or the sum of a stage's output."""
     mesh, model = engine.mesh, engine.model
     if mesh.pipeline.size == 1:
-        return engine.engine.module(batch, scales)[0]
+        return model.train_losses(batch, scales)[0]
     received = None
     if not mesh.first_stage:
         weight = next(model.parameters())
@@ -54,5 +54,6 @@ def _forward(engine: TrainingEngine, batch: Batch, scales: torch.Tensor) -> torc
         length //= mesh.tensor.size if mesh.sequence else 1
         width = (1 + model.received_taps) * model.config.hidden
         received = torch.zeros(length, rows, width, dtype=weight.dtype, device=weight.device, requires_grad=True)
-    output = model(batch, scales, received)
-    return output[0] if mesh.last_stage else output.sum()
+    if mesh.last_stage:
+        return model.train_losses(batch, scales, received)[0]
+    return model.run_stage(batch, received).sum()

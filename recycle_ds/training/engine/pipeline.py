@@ -36,7 +36,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from recycle_ds.data.loader import Batch
-from recycle_ds.model.evaluation import SUMS, EvaluationSums
+from recycle_ds.model.acceptance import SUMS
 from recycle_ds.model.recyclegpt import RecycleGPT
 from recycle_ds.parallel.layout import Layout
 from recycle_ds.parallel.mesh import Mesh
@@ -65,19 +65,21 @@ class Stage(nn.Module):
         """Sets the micro-batches of the next forward passes. scales: None for evaluation."""
         self._micro, self._scales, self._factor = iter(micro), scales, len(micro)
         device = micro[0].tokens_BS.device
-        shape = (SUMS, 1 + self.model.depth) if scales is None else (self.model.losses,)
+        shape = (SUMS, 1 + self.model.depth) if scales is None else (self.model.loss_count,)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def forward(self, received: Tensor) -> Tensor:
-        """Maps the previous stage's output [S, B, D] (on the first stage a placeholder) to this stage's, or to the loss."""
-        batch = next(self._micro)
-        output = self.model(batch, self._scales, None if self.model.mesh.first_stage else received)
-        if isinstance(output, Tensor):
-            return output
-        if isinstance(output, EvaluationSums):
-            self.sums += output.stacked()
-            return output.loss
-        total, sums = output
+        """Maps the previous stage's output (see `RecycleGPT.run_stage`; on the first stage a placeholder) to this stage's, or
+        on the last stage to the loss: in training a scalar, in evaluation the sums by depth [K+1]."""
+        batch, mesh = next(self._micro), self.model.mesh
+        states = None if mesh.first_stage else received
+        if not mesh.last_stage:
+            return self.model.run_stage(batch, states)
+        if self._scales is None:
+            found = self.model.evaluate(batch, states)
+            self.sums += found.stacked()
+            return found.loss
+        total, sums = self.model.train_losses(batch, self._scales, states)
         self.sums += sums
         return total * self._factor  # DeepSpeed divides by the number of micro-batches
 

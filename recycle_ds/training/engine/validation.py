@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from recycle_ds.data.loader import BatchLoader
-from recycle_ds.model.evaluation import SUMS, EvaluationResult
+from recycle_ds.model.acceptance import SUMS, EvaluationResult
 from recycle_ds.training.batches import local_batches
 from recycle_ds.training.engine.build import TrainingEngine
 

@@ -81,7 +81,7 @@ def overfitted_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss, _ = model(batch, 1.0 / counts)
+        loss, _ = model.train_losses(batch, 1.0 / counts)
         loss.backward()
         optimizer.step()
     return model.eval()

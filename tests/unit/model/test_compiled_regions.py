@@ -56,7 +56,7 @@ def batch_of(depth: int, *, packed: bool, seed: int = 5, rows: int = ROWS) -> Ba
 def gradients_of(model: RecycleGPT, batch: Batch) -> tuple[float, list[Tensor]]:
     for parameter in model.parameters():
         parameter.grad = None
-    total, _ = model(batch, torch.full((1 + model.depth,), 0.01))
+    total, _ = model.train_losses(batch, torch.full((1 + model.depth,), 0.01))
     total.backward()
     found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     return total.item(), [torch.zeros(()) if gradient is None else gradient.clone() for gradient in found]

@@ -29,7 +29,7 @@ def batch_of(depth: int, rows: int = 4, length: int = 40) -> Batch:
 
 def gradients(model: RecycleGPT, batch: Batch, scales: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     """The sums, and the gradients by name."""
-    total, sums = model(batch, scales)
+    total, sums = model.train_losses(batch, scales)
     total.backward()
     return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -97,7 +97,7 @@ def test_a_trained_layer_is_calibrated() -> None:
     losses = []
     for _ in range(150):
         optimizer.zero_grad()
-        loss, sums = model(batch, torch.tensor([0.0, 0.5, 0.5]) / counts)
+        loss, sums = model.train_losses(batch, torch.tensor([0.0, 0.5, 0.5]) / counts)
         loss.backward()
         optimizer.step()
         losses.append(float(sums[3] + sums[4]))

@@ -129,7 +129,7 @@ def test_checkpointed_blocks_change_nothing() -> None:
     results = []
     for recompute in (False, True):
         model = build_model(model_config(), RecycleConfig(layers=1, depth=3), seed=3, checkpoint_blocks=recompute)
-        total, _ = model(batch_of(2, 20, 3, boundary=7), torch.tensor([1.0, 0.5, 0.3, 0.2]))
+        total, _ = model.train_losses(batch_of(2, 20, 3, boundary=7), torch.tensor([1.0, 0.5, 0.3, 0.2]))
         total.backward()
         results.append((total.item(), [parameter.grad for parameter in model.parameters()]))
     assert results[0][0] == results[1][0]
@@ -144,7 +144,7 @@ def test_gradient_modes_reach_the_right_weights() -> None:
     touched = {}
     for mode in ("joint", "detached", "frozen_backbone"):
         model = build_model(model_config(), RecycleConfig(layers=1, depth=2, gradient=mode), seed=3)
-        total, _ = model(batch_of(2, 20, 2), scales)
+        total, _ = model.train_losses(batch_of(2, 20, 2), scales)
         total.backward()
         touched[mode] = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     module = {name for name in touched["joint"] if name.startswith("recycle.")}

@@ -13,7 +13,7 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.model import build_model
-from recycle_ds.model.losses import DraftColumns, HeadShard, training_losses
+from recycle_ds.model.losses import DraftColumns, HeadShard, LossSettings, training_losses
 from recycle_ds.parallel.mesh import Axis, Mesh
 from recycle_ds.training.batches import assemble
 from recycle_ds.training.benchmark.live_memory import PeakMemory
@@ -99,10 +99,8 @@ def test_equals_the_definition(objective: Any, gradient: Any, ids: list[int] | N
         if chunk == 0:
             total, sums = plain(states, targets, scales, weight, recycle, ids)
         else:
-            shard = HeadShard(0, VOCAB, Axis())
-            total, sums, _ = training_losses(
-                states, targets, scales, weight, shard, Mesh(), recycle, chunk=chunk, draft=columns(ids)
-            )
+            settings = LossSettings(recycle, HeadShard(0, VOCAB, Axis()), Axis(), chunk, columns(ids))
+            total, sums = training_losses(states, targets, scales, weight, settings)
         (total * 3).backward()
         found.append([total.detach(), sums.detach(), weight.grad, *(state.grad for state in states)])
     close = {"rtol": 1e-9, "atol": 1e-11} if exact else {"rtol": 1e-5, "atol": 1e-6}
@@ -119,16 +117,8 @@ def test_a_module_that_equals_the_backbone_has_no_loss(objective: Any) -> None:
     states, weight, targets = problem(torch.float64, False)
     shifted = [F.pad(states[0][k:], (0, 0, 0, 0, 0, k)).detach().requires_grad_() for k in range(1, DEPTH + 1)]
     recycle = RecycleConfig(layers=1, depth=DEPTH, objective=objective, gradient="frozen_backbone")
-    total, sums, _ = training_losses(
-        [states[0], *shifted],
-        targets,
-        torch.ones(4),
-        weight.detach(),
-        HeadShard(0, VOCAB, Axis()),
-        Mesh(),
-        recycle,
-        chunk=7,
-    )
+    settings = LossSettings(recycle, HeadShard(0, VOCAB, Axis()), Axis(), chunk=7)
+    total, sums = training_losses([states[0], *shifted], targets, torch.ones(4), weight.detach(), settings)
     total.backward()
     assert sums[0] > 1 and sums[1:].abs().max() < 1e-12
     if objective == "kl":  # min(p, q) has a kink there
@@ -141,10 +131,8 @@ def test_bf16_states_and_far_distributions(objective: Any) -> None:
     states, weight, targets = problem(torch.bfloat16, False)
     far = [(state * 300).detach().requires_grad_() for state in states[1:]]
     recycle = RecycleConfig(layers=1, depth=DEPTH, objective=objective, gradient="frozen_backbone")
-    total, sums, _ = training_losses(
-        [states[0] * 300, *far], targets, torch.ones(4), weight.detach(), HeadShard(0, VOCAB, Axis()), Mesh(), recycle,
-        chunk=7,
-    )  # fmt: skip
+    settings = LossSettings(recycle, HeadShard(0, VOCAB, Axis()), Axis(), chunk=7)
+    total, sums = training_losses([states[0] * 300, *far], targets, torch.ones(4), weight.detach(), settings)
     total.backward()
     assert bool(torch.isfinite(sums).all()) and sums[1] > 10
     assert all(state.grad is not None and bool(torch.isfinite(state.grad).all()) for state in far)
@@ -176,7 +164,7 @@ def test_the_module_learns_to_be_accepted(objective: Any) -> None:
     before = model.evaluate(batch)
     for _ in range(60):
         optimizer.zero_grad()
-        loss, _ = model(batch, torch.tensor([0.0, 0.5, 0.5]) / counts)
+        loss, _ = model.train_losses(batch, torch.tensor([0.0, 0.5, 0.5]) / counts)
         loss.backward()
         optimizer.step()
     after = model.evaluate(batch)
@@ -192,10 +180,9 @@ def test_peak_memory_is_below_the_logits_of_one_depth() -> None:
     tokens_BT = torch.randint(0, vocab, (2, rows + 1), generator=generator)
     targets = make_targets(tokens_BT, torch.zeros_like(tokens_BT), 3).targets
     recycle = RecycleConfig(layers=1, depth=3, objective="acceptance", gradient="frozen_backbone")
+    settings = LossSettings(recycle, HeadShard(0, vocab, Axis()), Axis(), chunk=128)
     with PeakMemory() as chunked:
-        total, _, _ = training_losses(
-            states, targets, torch.ones(4), weight, HeadShard(0, vocab, Axis()), Mesh(), recycle, chunk=128
-        )
+        total, _ = training_losses(states, targets, torch.ones(4), weight, settings)
         total.backward()
     one_depth = rows * 2 * vocab * 4
     assert chunked.peak < one_depth
@@ -216,7 +203,7 @@ def test_evaluation_over_the_draft_vocabulary() -> None:
     batch = Batch(tokens_BT[:, :-1], positions, documents_BT[:, :-1], targets.inputs, targets.targets)
     found, counts = (
         model.evaluate(batch),
-        assemble([batch], 3, Mesh(), torch.device("cpu"), model.counted_tokens).counts,
+        assemble([batch], 3, Mesh(), torch.device("cpu"), model.loss_settings.counted_tokens).counts,
     )
     states = model.states(batch)
     best = model.logits(states[0]).argmax(-1)

@@ -11,7 +11,7 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.evaluation.perplexity import _batch, evaluate_documents
 from recycle_ds.inference import Decoder, Generation
 from recycle_ds.model import RecycleGPT, build_model
-from recycle_ds.model.evaluation import simulate
+from recycle_ds.model.acceptance import simulate
 from tests.unit.inference.models import overfitted_model, spread_added
 
 EOS = 6

@@ -64,7 +64,7 @@ def test_the_gradient_through_taps(gradient: str, reaches: bool) -> None:
     recycle = RecycleConfig(layers=1, taps=(1,), gradient=gradient)  # type: ignore[arg-type]
     model = build_model(CONFIG, recycle, seed=4)
     spread_added(model)
-    found, _ = model(batch(1), torch.tensor([0.0, 1.0]))
+    found, _ = model.train_losses(batch(1), torch.tensor([0.0, 1.0]))
     found.backward()
     assert model.recycle is not None and model.recycle.tap_projection is not None
     assert model.recycle.tap_projection.weight.grad is not None

@@ -1,4 +1,4 @@
-"""What an evaluation counts: losses by depth, and how far the module's drafts agree with the backbone."""
+"""Acceptance of the module's drafts: how far they agree with the backbone, from the likeliest token of every depth."""
 
 from __future__ import annotations
 
