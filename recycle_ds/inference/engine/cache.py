@@ -109,12 +109,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one pass, and the cache [layers, slots, 2 H_kv, C] that they are stored in. slots_T: theirs; the compiled
-    kernels do without."""
+    """The tokens of one pass, and the cache [layers, slots, 2 H_kv, C] that they are stored in."""
 
     keys_values: Tensor
     spans: Sequence[Span]
-    slots_T: Tensor | None
+    slots_T: Tensor
     block_size: int
     shift: int = 0
     """Added to a token's position for its rotary position."""
@@ -126,7 +125,6 @@ class Tokens:
 
     def attention(self) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Attention in PyTorch's operations."""
-        assert self.slots_T is not None
         return Attention(self.keys_values, self.spans, self.slots_T, self.block_size)
 
 

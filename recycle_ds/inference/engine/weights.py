@@ -23,6 +23,7 @@ from recycle_ds.inference.engine.heads import Head, head_of
 from recycle_ds.inference.native.contents import Contents
 from recycle_ds.inference.native.growing import NativeGrower
 from recycle_ds.inference.native.joining import NativeJoin
+from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.native.stack import Join, NativeStack, why_not_compiled
 from recycle_ds.inference.native.torch_products import Norm, TorchJoin
 from recycle_ds.inference.speculation.tree import BRANCH
@@ -31,6 +32,9 @@ from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
 from recycle_ds.model.mlp import MLP
 from recycle_ds.model.rope import CosineSine, Rotary, rotate
+
+ENTRY_SHIFT = -1
+"""The module's entry (h_p, E x_{p+1}) lies in the slot of its token, p + 1, and has the rotary position p."""
 
 
 class Attend(Protocol):
@@ -151,10 +155,10 @@ class Module:
         """The probability that the draft of each state is accepted [T], by the module's confidence layer; None without one."""
         return None if self.confidence_layer is None else self.confidence_layer(states_TD)[:, 0].float().sigmoid()
 
-    def read_cache(self, contents: Contents, tokens: Tokens) -> Tensor:
+    def read_cache(self, contents: Contents, spans: Sequence[Span], keys_values: Tensor) -> Tensor:
         """The same for tokens and states that the cache has, if the module is compiled."""
         assert self.stack is not None
-        return self.stack.run_in_cache(contents, tokens.spans, tokens.keys_values, shift=tokens.shift)
+        return self.stack.run_in_cache(contents, spans, keys_values, shift=ENTRY_SHIFT)
 
 
 class StageWeights:
@@ -243,11 +247,11 @@ class StageWeights:
             return None
         return Contents(self._embedding.weight.detach(), ids, states)
 
-    def run_in_cache(self, contents: Contents, tokens: Tokens) -> Tensor:
+    def run_in_cache(self, contents: Contents, spans: Sequence[Span], keys_values: Tensor) -> Tensor:
         """`run` of the tokens that the cache has. Returns the states [T, D]; the cache keeps them, with their columns for
         taps."""
         assert self._stack is not None
-        return self._stack.run_in_cache(contents, tokens.spans, tokens.keys_values)
+        return self._stack.run_in_cache(contents, spans, keys_values)
 
     def run(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         """Runs this stage's blocks. Returns the states [T, D], after the final norm on the last stage, and with taps further

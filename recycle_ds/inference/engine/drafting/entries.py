@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.plan import Part, Rules
-from recycle_ds.inference.engine.weights import StageWeights
+from recycle_ds.inference.engine.weights import ENTRY_SHIFT, StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation.sampling import Position
 
@@ -24,8 +24,7 @@ def run_module(
 ) -> Tensor:
     """The module's states r [T, D] of entries made from h (or the r before) and the next tokens."""
     assert weights.module is not None
-    # entry (h_p, E x_{p+1}) lies in the slot of its token, p + 1, and has the rotary position p
-    tokens = Tokens(cache.module_keys_values, spans, slots_T, cache.block_size, shift=-1)
+    tokens = Tokens(cache.module_keys_values, spans, slots_T, cache.block_size, shift=ENTRY_SHIFT)
     return weights.module(hidden_TD, weights.embed(ids_T), tokens)
 
 
@@ -33,8 +32,7 @@ def read_cache(weights: StageWeights, cache: Cache, spans: Sequence[Span]) -> Te
     """The module's states r [T, D] of known tokens, from h of the slots before theirs."""
     assert weights.module is not None
     if cache.contents is not None:
-        tokens = Tokens(cache.module_keys_values, spans, None, cache.block_size, shift=-1)
-        return weights.module.read_cache(cache.contents, tokens)
+        return weights.module.read_cache(cache.contents, spans, cache.module_keys_values)
     slots_T = cache.slots(spans)
     before = [Span(span.blocks, span.first - 1, span.count) for span in spans]
     return run_module(weights, cache, cache.hidden[cache.slots(before)], cache.tokens[slots_T], spans, slots_T)

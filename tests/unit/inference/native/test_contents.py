@@ -55,7 +55,7 @@ def test_what_the_cache_contains_is_read_and_kept(taps: tuple[int, ...], threads
             for spans in STEPS:
                 ids = torch.randint(0, 45, (sum(span.count for span in spans),), generator=generator).tolist()
                 own.write_tokens(spans, ids)
-                found = weights.run_in_cache(own.contents, Tokens(own.keys_values, spans, None, 16))
+                found = weights.run_in_cache(own.contents, spans, own.keys_values)
                 assert torch.equal(found, _given(weights, other, spans, ids))
                 assert torch.equal(own.tokens, other.tokens) and torch.equal(own.hidden, other.hidden)
                 assert torch.equal(own.keys_values, other.keys_values) and own.hidden.abs().sum() > 0
@@ -83,7 +83,7 @@ def test_a_model_without_a_module_keeps_no_states() -> None:
         for spans in STEPS:
             ids = [(5 * i + 2) % 45 for i in range(sum(span.count for span in spans))]
             own.write_tokens(spans, ids)
-            found = weights.run_in_cache(own.contents, Tokens(own.keys_values, spans, None, 16))
+            found = weights.run_in_cache(own.contents, spans, own.keys_values)
             assert torch.equal(found, _given(weights, other, spans, ids))
 
 
