@@ -44,18 +44,18 @@ class Cache:
         self.module_keys_values = empty(weights.module_layers, *shape)
         self.tokens = empty(shape[0], dtype=torch.int64)
         # a few elements are written through it in a tenth of the time of an indexed assignment
-        self._tokens_in_memory = memoryview(self.tokens.numpy()) if weights.device.type == "cpu" else None
+        self._tokens_on_host = self.tokens.numpy() if weights.device.type == "cpu" else None
         self.hidden = empty(shape[0] if weights.module is not None else 0, weights.kept_width)
         self.contents = weights.contents(self.tokens, self.hidden)
         """Tokens and states for `StageWeights.run_in_cache`; None where that is not possible."""
 
     def write_tokens(self, spans: Sequence[Span], ids: Sequence[int]) -> None:
         """Writes the tokens of all query positions of the spans, one after the other."""
-        if self._tokens_in_memory is None:
+        if self._tokens_on_host is None:
             self.tokens[self.slots(spans)] = torch.tensor(ids, device=self.tokens.device)
             return
         for slot, token in zip(self._slots(spans), ids, strict=True):
-            self._tokens_in_memory[slot] = token
+            self._tokens_on_host[slot] = token
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, (from, to)."""

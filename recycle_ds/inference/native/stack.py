@@ -228,7 +228,8 @@ class NativeStack:
         if taps := self._joined_taps:
             tapped = torch.empty(len(taps), *states.shape, dtype=torch.bfloat16)
             addresses = [tapped.data_ptr() + 2 * number * states.numel() for number in range(len(taps))]
-            self._joined_states[:] = addresses
+            for number, one in enumerate(addresses):
+                self._joined_states[number] = one
             self._tap(taps, addresses)
         else:
             self._step.tapped = None

@@ -54,6 +54,8 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gain below which drafts are not worth the risk that estimates are wrong.
 _LEAST_GAIN = 1.06
+# Expected gain below which a step verifies nothing, for the same reason.
+_LEAST_STEP_GAIN = 1.02
 # Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
 _FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
@@ -152,6 +154,8 @@ class DraftBudget:
             seconds = self.costs.steps(count, plain, plain + len(items), len(adaptive), self._calls(self._longest))
             expected = list(accumulate((-chance for chance, _, _ in items), initial=float(count)))
             best = max(range(len(items) + 1), key=lambda number: expected[number] / seconds[number])
+            if expected[best] * seconds[0] < _LEAST_STEP_GAIN * expected[0] * seconds[best]:
+                best = 0
             best = max(best, min(self._probed, len(items)) if self._probing else 0)  # a probe verifies at a loss
         else:
             best, expected = 0, [float(count)]
@@ -211,10 +215,9 @@ class DraftBudget:
         for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
             again = node in candidate.repeated
             chance = min(self._calibration[candidate.sampled, again].chance(confidence) * ratio, 1.0)
-            if again and (self._step + candidate.sequence) % _RETRY == 0:
-                chance = (
-                    confidence  # drafts that cost nothing to make are tried from time to time, whatever was observed
-                )
+            if again and parent == 0 and (self._step + candidate.sequence) % _RETRY == 0:
+                # drafts that cost nothing to make are tried from time to time, whatever was observed; the first one tells
+                chance = confidence
             reached.append(reached[parent] * chance)
         found = [
             (node, chance, depth)

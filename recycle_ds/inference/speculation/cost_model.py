@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 # Cost model before anything is measured: each further token of a full call, and a module call, in full calls.
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
 # Weights of a new measurement in the corrections of all costs, and of what drafts cost in proportion to a full call.
 _CORRECTION, _CONTRAST = 0.1, 0.04
+# Weight of a new measurement in the correction of calls of its size alone, and the most that this corrects.
+_OWN_CORRECTION, _MOST_OWN = 0.05, 2.0
 # Most that drafts may be taken to cost in terms of what was measured: beyond, something else has become slower or faster.
 _MOST_SCALE = 5.0
 
@@ -27,12 +29,22 @@ class CostModel:
     much as `module`."""
     full_scale: float = 1.0
     """How much more time calls take than when they were measured."""
+    sizes_scale: list[float] = field(default_factory=list)
+    """How much more time full calls of each measured size take, beyond `full_scale`: attention to many contexts, and tokens that
+    are not as easy to choose as those that were timed."""
     drafting_scale: float = 1.0
     """How much more what drafts add to a step takes, those verified and those made, in proportion to full calls."""
 
+    def __post_init__(self) -> None:
+        self.sizes_scale = self.sizes_scale or [1.0] * len(self.full)
+
+    def _sizes(self) -> list[tuple[int, float]]:
+        """What full calls take now, but for `full_scale`."""
+        return [(size, seconds * own) for (size, seconds), own in zip(self.full, self.sizes_scale, strict=True)]
+
     def full_call(self, tokens: int) -> float:
         """Seconds of a full call over a number of tokens, one of each sequence."""
-        return self.full_scale * _interpolate(self.full, tokens)
+        return self.full_scale * _interpolate(self._sizes(), tokens)
 
     def drafts(self, sequences: int, longest: float) -> float:
         """Seconds that drafts take to make. longest: depth of the deepest ones, which may be a mean."""
@@ -54,14 +66,14 @@ class CostModel:
         plain = self.full_call(sequences)
         scale = self.drafting_scale * self.full_scale
         rest = plain * (1 - self.drafting_scale) + self.drafts(drafting, longest)
-        return [rest + scale * cost for cost in _interpolate_range(self.full, first, last)]
+        return [rest + scale * cost for cost in _interpolate_range(self._sizes(), first, last)]
 
     def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
         """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took.
 
         An error is first of all one of all costs: a machine that has become slower makes every step slower, and a stream that
         always drafts has no steps without drafts to compare with. Where steps with drafts have other errors than those
-        without, the difference is the drafts'.
+        without, the difference is the drafts'. What is left is corrected for calls of this size alone.
         """
         if tokens > self.full[-1][0]:
             return
@@ -70,11 +82,23 @@ class CostModel:
         self.full_scale *= 1 + _CORRECTION * error
         scale = self.drafting_scale * (1 + (_CONTRAST if drafted else -_CONTRAST) * error)
         self.drafting_scale = min(max(scale, 1 / _MOST_SCALE), _MOST_SCALE)
+        for at, share in _neighbours(self.full, tokens):
+            own = self.sizes_scale[at] * (1 + _OWN_CORRECTION * share * error)
+            self.sizes_scale[at] = min(max(own, 1 / _MOST_OWN), _MOST_OWN)
 
 
 def _bounded(ratio: float) -> float:
     """A ratio of times, bounded: a single step may be slowed down by other programs."""
     return min(max(ratio, 0.5), 1.5)
+
+
+def _neighbours(points: Sequence[tuple[int, float]], size: int) -> list[tuple[int, float]]:
+    """The measurements between which a size lies, and their shares in what is interpolated for it."""
+    after = next((at for at, (own, _) in enumerate(points) if own >= size), len(points) - 1)
+    if after == 0 or points[after][0] <= size:
+        return [(after, 1.0)]
+    share = (size - points[after - 1][0]) / (points[after][0] - points[after - 1][0])
+    return [(after - 1, 1 - share), (after, share)]
 
 
 def _interpolate(points: Sequence[tuple[int, float]], size: int) -> float:

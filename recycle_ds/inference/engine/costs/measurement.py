@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.tree import MAX_NODES, MAX_WIDTH, width_of
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_REPEATS = 3
+_REPEATS = 4
 _FURTHER = 3
 """Depths after the first one in the deeper of two trees, so that their difference is not lost in noise."""
 _MOST_SECONDS = 15.0
@@ -45,7 +46,7 @@ def known_or_measured(
         size, seconds = known.full[0]
         context = _blocks_of_context(blocks, block_size, positions)
         _read_context(executor, context, context * block_size, with_module)
-        found = _shortest(partial(_run, executor, context, context * block_size, size, 0))
+        (found,) = _shortest(partial(_run, executor, context, context * block_size, size, 0))
         if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
             known.full_scale = found / seconds
             return known
@@ -76,15 +77,17 @@ def measure(
     for size in sizes:
         if len(full) > 1 and time.monotonic() > end:
             break
-        plain = _shortest(partial(run, size, 0))
+        drafts = (0, 1, 1 + _FURTHER) if with_module and size <= max_batch else (0,)
+        plain, *drafting = _shortest(*(partial(run, size, count) for count in drafts))
         full.append((size, plain))
-        if with_module and size <= max_batch:
-            single, deeper = _shortest(partial(run, size, 1)), _shortest(partial(run, size, 1 + _FURTHER))
-            first.append((size, max(single - plain, 1e-3 * plain)))
-            module.append((size, max((deeper - single) / _FURTHER, 1e-3 * plain)))
+        if drafting:
+            single, deeper = drafting
+            first.append((size, single - plain))
+            module.append((size, (deeper - single) / _FURTHER))
     if len(full) < 2:
         full.append((full[0][0] + 1, full[0][1]))
-    return CostModel(without_outliers(full), without_outliers(module) or CostModel().module, without_outliers(first))
+    least = 1e-3 * full[0][1]
+    return CostModel(without_outliers(full), ascending(module, least) or CostModel().module, ascending(first, least))
 
 
 def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
@@ -95,6 +98,20 @@ def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, fl
         shortest = min(seconds for _, seconds in points[index:])
         found.append((size, min([shortest, *(-(-size // other) * seconds for other, seconds in found)])))
     return tuple(found)
+
+
+def ascending(points: Sequence[tuple[int, float]], least: float) -> tuple[tuple[int, float], ...]:
+    """Differences of measurements (size, seconds), which err in both directions: where a larger size seems to cost less than a
+    smaller one, both cost their mean (isotonic regression by pooling adjacent violators). No cost is below `least`."""
+    pools: list[tuple[float, int]] = []  # sum and number of neighbours that have the same cost
+    for _, seconds in points:
+        total, count = seconds, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before, number = pools.pop()
+            total, count = total + before, count + number
+        pools.append((total, count))
+    values = [max(total / count, least) for total, count in pools for _ in range(count)]
+    return tuple((size, value) for (size, _), value in zip(points, values, strict=True))
 
 
 def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:
@@ -132,12 +149,14 @@ def _run(executor: Executor, context: int, start: int, sequences: int, drafts: i
     executor.collect()
 
 
-def _shortest(action: Callable[[], None]) -> float:
-    """Seconds of the fastest of several runs: other programs only make it slower."""
-    action()
-    found = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return min(found)
+def _shortest(*actions: Callable[[], None]) -> list[float]:
+    """Seconds of the fastest of several runs of each: other programs only make it slower. The actions take turns, so that
+    differences between them are not those of the machine's state."""
+    found = [math.inf] * len(actions)
+    for repeat in range(1 + _REPEATS):
+        for number, action in enumerate(actions):
+            start = time.perf_counter()
+            action()
+            if repeat:
+                found[number] = min(found[number], time.perf_counter() - start)
+    return found

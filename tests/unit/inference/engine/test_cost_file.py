@@ -78,3 +78,14 @@ def test_measurements_on_a_busy_machine_are_repaired() -> None:
     calm = ((1, 0.008), (2, 0.009), (4, 0.009), (8, 0.012))
     assert costs.without_outliers(calm) == calm
     assert costs.without_outliers([]) == ()
+
+
+def test_one_wrong_difference_does_not_make_all_drafts_free() -> None:
+    """Prevents drafts that are taken to cost nothing at any batch size because the difference of two noisy times came out
+    below zero at one of them: far too many were then verified."""
+    noisy = [(1, 0.3), (2, 0.4), (4, 0.5), (8, -0.1), (16, 0.9), (32, 0.8)]
+    found = costs.ascending(noisy, 0.001)
+    assert [size for size, _ in found] == [1, 2, 4, 8, 16, 32]
+    assert [seconds for _, seconds in found] == pytest.approx([0.275] * 4 + [0.85] * 2)
+    assert costs.ascending([(1, -0.2), (2, -0.1), (4, 0.2)], 0.001) == ((1, 0.001), (2, 0.001), (4, 0.2))
+    assert costs.ascending([], 0.001) == ()
