@@ -59,9 +59,15 @@ def run(config: RunConfig, *, check: bool = False, observers: Sequence[Observer]
     `training.observers`; every rank must be given the same ones."""
     import time
 
+    from recycle_ds.data.prepare import check_data, vocabulary_size
+
     started = time.time()
     with errors_of_host():  # before torch, which takes seconds to import
-        config = _checked(config, observers, data=not check)
+        _check(config, observers)
+        if not check:
+            check_data(config.data)
+            with transient_errors_of_host():
+                config = config.with_vocabulary(vocabulary_size(config.data))
 
     import torch
 
@@ -88,10 +94,9 @@ def run(config: RunConfig, *, check: bool = False, observers: Sequence[Observer]
             rendezvous.stop()
 
 
-def _checked(config: RunConfig, observers: Sequence[Observer], *, data: bool) -> RunConfig:
-    """The complete configuration, once everything that this rank can check alone is right. data: whether they are needed."""
+def _check(config: RunConfig, observers: Sequence[Observer]) -> None:
+    """Checks what can be wrong without ranks and data. Raises RecycleError."""
     from recycle_ds.checkpoint.portable.folders import check_run_dir
-    from recycle_ds.data.prepare import check_data, vocabulary_size
     from recycle_ds.training.observers.loading import check_observers
 
     notes: list[str] = []
@@ -101,11 +106,6 @@ def _checked(config: RunConfig, observers: Sequence[Observer], *, data: bool) ->
             print(note, flush=True)
     check_run_dir(config.run_dir)
     check_observers(config.training, observers)
-    if not data:
-        return config
-    check_data(config.data)
-    with transient_errors_of_host():
-        return config.with_vocabulary(vocabulary_size(config.data))
 
 
 def _train(context: RunContext, given: Sequence[Observer]) -> str:
