@@ -53,14 +53,14 @@ def bench_training(
     from recycle_ds.training.benchmark.report import print_report
 
     try:
-        mesh, device = build_mesh(run.parallel), rendezvous.own_device(launch)
+        mesh = build_mesh(run.parallel, rendezvous.own_device(launch))
         run = raise_batch(run, mesh.data.size)
         if profile:
-            for name, table in profile_subjects(run, mesh, device).items():
+            for name, table in profile_subjects(run, mesh).items():
                 if mesh.is_first:
                     print(f"{name}\n{table}")
             return
-        report = run_benchmark(run, mesh, device, rounds=steps, seconds_at_most=seconds)
+        report = run_benchmark(run, mesh, rounds=steps, seconds_at_most=seconds)
         if mesh.is_first:
             print_report(report)
             if json_path is not None:

@@ -42,8 +42,8 @@ class LoadedModel:
 def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a run folder's newest intact checkpoint, a checkpoint, or a folder in another supported format.
 
-    dtype: "fp32" or "bf16". local_rank: index of the device on this host, if several processes decode. mesh: this rank
-    reads only its shard of its pipeline stage; None reads the full model.
+    dtype: "fp32" or "bf16". local_rank: index of the device on this host, if several processes decode, each for itself.
+    mesh: this rank reads only its shard of its pipeline stage, onto the mesh's device; None reads the full model.
 
     Checksums, names and shapes are compared before a weight is read. Raises CheckpointError, and ConfigError for a
     model that cannot be split over the mesh.
@@ -66,11 +66,12 @@ def load_model(path: str, dtype: str = "fp32", local_rank: int = 0, mesh: Mesh |
     blocks = None
     if mesh is not None:
         blocks = decoding_partition(source.model, source.recycle, mesh.pipeline.size)[mesh.pipeline.rank]
-    model = build_model(source.model, source.recycle, mesh, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
+    device = local_device(local_rank) if mesh is None else mesh.device
+    on = mesh or Mesh(device=device)
+    model = build_model(source.model, source.recycle, on, seed=None, dtype=torch_dtype(dtype), blocks=blocks)
     load_weights(model, source)
     # a padded vocabulary has rows that were never trained
     model.unnamed_ids = tuple(one for one in range(source.model.vocab_size) if one not in tokenizer.token_ids)
-    device = local_device(local_rank)
     if source.recycle.draft_vocabulary is not None:
         count = source.recycle.draft_vocabulary
         ranking = read_ranking(source.tokenizer.with_name(RANKING), source.model.vocab_size, count)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.fault_section import FaultConfig, Policy
 from recycle_ds.config.model_sections import ModelConfig, RecycleConfig
 from recycle_ds.config.section import Fraction, NonNegative, OnResume, Positive, Section, Text
@@ -243,6 +244,18 @@ class RunConfig(Section):
         if training.eval_every and not self.data.validation:
             raise ValueError(f"training.eval_every ({training.eval_every}) needs token files in data.validation")
         return self
+
+    def with_vocabulary(self, tokens: int) -> RunConfig:
+        """This configuration with `model.vocab_size`: if it has none, the tokenizer's number of tokens.
+
+        Raises ConfigError if its own is smaller than that."""
+        given = self.model.vocab_size
+        if given is not None and given < tokens:
+            raise ConfigError(
+                f"model.vocab_size ({given}) is smaller than the tokenizer's vocabulary ({tokens}): "
+                "raise it, or leave it out"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": given or tokens})})
 
     def _divides(self) -> None:
         """Raises ValueError with the numbers if a size is not divisible by the degree that splits it."""

@@ -193,6 +193,15 @@ def check_data(config: DataConfig) -> list[Path]:
     return missing
 
 
+def vocabulary_size(config: DataConfig) -> int:
+    """Number of tokens of a run's tokenizer, also of one that `data.prepare` has still to train. Raises DataError."""
+    file, recipe = _tokenizer_file(config.tokenizer), config.prepare
+    trained = recipe is not None and file.resolve() in _made_by(recipe)
+    if recipe is not None and recipe.tokenizer_vocab is not None and trained and not file.is_file():
+        return recipe.tokenizer_vocab  # training yields exactly as many, or fails
+    return Tokenizer.load(config.tokenizer).vocab_size
+
+
 def _tokenizer_file(path: str) -> Path:
     return Path(path) if path.endswith(".json") else Path(path) / "tokenizer.json"
 

@@ -20,6 +20,7 @@ from recycle_ds.planning.hardware import Cluster, find_gpu
 from recycle_ds.planning.plan import make_plans
 from recycle_ds.training.benchmark.comparison import run_benchmark
 from recycle_ds.training.benchmark.subjects import OurSubject
+from recycle_ds.training.run_context import RunContext
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -68,23 +69,23 @@ def compared(write: Write, small: bool) -> None:
     """The 135 M shape, 16 x 2,048 tokens, bf16: with and without its module beside Hugging Face's, where a step's time goes,
     and what the planner expects."""
     config = load_config("bench_135m", _SMALL if small else _COMPARED)
-    with _one_rank(config) as (mesh, device):
-        predicted = _predicted(config, device)
-        report = run_benchmark(config, mesh, device, rounds=3 if small else 12, seconds_at_most=25)
+    with _one_rank(config) as mesh:
+        predicted = _predicted(config, mesh.device)
+        report = run_benchmark(config, mesh, rounds=3 if small else 12, seconds_at_most=25)
         write(report)
         for name, step_seconds in predicted.items():
             measured = statistics.median(report["seconds_per_step"][name])
             write({f"planner_{name}": {"expected_seconds": step_seconds, "ratio": step_seconds / measured}})
-        subject = OurSubject(config, resolve_deepspeed(config, 1), mesh, device)
+        subject = OurSubject(RunContext(config, resolve_deepspeed(config, 1), mesh))
         subject.step()
-        write({"milliseconds_by_kind": milliseconds_by_kind(subject.step, device)})
+        write({"milliseconds_by_kind": milliseconds_by_kind(subject.step, mesh.device)})
 
 
 def large(write: Write, small: bool) -> None:
     """The 1.3 B shape of the paper with its module: rate, share of the rate of matrix products, memory."""
     config = load_config("recyclegpt_1.3b", [*_LARGE, *(_SMALL if small else ["model.vocab_size=32000"])])
-    with _one_rank(config) as (mesh, device):
-        subject = OurSubject(config, resolve_deepspeed(config, 1), mesh, device)
+    with _one_rank(config) as mesh:
+        subject, device = OurSubject(RunContext(config, resolve_deepspeed(config, 1), mesh)), mesh.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds, rates = [], []
@@ -130,11 +131,11 @@ def _is_the_runs(report: dict[str, Any], config: RunConfig) -> bool:
 
 
 @contextmanager
-def _one_rank(config: RunConfig) -> Iterator[tuple[Mesh, torch.device]]:
+def _one_rank(config: RunConfig) -> Iterator[Mesh]:
     """This process as the only rank."""
     launch = rendezvous.detect_launch({})
     rendezvous.start(launch)
     try:
-        yield build_mesh(config.parallel), rendezvous.own_device(launch)
+        yield build_mesh(config.parallel, rendezvous.own_device(launch))
     finally:
         rendezvous.stop()

@@ -78,12 +78,12 @@ def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str], No
     on_loss: called when another rank is lost, see `Liveness`; by default it prints the message and ends the process. Raises
     LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
     """
-    index = own_device(launch).index or 0  # before a model is loaded onto a device that another rank uses
-    on_host = max(launch.local_world_size, 1)
+    device = own_device(launch)  # before a model is loaded onto a device that another rank uses
+    index, on_host = device.index or 0, max(launch.local_world_size, 1)
     if tensor * pipeline == 1:
         return Ranks(launch.rank, launch.world_size, index, on_host)
     start(launch)
-    team = build_team(tensor, pipeline)
+    team = build_team(tensor, pipeline, device)
     members = dist.get_process_group_ranks(team.control)
     liveness = Liveness(own_store(), members, launch.rank, on_loss or print_and_exit(PEER_LOST))
     liveness.start()

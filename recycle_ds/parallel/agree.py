@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,14 +11,9 @@ import torch.distributed as dist
 
 from recycle_ds.config import RecycleError
 from recycle_ds.parallel.mesh import Mesh
-from recycle_ds.parallel.peers import MachineFault
+from recycle_ds.parallel.peers import MachineFault, is_transient
 
 T = TypeVar("T")
-# Errors of unreachable file servers (NFS, Lustre, FUSE) and of full or broken disks.
-_TRANSIENT = (
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN, errno.ESHUTDOWN,
-    errno.ENOTCONN,
-)  # fmt: skip
 
 
 class SharedError(RecycleError):
@@ -30,7 +24,7 @@ class SharedError(RecycleError):
         self.rank = rank
 
 
-def on_all_ranks(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T:
+def on_all_ranks(action: Callable[[], T], mesh: Mesh) -> T:
     """Runs `action` on every rank and returns its local result.
 
     Collective over the world. If `action` raises a RecycleError or an OSError on any rank, every rank raises: a MachineFault
@@ -43,39 +37,30 @@ def on_all_ranks(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T
         result = action()
     except (RecycleError, OSError) as error:
         text = str(error) if isinstance(error, RecycleError) else f"{type(error).__name__}: {error}"
-        transient = _is_transient(error)
-    votes = torch.tensor([mesh.rank + 1 if text is not None else 0], dtype=torch.int64, device=device)
+        transient = is_transient(error)
+    votes = torch.tensor([mesh.rank + 1 if text is not None else 0], dtype=torch.int64, device=mesh.device)
     if mesh.world_size > 1:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     failed = int(votes.item()) - 1  # the highest rank with an error, or -1
     if failed >= 0:
-        text, transient = broadcast_from(failed, (text, transient), mesh, device)
-        where = f" (rank {failed} on {broadcast_from(failed, socket.gethostname(), mesh, device)})" if failed else ""
+        text, transient = broadcast_from(failed, (text, transient), mesh)
+        where = f" (rank {failed} on {broadcast_from(failed, socket.gethostname(), mesh)})" if failed else ""
         raise MachineFault(f"{text}{where}") if transient else SharedError(f"{text}{where}", failed)
     return result  # type: ignore[return-value]
 
 
-def on_first_rank(action: Callable[[], T], mesh: Mesh, device: torch.device) -> T | None:
+def on_first_rank(action: Callable[[], T], mesh: Mesh) -> T | None:
     """Runs `action` on rank 0 while the other ranks wait, and returns its result there and None elsewhere.
 
     Collective over the world. Errors of rank 0 are raised on every rank, as in `on_all_ranks`.
     """
-    return on_all_ranks(lambda: action() if mesh.is_first else None, mesh, device)
+    return on_all_ranks(lambda: action() if mesh.is_first else None, mesh)
 
 
-def broadcast_from(rank: int, value: T, mesh: Mesh, device: torch.device) -> T:
+def broadcast_from(rank: int, value: T, mesh: Mesh) -> T:
     """Returns on every rank the `value` of rank `rank`. Collective over the world."""
     if mesh.world_size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=rank, device=device)
+    dist.broadcast_object_list(values, src=rank, device=mesh.device)
     return values[0]
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    """Whether the error, or one that it was raised from, is a transient file-system error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _TRANSIENT:
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -19,13 +19,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.config.command import user_errors
+from recycle_ds.config.errors import RecycleError
+from recycle_ds.parallel.peers import MachineFault, is_transient
 
 FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, FAILED = "finished", "saved_for_restart", "stopped_by_user", "failed"
 """Contents of `outcome`:
@@ -175,3 +178,18 @@ def errors_of_host() -> AbstractContextManager[None]:
     """
     prints = is_error_reporter(os.environ) or is_first_of_host(os.environ)
     return user_errors(print_error=prints, on_error=job_of(os.environ).fail)
+
+
+@contextmanager
+def transient_errors_of_host() -> Iterator[None]:
+    """Raises a MachineFault in place of a transient file-system error, see `is_transient`: the job is started again.
+
+    Of ranks that have not met yet. Rank 0 prints the error where it ends; here the first rank of any other host does."""
+    try:
+        yield
+    except (RecycleError, OSError) as error:
+        if not is_transient(error):
+            raise
+        if is_first_of_host(os.environ) and not is_error_reporter(os.environ):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise MachineFault(str(error)) from error

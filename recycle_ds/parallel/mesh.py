@@ -14,6 +14,8 @@ from recycle_ds.config import ParallelConfig
 from recycle_ds.parallel.device import let_megatron_run_on_cpu
 from recycle_ds.parallel.layout import Layout, layout_of
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -43,6 +45,8 @@ class Mesh:
     """data x ulysses: ranks with the same weights. Gradients are averaged over them, and ZeRO partitions over them."""
     sequence: bool = False
     """Whether norms and residuals are split over the tensor axis too (Megatron's sequence parallelism)."""
+    device: torch.device = _CPU
+    """Where this rank computes: its GPU, the CPU, or "meta" in a layout that is not running."""
 
     @property
     def is_first(self) -> bool:
@@ -60,11 +64,11 @@ class Mesh:
         return self.pipeline.rank == self.pipeline.size - 1
 
 
-def build_mesh(parallel: ParallelConfig) -> Mesh:
+def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     """Creates the process groups of all axes over the initialised world and returns this rank's mesh.
 
-    Collective over the world. Raises ConfigError on every rank, before any group is created, if the degrees do not divide the
-    world size.
+    device: this rank's own, see `rendezvous.own_device`. Collective over the world. Raises ConfigError on every rank,
+    before any group is created, if the degrees do not divide the world size.
     """
     from megatron.core import parallel_state
 
@@ -86,7 +90,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         "ulysses": parallel_state.get_context_parallel_group(),
         "replicas": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    return _mesh(layout, rank, groups, sequence=parallel.sequence and layout.tensor > 1)
+    return _mesh(layout, rank, groups, device, sequence=parallel.sequence and layout.tensor > 1)
 
 
 @contextmanager
@@ -111,7 +115,7 @@ def virtual_mesh(layout: Layout, rank: int, *, sequence: bool = False) -> Mesh:
     Not collective. Its groups have a rank and a size but cannot communicate. megatron-core uses their size only if
     torch.distributed is initialised: see `world_of_one`.
     """
-    return _mesh(layout, rank, None, sequence=sequence and layout.tensor > 1)
+    return _mesh(layout, rank, None, torch.device("meta"), sequence=sequence and layout.tensor > 1)
 
 
 class _VirtualGroup:
@@ -127,7 +131,9 @@ class _VirtualGroup:
         return self._size
 
 
-def _mesh(layout: Layout, rank: int, groups: dict[str, ProcessGroup] | None, *, sequence: bool) -> Mesh:
+def _mesh(
+    layout: Layout, rank: int, groups: dict[str, ProcessGroup] | None, device: torch.device, *, sequence: bool
+) -> Mesh:
     at = layout.coordinates(rank)
     indices = {
         "tensor": (at.tensor, layout.tensor),
@@ -143,7 +149,7 @@ def _mesh(layout: Layout, rank: int, groups: dict[str, ProcessGroup] | None, *, 
             f"the {name} group does not follow the layout's rank order"
         )
         axes[name] = Axis(index, size, group)
-    return Mesh(rank=rank, world_size=layout.world_size, sequence=sequence, **axes)
+    return Mesh(rank=rank, world_size=layout.world_size, sequence=sequence, device=device, **axes)
 
 
 class ModelParallelUnit:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Errors of unreachable file servers (NFS, Lustre, FUSE) and of full or broken disks.
+_TRANSIENT = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EHOSTDOWN, errno.ESHUTDOWN,
+    errno.ENOTCONN,
+)  # fmt: skip
 # Substrings of gloo's errors, which are plain RuntimeErrors.
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Gloo connectFullMesh")
 
@@ -25,6 +34,27 @@ class TakenOver(Exception):
         super().__init__(
             f"{what} has been taken over by {by}, a later start of this job: this one exits without saving"
         )
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, is a transient file-system error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """Raises PeerLost in place of a collective's error that says so in many lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_peer(error)
+        if lost is None:
+            raise
+        raise lost from None
 
 
 def lost_peer(error: Exception) -> PeerLost | None:

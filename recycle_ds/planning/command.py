@@ -64,13 +64,12 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
     if config.model.vocab_size is not None:
         return config
     from recycle_ds.data.errors import DataError
-    from recycle_ds.data.tokenizer import Tokenizer
+    from recycle_ds.data.prepare import vocabulary_size
 
     try:
-        size = Tokenizer.load(config.data.tokenizer).vocab_size
+        return config.with_vocabulary(vocabulary_size(config.data))
     except DataError as error:
         raise PlanningError(f"model.vocab_size is not given, and {error}; or add model.vocab_size=N") from None
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def run(

@@ -46,9 +46,7 @@ class StepBatches:
         return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
 
 
-def assemble(
-    micro: Sequence[Batch], losses: int, mesh: Mesh, device: torch.device, counted_V: Tensor | None = None
-) -> StepBatches:
+def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, counted_V: Tensor | None = None) -> StepBatches:
     """Moves a rank's micro-batches to its device and counts the global batch's targets. Collective over the data axis.
 
     With Ulysses a rank keeps its part of every sequence; the counts are those of the full sequences. counted_V: bool, the
@@ -61,11 +59,11 @@ def assemble(
             counted[1:] &= counted_V[batch.targets_KBS[1:losses].clamp_min(0)]
         counts += counted.flatten(1).sum(1)
     if mesh.data.size > 1:
-        counts = upload(counts, device)
+        counts = upload(counts, mesh.device)
         dist.all_reduce(counts, group=mesh.data.group)
-    return StepBatches(local_batches(micro, mesh, device), counts, device)
+    return StepBatches(local_batches(micro, mesh), counts, mesh.device)
 
 
-def local_batches(micro: Sequence[Batch], mesh: Mesh, device: torch.device) -> list[Batch]:
+def local_batches(micro: Sequence[Batch], mesh: Mesh) -> list[Batch]:
     """This rank's part of its micro-batches (with Ulysses, of every sequence), on its device."""
-    return [batch.part(mesh.ulysses.rank, mesh.ulysses.size).to(device) for batch in micro]
+    return [batch.part(mesh.ulysses.rank, mesh.ulysses.size).to(mesh.device) for batch in micro]

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recycle_ds.config import RunConfig
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.loader import Batch, BatchLoader
 from recycle_ds.parallel.agree import on_all_ranks
@@ -48,16 +47,14 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
         engine: TrainingEngine,
         loader: BatchLoader,
         validation: BatchLoader | None,
         checkpointer: Checkpointer,
         observers: Observers,
-        device: torch.device,
     ) -> None:
+        config = engine.context.config
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
-        self.device = device
         self.state = TrainingState()
         self._steps = 0
         """Steps of this start, repeated ones included."""
@@ -90,7 +87,7 @@ class Trainer:
                 f"the run in {self.config.run_dir} is at step {state.step}, beyond {limit}; raise it, or use another run_dir"
             )
         start = RunStart(self.config, self.engine.model, state.step, last)
-        on_all_ranks(lambda: self._observers.at_start(start), mesh, self.device)
+        on_all_ranks(lambda: self._observers.at_start(start), mesh)
         if training.dry_run and state.step < last:
             self._dry_run()
         ended = self._loop(last, stop) or ("finished" if last == training.steps else "stop_at")
@@ -100,7 +97,7 @@ class Trainer:
                 f"step {self.state.step}: the last checkpoint could not be written to {self.config.run_dir}/checkpoints; "
                 f"free space there and restart: the run resumes from step {max(self._saver.saved_step, 0)}"
             )
-        on_all_ranks(lambda: self._observers.check(self.state.step), mesh, self.device)
+        on_all_ranks(lambda: self._observers.check(self.state.step), mesh)
         return ended
 
     def _loop(self, last: int, stop: StopRequest) -> str | None:
@@ -189,7 +186,7 @@ class Trainer:
         # at most about one pass over the files
         available = sum(validation.dataset.samples_per_epoch) // validation.global_batch_size
         batches = min(self.config.training.eval_batches, max(1, available))
-        found = evaluate(self.engine, validation, batches, self.device)
+        found = evaluate(self.engine, validation, batches)
         line: dict[str, object] = {
             "step": step,
             "eval_loss": found.loss,  # the backbone's
@@ -214,7 +211,7 @@ class Trainer:
 
     def _assemble(self, micro: list[Batch]) -> StepBatches:
         model = self.engine.model
-        return assemble(micro, 1 + model.depth, self.engine.mesh, self.device, model.loss_settings.counted_tokens)
+        return assemble(micro, 1 + model.depth, self.engine.mesh, model.loss_settings.counted_tokens)
 
     def _enter(self, step: int, phase: Phase) -> None:
         self._observers.at_phase(PhaseStart(step, phase))
@@ -232,7 +229,7 @@ class Trainer:
         update."""
         mesh = self.engine.mesh
         flags = [*(reason == name for name in REASONS), not self._saver.ended()]
-        votes = upload(torch.tensor(flags, dtype=torch.float64), self.device)
+        votes = upload(torch.tensor(flags, dtype=torch.float64), mesh.device)
         # every tensor rank of the last stage has the same sums: only one of them may count
         counts = mesh.last_stage and mesh.tensor.rank == 0
         shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))

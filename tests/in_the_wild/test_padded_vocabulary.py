@@ -133,7 +133,7 @@ def test_verified_text_has_the_distribution_over_real_tokens(seeded: bool, monke
 
 def _serve(rank: int, world_size: int) -> list[tuple[int, ...]] | None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    team = build_team(2, 1)
+    team = build_team(2, 1, torch.device("cpu"))
     model = build_model(CONFIG, RecycleConfig(layers=1), team.mesh, seed=5).eval()
     model.unnamed_ids = UNNAMED
     engine = team_engine(model, team, max_batch=4)

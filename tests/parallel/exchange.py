@@ -38,7 +38,7 @@ def run(rank: int, world_size: int) -> dict[str, tuple[Tensor, Gradients]]:
     from recycle_ds.parallel.mesh import build_mesh
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
-    axis = build_mesh(ParallelConfig(ulysses=world_size)).ulysses
+    axis = build_mesh(ParallelConfig(ulysses=world_size), torch.device("cpu")).ulysses
     query, key, value, grad = tensors()
 
     def ours(*parts: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def inverse(rank: int, world_size: int) -> bool:
     from recycle_ds.parallel.mesh import build_mesh
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
-    axis = build_mesh(ParallelConfig(ulysses=world_size)).ulysses
+    axis = build_mesh(ParallelConfig(ulysses=world_size), torch.device("cpu")).ulysses
     query, key, value, _ = tensors()
     own = slice(rank * LENGTH // world_size, (rank + 1) * LENGTH // world_size)
     parts = to_heads((query[own], key[own], value[own]), axis)

@@ -46,6 +46,7 @@ def _hold(config: RunConfig) -> Held:
     from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
+    from recycle_ds.training.run_context import RunContext
     from tests.parallel.planner_reality import live
 
     gc.unfreeze()
@@ -53,8 +54,8 @@ def _hold(config: RunConfig) -> Held:
     gc.freeze()
     device = torch.device("cpu")
     tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
-    mesh = build_mesh(config.parallel)
-    engine = build_engine(config, tree, mesh, device)
+    mesh = build_mesh(config.parallel, device)
+    engine = build_engine(RunContext(config, tree, mesh))
     master, training = engine.master, config.training
     for name in master.parameters:
         if not name.startswith("recycle."):
@@ -69,7 +70,7 @@ def _hold(config: RunConfig) -> Held:
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
     )
-    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, device)
+    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh)
     scales = batches.scales([0.0] + [0.5] * config.recycle.depth, mesh.replicas.size)
     attached = []
     last = engine.model.final_norm or list(engine.model.blocks.values())[-1]

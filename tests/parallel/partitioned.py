@@ -22,12 +22,13 @@ def build(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int,
     from recycle_ds.training.benchmark.live_memory import PeakMemory
     from recycle_ds.training.engine.build import _build_model
     from recycle_ds.training.engine.zero.choice import weights_at
+    from recycle_ds.training.run_context import RunContext
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
-    mesh = build_mesh(config.parallel)
-    tree = resolve_deepspeed(config, mesh.data.size)
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    context = RunContext(config, resolve_deepspeed(config, mesh.data.size), mesh)
     with PeakMemory() as tracker:
-        model, _ = _build_model(config, dict(tree), mesh, torch.device("cpu"), weights_at(3, mesh), initial=True)
+        model, _ = _build_model(context, weights_at(3, mesh), initial=True)
     held = sum(getattr(p, "ds_tensor", p).numel() * 4 for p in model.parameters())
     largest = max(getattr(p, "ds_numel", p.numel()) * 4 for p in model.parameters())
     weights = {}
@@ -45,12 +46,13 @@ def memory_after_steps(rank: int, world_size: int, config: RunConfig) -> tuple[i
     from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.training.benchmark.live_memory import bytes_of
     from recycle_ds.training.benchmark.subjects import OurSubject
+    from recycle_ds.training.run_context import RunContext
     from tests.parallel.planner_reality import live, size_of
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
     earlier = live()
-    mesh = build_mesh(config.parallel)
-    subject = OurSubject(config, resolve_deepspeed(config, mesh.data.size), mesh, torch.device("cpu"))
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    subject = OurSubject(RunContext(config, resolve_deepspeed(config, mesh.data.size), mesh))
     subject.step()
     subject.step()
     held = subject.held()

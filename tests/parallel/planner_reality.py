@@ -53,14 +53,15 @@ def _measure_one(config: RunConfig) -> tuple[int, int]:
     from recycle_ds.parallel.mesh import build_mesh
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
+    from recycle_ds.training.run_context import RunContext
 
     gc.unfreeze()
     earlier = live()  # kept alive, so that no later storage reuses the address of one of these
     gc.freeze()  # skip existing objects in later collections: a pass over a million objects of packages takes a second
     device = torch.device("cpu")
     tree = resolve_deepspeed(config, layout_of(config.parallel, torch.distributed.get_world_size()).data)
-    mesh = build_mesh(config.parallel)
-    engine = build_engine(config, tree, mesh, device)
+    mesh = build_mesh(config.parallel, device)
+    engine = build_engine(RunContext(config, tree, mesh))
     training = config.training
     loader = BatchLoader(
         open_dataset(config.data.train, Tokenizer.load(config.data.tokenizer), training.seq_length, training.seed),
@@ -70,7 +71,7 @@ def _measure_one(config: RunConfig) -> tuple[int, int]:
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
     )
-    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh, device)
+    batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh)
     scales = batches.scales([1.0] + [0.1] * config.recycle.depth, mesh.replicas.size)
     engine.passes.train(batches.micro, scales)
     engine.gradients.step(lambda _: True)

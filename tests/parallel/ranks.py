@@ -28,6 +28,11 @@ def run_all(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
     return endings
 
 
+def run_own(rank: int, world_size: int, runs: list[RunConfig]) -> str:
+    """Like `run_all`, with a configuration for each rank, as if each host had files of its own."""
+    return run_all(rank, world_size, [runs[rank]])[0]
+
+
 def run_quietly(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[str, str]]:
     """Like `run_all`, but also returns the output of each run."""
     import contextlib

@@ -47,7 +47,7 @@ def _model(mesh: Mesh | None, *, int8: bool) -> RecycleGPT:
 def _decode(rank: int, world_size: int, tensor: int, pipeline: int, asked: list[Asked]) -> None:
     """Decodes requests together and, with the same ranks, one after the other without drafts. The owner compares."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    team = build_team(tensor, pipeline)
+    team = build_team(tensor, pipeline, torch.device("cpu"))
     for int8 in (False, True):
         model = _model(team.mesh, int8=int8)
         with contextlib.redirect_stderr(io.StringIO()) as notes:
@@ -97,7 +97,7 @@ def _compute(rank: int, world_size: int, room: int, threads: int) -> tuple[list[
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.set_num_threads(threads)
     module._ROOM = room
-    team = build_team(world_size, 1)
+    team = build_team(world_size, 1, torch.device("cpu"))
     memory = common_memory(team.mesh.tensor.group, (LINE + 2 * room) * world_size)
     assert memory is not None
     ranks = SharedMemoryCollectives(team.mesh.tensor, memory, timeout=0.5 if rank == 0 else 60)
@@ -146,7 +146,7 @@ def _without_compiler(rank: int, world_size: int) -> tuple[str, list[int]]:
     if rank == 1:
         os.environ["CC"] = "no-such-compiler"
         library._loaded.cache_clear()
-    team = build_team(world_size, 1)
+    team = build_team(world_size, 1, torch.device("cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as notes:
         engine = team_engine(_model(team.mesh, int8=False), team, max_batch=1)
     if engine is None:
@@ -168,7 +168,7 @@ def test_a_rank_without_a_compiler() -> None:
 def _exchange_of(rank: int, world_size: int) -> tuple[bool, str | None]:
     """Whether ranks without shared memory have an exchange, and why they do without the kernels."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    team = build_team(world_size, 1)
+    team = build_team(world_size, 1, torch.device("cpu"))
     ranks = module.GroupCollectives(team.mesh.tensor)
     shared = collectives(team.mesh.tensor, torch.device("cpu")).exchange is not None
     return shared, StageWeights(_model(team.mesh, int8=False), ranks).why_not_compiled

@@ -19,7 +19,7 @@ from recycle_ds.config import RunConfig
 from recycle_ds.data.prepare import prepare
 from recycle_ds.data.tokenizer import Tokenizer
 from tests.distributed import run_in_sets, run_ranks
-from tests.parallel.ranks import run_all, run_quietly
+from tests.parallel.ranks import run_all, run_own, run_quietly
 from tests.runs import figures, make_corpus, tiny_run, zero
 from tests.unit.checkpoint.test_fuzz import change_bytes, change_files, change_json
 
@@ -88,6 +88,31 @@ def test_a_wrong_manifest_with_a_valid_digest_is_refused(root: Path) -> None:
     for ending, _ in endings:
         assert ending == "finished" or (ending.startswith("error: ") and "\n" not in ending), ending
     assert any("falling back" in output for _, output in endings)
+
+
+def test_hosts_with_other_files(tmp_path: Path) -> None:
+    """Prevents ranks that build models of different sizes and hang, or train on different data, because a host has an older
+    copy of them."""
+    first = make_corpus(tmp_path / "first")
+    wider, other = tmp_path / "wider", make_corpus(tmp_path / "other", seed=6)
+    prepare(str(first / "texts.jsonl"), wider, _widened(first, wider), validation_fraction=0.1, workers=1)
+    for copy in (wider, other):
+        runs = [tiny_run(corpus, tmp_path / f"run-{copy.name}") for corpus in (first, copy)]
+        ending, same = run_ranks(run_own, 2, runs, timeout=120)
+        assert ending == same
+        assert ending.startswith(
+            f"error: data.tokenizer ({runs[1].data.tokenizer}) or the token files of data.train are other "
+        )
+        assert "(rank 1 on " in ending
+
+
+def _widened(corpus: Path, folder: Path) -> Tokenizer:
+    """A corpus's tokenizer with one more token, in another folder."""
+    tree = json.loads((corpus / "tokenizer.json").read_text())
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 300, "content": "<|turn|>"})
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    return Tokenizer.load(folder)
 
 
 def test_a_checkpoint_keeps_the_end_token(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from recycle_ds.config import RunConfig, resolve_deepspeed
 from recycle_ds.training.engine.zero.choice import ADAPTERS
 from recycle_ds.training.engine.zero.internals import FUNCTIONS, changed_parameters, moved
 from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.run_context import RunContext
 from tests.distributed import run_ranks
 from tests.runs import tiny_run, zero
 
@@ -40,8 +41,8 @@ def _step_each(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[
     from recycle_ds.training.benchmark.subjects import OurSubject
 
     found = []
-    for config, mesh, device in _set_up(runs):
-        subject = OurSubject(config, resolve_deepspeed(config, 1), mesh, device)
+    for context in _set_up(runs):
+        subject = OurSubject(context)
         engine, norms = subject._engine, []
         engine.passes.train(subject._batches.micro, subject._scales)
         engine.gradients.step(lambda norm, norms=norms: not norms.append(norm))
@@ -58,8 +59,8 @@ def _build_without(rank: int, world_size: int, config: RunConfig) -> str:
     method = DeepSpeedZeroOptimizer.update_lp_params
     del DeepSpeedZeroOptimizer.update_lp_params
     try:
-        ((config, mesh, device),) = _set_up([config])
-        build_engine(config, resolve_deepspeed(config, 1), mesh, device)
+        (context,) = _set_up([config])
+        build_engine(context)
     except TrainingError as error:
         return str(error)
     finally:
@@ -67,12 +68,13 @@ def _build_without(rank: int, world_size: int, config: RunConfig) -> str:
     return ""
 
 
-def _set_up(runs: list[RunConfig]) -> Any:
+def _set_up(runs: list[RunConfig]) -> list[RunContext]:
     from recycle_ds.parallel import rendezvous
     from recycle_ds.parallel.mesh import build_mesh
 
     rendezvous.start(rendezvous.detect_launch(os.environ))
-    return [(config, build_mesh(config.parallel), torch.device("cpu")) for config in runs]
+    meshes = [build_mesh(config.parallel, torch.device("cpu")) for config in runs]
+    return [RunContext(one, resolve_deepspeed(one, 1), mesh) for one, mesh in zip(runs, meshes, strict=True)]
 
 
 def test_every_optimizer_is_the_one_that_its_adapter_was_written_for(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _serve(
     rank: int, world_size: int, tensor: int, pipeline: int, recycle: RecycleConfig, asked: list[Asked]
 ) -> list[Generation] | None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    team = build_team(tensor, pipeline)
+    team = build_team(tensor, pipeline, torch.device("cpu"))
     model = spread_added(build_model(CONFIG, recycle, team.mesh, seed=5).eval())
     model.draft_ids = torch.tensor(DRAFT_IDS)
     engine = team_engine(model, team, max_batch=12, kv_memory_gib=memory_of(model, 14))

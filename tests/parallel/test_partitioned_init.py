@@ -14,6 +14,7 @@ from recycle_ds.model.flops import parameters
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine.build import _build_model
 from recycle_ds.training.engine.zero.choice import weights_at
+from recycle_ds.training.run_context import RunContext
 from tests.distributed import run_ranks
 from tests.parallel.partitioned import build, memory_after_steps
 from tests.runs import make_corpus, tiny_run, zero
@@ -46,10 +47,8 @@ def test_unpartitioned_weights_are_built_in_their_dtype(tmp_path: Path, stage: i
     """Prevents the construction of a bf16 model from needing twice its memory, more than a ZeRO-2 rank needs later."""
     change = {"deepspeed": zero(stage), "training__dtype": dtype, "model__vocab_size": 320}
     config = tiny_run(tmp_path / "corpus", tmp_path / "run", **change)  # the data are not read
-    mesh, device = Mesh(), torch.device("cpu")
-    model, kept = _build_model(
-        config, resolve_deepspeed(config, 1), mesh, device, weights_at(stage, mesh), initial=True
-    )
+    context = RunContext(config, resolve_deepspeed(config, 1), Mesh())
+    model, kept = _build_model(context, weights_at(stage, context.mesh), initial=True)
     full = build_model(config.model, config.recycle, seed=config.training.seed)
     assert {parameter.element_size() for parameter in model.parameters()} == {element}
     for (name, actual), reference in zip(model.named_parameters(), full.parameters(), strict=True):

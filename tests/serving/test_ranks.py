@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from recycle_ds.checkpoint.loading import LoadedModel
@@ -82,7 +83,7 @@ def test_pipeline_ranks_answer_until_one_dies(loaded: LoadedModel, model_folder:
 def _idle(rank: int, world_size: int, seconds: float) -> int:
     """Serves a request before and after a pause that is longer than the timeout of the process groups."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds))
-    team = build_team(1, 2)
+    team = build_team(1, 2, torch.device("cpu"))
     engine = team_engine(build_model(CONFIG, RECYCLE, team.mesh, seed=5).eval(), team, max_batch=2)
     if engine is None:
         return 0

@@ -30,6 +30,7 @@ SUBPACKAGES = (
 PARTS = {
     "training": (
         "errors",
+        "run_context",
         "schedule",
         "state",
         "batches",

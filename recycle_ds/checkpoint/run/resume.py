@@ -19,13 +19,14 @@ from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.run.same_run import check_same_run
 from recycle_ds.checkpoint.sources import Source, assemble, check_tensors
-from recycle_ds.config import ModelConfig, RecycleConfig, RunConfig
+from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.model.build import whole_shapes
 from recycle_ds.model.sharding import pieces
 from recycle_ds.parallel.agree import SharedError, broadcast_from, on_all_ranks
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import MachineFault
 from recycle_ds.training.engine.build import TrainingEngine
+from recycle_ds.training.run_context import RunContext
 from recycle_ds.training.state import TrainingState
 
 RECYCLE = "recycle."
@@ -33,39 +34,35 @@ RECYCLE = "recycle."
 _EXTENSIONS = ("recycle.tap_", "recycle.confidence.")
 
 
-def checkpoint_to_resume(
-    config: RunConfig, identity: DataIdentity, mesh: Mesh, device: torch.device
-) -> tuple[Path, Manifest] | None:
+def checkpoint_to_resume(context: RunContext, identity: DataIdentity) -> tuple[Path, Manifest] | None:
     """The newest intact checkpoint of this run, or None if there is none. Prints the settings that have changed. Collective.
 
     Raises CheckpointError as `newest_of_run` and `check_same_run` do.
     """
 
     def report(text: str) -> None:
-        if mesh.is_first:
+        if context.mesh.is_first:
             print(text, flush=True)
 
-    found = newest_of_run(config, mesh, device, report)
+    found = newest_of_run(context, report)
     if found is not None:
-        for note in check_same_run(config, identity, found[1], found[0]):
+        for note in check_same_run(context.config, identity, found[1], found[0]):
             report(note)
     return found
 
 
-def begin(
-    config: RunConfig, found: tuple[Path, Manifest] | None, engine: TrainingEngine, device: torch.device
-) -> tuple[TrainingState, Path | None]:
+def begin(engine: TrainingEngine, found: tuple[Path, Manifest] | None) -> tuple[TrainingState, Path | None]:
     """Loads the checkpoint `found`, or else the weights of init_from; without either, the engine keeps its initial weights.
 
     Returns the training state, and the checkpoint if there is one. Raises CheckpointError. Collective.
     """
-    text, state, source = "", TrainingState(), None
+    config, text, state, source = engine.context.config, "", TrainingState(), None
     if found is not None:
         source, manifest = found
-        state = restore(engine, source, manifest, device)
+        state = restore(engine, source, manifest)
         text = f"resuming from {source}"
     elif config.init_from is not None:
-        weights, missing = initialise_from(engine, config.init_from, device)
+        weights, missing = initialise_from(engine, config.init_from)
         text = f"weights from {weights.folder}"
         if missing:
             text += f"; {len(missing)} tensors of the recycle module are newly initialised"
@@ -88,20 +85,19 @@ def begin(
     return state, source
 
 
-def newest_of_run(
-    config: RunConfig, mesh: Mesh, device: torch.device, warn: Callable[[str], None]
-) -> tuple[Path, Manifest] | None:
+def newest_of_run(context: RunContext, warn: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of the run with intact files, or None if the run has no checkpoint.
 
     Damaged ones are reported through `warn` and skipped. Raises CheckpointError if there are checkpoints and all are damaged.
     Collective: each rank verifies its share of the files, and all agree on the result.
     """
+    mesh, run_dir = context.mesh, Path(context.config.run_dir)
     # on shared file systems ranks may see different lists: all use rank 0's
-    names = broadcast_from(0, [folder.name for folder in completed(Path(config.run_dir))], mesh, device)
-    folders = [Path(config.run_dir) / "checkpoints" / name for name in names]
+    names = broadcast_from(0, [folder.name for folder in completed(run_dir)], mesh)
+    folders = [run_dir / "checkpoints" / name for name in names]
 
     def open_folder(folder: Path) -> Manifest:
-        return on_all_ranks(partial(_read_verified, folder, mesh), mesh, device)
+        return on_all_ranks(partial(_read_verified, folder, mesh), mesh)
 
     return newest_intact(folders, open_folder, warn, (SharedError, MachineFault))
 
@@ -113,25 +109,25 @@ def _read_verified(folder: Path, mesh: Mesh) -> Manifest:
     return source.manifest
 
 
-def restore(engine: TrainingEngine, folder: Path, manifest: Manifest, device: torch.device) -> TrainingState:
+def restore(engine: TrainingEngine, folder: Path, manifest: Manifest) -> TrainingState:
     """Loads weights, moments, Adam's step and, at the same world size, the random generators. Collective."""
     mesh = engine.mesh
     same_world_size = manifest.layout.get("world_size") == mesh.world_size
     generators = folder / f"rng-{mesh.rank:05d}.safetensors"
-    states = on_all_ranks(lambda: _read_generators(generators) if same_world_size else {}, mesh, device)
+    states = on_all_ranks(lambda: _read_generators(generators) if same_world_size else {}, mesh)
     _load_tensors(engine, PortableSource(folder, manifest), moments=True)
     engine.zero.adam_step = manifest.adam_step
     if same_world_size:
         torch.set_rng_state(states["cpu"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], device)
+        if mesh.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], mesh.device)
     else:
         torch.manual_seed(int(manifest.config["training"]["seed"]) * 1_000_003 + manifest.step * 1_009 + mesh.rank)
     recent = tuple((loss, norm) for loss, norm in manifest.recent)
     return TrainingState(manifest.step, manifest.next_sample, manifest.skipped, manifest.rollbacks, recent)
 
 
-def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> tuple[Source, list[str]]:
+def initialise_from(engine: TrainingEngine, path: str) -> tuple[Source, list[str]]:
     """Loads the weights of a run, a checkpoint or a folder in another format; each rank reads only its part.
 
     Returns the source, and the names of the recycle module's tensors that keep their initial values: all of them if the source
@@ -149,7 +145,7 @@ def initialise_from(engine: TrainingEngine, path: str, device: torch.device) -> 
         return source
 
     try:
-        source = on_all_ranks(open_checked, mesh, device)
+        source = on_all_ranks(open_checked, mesh)
     except SharedError as error:
         raise CheckpointError(f"init_from={path}: {error}") from None
     return source, _load_tensors(engine, source, moments=False, optional=(RECYCLE, *_EXTENSIONS))
@@ -187,8 +183,7 @@ def _load_tensors(
             source.probe({piece.name for row in table.values() for piece in row}.difference(absent))
         return absent
 
-    device = next(model.parameters()).device
-    missing = on_all_ranks(check, engine.mesh, device)
+    missing = on_all_ranks(check, engine.mesh)
     skipped = set(missing)
 
     def load() -> None:
@@ -200,7 +195,7 @@ def _load_tensors(
                 if present:  # parameters that were frozen have no moments
                     master.write(name, kind, assemble(source, table[name], master.shape(name), kind))
 
-    on_all_ranks(load, engine.mesh, device)
+    on_all_ranks(load, engine.mesh)
     master.refresh()
     return missing
 

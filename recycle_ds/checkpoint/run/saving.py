@@ -26,7 +26,6 @@ from recycle_ds.checkpoint.portable.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
 from recycle_ds.checkpoint.run.resume import newest_of_run, restore
 from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
-from recycle_ds.config import RunConfig
 from recycle_ds.config.atomic_files import TEMPORARY, fsync, write_atomically
 from recycle_ds.data.token_ranking import RANKING, write_ranking
 from recycle_ds.model.sharding import is_copy, pieces
@@ -51,25 +50,17 @@ class _Save:
 class PortableCheckpointer:
     """Saves a run's engine under run_dir/checkpoints. See `Checkpointer` in recycle_ds.training.state.
 
-    taken_by: returns the later start that has taken over the run folder, None if there is none. Rank 0 calls it before it
-    changes the folder; after a takeover `begin` and `finish` raise TakenOver on all ranks. ranking: the tokens by frequency,
-    on rank 0, for a run with a draft vocabulary. Construction is collective.
+    Before rank 0 changes the run folder, it asks whether a later start has taken it over; then `begin` and `finish` raise
+    TakenOver on all ranks. ranking: the tokens by frequency, on rank 0, for a run with a draft vocabulary. Construction is
+    collective.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        engine: TrainingEngine,
-        device: torch.device,
-        identity: DataIdentity,
-        taken_by: Callable[[], str | None] = lambda: None,
-        ranking: list[int] | None = None,
-    ) -> None:
-        self._config, self._engine, self._device = config, engine, device
-        self._identity, self._taken_by, self._ranking = identity, taken_by, ranking
+    def __init__(self, engine: TrainingEngine, identity: DataIdentity, ranking: list[int] | None = None) -> None:
+        self._context, self._engine, self._identity, self._ranking = engine.context, engine, identity, ranking
+        self._config = self._context.config
         # two starts never share a temporary folder, even if the earlier one has not noticed the takeover yet
-        self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh, device)
-        self._run_dir = Path(config.run_dir)
+        self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh)
+        self._run_dir = Path(self._config.run_dir)
         self._save: _Save | None = None
 
     def begin(self, state: TrainingState) -> bool:
@@ -83,8 +74,8 @@ class PortableCheckpointer:
         writer = ShardWriter(temporary, mesh.rank, int(self._config.training.save_buffer_gib * 2**30))
         self._gather(writer)
         generators = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self._device)
+        if mesh.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(mesh.device)
         writer.close(generators)
         self._save = _Save(state, self._engine.zero.adam_step, temporary, final, writer)
         return True
@@ -111,11 +102,11 @@ class PortableCheckpointer:
     def restore(self) -> tuple[TrainingState, Path] | None:
         """See `Checkpointer`. Raises CheckpointError if there are checkpoints and all are damaged."""
         assert self._save is None, "finish must be called first"
-        found = newest_of_run(self._config, self._engine.mesh, self._device, self._report)
+        found = newest_of_run(self._context, self._report)
         if found is None:
             return None
         folder, manifest = found
-        return restore(self._engine, folder, manifest, self._device), folder
+        return restore(self._engine, folder, manifest), folder
 
     def _report(self, text: str) -> None:
         if self._engine.mesh.is_first:
@@ -183,7 +174,7 @@ class PortableCheckpointer:
             os.rename(final, replaced)
         os.rename(temporary, final)
         fsync(final.parent)
-        if self._taken_by() is not None:  # in the meantime: do not overwrite the later start's `latest`
+        if self._context.taken_by() is not None:  # in the meantime: do not overwrite the later start's `latest`
             return
         try:  # the checkpoint is published: errors from here on are reported and do not undo it
             write_atomically(final.parent / "latest", f"{final.name}\n")
@@ -202,12 +193,12 @@ class PortableCheckpointer:
         later start has taken over the folder. Collective."""
         error, new_owner = None, None
         if self._engine.mesh.is_first:
-            new_owner = self._taken_by()
+            new_owner = self._context.taken_by()
             if new_owner is None:
                 error = disk_error(action)
                 # a disk error may come from a takeover, in which the later start deletes unfinished folders
-                new_owner = self._taken_by() if error is not None else None
-        new_owner = broadcast_from(0, new_owner, self._engine.mesh, self._device)
+                new_owner = self._context.taken_by() if error is not None else None
+        new_owner = broadcast_from(0, new_owner, self._engine.mesh)
         if new_owner is not None:
             raise TakenOver(self._config.run_dir, new_owner)
         return self._all_succeeded(error)
@@ -216,7 +207,7 @@ class PortableCheckpointer:
         """Whether no rank has an error; each rank prints its own. Collective."""
         if error is not None:
             print(f"warning: rank {self._engine.mesh.rank}: saving failed: {error}", flush=True)
-        failures = torch.tensor([error is not None], dtype=torch.int32, device=self._device)
+        failures = torch.tensor([error is not None], dtype=torch.int32, device=self._engine.mesh.device)
         if self._engine.mesh.world_size > 1:
             dist.all_reduce(failures)
         return int(failures.item()) == 0

@@ -120,7 +120,7 @@ def team_engine(
     model: this rank's shard of its stage. Returns the engine on the owner. On the other ranks it runs the owner's
     plans, and returns None when the owner has closed its engine.
     """
-    own = collectives(team.mesh.tensor, next(model.parameters()).device)
+    own = collectives(team.mesh.tensor, team.mesh.device)
     reason = _why_not_compiled(model, own, team)
     weights = StageWeights(model, own, compiled=reason is None)
     if team.owns:
@@ -134,7 +134,7 @@ def team_engine(
     vocabulary = Vocabulary(model.shard.first, max(model.shard.valid, 1), shards)
     runner = Runner(weights, Cache(weights, blocks, BLOCK_SIZE), vocabulary)
     keep_freed_memory()
-    executor = TeamExecutor(runner, team, weights.received_width, weights.dtype, weights.device)
+    executor = TeamExecutor(runner, team, weights.received_width, weights.dtype)
     if not team.owns:
         executor.follow()
         return None

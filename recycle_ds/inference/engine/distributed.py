@@ -50,11 +50,11 @@ class _Clock:
 class TeamExecutor:
     """The owner's executor, and what the other ranks run."""
 
-    def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """width, dtype, device: of the states from the stage before. Collective over the team."""
-        self._runner, self._team, self._width, self._dtype, self._device = runner, team, width, dtype, device
+    def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype) -> None:
+        """width, dtype: of the states from the stage before. Collective over the team."""
+        self._runner, self._team, self._width, self._dtype = runner, team, width, dtype
         self.depth = team.mesh.pipeline.size
-        self._links = open_links(team, device)
+        self._links = open_links(team)
         self._outcomes: deque[Outcome] = deque()
         self._broken = False
         self._clock = _Clock()
@@ -80,7 +80,7 @@ class TeamExecutor:
     def explanation(self) -> str:
         """See `Executor`. Only on CPUs: a GPU computes while its rank does something else. Waiting for other tensor ranks
         inside a step counts as busy."""
-        if self._broken or self._device.type != "cpu" or not self._links.reports:
+        if self._broken or self._team.mesh.device.type != "cpu" or not self._links.reports:
             return ""
         self._tell([_REPORT])
         shares = {self._team.owner: self._clock.idle_share()}

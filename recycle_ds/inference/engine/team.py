@@ -30,14 +30,15 @@ class Team:
         return self.mesh.rank == self.owner
 
 
-def build_team(tensor: int, pipeline: int) -> Team:
+def build_team(tensor: int, pipeline: int, device: torch.device) -> Team:
     """Divides the world into teams of tensor x pipeline ranks; each one decodes its own share of the requests.
 
-    Collective over the initialised world. Raises ConfigError on every rank if the degrees do not divide the world size.
+    device: this rank's own. Collective over the initialised world. Raises ConfigError on every rank if the degrees do not
+    divide the world size.
     """
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     layout = layout_of(parallel, dist.get_world_size())
-    mesh = build_mesh(parallel)
+    mesh = build_mesh(parallel, device)
     ranks: dict[int, list[int]] = {}
     for rank in range(layout.world_size):
         ranks.setdefault(layout.coordinates(rank).data, []).append(rank)
@@ -70,10 +71,10 @@ class Links:
                 channel.flush()
 
 
-def open_links(team: Team, device: torch.device) -> Links:
+def open_links(team: Team) -> Links:
     """Opens a team's channels: through shared memory where all its ranks are on one host, apart from the states of GPUs.
 
-    Collective over the team. device: of the states.
+    Collective over the team.
     """
     mesh, cpu = team.mesh, torch.device("cpu")
     stages = [mesh.rank] if mesh.pipeline.size == 1 else dist.get_process_group_ranks(mesh.pipeline.group)
@@ -101,8 +102,8 @@ def open_links(team: Team, device: torch.device) -> Links:
         found = share(routes, mine(routes, team.control, cpu), team.control, under_way)
         return {sum(routes[index]) - mesh.rank: channel for index, channel in found.items()}
 
-    own_states = mine(states, mesh.pipeline.group, device)
-    between = share(states, own_states, team.control, under_way) if device.type == "cpu" else dict(own_states)
+    own_states = mine(states, mesh.pipeline.group, mesh.device)
+    between = share(states, own_states, team.control, under_way) if mesh.device.type == "cpu" else dict(own_states)
     return Links(
         plans=by_peer(plans),
         reports=by_peer(reports),

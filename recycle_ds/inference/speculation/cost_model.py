@@ -30,8 +30,8 @@ class CostModel:
     full_scale: float = 1.0
     """How much more time calls take than when they were measured."""
     sizes_scale: list[float] = field(default_factory=list)
-    """How much more time full calls of each measured size take, beyond `full_scale`: attention to many contexts, and tokens that
-    are not as easy to choose as those that were timed."""
+    """How much more time full calls of each measured size take, beyond `full_scale`: attention to many contexts, and tokens
+    that are not as easy to choose as those that were timed."""
     drafting_scale: float = 1.0
     """How much more what drafts add to a step takes, those verified and those made, in proportion to full calls."""
 

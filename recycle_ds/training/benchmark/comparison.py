@@ -50,21 +50,20 @@ def raise_batch(config: RunConfig, ranks: int) -> RunConfig:
     return config.model_copy(update={"training": training.model_copy(update={"global_batch_size": least})})
 
 
-def run_benchmark(
-    config: RunConfig, mesh: Mesh, device: torch.device, *, rounds: int, seconds_at_most: float
-) -> dict[str, Any]:
+def run_benchmark(config: RunConfig, mesh: Mesh, *, rounds: int, seconds_at_most: float) -> dict[str, Any]:
     """Times all subjects in turns of one step and returns the report. Collective over all ranks.
 
     Each subject first runs two untimed steps: the first creates the optimizer state, the second measures memory. Rounds stop
     early after `seconds_at_most`, but not before three rounds, or `rounds` if that is fewer.
     """
-    subjects = build_subjects(config, mesh, device)
+    device = mesh.device
+    subjects = build_subjects(config, mesh)
     peaks = {name: _peak_of(subject, device) for name, subject in subjects.items()}
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     rates = []
     start = time.perf_counter()
     for number in range(rounds):
-        if number >= MIN_ROUNDS and _time_is_up(start, seconds_at_most, mesh, device):
+        if number >= MIN_ROUNDS and _time_is_up(start, seconds_at_most, mesh):
             break
         rates.append(matmul_rate(config.training.dtype, device) * mesh.world_size)
         for name, subject in subjects.items():
@@ -101,21 +100,21 @@ def ratios(config: RunConfig, seconds: dict[str, list[float]]) -> dict[str, floa
     }
 
 
-def profile_subjects(config: RunConfig, mesh: Mesh, device: torch.device, rows: int = 12) -> dict[str, str]:
+def profile_subjects(config: RunConfig, mesh: Mesh, rows: int = 12) -> dict[str, str]:
     """Per subject, the operations that take most of a step's time (torch.profiler)."""
     tables = {}
-    for name, subject in build_subjects(config, mesh, device).items():
+    for name, subject in build_subjects(config, mesh).items():
         subject.step()
         with torch.profiler.profile() as profiler:
             subject.step()
-        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        by = "self_cuda_time_total" if mesh.device.type == "cuda" else "self_cpu_time_total"
         tables[name] = profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=50)
     return tables
 
 
-def _time_is_up(start: float, limit: float, mesh: Mesh, device: torch.device) -> bool:
+def _time_is_up(start: float, limit: float, mesh: Mesh) -> bool:
     """Whether the first rank's clock is past the limit: all ranks must run the same number of rounds. Collective."""
-    time_is_up = torch.tensor(float(time.perf_counter() - start > limit), device=device)
+    time_is_up = torch.tensor(float(time.perf_counter() - start > limit), device=mesh.device)
     if mesh.world_size > 1:
         torch.distributed.broadcast(time_is_up, 0)
     return bool(time_is_up)

@@ -17,6 +17,7 @@ from recycle_ds.training.engine.build import build_engine
 from recycle_ds.training.engine.optimizer import AdamW, parameter_groups
 from recycle_ds.training.engine.zero.choice import weights_at, zero_adapter
 from recycle_ds.training.errors import TrainingError
+from recycle_ds.training.run_context import RunContext
 
 BACKBONE, RECYCLE, HUGGING_FACE = "backbone", "recycle", "huggingface"
 
@@ -37,11 +38,12 @@ class Subject(Protocol):
 class OurSubject:
     """RecycleGPT in its training engine."""
 
-    def __init__(self, config: RunConfig, tree: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, context: RunContext) -> None:
+        config, mesh = context.config, context.mesh
         self.config = config
-        self._engine = build_engine(config, tree, mesh, device)
+        self._engine = build_engine(context)
         depth = self._engine.model.depth
-        self._batches = assemble(random_batches(config, mesh, depth), 1 + depth, mesh, device)
+        self._batches = assemble(random_batches(config, mesh, depth), 1 + depth, mesh)
         weights = [1.0] + [config.recycle.loss_weight / max(1, depth)] * depth
         self._scales = self._batches.scales(weights, mesh.replicas.size)
 
@@ -58,21 +60,25 @@ class OurSubject:
 class HuggingFaceSubject:
     """transformers' LlamaForCausalLM of the same shape, under the same DeepSpeed settings and optimizer."""
 
-    def __init__(self, config: RunConfig, tree: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, context: RunContext) -> None:
         import deepspeed
         from transformers import LlamaForCausalLM
 
+        config, mesh = context.config, context.mesh
         self.config = config
         model = LlamaForCausalLM(llama_config(config))
-        self._model = model.to(device)
+        self._model = model.to(mesh.device)
         self._optimizer = AdamW(parameter_groups(self._model, config.training.weight_decay), config.training)
         self._engine, *_ = deepspeed.initialize(
-            model=self._model, optimizer=self._optimizer, config=tree, dist_init_required=False
+            model=self._model,
+            optimizer=self._optimizer,
+            config=dict(context.deepspeed_config),
+            dist_init_required=False,
         )
         weights = weights_at(self._engine.zero_optimization_stage(), mesh)
         self._zero = zero_adapter(self._engine, self._optimizer, mesh, weights)
         self._optimizer.hold = False
-        self._tokens = [batch.tokens_BS.to(device) for batch in random_batches(config, mesh, 0)]
+        self._tokens = [batch.tokens_BS.to(mesh.device) for batch in random_batches(config, mesh, 0)]
 
     def step(self) -> None:
         """See `Subject`."""
@@ -123,7 +129,7 @@ def random_batches(config: RunConfig, mesh: Mesh, depth: int) -> list[Batch]:
     return batches
 
 
-def build_subjects(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[str, Subject]:
+def build_subjects(config: RunConfig, mesh: Mesh) -> dict[str, Subject]:
     """The backbone alone, with its recycle module, and Hugging Face's. Raises TrainingError for settings they cannot share."""
     parallel = config.parallel
     if parallel.tensor * parallel.pipeline * parallel.ulysses > 1:
@@ -145,5 +151,6 @@ def build_subjects(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[
         HUGGING_FACE: (HuggingFaceSubject, plain),
     }
     return {
-        name: maker(own, resolve_deepspeed(own, mesh.data.size), mesh, device) for name, (maker, own) in makers.items()
+        name: maker(RunContext(own, resolve_deepspeed(own, mesh.data.size), mesh))
+        for name, (maker, own) in makers.items()
     }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from recycle_ds.config import RunConfig
 from recycle_ds.config.deepspeed_json import zero_stage
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.initialisation import initial_values
@@ -24,6 +23,7 @@ from recycle_ds.training.engine.passes import FullDepthPasses, Passes
 from recycle_ds.training.engine.pipeline import PipelinePasses, RecyclePipeline, idle_group
 from recycle_ds.training.engine.zero.adapter import Weights, ZeroAdapter
 from recycle_ds.training.engine.zero.choice import weights_at, zero_adapter
+from recycle_ds.training.run_context import RunContext
 
 # DeepSpeed warnings that do not apply here, as the parity tests show: the optimizer is torch's AdamW with a clipping factor;
 # batches and evaluation sums carry no gradient, so no hook needs to see them.
@@ -32,8 +32,10 @@ _HARMLESS_WARNINGS = ("untested optimizer", "unknown inputs or outputs type")
 
 @dataclass(frozen=True)
 class TrainingEngine:
-    """DeepSpeed's engine and optimizer with this rank's part of the model, its passes, gradient control and master state."""
+    """DeepSpeed's engine and optimizer with this rank's part of the model, its passes, gradient control and master state, and
+    the run that it was built for."""
 
+    context: RunContext
     engine: Any
     model: RecycleGPT
     passes: Passes
@@ -41,19 +43,20 @@ class TrainingEngine:
     zero: ZeroAdapter
     gradients: GradientControl
     master: MasterState
-    mesh: Mesh
     zero_stage: int
     compilation: Compilation
 
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the run."""
+        return self.context.mesh
 
-def build_engine(
-    config: RunConfig, deepspeed_config: dict[str, Any], mesh: Mesh, device: torch.device, *, initial: bool = True
-) -> TrainingEngine:
+
+def build_engine(context: RunContext, *, initial: bool = True) -> TrainingEngine:
     """Builds the model with its initial weights and wraps it. Collective over all ranks.
 
-    initial: False leaves the weights zero until a checkpoint is loaded, since drawing 70 B numbers takes minutes.
-    deepspeed_config: returned by `resolve_deepspeed`, which rejects what DeepSpeed computes wrongly. Under ZeRO-3 weights are
-    partitioned as they are created, so no rank ever holds the full model.
+    initial: False leaves the weights zero until a checkpoint is loaded, since drawing 70 B numbers takes minutes. Under ZeRO-3
+    weights are partitioned as they are created, so no rank ever holds the full model.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -61,11 +64,12 @@ def build_engine(
     logger.setLevel("WARNING")
     if not logger.filters:
         logger.addFilter(lambda record: not any(text in record.getMessage() for text in _HARMLESS_WARNINGS))
-    training = config.training
-    set_fp32_products(training.tf32, device)
+    config, mesh, training = context.config, context.mesh, context.config.training
+    deepspeed_config = dict(context.deepspeed_config)
+    set_fp32_products(training.tf32, mesh.device)
     stage = zero_stage(deepspeed_config)
     weights = weights_at(stage, mesh)
-    model, frozen = _build_model(config, deepspeed_config, mesh, device, weights, initial)
+    model, frozen = _build_model(context, weights, initial)
     pipeline = mesh.pipeline.size > 1
     with redirect_stdout(StringIO()):  # hides DeepSpeed's own report; run.json describes the run
         module = RecyclePipeline(model) if pipeline else model
@@ -79,7 +83,7 @@ def build_engine(
             mpu=None if pipeline else ModelParallelUnit(mesh),  # a pipeline has its own grid, in the same order
             dist_init_required=False,
         )
-    compilation = compile_model(model, config, device, stage, mesh=mesh)
+    compilation = compile_model(model, config, mesh, stage)
     zero = zero_adapter(engine, optimizer, mesh, weights)
     if pipeline:
         zero.prepare_pipeline()
@@ -88,21 +92,16 @@ def build_engine(
     control = GradientControl(zero, model, optimizer, passes, training.gradient_clipping, separate=separate)
     zero.allocate_moments()
     master = MasterState(zero, model, frozen)
-    return TrainingEngine(engine, model, passes, optimizer, zero, control, master, mesh, stage, compilation)
+    return TrainingEngine(context, engine, model, passes, optimizer, zero, control, master, stage, compilation)
 
 
 def _build_model(
-    config: RunConfig,
-    deepspeed_config: dict[str, Any],
-    mesh: Mesh,
-    device: torch.device,
-    weights: Weights,
-    initial: bool,
+    context: RunContext, weights: Weights, initial: bool
 ) -> tuple[RecycleGPT, dict[str, torch.Tensor | None] | None]:
     """The model, and fp32 host copies of the frozen weights that this replica saves (None unless training in bf16): only of
     those that bf16 rounds."""
-    training = config.training
-    with weights.creating(deepspeed_config):
+    config, mesh, training = context.config, context.mesh, context.config.training
+    with weights.creating(dict(context.deepspeed_config)):
         model = build_model(
             config.model,
             config.recycle,
@@ -115,7 +114,7 @@ def _build_model(
             loss_chunk=training.loss_chunk,
             seq_length=training.seq_length,
         )
-    model = model.to(device)
+    model = model.to(mesh.device)
     freeze(model, config.recycle.gradient)
     kept: dict[str, torch.Tensor | None] = {}
     owners = owning_replica([name for name, _ in model.named_parameters()], mesh.replicas.size)
@@ -127,13 +126,13 @@ def _build_model(
     return model, kept if training.dtype == "bf16" else None
 
 
-def train_on_drafts(engine: TrainingEngine, config: RunConfig, ranking: list[int] | None, device: torch.device) -> None:
+def train_on_drafts(engine: TrainingEngine, ranking: list[int] | None) -> None:
     """Restricts the module's losses to the draft vocabulary, if the run says so. ranking: all tokens, the most frequent first,
     on rank 0. Collective over all ranks."""
-    count = config.recycle.draft_vocabulary
-    if config.recycle.draft_vocabulary_in_training and count is not None:
-        ids = broadcast_from(0, sorted((ranking or [])[:count]), engine.mesh, device)
-        engine.model.train_on_drafts(torch.tensor(ids, device=device))
+    recycle, mesh = engine.context.config.recycle, engine.mesh
+    if recycle.draft_vocabulary_in_training and recycle.draft_vocabulary is not None:
+        ids = broadcast_from(0, sorted((ranking or [])[: recycle.draft_vocabulary]), mesh)
+        engine.model.train_on_drafts(torch.tensor(ids, device=mesh.device))
 
 
 def freeze(model: RecycleGPT, gradient: str) -> None:

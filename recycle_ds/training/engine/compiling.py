@@ -48,32 +48,30 @@ class Compilation:
         return f"compiled {self.regions}: {graphs} graphs in {seconds:.1f} s (training.compile=false turns it off)"
 
 
-def choose(
-    setting: bool | str, device: torch.device, *, tensor: int, pipeline: int, zero_stage: int, mesh: Mesh | None = None
-) -> Compilation:
+def choose(setting: bool | str, mesh: Mesh, zero_stage: int) -> Compilation:
     """What `training.compile` means here. "auto" compiles on CUDA, except in a pipeline and where code cannot be compiled.
 
-    Collective over all ranks of `mesh` on CUDA, unless the setting is False: they compile alike. Raises TrainingError on all
+    Collective over all ranks on CUDA, unless the setting is False: they compile alike. Raises TrainingError on all
     of them if the setting is True and the code of one of them cannot be compiled.
     """
     if setting is False:
         return Compilation()
     if setting == "auto":
-        if device.type != "cuda":
+        if mesh.device.type != "cuda":
             return Compilation()
-        if pipeline > 1:
+        if mesh.pipeline.size > 1:
             return Compilation(reason="training.compile does not work in a pipeline")
         if not has_triton():
             return Compilation(
                 reason="Triton is missing or does not support this GPU; training takes longer without it"
             )
-    if device.type == "cuda":
-        reason = _agreed_reason(device, mesh or Mesh())
+    if mesh.device.type == "cuda":
+        reason = _agreed_reason(mesh)
         if reason and setting is True:
             raise TrainingError(f"training.compile=true: {reason}; mend that, or set training.compile=false")
         if reason:
             return Compilation(reason=f"{reason}; training takes longer without it")
-    return Compilation(FUNCTIONS if tensor > 1 or zero_stage == 3 else BLOCKS)
+    return Compilation(FUNCTIONS if mesh.tensor.size > 1 or zero_stage == 3 else BLOCKS)
 
 
 def why_not(device: torch.device) -> str:
@@ -89,39 +87,26 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
-def _agreed_reason(device: torch.device, mesh: Mesh) -> str:
+def _agreed_reason(mesh: Mesh) -> str:
     """`why_not` of a rank that has a reason, the same on all ranks. Collective over all ranks."""
 
     def check() -> None:
-        reason = why_not(device)
+        reason = why_not(mesh.device)
         if reason:  # raised here: an error of a disk as its context would end the job
             raise TrainingError(reason)
 
     try:
-        on_all_ranks(check, mesh, device)
+        on_all_ranks(check, mesh)
     except SharedError as error:
         return str(error)
     return ""
 
 
 def compile_model(
-    model: RecycleGPT,
-    config: RunConfig,
-    device: torch.device,
-    zero_stage: int,
-    backend: Any = "inductor",
-    mesh: Mesh | None = None,
+    model: RecycleGPT, config: RunConfig, mesh: Mesh, zero_stage: int, backend: Any = "inductor"
 ) -> Compilation:
     """Compiles the model's regions as the run is configured. Code is generated when each is first called. See `choose`."""
-    parallel = config.parallel
-    chosen = choose(
-        config.training.compile,
-        device,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        zero_stage=zero_stage,
-        mesh=mesh,
-    )
+    chosen = choose(config.training.compile, mesh, zero_stage)
     if chosen.regions:
         compile_regions(model, chosen.regions, backend)
     return chosen

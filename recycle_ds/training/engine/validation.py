@@ -11,12 +11,12 @@ from recycle_ds.training.batches import local_batches
 from recycle_ds.training.engine.build import TrainingEngine
 
 
-def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int, device: torch.device) -> EvaluationResult:
+def evaluate(engine: TrainingEngine, loader: BatchLoader, batches: int) -> EvaluationResult:
     """Runs the first `batches` global batches of the loader. Collective over all ranks."""
     mesh, size = engine.mesh, loader.global_batch_size
-    totals = torch.zeros(SUMS, 1 + engine.model.depth, dtype=torch.float64, device=device)
+    totals = torch.zeros(SUMS, 1 + engine.model.depth, dtype=torch.float64, device=mesh.device)
     for number in range(batches):
-        totals += engine.passes.evaluate(local_batches(loader.step(number * size), mesh, device))
+        totals += engine.passes.evaluate(local_batches(loader.step(number * size), mesh))
     # tensor and ulysses ranks of the last stage hold the same sums: only one of them may count
     if not (mesh.last_stage and mesh.tensor.rank == 0 and mesh.ulysses.rank == 0):
         totals.zero_()

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from recycle_ds.config import RecycleError, RunConfig
+from recycle_ds.config import RecycleError
 from recycle_ds.parallel.job import FINISHED, SAVED_FOR_RESTART, STOPPED_BY_USER, Job, ShellNotInformed
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, REASONS, STOP_FILE, StopRequest
+from recycle_ds.training.run_context import RunContext
 
 STOP = "stop"
 """A file of this name in run_dir makes the run save and exit without a requeue; a batch job's shell uses another file."""
 
 
-def stop_request(config: RunConfig, mesh: Mesh, job: Job, taken_by: Callable[[], str | None]) -> StopRequest:
+def stop_request(context: RunContext) -> StopRequest:
     """The stop request of this rank. Only the first rank checks the stop files, the job's end time and the run lock."""
-    if not mesh.is_first:
+    if not context.mesh.is_first:
         return StopRequest()
+    job, own = context.job, {Path(context.config.run_dir) / STOP: STOP_FILE}
     files = {job.stop_file: JOB_SIGNAL} if job.stop_file else {}
-    return StopRequest(files | {Path(config.run_dir) / STOP: STOP_FILE}, job.end, taken_by)
+    return StopRequest(files | own, job.end, context.taken_by)
 
 
 def conclude(job: Job, ended: str) -> None:

@@ -6,7 +6,6 @@ import time
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
 from recycle_ds.parallel.mesh import Mesh
@@ -26,9 +25,9 @@ class SlowRanks(Observer):
     every_rank = True  # the times are gathered: collective on logged steps
     on_error = "raise"
 
-    def __init__(self, module: nn.Module, mesh: Mesh, device: torch.device, ratio: float) -> None:
+    def __init__(self, module: nn.Module, mesh: Mesh, ratio: float) -> None:
         """module: see `WorkTimer`."""
-        self._work, self._stages, self._ratio = WorkTimer(module, mesh, device), mesh.pipeline.size, ratio
+        self._work, self._stages, self._ratio = WorkTimer(module, mesh), mesh.pipeline.size, ratio
         self._reading_since = 0.0
         self._has_first_step = False
 

@@ -23,10 +23,10 @@ class WorkTimer:
     rank shows as a slow group.
     """
 
-    def __init__(self, module: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         """module: its forward pass is timed. It must not be one that torch.compile compiles, as DeepSpeed's engine does its
         own module: CUDA events that are recorded inside a compiled graph are lost."""
-        self._mesh, self._device = mesh, device
+        self._mesh = mesh
         self._seconds, self._steps = 0.0, 0
         self._start: Any = None
         self._events: list[tuple[Any, Any]] = []
@@ -47,9 +47,9 @@ class WorkTimer:
     def gather(self) -> list[float]:
         """Mean seconds of a rank's own work per step since the last call, by rank. Collective; synchronises the device."""
         if self._events:
-            synchronise(self._device)
+            synchronise(self._mesh.device)
         own = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        shared = torch.tensor([own / max(1, self._steps)], dtype=torch.float64, device=self._device)
+        shared = torch.tensor([own / max(1, self._steps)], dtype=torch.float64, device=self._mesh.device)
         self.reset()
         if self._mesh.world_size == 1:
             return shared.tolist()
@@ -69,7 +69,7 @@ class WorkTimer:
         return self._hosts[rank]
 
     def _before_forward(self, *_: Any) -> None:
-        if self._device.type == "cuda":
+        if self._mesh.device.type == "cuda":
             self._start = torch.cuda.Event(enable_timing=True)
             self._start.record()
         else:
@@ -78,7 +78,7 @@ class WorkTimer:
     def _after_forward(self, *_: Any) -> None:
         if self._start is None:
             return
-        if self._device.type == "cuda":
+        if self._mesh.device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             self._events.append((self._start, end))

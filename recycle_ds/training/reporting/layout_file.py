@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recycle_ds.config import RunConfig
 from recycle_ds.config.atomic_files import write_json_atomically
 from recycle_ds.model.flops import parameters
 from recycle_ds.training.engine.build import TrainingEngine, local_parameters
 
 
-def write_layout_file(config: RunConfig, engine: TrainingEngine, device: torch.device) -> None:
+def write_layout_file(engine: TrainingEngine) -> None:
     """Writes run_dir/run.json from the process groups that were built, and prints one line. Collective."""
-    mesh = engine.mesh
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(mesh.world_size)]
-    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=device))
+    config, mesh = engine.context.config, engine.mesh
+    counts = [torch.zeros(1, dtype=torch.int64, device=mesh.device) for _ in range(mesh.world_size)]
+    dist.all_gather(counts, torch.tensor([local_parameters(engine)], dtype=torch.int64, device=mesh.device))
     total = parameters(config.model, config.recycle)
     if not mesh.is_first:
         return
@@ -42,4 +41,4 @@ def write_layout_file(config: RunConfig, engine: TrainingEngine, device: torch.d
     }
     shown = " x ".join(text for text, wanted in degrees.items() if wanted)
     layout = f"{shown}, ZeRO {engine.zero_stage}, {config.training.dtype}"
-    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {device.type}: {layout}", flush=True)
+    print(f"{total / 1e6:.1f} M parameters on {mesh.world_size} rank(s) of {mesh.device.type}: {layout}", flush=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from recycle_ds.config import RunConfig, save_config
-from recycle_ds.parallel.job import Job
+from recycle_ds.config import save_config
 from recycle_ds.training.engine.build import TrainingEngine
 from recycle_ds.training.faults.slow_ranks import SlowRanks
 from recycle_ds.training.faults.stop_requests import StopRequest
@@ -26,27 +23,21 @@ from recycle_ds.training.reporting.step_figures import StepFigures
 from recycle_ds.training.reporting.summary import Summary
 from recycle_ds.training.reporting.tensorboard import TensorBoard
 from recycle_ds.training.reporting.weights_and_biases import WeightsAndBiases
+from recycle_ds.training.run_context import RunContext
 from recycle_ds.training.state import TrainingState
 
 
-def open_run_logs(
-    config: RunConfig,
-    job: Job,
-    state: TrainingState,
-    source: Path | None,
-    taken_by: Callable[[], str | None],
-    started: float,
-) -> list[Observer]:
+def open_run_logs(context: RunContext, state: TrainingState, source: Path | None) -> list[Observer]:
     """The logs of rank 0. Writes the resolved configuration, trims the metrics log to the state, and opens a new session of the
     summary.
 
-    source: the checkpoint that the run resumes from, if any. taken_by, started: see `SessionLog`.
+    source: the checkpoint that the run resumes from, if any.
     """
-    training, run_dir = config.training, Path(config.run_dir)
-    save_config(config, run_dir / "config.yaml")
+    training, run_dir, job = context.config.training, Path(context.config.run_dir), context.job
+    save_config(context.config, run_dir / "config.yaml")
     tokens = training.global_batch_size * training.seq_length
-    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=taken_by)
-    sessions.begin(state.step, started)
+    sessions = SessionLog(run_dir, job, tokens_per_step=tokens, target=training.steps, taken_by=context.taken_by)
+    sessions.begin(state.step, context.started)
     metrics = MetricsLog(run_dir, resumed_step=state.step)
     if source is not None:
         metrics.write({"event": "resume", "step": state.step, "checkpoint": str(source)})
@@ -57,17 +48,13 @@ def open_run_logs(
 
 
 def observers_of_run(
-    config: RunConfig,
-    engine: TrainingEngine,
-    device: torch.device,
-    stop: StopRequest,
-    logs: Sequence[Observer],
-    given: Sequence[Observer],
+    engine: TrainingEngine, stop: StopRequest, logs: Sequence[Observer], given: Sequence[Observer]
 ) -> Observers:
     """All observers of a run on this rank, in the order in which they are called: heartbeats and stop requests first, then
     what makes figures, what writes them, and the user's. logs: those of `open_run_logs`, on rank 0. given: the user's, called
     after those of the configuration. Raises ConfigError if one of the configuration's cannot be created."""
-    mesh, faults, run_dir = engine.mesh, config.faults, Path(config.run_dir)
+    config, mesh = engine.context.config, engine.mesh
+    faults, run_dir = config.faults, Path(config.run_dir)
     # a pipeline, which is never compiled, calls the module and not the engine
     timed = engine.engine if mesh.pipeline.size == 1 else engine.model
     own: list[Observer] = [
@@ -75,8 +62,8 @@ def observers_of_run(
         CollectiveTimeouts(faults.hang_timeout),
         stop,
         StepProfiler(config.training.profile, run_dir, mesh.rank),
-        StepFigures(config, mesh, engine.model.depth, device),
-        SlowRanks(timed, mesh, device, faults.straggler_ratio),
+        StepFigures(config, mesh, engine.model.depth),
+        SlowRanks(timed, mesh, faults.straggler_ratio),
         *logs,
         *([CompileTime(engine.compilation.report)] if mesh.is_first else []),
     ]

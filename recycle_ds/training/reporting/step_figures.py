@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from recycle_ds.config import RunConfig
 from recycle_ds.model.flops import training_flops_per_token
 from recycle_ds.parallel.device import peak_flops, peak_memory_gib, synchronise
@@ -20,14 +18,14 @@ class StepFigures(Observer):
     every_rank = True  # each waits for its own device
     on_error = "raise"
 
-    def __init__(self, config: RunConfig, mesh: Mesh, depth: int, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, depth: int) -> None:
         """depth: unrolled steps of the recycle module."""
-        self._config, self._depth, self._device = config, depth, device
+        self._config, self._depth, self._device = config, depth, mesh.device
         self._seconds, self._steps = 0.0, 0
         training = config.training
         self._flops = training_flops_per_token(config.model, config.recycle, training.seq_length)
-        arithmetic = "tf32" if training.tf32 and device.type == "cuda" else training.dtype
-        self._peak = peak_flops(arithmetic, device) * mesh.world_size
+        arithmetic = "tf32" if training.tf32 and mesh.device.type == "cuda" else training.dtype
+        self._peak = peak_flops(arithmetic, mesh.device) * mesh.world_size
 
     def after_step(self, end: StepEnd) -> None:
         """Counts the step and its time, also if it is repeated."""

@@ -116,6 +116,16 @@ def test_errors_name_path_values_and_neighbour(override: str, expected: list[str
         assert part in message
 
 
+def test_the_vocabulary_of_the_tokenizer_is_filled_in() -> None:
+    """Prevents a model without rows for some of the tokenizer's tokens, and one whose padded vocabulary is cut."""
+    config = load_config("demo")
+    assert config.model.vocab_size is None and config.with_vocabulary(300).model.vocab_size == 300
+    padded = load_config("demo", ["model.vocab_size=320"])
+    assert padded.with_vocabulary(300) == padded == padded.with_vocabulary(320)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(320\) is smaller than .* vocabulary \(321\): raise it"):
+        padded.with_vocabulary(321)
+
+
 def test_tf32_is_for_fp32() -> None:
     """Prevents a setting without effect that a user relies on."""
     with pytest.raises(ConfigError, match=r"training\.tf32=true is for training\.dtype=fp32, not bf16"):

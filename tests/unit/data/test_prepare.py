@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 from recycle_ds.config.schema import DataConfig, PrepareConfig, TokenSource
 from recycle_ds.data.encoding import encode_in_order
 from recycle_ds.data.errors import DataError
-from recycle_ds.data.prepare import is_validation, prepare, prepare_if_missing
+from recycle_ds.data.prepare import is_validation, prepare, prepare_if_missing, vocabulary_size
 from recycle_ds.data.sources import read_documents
 from recycle_ds.data.token_files import open_token_file, read_sidecar
 from recycle_ds.data.tokenizer import Tokenizer
@@ -202,10 +202,11 @@ def config(tmp_path: Path, jsonl: Write, texts: list[str]) -> DataConfig:
 
 def test_missing_data_are_prepared_once(config: DataConfig, tmp_path: Path) -> None:
     """Prevents a first run that fails without data, and a second run that prepares them again."""
+    before = vocabulary_size(config)
     report = prepare_if_missing(config, workers=1)
     assert report is not None
     tokenizer = Tokenizer.load(config.tokenizer)
-    assert tokenizer.vocab_size == 400
+    assert tokenizer.vocab_size == 400 == before
     made = contents(tmp_path / "data")
     for source in (*config.train, *config.validation):
         assert open_token_file(source.path, tokenizer).tokens > 0
@@ -232,6 +233,17 @@ def test_data_that_were_made_with_other_settings(config: DataConfig, change: dic
     changed = config.model_copy(update={"prepare": config.prepare.model_copy(update=change)})
     with pytest.raises(DataError, match=message):
         prepare_if_missing(changed, workers=1)
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_in_use(
+    config: DataConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Prevents a model with the vocabulary that data.prepare names if the tokenizer is another file, or exists already."""
+    tokenizer.save(tmp_path / "data")
+    assert vocabulary_size(config) == tokenizer.vocab_size != 400
+    assert vocabulary_size(config.model_copy(update={"tokenizer": str(tmp_path / "data")})) == tokenizer.vocab_size
+    with pytest.raises(DataError, match=r"no such tokenizer: .*other/tokenizer\.json"):
+        vocabulary_size(config.model_copy(update={"tokenizer": str(tmp_path / "other" / "tokenizer.json")}))
 
 
 def test_missing_data_without_settings_to_prepare_them(

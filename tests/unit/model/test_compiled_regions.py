@@ -19,6 +19,7 @@ from recycle_ds.model import RecycleGPT, attention, build_model, masks
 from recycle_ds.model.losses.fused import FusedLosses
 from recycle_ds.parallel.agree import on_all_ranks
 from recycle_ds.parallel.compiler import RECOMPILE_LIMIT
+from recycle_ds.parallel.mesh import Axis, Mesh
 from recycle_ds.training.engine.compiling import BLOCKS, FUNCTIONS, choose, compile_regions, why_not
 from recycle_ds.training.errors import TrainingError
 
@@ -194,23 +195,22 @@ def test_when_training_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     GPU without Triton or a C compiler that fails at the first step or that is slow without a word."""
     from recycle_ds.training.engine import compiling
 
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    one: dict[str, int] = {"tensor": 1, "pipeline": 1, "zero_stage": 1}
+    cpu, cuda, two = Mesh(), Mesh(device=torch.device("cuda")), Axis(0, 2)
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
-    monkeypatch.setattr(compiling, "on_all_ranks", lambda action, mesh, _: on_all_ranks(action, mesh, cpu))
-    assert choose("auto", cpu, **one).regions == "" == choose(False, cuda, **one).regions
-    assert choose("auto", cuda, **one).regions == choose(True, cpu, **one).regions == BLOCKS
-    assert choose("auto", cuda, **one | {"zero_stage": 3}).regions == FUNCTIONS
-    assert choose("auto", cuda, **one | {"tensor": 2}).regions == FUNCTIONS
-    assert "pipeline" in choose("auto", cuda, **one | {"pipeline": 2}).report()
+    monkeypatch.setattr(compiling, "on_all_ranks", lambda action, mesh: on_all_ranks(action, Mesh()))
+    assert choose("auto", cpu, 1).regions == "" == choose(False, cuda, 1).regions
+    assert choose("auto", cuda, 1).regions == choose(True, cpu, 1).regions == BLOCKS
+    assert choose("auto", cuda, 3).regions == FUNCTIONS
+    assert choose("auto", replace(cuda, tensor=two), 1).regions == FUNCTIONS
+    assert "pipeline" in choose("auto", replace(cuda, pipeline=two), 1).report()
     monkeypatch.setattr(compiling, "why_not", lambda device: "no C compiler")
-    assert choose("auto", cuda, **one).report().startswith("not compiled: no C compiler; ")
+    assert choose("auto", cuda, 1).report().startswith("not compiled: no C compiler; ")
     with pytest.raises(TrainingError, match=r"training\.compile=true: no C compiler; .* training\.compile=false"):
-        choose(True, cuda, **one)
+        choose(True, cuda, 1)
     monkeypatch.setattr(compiling, "has_triton", lambda: False)
-    assert choose("auto", cuda, **one).report().startswith("not compiled: Triton")
-    assert choose("auto", cpu, **one).report() == ""
+    assert choose("auto", cuda, 1).report().startswith("not compiled: Triton")
+    assert choose("auto", cpu, 1).report() == ""
 
 
 def test_a_compiler_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

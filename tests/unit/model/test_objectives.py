@@ -203,7 +203,7 @@ def test_evaluation_over_the_draft_vocabulary() -> None:
     batch = Batch(tokens_BT[:, :-1], positions, documents_BT[:, :-1], targets.inputs, targets.targets)
     found, counts = (
         model.evaluate(batch),
-        assemble([batch], 3, Mesh(), torch.device("cpu"), model.loss_settings.counted_tokens).counts,
+        assemble([batch], 3, Mesh(), model.loss_settings.counted_tokens).counts,
     )
     states = model.states(batch)
     best = model.logits(states[0]).argmax(-1)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from recycle_ds.config import ConfigError
 from recycle_ds.parallel.agree import SharedError, on_all_ranks
@@ -77,13 +76,12 @@ def test_a_transient_file_system_error_is_not_the_users() -> None:
         except OSError:
             raise ConfigError("reworded") from None
 
-    device = torch.device("cpu")
     for number in (errno.ESTALE, errno.EIO, errno.ENOSPC):
         with pytest.raises(MachineFault, match="data"):
-            on_all_ranks(lambda n=number: fail(OSError(n, "unreachable", "data")), Mesh(), device)  # type: ignore[misc]
+            on_all_ranks(lambda n=number: fail(OSError(n, "unreachable", "data")), Mesh())  # type: ignore[misc]
         with pytest.raises(MachineFault, match="reworded"):
-            on_all_ranks(lambda n=number: wrap(OSError(n, "unreachable")), Mesh(), device)  # type: ignore[misc]
+            on_all_ranks(lambda n=number: wrap(OSError(n, "unreachable")), Mesh())  # type: ignore[misc]
     with pytest.raises(SharedError, match="no such thing"):
-        on_all_ranks(lambda: fail(FileNotFoundError(errno.ENOENT, "no such thing")), Mesh(), device)
+        on_all_ranks(lambda: fail(FileNotFoundError(errno.ENOENT, "no such thing")), Mesh())
     with pytest.raises(SharedError, match="wrong"):
-        on_all_ranks(lambda: fail(ConfigError("wrong")), Mesh(), device)
+        on_all_ranks(lambda: fail(ConfigError("wrong")), Mesh())

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -67,9 +68,11 @@ def test_wrong_cluster_is_one_line() -> None:
     assert find_gpu("H100", 60).memory_gib == 60
 
 
-def test_unknown_vocabulary_is_one_line() -> None:
-    """Prevents a traceback if the tokenizer of the run does not exist yet."""
+def test_unknown_vocabulary_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback if the tokenizer of the run does not exist, and an error if the run itself trains it."""
+    monkeypatch.chdir(tmp_path)
     path = str(ROOT / "ds_configs" / "runs" / "demo.yaml")
     with pytest.raises(PlanningError, match=r"model\.vocab_size is not given"):
         command.read_run(path, ["data.tokenizer=nowhere/tokenizer.json"])
     assert command.read_run(path, ["model.vocab_size=1024"]).model.vocab_size == 1024
+    assert command.read_run(path, ["data.prepare.tokenizer_vocab=777"]).model.vocab_size == 777

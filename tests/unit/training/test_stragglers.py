@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,24 @@ def _times(rank: int, world_size: int, corpus: str, folder: str) -> tuple[list[f
     from recycle_ds.training.batches import assemble
     from recycle_ds.training.engine.build import build_engine
     from recycle_ds.training.faults.slow_ranks import SlowRanks
+    from recycle_ds.training.run_context import RunContext
 
     rendezvous.quiet_libraries()
     rendezvous.start(rendezvous.detect_launch({}))
     try:
         config = tiny_run(Path(corpus), Path(folder), training__global_batch_size=2, model__vocab_size=300)
-        mesh, device = build_mesh(config.parallel), torch.device("cpu")
-        engine = build_engine(config, resolve_deepspeed(config, 1), mesh, device)
-        work = SlowRanks(engine.engine, mesh, device, 2.0)._work
-        work._device, torch.cuda.Event = torch.device("cuda"), Event  # type: ignore[assignment,misc]
+        mesh = build_mesh(config.parallel, torch.device("cpu"))
+        engine = build_engine(RunContext(config, resolve_deepspeed(config, 1), mesh))
+        work = SlowRanks(engine.engine, mesh, 2.0)._work
+        work._mesh = replace(mesh, device=torch.device("cuda"))
+        torch.cuda.Event = Event  # type: ignore[assignment,misc]
         counter = CompileCounter()
         engine.engine.compile(backend=counter)
-        batches = assemble(random_batches(config, mesh, 2), 3, mesh, device)
+        batches = assemble(random_batches(config, mesh, 2), 3, mesh)
         for _ in range(2):
             engine.passes.train(batches.micro, batches.scales([1.0, 0.5, 0.5], 1))
             work.data(0.25)
-        work._device = device
+        work._mesh = mesh
         throughput = engine.engine.tput_timer.config
         return work.gather(), [counter.frame_count > 0, throughput.enabled]
     finally:
