@@ -12,7 +12,8 @@ from torch import Tensor
 from recycle_ds.inference.native.heads import ChoiceStruct, NativeHead
 from recycle_ds.inference.native.library import kernels
 from recycle_ds.inference.native.places import BLOCK
-from recycle_ds.inference.native.stack import NativeStack, StepStruct
+from recycle_ds.inference.native.stack import NativeStack
+from recycle_ds.inference.native.stack_structs import StepStruct
 
 _POINTER, _INTEGER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LINE, _SLOTS, _BLOCKS = 64, 256, 64

@@ -21,6 +21,7 @@ from recycle_ds.inference.native.library import KernelsUnavailable, kernels
 from recycle_ds.inference.native.packing import PackedProduct, ProductStruct, address
 from recycle_ds.inference.native.places import Places
 from recycle_ds.inference.native.spans import Span, divided
+from recycle_ds.inference.native.stack_structs import LayerStruct, StackStruct, StepStruct
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.attention import Attention
 from recycle_ds.model.block import Block
@@ -29,37 +30,7 @@ from recycle_ds.model.norm import RMSNorm
 from recycle_ds.model.rope import Rotary
 
 _LANES = 16
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-
-
-class _LayerStruct(ctypes.Structure):
-    _fields_ = (
-        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, ProductStruct) for name in ("query_key_value", "output", "gate_up", "down")),
-        ("rotated", _INTEGER),
-    )
-
-
-class _StackStruct(ctypes.Structure):
-    _fields_ = (
-        *((name, _POINTER) for name in ("layers", "cache", "cosine", "sine", "final_norm", "piece_norms", "exchange")),
-        ("joined", ProductStruct),
-        *((name, _INTEGER) for name in ("count", "pieces", "layer_size")),
-        *((name, _INTEGER) for name in ("width", "heads", "kv_heads", "channels", "ffn")),
-        ("epsilon", ctypes.c_double),
-        ("joint", _POINTER),
-        ("joined_states", _POINTER),
-    )
-
-
-class StepStruct(ctypes.Structure):
-    """`Step` in c/stack.h."""
-
-    _fields_ = (
-        *((name, _INTEGER) for name in ("tokens", "longest", "threads", "shift", "copied")),
-        *((name, _POINTER) for name in ("slots", "positions", "lowest", "table", "blocks", "paths", "moved")),
-        *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room", "contents")),
-    )
+_POINTER = ctypes.c_void_p
 
 
 @dataclass(frozen=True)
@@ -115,7 +86,7 @@ class NativeStack:
         tensor ranks whose shards the blocks are. Raises KernelsUnavailable."""
         self._kernels, self._arena, self._exchange = kernels(), arena or Arena(), exchange
         self._kept: list[object] = []
-        layers = (_LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
+        layers = (LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
         first = blocks[0]
         assert isinstance(first, Block) and isinstance(first.attention, Attention)
         attention, norm = first.attention, first.attention_norm
@@ -129,7 +100,7 @@ class NativeStack:
             self._kept.append(projection)
             joined = projection.struct
         self._kept += [layers, norm_addresses]
-        self._stack = _StackStruct(
+        self._stack = StackStruct(
             ctypes.addressof(layers), None, self._numbers(rotary.cosine), self._numbers(rotary.sine),
             None if final_norm is None else self._numbers(final_norm.weight), ctypes.addressof(norm_addresses),
             None if exchange is None else ctypes.addressof(exchange.struct), joined,
@@ -163,7 +134,7 @@ class NativeStack:
         self._kept.append(numbers)
         return numbers.data_ptr()
 
-    def _layer(self, block: nn.Module, int8: bool) -> _LayerStruct:
+    def _layer(self, block: nn.Module, int8: bool) -> LayerStruct:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
@@ -180,7 +151,7 @@ class NativeStack:
             None if norm is None else self._numbers(norm.weight) for norm in (attention.query_norm, attention.key_norm)
         ]
         norms = [self._numbers(norm.weight) for norm in (block.attention_norm, block.mlp_norm)]
-        return _LayerStruct(*norms, *head_norms, *(product.struct for product in products), int(attention.rotated))
+        return LayerStruct(*norms, *head_norms, *(product.struct for product in products), int(attention.rotated))
 
     def __call__(
         self,

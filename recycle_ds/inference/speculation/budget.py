@@ -33,6 +33,7 @@ from recycle_ds.inference.speculation.acceptance import (
     shrunk_rates,
 )
 from recycle_ds.inference.speculation.cost_model import CostModel
+from recycle_ds.inference.speculation.decision import Decision
 from recycle_ds.inference.speculation.tree import MAX_NODES, MAX_WIDTH, depths, parents_of
 
 MOST_DRAFT_SLOTS = MAX_DRAFT + (MAX_DRAFT - 1) * MAX_WIDTH
@@ -60,20 +61,6 @@ _LEAST_STEP_GAIN = 1.02
 _FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
 _LEAST_CHANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One step's budget. adaptive: sequences whose drafts are budgeted. drafts: could be verified. tokens: of the full
-    call, one of each sequence and the verified drafts. made_next: the greatest depth of a tree that is made next. expected:
-    tokens that the step yields."""
-
-    sequences: int
-    adaptive: int
-    drafts: int
-    tokens: int
-    made_next: int
-    expected: float
 
 
 @dataclass
@@ -118,15 +105,7 @@ class DraftBudget:
         """What was decided in the latest step, and why."""
         if self.decision is None:
             return "no step has budgeted drafts"
-        count, tokens, full = self.decision.sequences, self.decision.tokens, self.costs.full_call
-        first = self.costs.drafts(self.decision.adaptive, 1)
-        further = self.costs.drafts(self.decision.adaptive, 2) - first
-        return (
-            f"{count} sequences: {tokens - count} of {self.decision.drafts} drafts verified, trees at most {self._for_new} "
-            f"deep made next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} "
-            f"{1e3 * full(count):.1f} ms; drafts of the first depth {1e3 * first:.1f} ms, of a further one "
-            f"{1e3 * further:.1f} ms; expected tokens {self.decision.expected:.2f}"
-        )
+        return self.decision.explained(self.costs, self._for_new)
 
     @property
     def active(self) -> bool:
