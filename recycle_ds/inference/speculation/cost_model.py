@@ -35,6 +35,9 @@ class CostModel:
     drafting_scale: float = 1.0
     """How much more what drafts add to a step takes, those verified and those made, in proportion to full calls."""
 
+    _common_error: float = 0.0
+    """The mean error of the latest steps."""
+
     def __post_init__(self) -> None:
         self.sizes_scale = self.sizes_scale or [1.0] * len(self.full)
 
@@ -73,7 +76,7 @@ class CostModel:
 
         An error is first of all one of all costs: a machine that has become slower makes every step slower, and a stream that
         always drafts has no steps without drafts to compare with. Where steps with drafts have other errors than those
-        without, the difference is the drafts'. What is left is corrected for calls of this size alone.
+        without, the difference is the drafts'. By how much more this step errs than those before it, calls of its size alone are corrected.
         """
         if tokens > self.full[-1][0]:
             return
@@ -82,8 +85,10 @@ class CostModel:
         self.full_scale *= 1 + _CORRECTION * error
         scale = self.drafting_scale * (1 + (_CONTRAST if drafted else -_CONTRAST) * error)
         self.drafting_scale = min(max(scale, 1 / _MOST_SCALE), _MOST_SCALE)
+        own_error = error - self._common_error
+        self._common_error += _CORRECTION * own_error
         for at, share in _neighbours(self.full, tokens):
-            own = self.sizes_scale[at] * (1 + _OWN_CORRECTION * share * error)
+            own = self.sizes_scale[at] * (1 + _OWN_CORRECTION * share * own_error)
             self.sizes_scale[at] = min(max(own, 1 / _MOST_OWN), _MOST_OWN)
 
 

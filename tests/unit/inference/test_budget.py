@@ -241,6 +241,51 @@ def test_a_machine_that_becomes_slower_does_not_make_drafts_dear() -> None:
     assert model.step(1, 8, 1, 2) / model.full_call(1) == pytest.approx(before, rel=0.02), "and back"
 
 
+def test_each_size_has_a_cost_of_its_own() -> None:
+    """Prevents a batch of 8 that verifies a few drafts at a loss for ever: a call over 12 tokens was timed on one context as
+    hardly dearer than over 8, and took a quarter more time over texts."""
+    model = CostModel(((1, 0.8), (8, 1.0), (10, 1.03), (12, 1.05), (16, 1.5)), ((1, 0.1), (8, 0.1)))
+    draw = random.Random(1)
+    for _ in range(1500):
+        noise = 1 + 0.05 * (2 * draw.random() - 1)
+        model.correct(8, 8, 0, 0, 1.1 * noise)
+        model.correct(8, 10, 0, 0, 1.13 * noise)
+        model.correct(8, 12, 0, 0, 1.4 * noise)
+    assert model.full_call(8) == pytest.approx(1.1, rel=0.05)
+    assert model.step(8, 10, 0, 0) == pytest.approx(1.13, rel=0.05)
+    assert model.step(8, 12, 0, 0) == pytest.approx(1.4, rel=0.05)
+    assert model.steps(8, 8, 16, 0, 0) == pytest.approx([model.step(8, size, 0, 0) for size in range(8, 17)])
+    slower = [model.step(8, size, 0, 0) / model.full_call(8) for size in (9, 12, 14)]
+    for _ in range(300):
+        model.correct(8, 12, 0, 0, 2.8)  # everything is slower, and only this size is seen
+    assert [model.step(8, size, 0, 0) / model.full_call(8) for size in (9, 12, 14)] == pytest.approx(slower, rel=0.1)
+
+
+def test_hardly_any_gain_is_no_reason_to_verify() -> None:
+    """Prevents steps that verify drafts for a gain within the error of the estimates: batches of 16 became slower."""
+    for seconds, verified in ((1.045, 0), (1.025, 1)):  # 1.1 and 3.1 % more tokens per second
+        budget = DraftBudget(CostModel(((1, 1.0), (16, 1.0), (17, seconds), (64, 4.0)), ((1, 1e-6), (64, 1e-6))))
+        budget._probe = 0  # not the first steps, which draft to learn
+        candidates = [Candidate(0, (0.9,), None, 10), *(Candidate(i, (), None, 10) for i in range(1, 16))]
+        assert sum(map(len, budget.verify(candidates))) == verified
+
+
+def test_repeated_text_is_tried_again_one_draft_deep() -> None:
+    """Prevents eight tokens that a batch verifies in vain each time a text that repeats itself badly is tried again."""
+    budget = DraftBudget(costs(slope=0.3, module=0.01))
+    chain, kept = tuple([0.9] * 8), []
+    for _ in range(200):
+        nodes = budget.verify([Candidate(0, chain, None, 100, repeated=range(1, 9))])[0]
+        kept.append(len(nodes))
+        if nodes:
+            confidences = chain[: len(nodes)]
+            budget.observe(
+                Verified(0, confidences, (), (), 0, 1, repeated=[True] * len(nodes), of_module=[False] * len(nodes))
+            )
+    late = kept[100:]
+    assert max(late) == 1 and sum(late) >= 2, "it is tried, and by one draft at a time"
+
+
 def test_single_slow_steps_hardly_count() -> None:
     """Prevents a step that another program made ten times as long from deciding about drafts."""
     model = CostModel(((1, 1.0), (16, 2.5)), ((1, 0.1), (8, 0.1)))
