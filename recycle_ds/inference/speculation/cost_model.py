@@ -76,7 +76,8 @@ class CostModel:
 
         An error is first of all one of all costs: a machine that has become slower makes every step slower, and a stream that
         always drafts has no steps without drafts to compare with. Where steps with drafts have other errors than those
-        without, the difference is the drafts'. By how much more this step errs than those before it, calls of its size alone are corrected.
+        without, the difference is the drafts'. By how much more a step errs than those before it, calls of its size alone are
+        corrected.
         """
         if tokens > self.full[-1][0]:
             return
