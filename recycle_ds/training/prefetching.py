@@ -43,7 +43,8 @@ class PrefetchingLoader(BatchLoader):
         return batches
 
     def close(self) -> None:
-        """Ends the thread. Does not wait for what it is reading, which may be on a file server that no longer answers."""
+        """Ends the thread. Does not wait for what it is reading, which may be on a file server that no longer answers; the
+        interpreter's own end does, but for `exit_process`, by which the command leaves."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, first_sample: int) -> list[Batch]:

@@ -105,6 +105,9 @@ def _compute(rank: int, world_size: int, room: int, threads: int) -> tuple[list[
     with torch.inference_mode():
         weights = StageWeights(_model(team.mesh, int8=False), ranks)
         assert weights.why_not_compiled is None
+        assert weights.contents(torch.zeros(16, dtype=torch.int64), torch.zeros(0, 0)) is None, (
+            "it has a part of the model"
+        )
         states = _states(weights)
         assert weights._stack is not None
         dist.barrier()

@@ -76,6 +76,7 @@ class Runner:
         spans, ids = [part.span() for part in parts], [token for part in parts for token in part.tokens]
         cache.write_tokens(spans, ids)
         if cache.contents is not None:
+            assert min(ids) >= 0 and max(ids) < weights.embeddings, "the kernels do not check token ids"
             return weights.run_in_cache(cache.contents, spans, cache.keys_values)
         slots_T = cache.slots(spans)
         x_TD = weights.embed(torch.tensor(ids, device=weights.device)) if received_TD is None else received_TD

@@ -156,7 +156,7 @@ class Module:
         return None if self.confidence_layer is None else self.confidence_layer(states_TD)[:, 0].float().sigmoid()
 
     def read_cache(self, contents: Contents, spans: Sequence[Span], keys_values: Tensor) -> Tensor:
-        """The same for tokens and states that the cache has, if the module is compiled."""
+        """The states r [T, D] of tokens that the cache has, with the states of the slots before theirs; if it is compiled."""
         assert self.stack is not None
         return self.stack.run_in_cache(contents, spans, keys_values, shift=ENTRY_SHIFT)
 
@@ -170,6 +170,8 @@ class StageWeights:
         ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rotary = model.rotary
         self._embedding, self._ranks = model.embedding, ranks
+        self.embeddings = 0 if model.embedding is None else len(model.embedding.weight)
+        """Rows of this rank's embedding."""
         exchange = None if ranks is None else ranks.exchange
         self.why_not_compiled = (
             why_not_compiled(model, 1 if ranks is None else ranks.size, exchange)
@@ -245,6 +247,8 @@ class StageWeights:
         several ranks hold the model."""
         if self._stack is None or self._embedding is None or not self._whole:
             return None
+        joined = 0 if self.module is None else self.module.tapped_width
+        assert not len(states) or states.shape[1] == self.width + joined
         return Contents(self._embedding.weight.detach(), ids, states)
 
     def run_in_cache(self, contents: Contents, spans: Sequence[Span], keys_values: Tensor) -> Tensor:

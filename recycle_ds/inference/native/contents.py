@@ -6,19 +6,10 @@ twentieth of a step.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-
-class ContentsStruct(ctypes.Structure):
-    """`Contents` in c/stack.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("embedding", "ids", "states")),
-        ("columns", ctypes.c_int64),
-    )
+from recycle_ds.inference.native.stack_structs import ContentsStruct
 
 
 class Contents:

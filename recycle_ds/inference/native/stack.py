@@ -195,6 +195,7 @@ class NativeStack:
         A stack of one input reads the embeddings of its tokens, and keeps its states, with taps joined as `keep_taps` says.
         One of two, the recycle module, reads the states of the slots before its tokens' and their embeddings."""
         assert self._exchange is None and self._stack.pieces in (0, 2)
+        assert not self._stack.pieces or all(span.first > 0 for span in spans), "nothing precedes the first slot"
         states = torch.empty(sum(span.count for span in spans), self.width, dtype=torch.bfloat16)
         if taps := self._joined_taps:
             tapped = torch.empty(len(taps), *states.shape, dtype=torch.bfloat16)

@@ -41,3 +41,12 @@ class StepStruct(ctypes.Structure):
         *((name, _POINTER) for name in ("slots", "positions", "lowest", "table", "blocks", "paths", "moved")),
         *((name, _POINTER) for name in ("inputs", "added", "tapped", "states", "room", "contents")),
     )
+
+
+class ContentsStruct(ctypes.Structure):
+    """`Contents` in c/stack.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("embedding", "ids", "states")),
+        ("columns", _INTEGER),
+    )

@@ -105,7 +105,7 @@ class DraftBudget:
         """What was decided in the latest step, and why."""
         if self.decision is None:
             return "no step has budgeted drafts"
-        return self.decision.explained(self.costs, self._for_new)
+        return self.decision.explained(self.costs)
 
     @property
     def active(self) -> bool:
@@ -136,12 +136,14 @@ class DraftBudget:
             if expected[best] * seconds[0] < _LEAST_STEP_GAIN * expected[0] * seconds[best]:
                 best = 0
             best = max(best, min(self._probed, len(items)) if self._probing else 0)  # a probe verifies at a loss
+            picked = items[:best] or [one for one in items if self._is_tried_again(candidates[one[2]], one[1])][:1]
         else:
-            best, expected = 0, [float(count)]
-        for _, node, i in items[:best]:
+            picked = []
+        for _, node, i in picked:
             chosen[i].append(node)
         self._choose_lengths([candidates[i].sequence for i in adaptive], count - len(adaptive))
-        self.decision = Decision(count, len(adaptive), len(items), plain + best, self._for_new, expected[best])
+        gained = sum(-chance for chance, _, _ in picked)
+        self.decision = Decision(count, len(adaptive), len(items), plain + len(picked), self._for_new, count + gained)
         return chosen
 
     def draft(self, sequence: int) -> int:
@@ -194,8 +196,7 @@ class DraftBudget:
         for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
             again = node in candidate.repeated
             chance = min(self._calibration[candidate.sampled, again].chance(confidence) * ratio, 1.0)
-            if again and parent == 0 and (self._step + candidate.sequence) % _RETRY == 0:
-                # drafts that cost nothing to make are tried from time to time, whatever was observed; the first one tells
+            if self._is_tried_again(candidate, node):
                 chance = confidence
             reached.append(reached[parent] * chance)
         found = [
@@ -204,6 +205,12 @@ class DraftBudget:
             if chance >= _LEAST_CHANCE or self._probing
         ]
         return sorted(found, key=lambda one: (-one[1], one[0]))[:MAX_NODES]
+
+    def _is_tried_again(self, candidate: Candidate, node: int) -> bool:
+        """Whether a draft is tried whatever was observed, as those from repetition are from time to time: they cost nothing to
+        make. Only the first one of a path: it tells enough."""
+        again = node in candidate.repeated and (self._step + candidate.sequence) % _RETRY == 0
+        return again and parents_of(len(candidate.confidences), candidate.parents)[node - 1] == 0
 
     def _choose_lengths(self, sequences: Sequence[int], others: int) -> None:
         """Decides how deep a tree each sequence makes next, if `others` do not draft adaptively.

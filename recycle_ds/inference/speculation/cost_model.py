@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,8 +11,9 @@ from itertools import pairwise
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
 # Weights of a new measurement in the corrections of all costs, and of what drafts cost in proportion to a full call.
 _CORRECTION, _CONTRAST = 0.1, 0.04
-# Weight of a new measurement in the correction of calls of its size alone, and the most that this corrects.
-_OWN_CORRECTION, _MOST_OWN = 0.05, 2.0
+# Weight of a new measurement in the correction of calls of its size alone, the most that this corrects, and how fast such
+# corrections are forgotten: without that they would drift away together, and `full_scale` with them in the other direction.
+_OWN_CORRECTION, _MOST_OWN, _FORGOTTEN = 0.05, 2.0, 0.004
 # Most that drafts may be taken to cost in terms of what was measured: beyond, something else has become slower or faster.
 _MOST_SCALE = 5.0
 
@@ -35,19 +37,18 @@ class CostModel:
     drafting_scale: float = 1.0
     """How much more what drafts add to a step takes, those verified and those made, in proportion to full calls."""
 
-    _common_error: float = 0.0
+    _common_error: float = field(default=0.0, init=False, repr=False, compare=False)
     """The mean error of the latest steps."""
+    _sizes: list[tuple[int, float]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """What full calls of the measured sizes take now, but for `full_scale`."""
 
     def __post_init__(self) -> None:
         self.sizes_scale = self.sizes_scale or [1.0] * len(self.full)
-
-    def _sizes(self) -> list[tuple[int, float]]:
-        """What full calls take now, but for `full_scale`."""
-        return [(size, seconds * own) for (size, seconds), own in zip(self.full, self.sizes_scale, strict=True)]
+        self._sizes = [(size, seconds * own) for (size, seconds), own in zip(self.full, self.sizes_scale, strict=True)]
 
     def full_call(self, tokens: int) -> float:
         """Seconds of a full call over a number of tokens, one of each sequence."""
-        return self.full_scale * _interpolate(self._sizes(), tokens)
+        return self.full_scale * _interpolate(self._sizes, tokens)
 
     def drafts(self, sequences: int, longest: float) -> float:
         """Seconds that drafts take to make. longest: depth of the deepest ones, which may be a mean."""
@@ -69,7 +70,7 @@ class CostModel:
         plain = self.full_call(sequences)
         scale = self.drafting_scale * self.full_scale
         rest = plain * (1 - self.drafting_scale) + self.drafts(drafting, longest)
-        return [rest + scale * cost for cost in _interpolate_range(self._sizes(), first, last)]
+        return [rest + scale * cost for cost in _interpolate_range(self._sizes, first, last)]
 
     def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
         """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took.
@@ -89,8 +90,18 @@ class CostModel:
         own_error = error - self._common_error
         self._common_error += _CORRECTION * own_error
         for at, share in _neighbours(self.full, tokens):
-            own = self.sizes_scale[at] * (1 + _OWN_CORRECTION * share * own_error)
-            self.sizes_scale[at] = min(max(own, 1 / _MOST_OWN), _MOST_OWN)
+            self._correct_size(at, share * own_error)
+
+    def _correct_size(self, at: int, error: float) -> None:
+        """Corrects the cost of one measured size. It stays between those of its neighbours: below the one on the left it would
+        change nothing any more, see `_interpolate`, and go on to its bound."""
+        (size, seconds), own = self.full[at], self.sizes_scale[at]
+        own += own * _OWN_CORRECTION * error + _FORGOTTEN * (1 - own)
+        own = min(max(own, 1 / _MOST_OWN), _MOST_OWN)
+        least = self._sizes[at - 1][1] if at else 0.0
+        most = self._sizes[at + 1][1] if at + 1 < len(self._sizes) else math.inf
+        now = max(min(own * seconds, most), least)
+        self.sizes_scale[at], self._sizes[at] = now / seconds, (size, now)
 
 
 def _bounded(ratio: float) -> float:

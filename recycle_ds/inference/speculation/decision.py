@@ -20,13 +20,13 @@ class Decision:
     made_next: int
     expected: float
 
-    def explained(self, costs: CostModel, for_new: int) -> str:
-        """As a sentence. for_new: the greatest depth of a tree of a sequence that has not decoded yet."""
+    def explained(self, costs: CostModel) -> str:
+        """As a sentence."""
         count, tokens, full = self.sequences, self.tokens, costs.full_call
         first = costs.drafts(self.adaptive, 1)
         further = costs.drafts(self.adaptive, 2) - first
         return (
-            f"{count} sequences: {tokens - count} of {self.drafts} drafts verified, trees at most {for_new} "
+            f"{count} sequences: {tokens - count} of {self.drafts} drafts verified, trees at most {self.made_next} "
             f"deep made next. Full call over {tokens} tokens {1e3 * full(tokens):.1f} ms, over {count} "
             f"{1e3 * full(count):.1f} ms; drafts of the first depth {1e3 * first:.1f} ms, of a further one "
             f"{1e3 * further:.1f} ms; expected tokens {self.expected:.2f}"

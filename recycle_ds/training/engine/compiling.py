@@ -11,6 +11,7 @@ There the functions between the matrix products are compiled instead.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +62,6 @@ def choose(setting: bool | str, mesh: Mesh, zero_stage: int) -> Compilation:
             return Compilation()
         if mesh.pipeline.size > 1:
             return Compilation(reason="training.compile does not work in a pipeline")
-        if not has_triton():
-            return Compilation(
-                reason="Triton is missing or does not support this GPU; training takes longer without it"
-            )
     if mesh.device.type == "cuda":
         reason = _agreed_reason(mesh)
         if reason and setting is True:
@@ -79,12 +76,21 @@ def why_not(device: torch.device) -> str:
 
     Triton may be there without the C compiler that it needs, without Python's headers, or with a cache that is not writable.
     """
+    if device.type == "cuda" and not has_triton():
+        return "Triton is missing or does not support this GPU"
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # of torch, Triton or the C compiler, whatever their type
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"code for {device} cannot be compiled ({(lines or [type(error).__name__])[0][:200]})"
+        return f"code for {device} cannot be compiled ({_cause(error)})"
     return ""
+
+
+def _cause(error: BaseException) -> str:
+    """An error in one line of at most 200 characters."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the C compiler failed with status {error.returncode}: are Python's headers installed?"
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)[:200]
 
 
 def _agreed_reason(mesh: Mesh) -> str:

@@ -261,6 +261,23 @@ def test_each_size_has_a_cost_of_its_own() -> None:
     assert [model.step(8, size, 0, 0) / model.full_call(8) for size in (9, 12, 14)] == pytest.approx(slower, rel=0.1)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.08])
+def test_costs_that_do_not_ascend_are_not_driven_to_their_bounds(noise: float) -> None:
+    """Prevents corrections of single sizes that drift to their bounds, and all other costs with them, where a larger call takes
+    no longer than a smaller one: longer contexts in the smaller batch, or a flat run of measurements."""
+    draw = random.Random(5)
+    sizes = ((1, 5.0), (2, 5.2), (4, 5.6), (8, 6.4), (12, 7.0), (16, 9.0), (32, 16.0))
+    for true in ({8: 7.4, 12: 7.0}, {8: 6.7, 12: 6.7}):
+        model = CostModel(sizes, ((1, 0.1),))
+        for step in range(4000):
+            size = (8, 12)[step // 5 % 2]
+            model.correct(size, size, 0, 0, true[size] * (1 + noise * (2 * draw.random() - 1)))
+        assert [model.full_call(size) for size in (8, 12)] == pytest.approx([7.0, 7.0], rel=0.07)
+        assert model.full_call(1) == pytest.approx(5.0, rel=0.1)
+        costs = [model.full_call(size) for size in range(1, 33)]
+        assert costs == sorted(costs)
+
+
 def test_hardly_any_gain_is_no_reason_to_verify() -> None:
     """Prevents steps that verify drafts for a gain within the error of the estimates: batches of 16 became slower."""
     for seconds, verified in ((1.045, 0), (1.025, 1)):  # 1.1 and 3.1 % more tokens per second
@@ -270,13 +287,16 @@ def test_hardly_any_gain_is_no_reason_to_verify() -> None:
         assert sum(map(len, budget.verify(candidates))) == verified
 
 
-def test_repeated_text_is_tried_again_one_draft_deep() -> None:
-    """Prevents eight tokens that a batch verifies in vain each time a text that repeats itself badly is tried again."""
+@pytest.mark.parametrize("batch", [1, 16])
+def test_repeated_text_is_tried_again_one_draft_deep(batch: int) -> None:
+    """Prevents eight tokens that a batch verifies in vain each time a text that repeats itself badly is tried again, and a
+    larger batch that never tries again, where a single draft cannot gain much."""
     budget = DraftBudget(costs(slope=0.3, module=0.01))
     chain, kept = tuple([0.9] * 8), []
+    others = [Candidate(i, (), None, 100) for i in range(1, batch)]
     for _ in range(200):
-        nodes = budget.verify([Candidate(0, chain, None, 100, repeated=range(1, 9))])[0]
-        kept.append(len(nodes))
+        nodes = budget.verify([Candidate(0, chain, None, 100, repeated=range(1, 9)), *others])[0]
+        kept.append(0 if budget._probing else len(nodes))
         if nodes:
             confidences = chain[: len(nodes)]
             budget.observe(

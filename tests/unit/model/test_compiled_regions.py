@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -196,7 +197,6 @@ def test_when_training_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from recycle_ds.training.engine import compiling
 
     cpu, cuda, two = Mesh(), Mesh(device=torch.device("cuda")), Axis(0, 2)
-    monkeypatch.setattr(compiling, "has_triton", lambda: True)
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
     monkeypatch.setattr(compiling, "on_all_ranks", lambda action, mesh: on_all_ranks(action, Mesh()))
     assert choose("auto", cpu, 1).regions == "" == choose(False, cuda, 1).regions
@@ -208,9 +208,24 @@ def test_when_training_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", cuda, 1).report().startswith("not compiled: no C compiler; ")
     with pytest.raises(TrainingError, match=r"training\.compile=true: no C compiler; .* training\.compile=false"):
         choose(True, cuda, 1)
-    monkeypatch.setattr(compiling, "has_triton", lambda: False)
-    assert choose("auto", cuda, 1).report().startswith("not compiled: Triton")
     assert choose("auto", cpu, 1).report() == ""
+
+
+def test_a_rank_without_triton_asks_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents ranks that wait for ever for one whose host has no Triton: it left before they agreed."""
+    from recycle_ds.training.engine import compiling
+
+    asked: list[Mesh] = []
+
+    def agree(action: Callable[[], None], mesh: Mesh) -> None:
+        asked.append(mesh)
+        on_all_ranks(action, Mesh())
+
+    monkeypatch.setattr(compiling, "on_all_ranks", agree)
+    monkeypatch.setattr(compiling, "has_triton", lambda: False)
+    cuda = Mesh(device=torch.device("cuda"))
+    assert choose("auto", cuda, 1).report().startswith("not compiled: Triton is missing")
+    assert asked == [cuda]
 
 
 def test_a_compiler_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,3 +236,15 @@ def test_a_compiler_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "compile", broken)
     assert why_not(torch.device("cpu")) == "code for cpu cannot be compiled (Failed to find C compiler.)"
+
+    def failing(*_: object, **__: object) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "/tmp/" + "x" * 300])
+
+    monkeypatch.setattr(torch, "compile", failing)
+    assert why_not(torch.device("cpu")).endswith("failed with status 1: are Python's headers installed?)")
+
+    def nested(*_: object, **__: object) -> None:
+        raise RuntimeError("backend='inductor' raised:\nOSError: [Errno 30] Read-only file system")
+
+    monkeypatch.setattr(torch, "compile", nested)
+    assert why_not(torch.device("cpu")).endswith("(OSError: [Errno 30] Read-only file system)")

@@ -4,6 +4,7 @@
 
 #include <omp.h>
 
+#include "exchange.h"
 #include "products.h"
 
 typedef struct {
@@ -27,8 +28,8 @@ static void normalise(
     }
 }
 
-/* What tapped states add to the recycle module's input: fp32 `sums` [T, outputs]. inputs: bf16 [T, D] each. row, codes,
-   scales: room, the first of this thread. Afterwards a thread may read the rows of its tokens. */
+/* What tapped states add to the recycle module's input: fp32 `sums` [T, outputs]. inputs: bf16 [T, D] each. row:
+   fp32 [pieces D], of this thread. codes [T, pieces D], scales [T]: of all threads. Afterwards a thread may read all rows. */
 static void join_states(
     const Joint *joint, int64_t tokens, const uint16_t *const *inputs, float *row, uint16_t *codes,
     float *scales, float *sums, int thread, int threads, Barrier *barrier) {

@@ -35,11 +35,13 @@ def _given(weights: StageWeights, cache: Cache, spans: Sequence[Span], ids: Sequ
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("taps", [(), (0, 1), (1,)], ids=["no taps", "two taps", "one tap"])
-def test_what_the_cache_contains_is_read_and_kept(taps: tuple[int, ...], threads: int) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("taps", [(), (0, 1), (1,), (0, 1, 2)], ids=["no taps", "two taps", "one tap", "three taps"])
+def test_what_the_cache_contains_is_read_and_kept(taps: tuple[int, ...], int8: bool, threads: int) -> None:
     """Prevents a state, a tapped state or an embedding from the slot of another token or sequence, or states kept where another
-    sequence's are: drafts would become worse, and nothing else."""
-    weights = StageWeights(bf16_model(vocab_size=45, hidden=64, taps=taps))
+    sequence's are: drafts would become worse, and nothing else. With three taps their joint is the widest of all inputs. The
+    two kinds of calls take turns, so that neither finds what the other one has left in the stack."""
+    weights = StageWeights(bf16_model(vocab_size=45, hidden=64, layers=3, taps=taps, int8=int8))
     caches = [Cache(weights, 6, 16), Cache(weights, 6, 16)]
     for cache in caches:
         for tensor in (cache.keys_values, cache.module_keys_values, cache.hidden):
