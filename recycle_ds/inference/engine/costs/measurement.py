@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 
 from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
@@ -15,7 +15,8 @@ from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.tree import MAX_NODES, MAX_WIDTH, width_of
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_REPEATS = 4
+_REPEATS = ((4, 12), (16, 6), (128, 4))
+"""Runs of calls up to a size. Small ones take milliseconds, and what drafts add to them is a tenth of that."""
 _FURTHER = 3
 """Depths after the first one in the deeper of two trees, so that their difference is not lost in noise."""
 _MOST_SECONDS = 15.0
@@ -46,7 +47,8 @@ def known_or_measured(
         size, seconds = known.full[0]
         context = _blocks_of_context(blocks, block_size, positions)
         _read_context(executor, context, context * block_size, with_module)
-        (found,) = _shortest(partial(_run, executor, context, context * block_size, size, 0))
+        (times,) = _in_turn([partial(_run, executor, context, context * block_size, size, 0)], _repeats(size))
+        found = min(times)  # other programs only make a call slower
         if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
             known.full_scale = found / seconds
             return known
@@ -78,12 +80,11 @@ def measure(
         if len(full) > 1 and time.monotonic() > end:
             break
         drafts = (0, 1, 1 + _FURTHER) if with_module and size <= max_batch else (0,)
-        plain, *drafting = _shortest(*(partial(run, size, count) for count in drafts))
-        full.append((size, plain))
-        if drafting:
-            single, deeper = drafting
-            first.append((size, single - plain))
-            module.append((size, (deeper - single) / _FURTHER))
+        times = _in_turn([partial(run, size, count) for count in drafts], _repeats(size))
+        full.append((size, min(times[0])))
+        if len(drafts) > 1:
+            first.append((size, _difference(times[1], times[0])))
+            module.append((size, _difference(times[2], times[1]) / _FURTHER))
     if len(full) < 2:
         full.append((full[0][0] + 1, full[0][1]))
     least = 1e-3 * full[0][1]
@@ -149,14 +150,23 @@ def _run(executor: Executor, context: int, start: int, sequences: int, drafts: i
     executor.collect()
 
 
-def _shortest(*actions: Callable[[], None]) -> list[float]:
-    """Seconds of the fastest of several runs of each: other programs only make it slower. The actions take turns, so that
-    differences between them are not those of the machine's state."""
-    found = [math.inf] * len(actions)
-    for repeat in range(1 + _REPEATS):
-        for number, action in enumerate(actions):
+def _repeats(size: int) -> int:
+    return next(repeats for most, repeats in _REPEATS if size <= most)
+
+
+def _in_turn(actions: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Seconds of several runs of each, after one that does not count. The actions take turns, so that what distinguishes two of
+    them is not the state of the machine."""
+    times: list[list[float]] = [[] for _ in actions]
+    for repeat in range(1 + repeats):
+        for action, own in zip(actions, times, strict=True):
             start = time.perf_counter()
             action()
             if repeat:
-                found[number] = min(found[number], time.perf_counter() - start)
-    return found
+                own.append(time.perf_counter() - start)
+    return times
+
+
+def _difference(longer: Sequence[float], shorter: Sequence[float]) -> float:
+    """By how much one action takes longer than another, by the median of neighbouring runs."""
+    return median(one - other for one, other in zip(longer, shorter, strict=True))
