@@ -77,7 +77,7 @@ def check_random_requests(seed: int, blocks: int, batch: int, chunk: int, ways: 
 def test_accepted_drafts_are_moved_before_they_are_read(ways: int) -> None:
     """Prevents a property test whose trees are always accepted along their main path: there would be no moves."""
     machine = Machine(60, 4, ways=ways)
-    for number in range(40):
+    for number in range(80):
         machine.scheduler.add(sequence(number, [number % 2] * 3, 30, "verified"))
     machine.run()
     assert machine.moved > 10
