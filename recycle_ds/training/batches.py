@@ -43,6 +43,7 @@ class StepBatches:
     def means(self, sums: Sequence[float]) -> list[float]:
         """Mean losses from the global batch's sums, as `RecycleGPT.train_losses` orders them; 0 for a depth without targets."""
         counts = [*self.count_list, *self.count_list[1:]]
+        # without a confidence layer there are fewer sums
         return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
 
 

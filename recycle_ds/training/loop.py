@@ -127,6 +127,7 @@ class Trainer:
         self._enter(step, "agree")
         shared, stopping, writing = self._agree(sums, self._reason_to_stop(stop))
         losses = batches.means(shared)
+        # confidence losses, which come last, carry no weight
         total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=False))
         rate = learning_rate(step, self.config.training)
         for group in self.engine.optimizer.param_groups:
