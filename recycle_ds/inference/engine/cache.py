@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recycle_ds.inference.native.spans import Span
@@ -43,9 +45,12 @@ class Cache:
         self.keys_values = empty(weights.layers, *shape)
         self.module_keys_values = empty(weights.module_layers, *shape)
         self.tokens = empty(shape[0], dtype=torch.int64)
-        # a few elements are written through it in a tenth of the time of an indexed assignment
-        self._tokens_on_host = self.tokens.numpy() if weights.device.type == "cpu" else None
         self.hidden = empty(shape[0] if weights.module is not None else 0, weights.kept_width)
+        on_host = weights.device.type == "cpu"
+        # a few elements are read and written through NumPy in a tenth of the time of indexed tensors
+        self._tokens_on_host = self.tokens.numpy() if on_host else None
+        self._hidden_on_host = self.hidden.view(torch.uint8).numpy() if on_host else None
+        self._entries_on_host = _entries(self.keys_values, block_size) if self._compiled else None
         self.contents = weights.contents(self.tokens, self.hidden)
         """Tokens and states for `StageWeights.run_in_cache`; None where that is not possible."""
 
@@ -70,26 +75,34 @@ class Cache:
         """Moves keys and values of the backbone, slots (from, to), as if all were read before any is written."""
         if not pairs or not len(self.keys_values):
             return
-        read, write = (torch.tensor(slots, device=self.tokens.device) for slots in zip(*pairs, strict=True))
-        if not self._compiled:
+        if self._entries_on_host is None:
+            read, write = (torch.tensor(slots, device=self.tokens.device) for slots in zip(*pairs, strict=True))
             self.keys_values[:, write] = self.keys_values[:, read]
             return
-        layers, size = len(self.keys_values), self.block_size
-        heads, channels = self.keys_values.shape[2] // 2, self.keys_values.shape[3]
-        halves = self.keys_values.view(layers, -1, 2, heads * size * channels)
-        keys = halves[:, :, 0].view(layers, -1, heads, channels // 2, size, 2)
-        keys[:, write // size, :, :, write % size] = keys[:, read // size, :, :, read % size]
-        values = halves[:, :, 1].view(layers, -1, heads, size // 2, channels, 2)
-        moved = values[:, read // size, :, read % size // 2, :, read % 2]
-        values[:, write // size, :, write % size // 2, :, write % 2] = moved
+        keys, values = self._entries_on_host
+        size = self.block_size
+        read = []
+        for source, _ in pairs:
+            block, at = divmod(source, size)
+            read.append((keys[:, block, :, :, at].copy(), values[:, block, :, at // 2, :, at % 2].copy()))
+        for (_, target), (key, value) in zip(pairs, read, strict=True):
+            block, at = divmod(target, size)
+            keys[:, block, :, :, at], values[:, block, :, at // 2, :, at % 2] = key, value
 
     def move_states(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Moves tokens, and states for the recycle module, likewise."""
-        if pairs:
+        if not pairs:
+            return
+        if self._tokens_on_host is None or self._hidden_on_host is None:
             read, write = (torch.tensor(slots, device=self.tokens.device) for slots in zip(*pairs, strict=True))
             for tensor in (self.tokens, self.hidden):
                 if len(tensor):
                     tensor[write] = tensor[read]
+            return
+        sources, targets = (list(slots) for slots in zip(*pairs, strict=True))
+        for array in (self._tokens_on_host, self._hidden_on_host):
+            if len(array):
+                array[targets] = array[sources]
 
     def slots(self, spans: Sequence[Span]) -> Tensor:
         """Slots of all query positions of the spans, one after the other [T]."""
@@ -105,6 +118,16 @@ class Cache:
         layers = weights.layers + weights.module_layers
         per_slot = 2 * weights.kv_heads * weights.channels * layers + weights.kept_width
         return block_size * (per_slot * weights.dtype.itemsize + 8)
+
+
+def _entries(keys_values: Tensor, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """Keys [layers, blocks, heads, channel pairs, positions] and values [layers, blocks, heads, position pairs, channels, 2] as
+    the compiled kernels keep them, by their bits. size: positions of a block."""
+    layers, _, entries, channels = keys_values.shape
+    heads = entries // 2
+    halves = keys_values.view(torch.uint16).numpy().reshape(layers, -1, 2, heads * size * channels)
+    keys = halves[:, :, 0].view(np.uint32).reshape(layers, -1, heads, channels // 2, size)
+    return keys, halves[:, :, 1].reshape(layers, -1, heads, size // 2, channels, 2)
 
 
 @dataclass(frozen=True)

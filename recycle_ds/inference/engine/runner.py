@@ -61,7 +61,7 @@ class Runner:
         states_TD = self._run_backbone(plan.parts, received_TD)
         if self._weights.final_norm is None:
             return states_TD
-        scored = self._score(plan.parts, states_TD)
+        scored = self._score(plan.parts, states_TD) if any(part.targets for part in plan.parts) else {}
         chosen = self._choose(plan.parts, states_TD)
         if self._weights.module is not None:
             self._store_tokens([(part, chosen[part.sequence]) for part in plan.parts if part.sequence in chosen])

@@ -70,6 +70,29 @@ def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
     assert file.read() is None
 
 
+def test_a_machine_that_changes_its_speed_does_not_make_larger_calls_dearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a decoder that hardly drafts for its first minutes: memory had become slower between the timing of one token
+    and that of four, which then seemed to cost 17 instead of 5 % more."""
+    clock = [0.0]
+
+    def run(_executor: object, _context: int, _start: int, sequences: int, drafts: int) -> None:
+        slower = 1.4 if clock[0] > 0.5 else 1.0
+        clock[0] += slower * (0.010 + 0.0002 * sequences + 0.001 * (drafts > 0) + 0.0003 * max(drafts - 1, 0))
+
+    monkeypatch.setattr(costs, "_run", run)
+    monkeypatch.setattr(costs, "_read_context", lambda *_: None)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(costs.time, "monotonic", lambda: 0.0)
+    found = costs.measure(None, 400, 16, 2048, 4, with_module=True)  # type: ignore[arg-type]
+    assert clock[0] > 1
+    assert [(size, seconds) for size, seconds in found.full] == [
+        (size, pytest.approx(0.010 + 0.0002 * size)) for size, _ in found.full
+    ]
+    assert [size for size, _ in found.full] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert [seconds for _, seconds in found.first] == [pytest.approx(0.001, rel=0.02)] * 4
+    assert [seconds for _, seconds in found.module] == [pytest.approx(0.0003, rel=0.02)] * 4
+
+
 def test_measurements_on_a_busy_machine_are_repaired() -> None:
     """Prevents verified decoding that drafts nothing for hundreds of tokens because one size was timed while another program
     ran: four tokens were stored at thirteen times the cost of one."""
