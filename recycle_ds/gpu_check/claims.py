@@ -106,6 +106,11 @@ CLAIMS = (
         most=26.4,
     ),
     Claim(
+        f"{_SHAPE}: training waits for a checkpoint for at most a tenth of a step",
+        _path("training", "save.share_of_step"),
+        most=0.1,
+    ),
+    Claim(
         "1.3 B shape with its module, bf16: 45 % of the rate of matrix products or more",
         _path("training_large", "share_of_matmul_rate"),
         least=0.45,

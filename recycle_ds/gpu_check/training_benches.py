@@ -6,10 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from recycle_ds.checkpoint.portable.manifest import DataIdentity
+from recycle_ds.checkpoint.run.saving import PortableCheckpointer
 from recycle_ds.config import RunConfig, load_config, resolve_deepspeed
 from recycle_ds.gpu_check.time_by_kind import milliseconds_by_kind
 from recycle_ds.model.flops import training_flops_per_token
@@ -21,6 +24,7 @@ from recycle_ds.planning.plan import make_plans
 from recycle_ds.training.benchmark.comparison import run_benchmark
 from recycle_ds.training.benchmark.subjects import OurSubject
 from recycle_ds.training.run_context import RunContext
+from recycle_ds.training.state import TrainingState
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -51,6 +55,34 @@ def machine(write: Write, small: bool) -> None:
     write({"memory_bandwidth": _bandwidth(device, _BYTES // 256 if small else 4 * _BYTES)})
 
 
+def _save(subject: OurSubject, device: torch.device) -> dict[str, float]:
+    """Seconds of a step, seconds that the loop waits for a checkpoint that is then written beside it, their ratio, and seconds
+    of the step after it."""
+    identity, found = DataIdentity(tokenizer="", train=[]), dict[str, float]()
+    for number in (1, 2):  # page-locked memory is there for the second one
+        plain = _seconds(subject.step, device)
+        checkpointer = PortableCheckpointer(subject.engine, identity)
+        start = time.perf_counter()
+        assert checkpointer.begin(TrainingState(step=number)), "the folder for temporary files cannot be written"
+        waited = time.perf_counter() - start
+        after = _seconds(subject.step, device)
+        while not checkpointer.ended():
+            time.sleep(0.01)
+        found = {
+            "step_seconds": plain, "waited_seconds": waited, "share_of_step": waited / plain,
+            "next_step_seconds": after,
+        }  # fmt: skip
+    return found
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    action()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
 def _bandwidth(device: torch.device, size: int) -> float:
     """Bytes per second that are read and written by copying `size` bytes, the best of several copies."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
@@ -76,9 +108,12 @@ def compared(write: Write, small: bool) -> None:
         for name, step_seconds in predicted.items():
             measured = statistics.median(report["seconds_per_step"][name])
             write({f"planner_{name}": {"expected_seconds": step_seconds, "ratio": step_seconds / measured}})
-        subject = OurSubject(RunContext(config, resolve_deepspeed(config, 1), mesh))
-        subject.step()
-        write({"milliseconds_by_kind": milliseconds_by_kind(subject.step, mesh.device)})
+        with TemporaryDirectory() as folder:
+            config = config.model_copy(update={"run_dir": folder})
+            subject = OurSubject(RunContext(config, resolve_deepspeed(config, 1), mesh))
+            subject.step()
+            write({"milliseconds_by_kind": milliseconds_by_kind(subject.step, mesh.device)})
+            write({"save": _save(subject, mesh.device)})
 
 
 def large(write: Write, small: bool) -> None:

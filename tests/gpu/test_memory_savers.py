@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.gpu.runs import STEPS, assert_close, corpus, stage, train
-from tests.runs import figures
+from tests.runs import figures, tensors
 
 
 def test_offloaded_optimizers_are_equal(tmp_path: Path) -> None:
@@ -33,6 +33,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         found = train(tmp_path, f"{dtype}-parts", training__dtype=dtype)
         assert_close(found, expected, 1e-7)
         assert figures(tmp_path / f"{dtype}-parts") == found
+
+
+def test_a_checkpoint_has_the_state_of_its_step(tmp_path: Path) -> None:
+    """Prevents a checkpoint with weights or moments of a later step: they are copied to the host while training goes on."""
+    corpus(tmp_path)
+    checkpoint = f"checkpoints/step-{STEPS // 2:08d}"
+    for name, changes in {"zero1": {"training__dtype": "bf16"}, "zero3": stage("3")}.items():
+        train(tmp_path, f"{name}-goes-on", **changes, training__save_every=STEPS // 2)
+        train(tmp_path, f"{name}-stops", **changes, training__stop_at=STEPS // 2)
+        found, expected = (tensors(tmp_path / f"{name}-{run}" / checkpoint) for run in ("goes-on", "stops"))
+        assert found.keys() == expected.keys()
+        assert [key for key in found if not found[key].equal(expected[key])] == []
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:

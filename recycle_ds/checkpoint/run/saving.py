@@ -1,17 +1,19 @@
 """Writing a checkpoint: every rank writes its share to a temporary folder, which is renamed once it is complete on disk.
 
 Parameters are gathered one at a time, and the replicas take turns in keeping them, so a rank buffers at most its own share, in
-host memory, from where a thread writes it while training continues. Once the threads of all ranks have finished, the ranks
-agree on the result, and rank 0 publishes the checkpoint.
+host memory, from where a thread writes it while training continues. On CUDA training does not wait for the copies either: the
+device does, before its next update. Once the threads of all ranks have finished, the ranks agree on the result, and rank 0
+publishes the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenize
 from recycle_ds.checkpoint.portable.folders import REPLACED, completed, step_folder, step_of
 from recycle_ds.checkpoint.portable.manifest import DataIdentity, write_manifest
 from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.checkpoint.run.host_copies import HostCopies
 from recycle_ds.checkpoint.run.resume import newest_of_run, restore
 from recycle_ds.checkpoint.run.shard_writer import ShardWriter, disk_error
 from recycle_ds.config.atomic_files import TEMPORARY, fsync, write_atomically
 from recycle_ds.data.token_ranking import RANKING, write_ranking
-from recycle_ds.model.sharding import is_copy, pieces
+from recycle_ds.model.sharding import Piece, is_copy, pieces
 from recycle_ds.parallel.agree import broadcast_from
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.training.engine.build import TrainingEngine
@@ -62,6 +65,9 @@ class PortableCheckpointer:
         self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh)
         self._run_dir = Path(self._config.run_dir)
         self._save: _Save | None = None
+        self._copies = HostCopies(engine.mesh.device)
+        self._copies.prepare(self._sizes())
+        engine.optimizer.register_step_pre_hook(lambda *_: self._copies.before_changes())
 
     def begin(self, state: TrainingState) -> bool:
         """See `Checkpointer`. Buffers up to training.save_buffer_gib in host memory ahead of the disk."""
@@ -71,7 +77,8 @@ class PortableCheckpointer:
         mesh = self._engine.mesh
         if not self._on_first_rank(lambda: _make_empty(temporary)):
             return False
-        writer = ShardWriter(temporary, mesh.rank, int(self._config.training.save_buffer_gib * 2**30))
+        self._copies.begin()
+        writer = ShardWriter(temporary, mesh.rank, self._buffer, self._copies)
         self._gather(writer)
         generators = {"cpu": torch.get_rng_state()}
         if mesh.device.type == "cuda":
@@ -112,17 +119,40 @@ class PortableCheckpointer:
         if self._engine.mesh.is_first:
             print(text, flush=True)
 
-    def _gather(self, writer: ShardWriter) -> None:
-        """Gathers every parameter and hands this rank's share to the writer. Collective."""
+    @property
+    def _buffer(self) -> int:
+        return int(self._config.training.save_buffer_gib * 2**30)
+
+    def _shares(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+        """All local parameters in the order in which they are gathered, and the pieces of each that this rank saves."""
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
         for name, rank in owning_replica(list(master.parameters), mesh.replicas.size).items():
             is_owner = rank == mesh.replicas.rank and not is_copy(name, mesh)
+            own = table[name] if is_owner else ()
+            yield name, tuple(piece for piece in own if mesh.tensor.rank == 0 or not piece.whole)
+
+    def _gather(self, writer: ShardWriter) -> None:
+        """Gathers every parameter and hands this rank's share to the writer. Collective."""
+        master = self._engine.master
+        for name, own in self._shares():
             for kind in master.kinds(name):
                 value = master.read(name, kind)
-                for piece in table[name] if is_owner else ():
-                    if mesh.tensor.rank == 0 or not piece.whole:
-                        writer.add(piece, kind, value)
+                for piece in own:
+                    writer.add(piece, kind, value)
+
+    def _sizes(self) -> list[int]:
+        """Bytes of the tensors that this rank saves, as many as are buffered."""
+        master, found, left = self._engine.master, [], self._buffer
+        for name, own in self._shares():
+            shape = master.shape(name)
+            for piece in own:
+                size = 4 * math.prod(shape) // shape[piece.axis] * piece.length
+                for _ in master.kinds(name):
+                    if size <= left:
+                        found.append(size)
+                        left -= size
+        return found
 
     def _publish(self, save: _Save) -> None:
         """Rank 0: merges the ranks' parts into the manifest, renames the folder, updates `latest`, deletes old checkpoints."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,23 @@ from torch import Tensor
 
 from recycle_ds.checkpoint.files.checksums import FileEntry, describe
 from recycle_ds.checkpoint.files.safetensors_writer import save_shard
+from recycle_ds.checkpoint.run.host_copies import HostCopies
 from recycle_ds.config.atomic_files import write_json_atomically
 from recycle_ds.model.sharding import Piece
 
 SHARD_BYTES = 2**30
-_Write = tuple[str, dict[str, Tensor], int]
+_Write = tuple[str, dict[str, Tensor], int, Callable[[], None]]
 
 
 class ShardWriter:
     """Collects tensors into files of about SHARD_BYTES each and writes them in a background thread.
 
     At most `limit` bytes of full shards are buffered; `add` blocks until there is room. If `limit` is 0, `close` blocks until
-    everything is written.
+    everything is written. copies: make the copies in host memory, which may be incomplete until the thread writes them.
     """
 
-    def __init__(self, folder: Path, rank: int, limit: int) -> None:
-        self._folder, self._rank, self._limit = folder, rank, limit
+    def __init__(self, folder: Path, rank: int, limit: int, copies: HostCopies) -> None:
+        self._folder, self._rank, self._limit, self._copies = folder, rank, limit, copies
         self._pending: dict[str, Tensor] = {}
         self._bytes = 0
         self._shards = 0
@@ -45,7 +47,7 @@ class ShardWriter:
         """Copies a piece of a local parameter to host memory. Blocks while the buffer is full."""
         part = value.narrow(piece.axis, piece.local_start, piece.length)
         key = f"{piece.name}/{kind}/{piece.start}"
-        self._pending[key] = part.detach().to("cpu", copy=True).contiguous()
+        self._pending[key] = self._copies.copy(part)
         self._bytes += part.numel() * part.element_size()
         where = {"kind": kind, "file": self._file_name(), "key": key, "axis": piece.axis, "start": piece.start}
         self._slices.append({"name": piece.name, "shape": list(piece.shape), **where, "length": piece.length})
@@ -56,7 +58,7 @@ class ShardWriter:
         """Queues the remaining tensors and the random generators' states. Nothing can be added afterwards."""
         if self._pending:
             self._submit()
-        self._queue.put((f"rng-{self._rank:05d}.safetensors", generators, 0))
+        self._queue.put((f"rng-{self._rank:05d}.safetensors", generators, 0, self._copies.completion()))
         self._queue.put(None)
         if self._limit == 0:
             self._thread.join()
@@ -81,16 +83,16 @@ class ShardWriter:
         with self._has_room:
             self._has_room.wait_for(lambda: self._buffered == 0 or self._buffered + size <= self._limit)
             self._buffered += size
-        self._queue.put((self._file_name(), self._pending, size))
+        self._queue.put((self._file_name(), self._pending, size, self._copies.completion()))
         self._pending, self._bytes = {}, 0
         self._shards += 1
 
     def _run(self) -> None:
         """The writer thread. After an error it discards what is queued, so that `add` does not block forever."""
         while (task := self._queue.get()) is not None:
-            name, tensors, size = task
+            name, tensors, size, wait = task
             if self._disk_error is None and self._exception is None:
-                self._guard(lambda n=name, t=tensors: self._write(n, t))
+                self._guard(lambda n=name, t=tensors, w=wait: self._write(n, t, w))
             del task, tensors
             with self._has_room:
                 self._buffered -= size
@@ -100,7 +102,8 @@ class ShardWriter:
             path = self._folder / f"part-{self._rank:05d}.json"
             self._guard(lambda: write_json_atomically(path, {"slices": self._slices, "files": files}))
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], wait: Callable[[], None]) -> None:
+        wait()
         path = self._folder / name
         save_shard(path, tensors)
         self._files[name] = describe(path)

@@ -81,11 +81,11 @@ class Cache:
             return
         keys, values = self._entries_on_host
         size = self.block_size
-        read = []
+        moved = []
         for source, _ in pairs:
             block, at = divmod(source, size)
-            read.append((keys[:, block, :, :, at].copy(), values[:, block, :, at // 2, :, at % 2].copy()))
-        for (_, target), (key, value) in zip(pairs, read, strict=True):
+            moved.append((keys[:, block, :, :, at].copy(), values[:, block, :, at // 2, :, at % 2].copy()))
+        for (_, target), (key, value) in zip(pairs, moved, strict=True):
             block, at = divmod(target, size)
             keys[:, block, :, :, at], values[:, block, :, at // 2, :, at % 2] = key, value
 

@@ -41,20 +41,20 @@ class OurSubject:
     def __init__(self, context: RunContext) -> None:
         config, mesh = context.config, context.mesh
         self.config = config
-        self._engine = build_engine(context)
-        depth = self._engine.model.depth
+        self.engine = build_engine(context)
+        depth = self.engine.model.depth
         self._batches = assemble(random_batches(config, mesh, depth), 1 + depth, mesh)
         weights = [1.0] + [config.recycle.loss_weight / max(1, depth)] * depth
         self._scales = self._batches.scales(weights, mesh.replicas.size)
 
     def step(self) -> None:
         """See `Subject`."""
-        self._engine.passes.train(self._batches.micro, self._scales)
-        self._engine.gradients.step(lambda _: True)
+        self.engine.passes.train(self._batches.micro, self._scales)
+        self.engine.gradients.step(lambda _: True)
 
     def held(self) -> PersistentTensors:
         """See `Subject`."""
-        return persistent_tensors(self._engine.model, self._engine.optimizer, self._engine.zero)
+        return persistent_tensors(self.engine.model, self.engine.optimizer, self.engine.zero)
 
 
 class HuggingFaceSubject:
