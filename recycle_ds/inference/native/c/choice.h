@@ -67,20 +67,22 @@ INLINE __m256i mixed_bits(__m512i z) {
     return _mm512_cvtepi64_epi32(_mm512_srli_epi64(z, 32));
 }
 
-/* The clocks of 16 token ids. */
-INLINE __m512 clocks_of(int64_t key, __m512i low, __m512i high) {
+/* Uniform random numbers, between 2^-33 and 1, of 16 token ids. */
+INLINE __m512 uniforms_of(int64_t key, __m512i low, __m512i high) {
     const __m512i step = _mm512_set1_epi64(0x9E3779B97F4A7C15), from = _mm512_set1_epi64(key), one = _mm512_set1_epi64(1);
     const __m256i a = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(_mm512_add_epi64(low, one), step)));
     const __m256i b = mixed_bits(_mm512_add_epi64(from, _mm512_mullo_epi64(_mm512_add_epi64(high, one), step)));
     const __m512 bits = _mm512_cvtepu32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
-    return exponential_clock(
-        _mm512_mul_ps(_mm512_add_ps(bits, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-32f)));
+    return _mm512_mul_ps(_mm512_add_ps(bits, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-32f));
 }
 
-/* The same for consecutive ids. */
-INLINE __m512 clocks(int64_t key, int64_t id) {
+/* Their clocks. */
+INLINE __m512 clocks_of(int64_t key, __m512i low, __m512i high) { return exponential_clock(uniforms_of(key, low, high)); }
+
+/* The same numbers for consecutive ids. */
+INLINE __m512 uniforms(int64_t key, int64_t id) {
     const __m512i low = _mm512_add_epi64(_mm512_set1_epi64(id), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-    return clocks_of(key, low, _mm512_add_epi64(low, _mm512_set1_epi64(8)));
+    return uniforms_of(key, low, _mm512_add_epi64(low, _mm512_set1_epi64(8)));
 }
 
 static void part_of(int64_t count, int64_t part, int64_t *from, int64_t *to) {
@@ -168,15 +170,20 @@ static void run_race(const float *logits, int64_t count, int64_t first, const Ru
     part_of(count, part, &from, &to);
     const __m512 highest = _mm512_set1_ps(peak_of(race)), inverse = _mm512_set1_ps(rule->inverse);
     const __m512 limit = _mm512_set1_ps(race->limit);
-    __m512 best = _mm512_set1_ps(-1.0f);
+    __m512 best = _mm512_set1_ps(-1.0f), lead = best; /* by lane, and of all lanes, less what rounding may be worth */
     __m512i at = _mm512_setzero_si512();
     for (int64_t i = from; i < to; i += 16) {
         const __mmask16 left = lanes_left(to - i);
         const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(left, logits + i), highest), inverse);
         const __mmask16 kept = _mm512_mask_cmp_ps_mask(left, x, limit, _CMP_GE_OQ);
         if (!kept) continue;
-        const __m512 score = _mm512_div_ps(exponential(x), clocks(rule->key, first + i));
+        /* a clock is at least its uniform number: most tokens cannot win, and need no logarithm */
+        const __m512 weight = exponential(x), u = uniforms(rule->key, first + i);
+        if (!_mm512_mask_cmp_ps_mask(kept, weight, _mm512_mul_ps(lead, u), _CMP_GE_OQ)) continue;
+        const __m512 score = _mm512_div_ps(weight, exponential_clock(u));
         const __mmask16 better = _mm512_mask_cmp_ps_mask(kept, score, best, _CMP_GT_OQ);
+        if (!better) continue;
+        lead = _mm512_max_ps(lead, _mm512_set1_ps(0.999f * _mm512_mask_reduce_max_ps(better, score)));
         best = _mm512_mask_mov_ps(best, better, score);
         at = _mm512_mask_mov_epi32(at, better, _mm512_set1_epi32((int32_t)i));
     }

@@ -115,7 +115,7 @@ static void add_noise(const Head *head, int64_t first, int64_t size, float facto
         if (head->ids) {
             const int64_t *ids = head->ids + first + i;
             clock = clocks_of(key, _mm512_maskz_loadu_epi64((__mmask8)left, ids), _mm512_maskz_loadu_epi64(upper, ids + 8));
-        } else clock = clocks(key, first + i);
+        } else clock = exponential_clock(uniforms(key, first + i));
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(left, logits + i), _mm512_set1_ps(factor));
         /* a clock that never rings is at infinity, whose logarithm is not computed */
         const __m512 latest = _mm512_min_ps(clock, _mm512_set1_ps(1e30f));
