@@ -106,7 +106,7 @@ CLAIMS = (
         most=26.4,
     ),
     Claim(
-        f"{_SHAPE}: training waits for a checkpoint for at most a tenth of a step",
+        f"{_SHAPE}: a checkpoint costs training at most a tenth of a step",
         _path("training", "save.share_of_step"),
         most=0.1,
     ),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from recycle_ds.checkpoint.run.host_copies import HostCopies
+from tests.gpu.device import device
 from tests.gpu.runs import STEPS, assert_close, corpus, stage, train
 from tests.runs import figures, tensors
 
@@ -36,15 +40,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_has_the_state_of_its_step(tmp_path: Path) -> None:
-    """Prevents a checkpoint with weights or moments of a later step: they are copied to the host while training goes on."""
+    """Prevents a checkpoint with weights or moments of a later step: they are copied to the host while training continues."""
     corpus(tmp_path)
     checkpoint = f"checkpoints/step-{STEPS // 2:08d}"
-    for name, changes in {"zero1": {"training__dtype": "bf16"}, "zero3": stage("3")}.items():
-        train(tmp_path, f"{name}-goes-on", **changes, training__save_every=STEPS // 2)
-        train(tmp_path, f"{name}-stops", **changes, training__stop_at=STEPS // 2)
-        found, expected = (tensors(tmp_path / f"{name}-{run}" / checkpoint) for run in ("goes-on", "stops"))
+    for name, changes in {
+        "zero0": stage("0"), "zero0-bf16": stage("0") | {"training__dtype": "bf16"}, "zero1": {"training__dtype": "bf16"},
+        "zero3": stage("3"),
+    }.items():  # fmt: skip
+        train(tmp_path, f"{name}-whole", **changes, training__save_every=STEPS // 2)
+        train(tmp_path, f"{name}-part", **changes, training__stop_at=STEPS // 2)
+        found, expected = (tensors(tmp_path / f"{name}-{run}" / checkpoint) for run in ("whole", "part"))
         assert found.keys() == expected.keys()
         assert [key for key in found if not found[key].equal(expected[key])] == []
+
+
+def test_a_copy_has_the_value_of_its_moment() -> None:
+    """Prevents an update that overtakes the copy of what it changes, and memory that is used again before it is copied: the
+    copies are delayed here, which the small models of the other tests do not show."""
+    for live in (True, False):
+        copies, value = HostCopies(device(), live=live), torch.arange(2**20, device=device())
+        expected = value.tolist()
+        if copies.stream is not None:
+            with torch.cuda.stream(copies.stream):
+                torch.cuda._sleep(10**9)
+        copied = copies.copy(value)
+        if live:
+            copies.before_update()
+            value.zero_()
+        else:
+            del value
+            torch.full((2**20,), -1, device=device())
+        copies.completion()()
+        assert copied.tolist() == expected
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recycle_ds.checkpoint.run.host_copies import HostCopies
+from recycle_ds.checkpoint.run.shard_writer import ShardWriter
 from recycle_ds.config import RunConfig
 from tests.parallel.ranks import run_all
 
-_LATE = 0.4
-"""Seconds after which copies are made that nothing has asked for: several steps of the tests' models."""
-
 
 class LateCopies(HostCopies):
-    """Copies are made when the device is about to change something, or `_LATE` seconds after they were asked for."""
+    """Live tensors are copied right before the next update, others after it."""
 
-    hurries = True
-    """Whether they are made before changes at all."""
+    waits = True
+    """Whether an update waits for copies at all."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, *, live: bool) -> None:
+        super().__init__(device, live=live)
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._lock = threading.Lock()
+        self._lock, self._updates = threading.Lock(), 0
+        self._released = threading.Event()
 
     def copy(self, value: Tensor) -> Tensor:
         """See `HostCopies`."""
         copied = torch.full_like(value, float("nan"), memory_format=torch.contiguous_format)
         with self._lock:
             self._pending.append((copied, value.detach()))
+            self._updates = 0
+            self._released.clear()
         return copied
 
     def completion(self) -> Callable[[], None]:
-        """See `HostCopies`."""
+        """See `HostCopies`. It waits for an update, or for the run to need the checkpoint."""
 
         def wait() -> None:
-            time.sleep(_LATE)
+            self._released.wait()
             self._make()
 
         return wait
 
-    def before_changes(self) -> None:
-        """See `HostCopies`."""
-        if self.hurries:
+    def before_update(self) -> None:
+        """See `HostCopies`. It is called again when the update has been made."""
+        self._updates += 1
+        if self._live and self.waits:
             self._make()
+        if self._updates > 1:
+            self.release()
+
+    def release(self) -> None:
+        """Lets the writer go on."""
+        self._released.set()
 
     def _make(self) -> None:
         with self._lock:
@@ -57,9 +65,9 @@ class LateCopies(HostCopies):
 
 
 class TooLateCopies(LateCopies):
-    """Copies that nobody waits for before the update."""
+    """No update waits for copies."""
 
-    hurries = False
+    waits = False
 
 
 def run_with_copies(rank: int, world_size: int, kinds: Sequence[str], runs: list[RunConfig]) -> list[str]:
@@ -67,11 +75,19 @@ def run_with_copies(rank: int, world_size: int, kinds: Sequence[str], runs: list
     from recycle_ds.checkpoint.run import saving
 
     classes = {"now": HostCopies, "late": LateCopies, "too late": TooLateCopies}
-    original, endings = saving.HostCopies, list[str]()
+    copies, wait, endings = saving.HostCopies, ShardWriter.wait, list[str]()
+
+    def released(writer: ShardWriter) -> str | None:
+        own: Any = writer._copies
+        if isinstance(own, LateCopies):
+            own.release()
+        return wait(writer)
+
+    ShardWriter.wait = released  # type: ignore[method-assign]
     try:
         for kind, config in zip(kinds, runs, strict=True):
             saving.HostCopies = classes[kind]  # type: ignore[misc]
             endings += run_all(rank, world_size, [config])
     finally:
-        saving.HostCopies = original  # type: ignore[misc]
+        saving.HostCopies, ShardWriter.wait = copies, wait  # type: ignore[misc, method-assign]
     return endings

@@ -1,8 +1,8 @@
 """Writing a checkpoint: every rank writes its share to a temporary folder, which is renamed once it is complete on disk.
 
 Parameters are gathered one at a time, and the replicas take turns in keeping them, so a rank buffers at most its own share, in
-host memory, from where a thread writes it while training continues. On CUDA training does not wait for the copies either: the
-device does, before its next update. Once the threads of all ranks have finished, the ranks agree on the result, and rank 0
+host memory, from where a thread writes it while training continues. On CUDA training does not wait for the copies either, see
+`HostCopies`. Once the threads of all ranks have finished, the ranks agree on the result, and rank 0
 publishes the checkpoint.
 """
 
@@ -65,9 +65,11 @@ class PortableCheckpointer:
         self._token = broadcast_from(0, secrets.token_hex(4), engine.mesh)
         self._run_dir = Path(self._config.run_dir)
         self._save: _Save | None = None
-        self._copies = HostCopies(engine.mesh.device)
-        self._copies.prepare(self._sizes())
-        engine.optimizer.register_step_pre_hook(lambda *_: self._copies.before_changes())
+        copies = HostCopies(engine.mesh.device, live=engine.zero.reads_are_live)
+        copies.prepare(self._bytes_to_copy())
+        # nothing but the optimizer's step changes what is saved while a checkpoint is written: `restore` waits for `finish`
+        engine.optimizer.register_step_pre_hook(lambda *_: copies.before_update())
+        self._copies = copies
 
     def begin(self, state: TrainingState) -> bool:
         """See `Checkpointer`. Buffers up to training.save_buffer_gib in host memory ahead of the disk."""
@@ -77,7 +79,7 @@ class PortableCheckpointer:
         mesh = self._engine.mesh
         if not self._on_first_rank(lambda: _make_empty(temporary)):
             return False
-        self._copies.begin()
+        self._copies.end_preparation()
         writer = ShardWriter(temporary, mesh.rank, self._buffer, self._copies)
         self._gather(writer)
         generators = {"cpu": torch.get_rng_state()}
@@ -124,7 +126,9 @@ class PortableCheckpointer:
         return int(self._config.training.save_buffer_gib * 2**30)
 
     def _shares(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
-        """All local parameters in the order in which they are gathered, and the pieces of each that this rank saves."""
+        """All local parameters in the order in which they are gathered, and the pieces of each that this rank saves.
+
+        Gathering is collective: every rank goes through all of them."""
         mesh, master = self._engine.mesh, self._engine.master
         table = pieces(self._engine.model, mesh)
         for name, rank in owning_replica(list(master.parameters), mesh.replicas.size).items():
@@ -141,18 +145,16 @@ class PortableCheckpointer:
                 for piece in own:
                     writer.add(piece, kind, value)
 
-    def _sizes(self) -> list[int]:
-        """Bytes of the tensors that this rank saves, as many as are buffered."""
-        master, found, left = self._engine.master, [], self._buffer
+    def _bytes_to_copy(self) -> int:
+        """Bytes that this rank copies from its device for a checkpoint, as many as are buffered."""
+        master, found = self._engine.master, 0
+        if all(tensor.device.type == "cpu" for tensor in self._engine.zero.masters()):  # offloaded
+            return 0
         for name, own in self._shares():
-            shape = master.shape(name)
-            for piece in own:
-                size = 4 * math.prod(shape) // shape[piece.axis] * piece.length
-                for _ in master.kinds(name):
-                    if size <= left:
-                        found.append(size)
-                        left -= size
-        return found
+            shape, kinds = master.shape(name), master.kinds(name)
+            if len(kinds) > 1:  # frozen weights may be on the host
+                found += sum(4 * math.prod(shape) // shape[piece.axis] * piece.length * len(kinds) for piece in own)
+        return min(found, self._buffer)
 
     def _publish(self, save: _Save) -> None:
         """Rank 0: merges the ranks' parts into the manifest, renames the folder, updates `latest`, deletes old checkpoints."""

@@ -50,7 +50,8 @@ class Cache:
         # a few elements are read and written through NumPy in a tenth of the time of indexed tensors
         self._tokens_on_host = self.tokens.numpy() if on_host else None
         self._hidden_on_host = self.hidden.view(torch.uint8).numpy() if on_host else None
-        self._entries_on_host = _entries(self.keys_values, block_size) if self._compiled else None
+        compiled = self._compiled and weights.layers > 0
+        self._entries_on_host = _entries(self.keys_values, block_size) if compiled else None
         self.contents = weights.contents(self.tokens, self.hidden)
         """Tokens and states for `StageWeights.run_in_cache`; None where that is not possible."""
 
@@ -127,7 +128,9 @@ def _entries(keys_values: Tensor, size: int) -> tuple[NDArray[np.uint32], NDArra
     heads = entries // 2
     halves = keys_values.view(torch.uint16).numpy().reshape(layers, -1, 2, heads * size * channels)
     keys = halves[:, :, 0].view(np.uint32).reshape(layers, -1, heads, channels // 2, size)
-    return keys, halves[:, :, 1].reshape(layers, -1, heads, size // 2, channels, 2)
+    values = halves[:, :, 1].reshape(layers, -1, heads, size // 2, channels, 2)
+    assert np.shares_memory(keys, halves) and np.shares_memory(values, halves), "entries are moved in the cache itself"
+    return keys, values
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class SlowDisk:
 def test_the_buffer_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a host from running out of memory because the disk is slower than training: `add` must block."""
     disk = SlowDisk(monkeypatch)
-    writer = ShardWriter(tmp_path, 0, limit=2 * 4 * ROWS, copies=HostCopies(torch.device("cpu")))
+    writer = ShardWriter(tmp_path, 0, limit=2 * 4 * ROWS, copies=HostCopies(torch.device("cpu"), live=True))
     added: list[int] = []
 
     def fill() -> None:
@@ -76,7 +76,7 @@ def test_a_limit_of_zero_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.
     disk = SlowDisk(monkeypatch)
     for _ in range(9):
         disk.permits.release()
-    writer = ShardWriter(tmp_path, 0, limit=0, copies=HostCopies(torch.device("cpu")))
+    writer = ShardWriter(tmp_path, 0, limit=0, copies=HostCopies(torch.device("cpu"), live=True))
     for number in range(3):
         writer.add(piece(number), "weight", torch.zeros(ROWS))
     writer.close({"cpu": torch.zeros(3, dtype=torch.uint8)})
@@ -91,7 +91,7 @@ def test_a_disk_error_does_not_block_training(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(shard_writer, "save_shard", full)
-    writer = ShardWriter(tmp_path, 0, limit=4 * ROWS, copies=HostCopies(torch.device("cpu")))
+    writer = ShardWriter(tmp_path, 0, limit=4 * ROWS, copies=HostCopies(torch.device("cpu"), live=True))
     for number in range(5):
         writer.add(piece(number), "weight", torch.zeros(ROWS))
     writer.close({})

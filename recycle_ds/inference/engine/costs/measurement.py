@@ -66,7 +66,7 @@ def measure(
 
     Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
     sequences costs more than that of one. All attend to the same context. positions: the model's longest context.
-    Every size is timed in turn with a call over one token, and counts by what it takes in terms of that.
+    Every size is timed in turn with a call over one token, and its cost is computed from their ratio.
     """
     context = _blocks_of_context(blocks, block_size, positions)
     _read_context(executor, context, context * block_size, with_module)
@@ -84,10 +84,10 @@ def measure(
         drafts = (0, 1, 1 + _FURTHER) if with_module and size <= max_batch else (0,)
         singles, *times = _in_turn([single, *(partial(run, size, count) for count in drafts)], _repeats(size))
         if not full:
-            full.append((1, min(times[0])))
+            full.append((size, min(*singles, *times[0])))
         else:  # in terms of the smallest call at the same time: the speed of memory changes from one second to the next
             ratio = median(own / one for own, one in zip(times[0], singles, strict=True))
-            full.append((size, ratio * full[0][1]))
+            full.append((size, max(ratio, 1.0) * full[0][1]))
         if len(drafts) > 1:
             scale = full[0][1] / median(singles)
             first.append((size, scale * _difference(times[1], times[0])))
@@ -95,7 +95,8 @@ def measure(
     if len(full) < 2:
         full.append((full[0][0] + 1, full[0][1]))
     least = 1e-3 * full[0][1]
-    return CostModel(without_outliers(full), ascending(module, least) or CostModel().module, ascending(first, least))
+    calls = without_outliers(ascending(full, least))
+    return CostModel(calls, ascending(module, least) or CostModel().module, ascending(first, least))
 
 
 def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
@@ -109,8 +110,9 @@ def without_outliers(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, fl
 
 
 def ascending(points: Sequence[tuple[int, float]], least: float) -> tuple[tuple[int, float], ...]:
-    """Differences of measurements (size, seconds), which err in both directions: where a larger size seems to cost less than a
-    smaller one, both cost their mean (isotonic regression by pooling adjacent violators). No cost is below `least`."""
+    """Ratios or differences of measurements (size, seconds), which err in both directions: where a larger size seems to cost
+    less than a smaller one, both cost their mean (isotonic regression by pooling adjacent violators). No cost is below
+    `least`."""
     pools: list[tuple[float, int]] = []  # sum and number of neighbours that have the same cost
     for _, seconds in points:
         total, count = seconds, 1
@@ -163,10 +165,11 @@ def _repeats(size: int) -> int:
 
 def _in_turn(actions: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
     """Seconds of several runs of each, after one that does not count. The actions take turns, so that what distinguishes two of
-    them is not the state of the machine."""
+    them is not the state of the machine, and every other time in reverse, so that it is not what ran before."""
     times: list[list[float]] = [[] for _ in actions]
+    pairs = list(zip(actions, times, strict=True))
     for repeat in range(1 + repeats):
-        for action, own in zip(actions, times, strict=True):
+        for action, own in pairs if repeat % 2 else pairs[::-1]:
             start = time.perf_counter()
             action()
             if repeat:

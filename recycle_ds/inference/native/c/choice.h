@@ -170,14 +170,15 @@ static void run_race(const float *logits, int64_t count, int64_t first, const Ru
     part_of(count, part, &from, &to);
     const __m512 highest = _mm512_set1_ps(peak_of(race)), inverse = _mm512_set1_ps(rule->inverse);
     const __m512 limit = _mm512_set1_ps(race->limit);
-    __m512 best = _mm512_set1_ps(-1.0f), lead = best; /* by lane, and of all lanes, less what rounding may be worth */
+    __m512 best = _mm512_set1_ps(-1.0f), lead = best; /* best of each lane; 0.999 of the best of all */
     __m512i at = _mm512_setzero_si512();
     for (int64_t i = from; i < to; i += 16) {
         const __mmask16 left = lanes_left(to - i);
         const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(left, logits + i), highest), inverse);
         const __mmask16 kept = _mm512_mask_cmp_ps_mask(left, x, limit, _CMP_GE_OQ);
         if (!kept) continue;
-        /* a clock is at least its uniform number: most tokens cannot win, and need no logarithm */
+        /* A clock is at least its uniform number, but for rounding, which 0.999 covers: most tokens cannot win, and need no
+           logarithm. */
         const __m512 weight = exponential(x), u = uniforms(rule->key, first + i);
         if (!_mm512_mask_cmp_ps_mask(kept, weight, _mm512_mul_ps(lead, u), _CMP_GE_OQ)) continue;
         const __m512 score = _mm512_div_ps(weight, exponential_clock(u));

@@ -64,6 +64,8 @@ class ZeroAdapter(ABC):
     CALLS: ClassVar[Mapping[str, str]] = {}
     """A method of DeepSpeed's optimizer that must call another one: the one that `replace_norm` replaces."""
 
+    reads_are_live = False
+    """Whether `read` returns the tensors that the optimizer updates, and not copies of them."""
     keeps_gradients = True
     """Whether a rank keeps the gradients of all its parameters until the step."""
 

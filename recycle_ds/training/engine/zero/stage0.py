@@ -14,6 +14,8 @@ from recycle_ds.training.engine.zero.adapter import Kind, Norms, Uses, ZeroAdapt
 class Stage0(ZeroAdapter):
     """Stage 0 in fp32: each replica has all gradients, and parameters are their own masters."""
 
+    reads_are_live = True
+
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """See `ZeroAdapter`."""
         if self._mesh.replicas.rank:

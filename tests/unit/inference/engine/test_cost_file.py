@@ -70,7 +70,9 @@ def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
     assert file.read() is None
 
 
-def test_a_machine_that_changes_its_speed_does_not_make_larger_calls_dearer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_the_machines_speed_does_not_raise_the_cost_of_larger_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Prevents a decoder that hardly drafts for its first minutes: memory had become slower between the timing of one token
     and that of four, which then seemed to cost 17 instead of 5 % more."""
     clock = [0.0]
