@@ -40,6 +40,8 @@ CHATML = (
 )
 SPECIAL = ("<s>", "<|im_start|>", "<|im_end|>")
 NAME = "tiny"
+LONG = {"prompt": TEXT[:10], "max_tokens": 100, "ignore_eos": True}
+"""Body of a request for a long answer."""
 
 
 def make_tokenizer(folder: Path, template: str | None = CHATML) -> Tokenizer:
@@ -164,3 +166,21 @@ def serving(
             worker.stop("the test has ended")
             assert worker.join(30)
         assert not thread.is_alive()
+
+
+def slow_down(server: Server, seconds: float = 0.02) -> None:
+    """Lets every step of the engine take longer, so that clients can act in the middle of an answer."""
+    engine = server.worker.engine
+    step = engine.step
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slow  # type: ignore[method-assign]
+
+
+def head_of(path: str, length: int) -> bytes:
+    """The head of a request with a body of so many bytes."""
+    kind = "content-type: application/json\r\n"
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{kind}content-length: {length}\r\n\r\n".encode()
