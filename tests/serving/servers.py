@@ -20,8 +20,10 @@ import uvicorn
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
 from recycle_ds.serving.conduct.connections import server_config
@@ -72,6 +74,15 @@ def engine_of(loaded: LoadedModel, **options: Any) -> DecodingEngine:
     tokenizer = loaded.tokenizer
     options = {"max_batch": 4, "eos_ids": tokenizer.end_ids} | options
     return local_engine(loaded.model, text_source=lambda prompt: TextStream(tokenizer, after=prompt), **options)
+
+
+def greedy(loaded: LoadedModel, prompt: str, tokens: int, **params: Any) -> tuple[str, list[int]]:
+    """The engine's own answer: text and ids."""
+    engine, chosen = engine_of(loaded), SamplingParams(max_new_tokens=tokens, **params)
+    (sequence,) = engine.add(loaded.tokenizer.encode(prompt), chosen, "autoregressive")
+    engine.finish([sequence])
+    ids = list(sequence.generation(0.0).token_ids)
+    return text_of(loaded.tokenizer, chosen, ids, loaded.tokenizer.encode(prompt)), ids
 
 
 @dataclass
