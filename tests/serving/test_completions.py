@@ -1,4 +1,4 @@
-"""The official client against a running server: completions, their streams, log probabilities, echoes, stops and modes."""
+"""The official client against a running server: completions, streams, log probabilities, echoes, stops and modes."""
 
 from __future__ import annotations
 
