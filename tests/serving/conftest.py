@@ -10,7 +10,7 @@ import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from tests.browser import chromium
-from tests.serving.page_model import make_page_model
+from tests.serving.page_model import Visit, make_page_model
 from tests.serving.processes import write_model
 from tests.serving.servers import Server, make_model, serving
 
@@ -32,6 +32,16 @@ def browser() -> Iterator[Any]:
     """A headless browser. Of one file only: until it is closed, this thread cannot run another event loop."""
     with chromium() as started:
         yield started
+
+
+@pytest.fixture
+def visits(browser: Any) -> Iterator[list[Visit]]:
+    """Visits to check and to close."""
+    made: list[Visit] = []
+    yield made
+    for visit in made:
+        visit.check()
+        visit.close()
 
 
 @pytest.fixture(scope="module")

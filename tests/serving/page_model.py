@@ -1,4 +1,4 @@
-"""What the browser tests share: a model whose text is HTML, a browser, and a page that is being watched."""
+"""What the browser tests share: a model whose text is HTML, a run's log, and a page that is being watched."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import Tokenizer
+from tests.serving.servers import Server
 from tests.unit.inference.models import overfitted_model
 
 # What the model has learnt by heart: HTML that must stay text, and characters of several tokens.
@@ -31,6 +32,22 @@ def make_page_model(folder: Path, *, chat: bool = True) -> LoadedModel:
     model = overfitted_model(ids, tokenizer.vocab_size, steps=50, stride=4, max_positions=4096)
     model.unnamed_ids = ()
     return LoadedModel(model, tokenizer, folder, step=1, seq_length=48)
+
+
+def make_page_run(folder: Path) -> Path:
+    """A run's log in `folder`: 40 steps, two evaluations, a resume."""
+    records: list[dict[str, Any]] = []
+    for step in range(1, 41):
+        loss = 2 + 4 / step
+        records.append(
+            {"step": step, "loss": 2 * loss, "backbone_loss": loss, "recycle_loss": [loss + 0.1, loss + 0.2]}
+        )
+        if step % 20 == 0:
+            records.append({"step": step, "eval_loss": loss + 0.05, "eval_acceptance": [step / 50, step / 80]})
+        if step == 30:
+            records.append({"event": "resume", "step": 30, "checkpoint": "step-30"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 41, "lo')
+    return folder
 
 
 class Visit:
@@ -89,6 +106,12 @@ class Visit:
     def close(self) -> None:
         """Closes the page."""
         self.context.close()
+
+
+def visit_to(visits: list[Visit], browser: Any, server: Server, **options: Any) -> Visit:
+    """A visit that is checked and closed at the end of the test."""
+    visits.append(Visit(browser, server.url, **options))
+    return visits[-1]
 
 
 def shown(answer: Any) -> str:

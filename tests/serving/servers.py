@@ -20,8 +20,10 @@ import uvicorn
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.data.tokenizer import Tokenizer
+from recycle_ds.inference.answers import text_of
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
+from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.serving.app import create_app
 from recycle_ds.serving.conduct.connections import server_config
@@ -40,6 +42,8 @@ CHATML = (
 )
 SPECIAL = ("<s>", "<|im_start|>", "<|im_end|>")
 NAME = "tiny"
+LONG = {"prompt": TEXT[:10], "max_tokens": 100, "ignore_eos": True}
+"""Body of a request for a long answer."""
 
 
 def make_tokenizer(folder: Path, template: str | None = CHATML) -> Tokenizer:
@@ -70,6 +74,15 @@ def engine_of(loaded: LoadedModel, **options: Any) -> DecodingEngine:
     tokenizer = loaded.tokenizer
     options = {"max_batch": 4, "eos_ids": tokenizer.end_ids} | options
     return local_engine(loaded.model, text_source=lambda prompt: TextStream(tokenizer, after=prompt), **options)
+
+
+def greedy(loaded: LoadedModel, prompt: str, tokens: int, **params: Any) -> tuple[str, list[int]]:
+    """The engine's own answer: text and ids."""
+    engine, chosen = engine_of(loaded), SamplingParams(max_new_tokens=tokens, **params)
+    (sequence,) = engine.add(loaded.tokenizer.encode(prompt), chosen, "autoregressive")
+    engine.finish([sequence])
+    ids = list(sequence.generation(0.0).token_ids)
+    return text_of(loaded.tokenizer, chosen, ids, loaded.tokenizer.encode(prompt)), ids
 
 
 @dataclass
@@ -164,3 +177,21 @@ def serving(
             worker.stop("the test has ended")
             assert worker.join(30)
         assert not thread.is_alive()
+
+
+def slow_down(server: Server, seconds: float = 0.02) -> None:
+    """Lets every step of the engine take longer, so that clients can act in the middle of an answer."""
+    engine = server.worker.engine
+    step = engine.step
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slow  # type: ignore[method-assign]
+
+
+def head_of(path: str, length: int) -> bytes:
+    """The head of a request with a body of so many bytes."""
+    kind = "content-type: application/json\r\n"
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{kind}content-length: {length}\r\n\r\n".encode()

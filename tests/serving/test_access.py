@@ -1,13 +1,18 @@
-"""Files of keys, and addresses that need one."""
+"""Who may ask a server: keys, addresses that need one, names of hosts, and what strangers see of failures."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import httpx
+import openai
 import pytest
 
+from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.config import ConfigError
 from recycle_ds.serving.access import is_host_allowed, read_keys, sees_causes, warning_about
+from tests.serving.servers import LONG, serving
 
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
@@ -64,3 +69,71 @@ def test_who_sees_causes() -> None:
     """Prevents strangers from reading exceptions, and users of their own server from not finding the reason."""
     assert sees_causes(None, "127.0.0.1", ()) and not sees_causes(None, "0.0.0.0", ())
     assert sees_causes("Bearer key", "0.0.0.0", ("key",)) and not sees_causes("Bearer k", "127.0.0.1", ("key",))
+
+
+def test_names_of_a_loopback_server(loaded: LoadedModel) -> None:
+    """Prevents a web page whose name points to this machine (DNS rebinding) from using the server, and names that users do
+    use from being refused."""
+    with serving(loaded, allowed_hosts=("llm.example",)) as server:
+        http = server.http()
+        for name, status in (
+            ("evil.example", 403),
+            ("localhost.evil.example:80", 403),
+            ("", 403),
+            ("LLM.example:443", 200),
+        ):
+            found = http.get("/ready", headers={"host": name})
+            assert found.status_code == status
+            assert status == 200 or found.json()["error"]["code"] == "host_not_allowed"
+        for name in ("localhost", "localhost:1234", "127.0.0.1", "[::1]:8000"):
+            assert http.post("/v1/completions", json={"prompt": "a"}, headers={"host": name}).status_code == 200
+
+
+def test_keys(loaded: LoadedModel) -> None:
+    """Prevents access without a valid key, probes that need one, and keys in the log."""
+    with serving(loaded, api_keys=("first-key", "second-key")) as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as http:
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/run.json", "/static", "/nothing"):
+                assert http.get(path).status_code == 401, path
+            for given in (
+                "Bearer",
+                "Bearer first-ke",
+                "Basic first-key",
+                "first-key",
+                "Bearer \u00e9",
+                "Bearer first-key2",
+            ):
+                answer = http.get("/v1/models", headers={"authorization": given.encode()})
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+            for key in ("first-key", "second-key"):
+                assert http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+            assert [http.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
+        with pytest.raises(openai.AuthenticationError):
+            server.client().with_options(api_key="wrong").models.list()
+        assert "-key" not in server.log.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen_by"),
+    [({}, {"all"}), ({"api_keys": ("a-key",)}, {"key"}), ({"host": "0.0.0.0"}, set())],
+)
+def test_who_sees_why_the_engine_failed(loaded: LoadedModel, settings: dict[str, Any], seen_by: set[str]) -> None:
+    """Prevents paths, hosts and memory of the machine from being shown to strangers, and clients that repeat a request that
+    breaks the engine."""
+    with serving(loaded, **settings) as server, httpx.Client(base_url=server.url, trust_env=False) as stranger:
+
+        def fail() -> Any:
+            raise RuntimeError("no memory at /secret")
+
+        server.worker.engine.step = fail  # type: ignore[method-assign]
+        http = server.http()
+        answer = http.post("/v1/completions", json=LONG)
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "failed"
+        assert answer.headers["x-should-retry"] == "false"
+        known = [answer, *(http.get(path) for path in ("/health", "/ready")), http.post("/v1/completions", json=LONG)]
+        unknown = [stranger.get(path) for path in ("/health", "/ready")]
+        assert [one.status_code for one in (*known[1:], *unknown)] == [503] * 5
+        for found, visible in ((known, bool(seen_by)), (unknown, seen_by == {"all"})):
+            assert {"secret" in one.text for one in found} == {visible}
+            assert all("the engine failed" in one.text for one in found)

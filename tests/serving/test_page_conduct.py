@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,82 +10,17 @@ from typing import Any
 import pytest
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from tests.serving.page_model import Visit
+from tests.serving.page_checks import PROBLEMS, TEXTS, colour_of, contrast, faint
+from tests.serving.page_model import Visit, make_page_run, visit_to
 from tests.serving.servers import Server, serving
 
 NARROW = {"viewport": {"width": 320, "height": 640}}
-
-# Every visible text with its colour and the grounds below it, as [text, colour, [grounds]].
-TEXTS = """() => {
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.checkVisibility({visibilityProperty: true})) continue;
-    if (element.closest('.unseen, .skip, noscript, script, :disabled')) continue;
-    const grounds = [];
-    for (let at = element; at; at = at.parentElement) grounds.push(getComputedStyle(at).backgroundColor);
-    const style = getComputedStyle(element);
-    found.push([walker.currentNode.data.trim(), element instanceof SVGElement ? style.fill : style.color, grounds]);
-  }
-  return found;
-}"""
-
-# Names of controls, references between elements, and the outline, as problems in words.
-PROBLEMS = """() => {
-  const problems = [];
-  const all = [...document.querySelectorAll('*')];
-  const seen = all.filter(e => e.checkVisibility());
-  const ids = all.map(e => e.id).filter(Boolean);
-  ids.filter((id, i) => ids.indexOf(id) !== i).forEach(id => problems.push('id twice: ' + id));
-  for (const name of ['aria-describedby', 'aria-labelledby', 'aria-controls', 'for']) {
-    for (const e of document.querySelectorAll('[' + name + ']')) {
-      e.getAttribute(name).split(' ').filter(id => !document.getElementById(id)).forEach(id => problems.push(name + ': ' + id));
-    }
-  }
-  for (const e of seen.filter(e => e.matches('input, textarea, select'))) {
-    if (![...e.labels].some(label => label.textContent.trim())) problems.push('no label: ' + e.id + e.name);
-  }
-  for (const e of seen.filter(e => e.matches('button, summary, a'))) {
-    if (!e.textContent.trim()) problems.push('no name: ' + e.outerHTML);
-  }
-  for (const e of seen.filter(e => e.matches('[role=group], [role=img], main, section, form, nav'))) {
-    if (!e.getAttribute('aria-label')) problems.push('no name: ' + e.tagName + '.' + e.className);
-  }
-  for (const e of seen.filter(e => e.matches('fieldset'))) {
-    if (!e.querySelector('legend')?.textContent) problems.push('no legend');
-  }
-  for (const e of seen.filter(e => e.matches('svg'))) {
-    if (e.getAttribute('role') !== 'img' && e.getAttribute('aria-hidden') !== 'true') problems.push('a drawing without a role');
-  }
-  const levels = seen.filter(e => /^H[1-6]$/.test(e.tagName)).map(e => Number(e.tagName[1]));
-  levels.forEach((level, i) => {
-    if (level > (levels[i - 1] ?? 0) + 1) problems.push('a heading of level ' + level + ' after one of ' + levels[i - 1]);
-  });
-  if (seen.filter(e => e.tagName === 'MAIN').length !== 1) problems.push('not one main');
-  if (seen.filter(e => e.tagName === 'H1').length !== 1) problems.push('not one h1');
-  if (!document.documentElement.lang || !document.title) problems.push('no language or title');
-  if (seen.some(e => e.tabIndex > 0)) problems.push('a tab order of its own');
-  return problems;
-}"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's log: 40 steps, two evaluations, a resume."""
-    folder = tmp_path_factory.mktemp("run")
-    records: list[dict[str, Any]] = []
-    for step in range(1, 41):
-        loss = 2 + 4 / step
-        records.append(
-            {"step": step, "loss": 2 * loss, "backbone_loss": loss, "recycle_loss": [loss + 0.1, loss + 0.2]}
-        )
-        if step % 20 == 0:
-            records.append({"step": step, "eval_loss": loss + 0.05, "eval_acceptance": [step / 50, step / 80]})
-        if step == 30:
-            records.append({"event": "resume", "step": 30, "checkpoint": "step-30"})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 41, "lo')
-    return folder
+    return make_page_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -94,51 +28,6 @@ def site(page_model: LoadedModel, run: Path) -> Iterator[Server]:
     with serving(page_model, run_folder=run) as server:
         yield server
         server.wait_idle()
-
-
-@pytest.fixture
-def visits(browser: Any) -> Iterator[list[Visit]]:
-    """Visits to check and to close."""
-    made: list[Visit] = []
-    yield made
-    for visit in made:
-        visit.check()
-        visit.close()
-
-
-def visit_to(visits: list[Visit], browser: Any, server: Server, **options: Any) -> Visit:
-    visits.append(Visit(browser, server.url, **options))
-    return visits[-1]
-
-
-def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """Contrast of two opaque colours (WCAG 2, relative luminance)."""
-
-    def luminance(colour: tuple[float, ...]) -> float:
-        parts = [part / 255 for part in colour[:3]]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def colour_of(text: str) -> tuple[float, ...]:
-    """rgb(...) or rgba(...) as numbers, alpha last."""
-    parts = [float(part) for part in text[text.index("(") + 1 : -1].split(",")]
-    return (*parts[:3], parts[3] if len(parts) > 3 else 1.0)
-
-
-def faint(texts: list[Any]) -> list[str]:
-    """Texts with a contrast below 4.5 to their ground."""
-    found = []
-    for text, colour, grounds in texts:
-        ground: tuple[float, ...] = (255, 255, 255, 1)
-        for layer in map(colour_of, reversed(grounds)):
-            ground = (*(layer[3] * layer[i] + (1 - layer[3]) * ground[i] for i in range(3)), 1)
-        if contrast(colour_of(colour), ground) < 4.5:
-            found.append(f"{text[:40]}: {colour} on {ground}, {contrast(colour_of(colour), ground):.2f}")
-    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

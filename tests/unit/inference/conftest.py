@@ -1,7 +1,8 @@
-"""Fixtures: a trained model, and the generate command."""
+"""Fixtures: a trained model, the generate command, and a file of prompts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,11 @@ def generate(model: Path, capfd: pytest.CaptureFixture[str]) -> Generate:
         return Outcome(int(exit_info.value.code or 0), *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of eleven prompts with ids."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{n}", "id": n * 7}) + "\n" for n in range(11)) + "\n")
+    return path
