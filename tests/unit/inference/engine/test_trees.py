@@ -202,3 +202,18 @@ def test_moves_in_the_order_of_the_compiled_kernels() -> None:
     pairs = [((4, 0)[at // 16] * 16 + at % 16, (1, 3)[at // 16] * 16 + at % 16) for at in wrong]
     cache.move(pairs)
     assert torch.equal(_states(weights, cache, Span((1, 3), len(tokens), 1), [2]), expected)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_a_stage_without_blocks_moves_nothing() -> None:
+    """Prevents a pipeline whose last stage has the recycle module and no block of the backbone from not starting."""
+    model = copy.deepcopy(bf16_model())
+    model.blocks = torch.nn.ModuleDict()
+    weights = StageWeights(model)
+    assert weights.why_not_compiled is None and weights.layers == 0
+    cache = Cache(weights, 6, 16)
+    cache.tokens[:] = torch.arange(96)
+    cache.move([(5, 4)])
+    cache.move_states([(5, 4)])
+    assert cache.tokens[4] == 5
