@@ -74,7 +74,7 @@ class DecodingEngine:
             return []
         plan, start = self._under_way.popleft()
         outcome = self._executor.collect()
-        if all(part.start >= part.prompt_tokens for part in plan.parts):  # chunks of prompts cost something else
+        if all(part.is_budgeted for part in plan.parts):
             calls = {one.sequence: one.calls for one in outcome}
             made = [calls.get(part.sequence, 0) for part in plan.parts]
             ordered = max(part.drafts for part in plan.parts)

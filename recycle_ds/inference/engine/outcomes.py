@@ -45,7 +45,9 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
     sequence.logprobs += mine.logprobs[:kept]
     _count(sequence, part, path, kept, budget)
     sequence.forget_drafts()
-    sequence.ordered = part.drafts_after(mine.tokens) if part.module_start else 0
+    # what `alternate` drafts is kept, never verified: it says nothing of acceptance
+    makes_drafts = part.module_start > 0 and sequence.mode != "alternate"
+    sequence.ordered = part.drafts_after(mine.tokens) if makes_drafts else 0
     if sequence.reason is not None:
         return
     if sequence.mode != "alternate":

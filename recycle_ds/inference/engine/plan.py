@@ -59,6 +59,13 @@ class Part:
         return self.start + len(self.tokens) - self.judged
 
     @property
+    def is_budgeted(self) -> bool:
+        """Whether it is one of those whose costs the draft budget knows: a plain step, or one with a tree. Chunks of prompts,
+        chains and recycled tokens cost something else."""
+        plain = len(self.tokens) == 1 and self.module_start == 0
+        return self.start >= self.prompt_tokens and (plain or self.width > 0)
+
+    @property
     def judged_ids(self) -> tuple[int, ...]:
         """The drafts to be verified."""
         return self.tokens[len(self.tokens) - self.judged :]

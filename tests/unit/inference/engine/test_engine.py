@@ -10,6 +10,7 @@ from recycle_ds.inference import Decoder, DecodingError, SamplingParams
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.plan import Plan
 from recycle_ds.inference.parameters import TokenSampling
+from recycle_ds.inference.speculation.cost_model import CostModel
 from tests.unit.inference.engine.requests import (
     check_answers,
     decode_alone,
@@ -159,3 +160,25 @@ def test_stop_strings_inside_accepted_drafts(draft_tokens: int | None) -> None:
         recycled += sum(answer.recycled)
         engine.scheduler.check()
     assert recycled > 30, "the test needs accepted drafts"
+
+
+@pytest.mark.parametrize(("mode", "counts"), [("autoregressive", True), ("verified", True), ("alternate", False)])
+def test_only_steps_like_those_that_were_measured_correct_the_costs(mode: str, counts: bool) -> None:
+    """Prevents adaptive drafting that others disturb: chains of `alternate` decoding take other steps than trees."""
+    engine = local_engine(random_model(7, 1), max_batch=2)
+    engine.use_costs(CostModel(((1, 1.0), (8, 1.1), (64, 2.0)), ((1, 0.05),)))  # seconds: far from what steps take
+    engine.finish(engine.add([1, 2, 3], SamplingParams(max_new_tokens=20), mode))
+    costs = engine.scheduler.budget.costs
+    assert (costs.full_scale < 1) == counts
+    assert counts or (costs.drafting_scale, costs.sizes_scale) == (1.0, [1.0] * 3)
+
+
+def test_drafts_that_are_not_verified_say_nothing_of_acceptance() -> None:
+    """Prevents a stream that hardly drafts after `alternate` decoding on the same engine: each recycled token counted as a
+    rejected draft, and verified decoding then made 1.4 instead of 1.8 tokens per full call."""
+    engine = free_drafts(local_engine(random_model(7, 1), max_batch=2))
+    before = engine.scheduler.budget.acceptance(99)
+    engine.finish(engine.add([1, 2, 3], SamplingParams(max_new_tokens=30), "alternate"))
+    assert engine.scheduler.budget.acceptance(99) == before
+    engine.finish(engine.add([1, 2, 3], SamplingParams(max_new_tokens=30), "verified"))
+    assert engine.scheduler.budget.acceptance(99) != before
