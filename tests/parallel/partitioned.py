@@ -58,5 +58,5 @@ def memory_after_steps(rank: int, world_size: int, config: RunConfig) -> tuple[i
     held = subject.held()
     values = [value for batch in subject._batches.micro for value in vars(batch).values()]
     batches = [value for value in values if isinstance(value, Tensor)]
-    others = bytes_of([*batches, *subject._engine.model.buffers()])
+    others = bytes_of([*batches, *subject.engine.model.buffers()])
     return held.parameters, bytes_of(held.state), bytes_of(held.beside), size_of(live(earlier)) - others
