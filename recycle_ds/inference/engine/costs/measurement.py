@@ -66,14 +66,13 @@ def measure(
 
     Full calls are timed with sequences of one token each, as far as blocks last, because the attention of many
     sequences costs more than that of one. All attend to the same context. positions: the model's longest context.
-    Every size is timed in turn with a call over one token, and its cost is computed from their ratio.
+    Every size is timed in turn with the one before it, and its cost is computed from their ratio.
     """
     context = _blocks_of_context(blocks, block_size, positions)
     _read_context(executor, context, context * block_size, with_module)
     most = min(blocks - context, max(2 * max_batch * 4, MAX_NODES + 8))
     sizes = [size for size in _SIZES if size <= most]
     run = partial(_run, executor, context, context * block_size)
-    single = partial(run, 1, 0)
     end = time.monotonic() + _MOST_SECONDS
     full: list[tuple[int, float]] = []
     first: list[tuple[int, float]] = []
@@ -82,14 +81,16 @@ def measure(
         if len(full) > 1 and time.monotonic() > end:
             break
         drafts = (0, 1, 1 + _FURTHER) if with_module and size <= max_batch else (0,)
-        singles, *times = _in_turn([single, *(partial(run, size, count) for count in drafts)], _repeats(size))
+        smaller, known = full[-1] if full else (size, 0.0)
+        befores, *times = _in_turn([partial(run, smaller, 0), *(partial(run, size, n) for n in drafts)], _repeats(size))
         if not full:
-            full.append((size, min(*singles, *times[0])))
-        else:  # in terms of the smallest call at the same time: the speed of memory changes from one second to the next
-            ratio = median(own / one for own, one in zip(times[0], singles, strict=True))
-            full.append((size, max(ratio, 1.0) * full[0][1]))
+            known = min(*befores, *times[0])
+            full.append((size, known))
+        else:  # in terms of the next smaller one at the same time: the speed of memory changes from one second to the next
+            ratio = median(own / before for own, before in zip(times[0], befores, strict=True))
+            full.append((size, max(ratio, 1.0) * known))
         if len(drafts) > 1:
-            scale = full[0][1] / median(singles)
+            scale = known / median(befores)
             first.append((size, scale * _difference(times[1], times[0])))
             module.append((size, scale * _difference(times[2], times[1]) / _FURTHER))
     if len(full) < 2:
