@@ -51,7 +51,7 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
     if sequence.reason is not None:
         return
     if sequence.mode != "alternate":
-        sequence.keep_drafts(mine.drafts, mine.parents, mine.confidences)
+        sequence.keep_drafts(mine.drafts, mine.parents, mine.confidences, repeated=not budget.hopeless)
     elif mine.drafts:
         sequence.tally.add(len(mine.drafts), 0, 0)
         sequence.take(list(mine.drafts), [True] * len(mine.drafts))

@@ -127,11 +127,14 @@ class Sequence:
             self.number, self.confidences, fixed, room, self.parents, not self.params.greedy, self.repeated
         )
 
-    def keep_drafts(self, ids: tuple[int, ...], parents: tuple[int, ...], confidences: tuple[float, ...]) -> None:
-        """Keeps the module's drafts after the last token and, in trees, what followed when the text ended like this before."""
+    def keep_drafts(
+        self, ids: tuple[int, ...], parents: tuple[int, ...], confidences: tuple[float, ...], *, repeated: bool
+    ) -> None:
+        """Keeps the module's drafts after the last token and, in trees, what followed when the text ended like this before,
+        if that may be `repeated`."""
         self.drafts, self.parents, self.confidences = ids, parents, confidences
         self.grown = len(ids)
-        found = self.repeats.find(self.tokens, MAX_DRAFT) if self.grows_trees else None
+        found = self.repeats.find(self.tokens, MAX_DRAFT) if self.grows_trees and repeated else None
         if found is not None:
             chain = list(zip(found.tokens, found.confidences, strict=True))
             drafts, of, values, self.repeated = grafted(ids, parents, confidences, chain)

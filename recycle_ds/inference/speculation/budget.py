@@ -97,6 +97,8 @@ class DraftBudget:
     """Sequences of the step in which drafting was last found not to pay."""
     _longest: int = START
     """The greatest depth that is being made."""
+    hopeless: bool = False
+    """Whether no draft could pay in the latest step, however likely: then none need be looked for, at no cost either."""
     decision: Decision | None = None
     """What was decided in the latest step that budgeted drafts."""
 
@@ -122,10 +124,11 @@ class DraftBudget:
             return chosen
         self._probing = self._probe > 0
         count, plain = len(candidates), len(candidates) + sum(map(len, chosen))
+        self.hopeless = not (self._probing or self.costs.can_pay(count, plain, _LEAST_STEP_GAIN))
         # of equal chances the earlier node first: a parent is never after its child
         items = sorted(
             (-chance, node, i)
-            for i in adaptive
+            for i in (() if self.hopeless else adaptive)
             for node, chance, depth in self._chances(candidates[i])
             if depth <= candidates[i].room
         )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from recycle_ds.inference.speculation.tree import MAX_NODES
+
 # Cost model before anything is measured: each further token of a full call, and a module call, in full calls.
 _NOMINAL_SLOPE, _NOMINAL_MODULE = 0.05, 0.1
 # Weights of a new measurement in the corrections of all costs, and of what drafts cost in proportion to a full call.
@@ -71,6 +73,13 @@ class CostModel:
         scale = self.drafting_scale * self.full_scale
         rest = plain * (1 - self.drafting_scale) + self.drafts(drafting, longest)
         return [rest + scale * cost for cost in _interpolate_range(self._sizes, first, last)]
+
+    def can_pay(self, sequences: int, tokens: int, gain: float) -> bool:
+        """Whether any number of drafts could raise tokens per second by the factor `gain`, if all were accepted and took no
+        time to make. tokens: of the full call without them."""
+        most = max(sequences, MAX_NODES)
+        seconds = self.steps(sequences, tokens, tokens + most, 0, 0)
+        return any((sequences + n) * seconds[0] >= gain * sequences * seconds[n] for n in range(1, most + 1))
 
     def correct(self, sequences: int, tokens: int, drafting: int, longest: int, seconds: float) -> None:
         """Follows the machine: contexts grow, other programs come and go. Arguments as in `step`, and what it took.

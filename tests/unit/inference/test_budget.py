@@ -220,3 +220,22 @@ def test_repeated_text_is_tried_again_one_draft_deep(batch: int) -> None:
             )
     late = kept[100:]
     assert max(late) == 1 and sum(late) >= 2, "it is tried, and by one draft at a time"
+
+
+def test_where_no_draft_can_pay_none_is_looked_for() -> None:
+    """Prevents batches of 32 that are a twentieth slower because the budget weighs drafts of which none can pay."""
+    model = CostModel(((1, 1.0), (8, 1.2), (16, 2.0), (64, 8.0)), ((1, 0.05), (64, 0.3)))
+    budget = DraftBudget(model)
+    budget._probe = 0  # not the first steps, which draft to learn
+    for batch, hopeless in ((1, False), (4, False), (32, True), (1, False)):
+        chosen = budget.verify([Candidate(i, (0.999,) * 8, None, 100, repeated=range(1, 9)) for i in range(batch)])
+        assert budget.hopeless == hopeless
+        assert (sum(map(len, chosen)) == 0) == hopeless
+
+
+def test_probes_look_for_drafts_where_none_could_pay() -> None:
+    """Prevents wrong costs of large batches from being kept for ever: steps that verify drafts are what corrects them."""
+    budget = DraftBudget(CostModel(((1, 1.0), (64, 64.0)), ((1, 0.05),)))
+    assert budget._probe > 0
+    assert sum(map(len, budget.verify([Candidate(i, (0.9,) * 4, None, 100) for i in range(32)]))) > 0
+    assert not budget.hopeless
