@@ -193,7 +193,7 @@ def _raise_first_failure(outcomes: list[dict[str, Any] | None]) -> None:
     cause = RankError(f"rank {first['rank']} of {len(outcomes)}\n{first['traceback']}")
     error: BaseException | None = None
     with contextlib.suppress(Exception):  # an exception that cannot be unpickled is reported by its traceback only
-        error = pickle.loads(first["exception"])
+        error = pickle.loads(first["exception"])  # of a rank that this process has started
     if isinstance(error, Exception):
         raise error from cause
     raise cause
@@ -226,7 +226,8 @@ def _rank_main(
     with open(folder / f"stack-{rank}", "w") as stack:
         faulthandler.dump_traceback_later(max(deadline - time.time() - 1.0, 0.1), file=stack)
         try:
-            function, args = pickle.loads(call)  # imports the test's module, and torch with it
+            # from the process that has started this rank; imports the test's module, and torch with it
+            function, args = pickle.loads(call)
             _switch_off_shared_memory_op()
             outcome["result"] = function(rank, world_size, *args)
             _write(folder / f"outcome-{rank}", outcome)

@@ -82,6 +82,7 @@ def test_int8_in_graphs_is_int8_without() -> None:
 
 def test_no_step_waits_inside() -> None:
     """Prevents an operation that waits for the device, which PyTorch reports as an error here."""
+    # set_sync_debug_mode raises inside the step: that is the assertion
     engine = free_drafts(local_engine(_model(3), max_batch=4, steps=_steps()))
     _texts(engine, SamplingParams(max_new_tokens=20))  # compiles and captures
     submit: Callable[[Plan], None] = engine._executor.submit

@@ -2,8 +2,7 @@
 
 Parameters are gathered one at a time, and the replicas take turns in keeping them, so a rank buffers at most its own share, in
 host memory, from where a thread writes it while training continues. On CUDA training does not wait for the copies either, see
-`HostCopies`. Once the threads of all ranks have finished, the ranks agree on the result, and rank 0
-publishes the checkpoint.
+`HostCopies`. Once the threads of all ranks have finished, the ranks agree on the result, and rank 0 publishes the checkpoint.
 """
 
 from __future__ import annotations

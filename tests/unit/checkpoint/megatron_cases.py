@@ -79,7 +79,7 @@ def write(folder: Path, name: str = "grouped_tied", tensor: int = 2, pipeline: i
 def edit(folder: Path, change: Callable[[Any], None]) -> None:
     """Changes the tensor list (`.metadata`) of a checkpoint."""
     path = folder / ".metadata"
-    listing = pickle.loads(path.read_bytes())
+    listing = pickle.loads(path.read_bytes())  # of a checkpoint that the test has written itself
     change(listing)
     path.write_bytes(pickle.dumps(listing))
 

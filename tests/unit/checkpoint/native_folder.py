@@ -46,7 +46,7 @@ def write_folder(
 
 def change(path: Path, keys: tuple[Any, ...], value: Any) -> None:
     """Replaces the value at `keys` in a file; `...` deletes it."""
-    tree = torch.load(path, weights_only=False)
+    tree = torch.load(path, weights_only=False)  # of a folder that the test has written itself
     parent = tree
     for key in keys[:-1]:
         parent = parent[key]

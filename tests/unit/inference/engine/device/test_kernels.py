@@ -34,6 +34,7 @@ def test_products_with_int8_weights_in_operations() -> None:
     check_products(widened)
 
 
+# these two run checks with assertions of their own in another process, and fail with it
 @needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
     """Prevents the same faults in the kernels for GPUs."""
