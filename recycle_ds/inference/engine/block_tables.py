@@ -69,10 +69,8 @@ class BlockTables:
 
     def reserve(self, sequence: Sequence, first: int, end: int) -> None:
         """Gives a sequence blocks of its own for positions first..end-1. Raises OutOfBlocks, having changed nothing."""
-        size, blocks = self.pool.size, sequence.blocks
-        last = min(len(blocks), -(-end // size))
-        shared = [index for index in range(first // size, last) if self.pool.shared(blocks[index])]
-        missing = max(-(-end // size) - len(blocks), 0)
+        blocks = sequence.blocks
+        shared, missing = self._needed(sequence, first, end)
         if len(shared) + missing > self.pool.free:
             raise OutOfBlocks
         for index in shared:
@@ -82,6 +80,18 @@ class BlockTables:
             blocks[index] = copy
         for _ in range(missing):
             blocks.append(self.pool.allocate(blocks[-1] if blocks else None))
+
+    def needed(self, sequence: Sequence, first: int, end: int) -> int:
+        """How many blocks `reserve` would take, at most."""
+        shared, missing = self._needed(sequence, first, end)
+        return len(shared) + missing
+
+    def _needed(self, sequence: Sequence, first: int, end: int) -> tuple[list[int], int]:
+        """Which of its blocks, by their place, have to be copied, and how many are missing."""
+        size, blocks = self.pool.size, sequence.blocks
+        last = min(len(blocks), -(-end // size))
+        shared = [index for index in range(first // size, last) if self.pool.shared(blocks[index])]
+        return shared, max(-(-end // size) - len(blocks), 0)
 
     def register(self, sequence: Sequence) -> None:
         """Offers the sequence's full blocks to others."""

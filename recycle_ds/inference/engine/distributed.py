@@ -59,6 +59,11 @@ class TeamExecutor:
         self._broken = False
         self._clock = _Clock()
 
+    @property
+    def computing(self) -> bool:
+        """See `Executor`. What the stages compute meanwhile are other plans."""
+        return False
+
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
         self._tell(encode_plan(plan))

@@ -73,13 +73,21 @@ class DecodingEngine:
             assert not self.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
             return []
         plan, start = self._under_way.popleft()
+        following = self.scheduler.following(plan) if self._executor.computing else None
+        if following is not None:  # made, and started, while the device computes the step before
+            self._executor.submit(following)
         outcome = self._executor.collect()
+        if following is not None:
+            self._under_way.append((following, time.perf_counter()))
         if all(part.is_budgeted for part in plan.parts):
             calls = {one.sequence: one.calls for one in outcome}
             made = [calls.get(part.sequence, 0) for part in plan.parts]
             ordered = max(part.drafts for part in plan.parts)
             self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - start)
-        return self.scheduler.apply(plan, outcome)
+        ended = self.scheduler.apply(plan, outcome)
+        while self._under_way and not self.scheduler.running:  # planned before it was known that all would end
+            self.scheduler.apply(self._under_way.popleft()[0], self._executor.collect())
+        return ended
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Runs steps until these sequences have ended."""
@@ -142,7 +150,7 @@ class DecodingEngine:
         self._under_way.clear()
         self._executor.discard()
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            sequence.in_flight = False
+            sequence.in_flight = 0
             self.scheduler.cancel(sequence)
         self.scheduler.forget_prefixes()  # what the step was to move or write into their blocks may be missing
 

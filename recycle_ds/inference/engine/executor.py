@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from recycle_ds.inference.engine.plan import Outcome, Plan
@@ -15,6 +16,11 @@ class Executor(Protocol):
     @property
     def depth(self) -> int:
         """Plans that can be under way at once: pipeline stages."""
+
+    @property
+    def computing(self) -> bool:
+        """Whether the oldest plan under way is being computed by a device while the host goes on: then the plan after it can
+        be made, and submitted, before its outcome is collected."""
 
     def submit(self, plan: Plan) -> None:
         """Starts a plan."""
@@ -36,23 +42,27 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One process: a plan is computed when it is submitted."""
+    """One process: a plan is computed when it is submitted, or by a device from then on."""
 
     depth = 1
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._outcomes: deque[Outcome] = deque()
+        self._outcomes: deque[Outcome | Callable[[], Outcome]] = deque()
+
+    @property
+    def computing(self) -> bool:
+        """See `Executor`."""
+        return bool(self._outcomes) and callable(self._outcomes[0])
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
-        outcome = self._runner.run(plan)
-        assert isinstance(outcome, tuple), "a single process has the last stage"
-        self._outcomes.append(outcome)
+        self._outcomes.append(self._runner.launch(plan))
 
     def collect(self) -> Outcome:
         """See `Executor`."""
-        return self._outcomes.popleft()
+        outcome = self._outcomes.popleft()
+        return outcome() if callable(outcome) else outcome
 
     def discard(self) -> None:
         """See `Executor`."""

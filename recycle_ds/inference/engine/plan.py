@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from recycle_ds.inference.generation import Logprobs
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.parameters import TokenSampling
+
+PENDING = -1
+"""In place of a token: the one that the step before has chosen, which the device has stored where it belongs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ class Part:
         chains and recycled tokens cost something else."""
         plain = len(self.tokens) == 1 and self.module_start == 0
         return self.start >= self.prompt_tokens and (plain or self.width > 0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it yields exactly one token, and no drafts: what follows can be planned before it has run."""
+        return self.samples and self.judged == 0 and self.drafts == 0 and self.module_start == 0
+
+    def following(self, blocks: tuple[int, ...]) -> Part:
+        """The same sequence's part of the next step, if this one is plain: it reads the token that this one chooses."""
+        return replace(self, start=self.known, tokens=(PENDING,), room=self.room - 1, blocks=blocks, targets=())
 
     @property
     def judged_ids(self) -> tuple[int, ...]:

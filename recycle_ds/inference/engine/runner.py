@@ -13,7 +13,7 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -69,6 +69,12 @@ class Runner:
         for number, scores in scored.items():
             chosen[number] = replace(chosen.get(number, Chosen(number, ())), scored=scores)
         return tuple(chosen.values())
+
+    def launch(self, plan: Plan) -> Outcome | Callable[[], Outcome]:
+        """Runs a step of a single process, or starts it: then the result waits for what was chosen."""
+        outcome = self.run(plan)
+        assert isinstance(outcome, tuple), "a single process has the last stage"
+        return outcome
 
     def _run_backbone(self, parts: Sequence[Part], received_TD: Tensor | None) -> Tensor:
         """This stage's states of the parts' tokens. Keeps in the cache what the recycle module will read."""

@@ -21,7 +21,7 @@ from recycle_ds.inference.engine.plan import Outcome, Part, Plan, Rules
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.repeats import Repeats
-from recycle_ds.inference.speculation.tree import MAX_WIDTH, depths, width_of, without_chain
+from recycle_ds.inference.speculation.tree import MAX_WIDTH, width_of, without_chain
 
 _AGING = 256
 """Steps of waiting that raise a priority by one."""
@@ -92,10 +92,36 @@ class Scheduler:
             if sequence.in_flight and not sequence.introduced:
                 sequence.introduced = True
                 rules.append((sequence.number, sequence.rules))
+        return self._plan(parts, rules)
+
+    def _plan(self, parts: Iterable[Part], rules: Iterable[tuple[int, Rules]] = ()) -> Plan:
         copies, moves = self.tables.take_copies(), self.tables.take_moves()
-        plan = Plan(tuple(parts), copies, tuple(rules), tuple(self._ended), moves)
-        self._ended = []
-        return plan
+        ended, self._ended = tuple(self._ended), []
+        return Plan(tuple(parts), copies, tuple(rules), ended, moves)
+
+    def following(self, plan: Plan) -> Plan | None:
+        """The step after one that is under way, planned before its outcome is known; None if that cannot be done.
+
+        Every sequence has to choose exactly one token in both. One that turns out to have ended is computed in vain."""
+        parts = {part.sequence: part for part in plan.parts}
+        going = [one for one in self._ranked(self.running) if one.stopping.remaining > 1 and not one.cancelled]
+        if not going or not all(one.number in parts and parts[one.number].is_plain for one in self.running):
+            return None
+        if (first := self._next_waiting()) is not None:
+            lowest = min(self._priority(one) for one in self.running)
+            if len(going) < self.max_batch or self._priority(first) > lowest:
+                return None
+        adaptive = sum(one.grows_trees for one in going)
+        if adaptive and not self.budget.gives_up(len(going), adaptive, len(going)):
+            return None
+        written = {one: (parts[one.number].known, parts[one.number].known + 2) for one in going}
+        if sum(self.tables.needed(one, *slots) for one, slots in written.items()) > self.pool.free:
+            return None  # nothing is reserved for a step that may not come
+        for one, slots in written.items():
+            self.tables.reserve(one, *slots)
+            one.in_flight += 1
+        self.step += 1
+        return self._plan([parts[one.number].following(tuple(one.blocks)) for one in going])
 
     def apply(self, plan: Plan, outcome: Outcome) -> list[Sequence]:
         """Takes in what a step chose. Returns the sequences that ended with it."""
@@ -103,10 +129,12 @@ class Scheduler:
         by_number = {sequence.number: sequence for sequence in self.running}
         done = []
         for part in plan.parts:
-            sequence = by_number[part.sequence]
+            sequence = by_number.get(part.sequence)
+            if sequence is None:
+                continue  # it ended with the step before, after this one was planned
             if not sequence.cancelled:
                 advance(sequence, part, chosen.get(part.sequence), self.tables, self.budget, self.clock)
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.reason is not None:
                 self._end(sequence)
                 done.append(sequence)
@@ -120,7 +148,8 @@ class Scheduler:
             ids, parents = sequence.judge(nodes)
             tokens = (*sequence.tokens[sequence.cached :], *ids)
             try:
-                self._reserve(sequence, len(tokens), parents, drafts)
+                end = sequence.end_of_step(len(tokens), parents, drafts, self._width)
+                self.tables.reserve(sequence, sequence.cached, end)
             except OutOfBlocks:
                 if sequence.grows_trees and (nodes or drafts):
                     nodes, drafts = [], 0  # no other sequence is preempted for drafts that may be dropped
@@ -129,26 +158,11 @@ class Scheduler:
                 continue
             return self._part(sequence, tokens, without_chain(parents), len(ids), drafts)
 
-    def _reserve(self, sequence: Sequence, tokens: int, parents: tuple[int, ...], drafts: int) -> None:
-        """Gives a sequence the blocks that a step over some tokens, the last of which are drafts, writes, and the drafts that
-        it makes. Raises OutOfBlocks, having changed nothing."""
-        end = sequence.end_of_step(tokens, drafts)
-        if sequence.grows_trees:
-            read = sequence.cached + tokens
-            known = read - len(parents) + max(depths(parents), default=0) + 1  # if the longest path is accepted
-            end = max(read, known + max(drafts - 1, 0) * self._width)
-        self.tables.reserve(sequence, sequence.cached, end)
-
     def _drafts_to_make(self, sequence: Sequence) -> int:
         if not sequence.uses_drafts:
             return 0
         most = self.budget.draft(sequence.number) if sequence.fixed_drafts is None else sequence.fixed_drafts
-        return max(min(most, self._room(sequence) - 1), 0)
-
-    @staticmethod
-    def _room(sequence: Sequence) -> int:
-        """Tokens that can still be of use: a full call adds a token itself, so `verified` never drafts the last one."""
-        return sequence.stopping.remaining - (sequence.mode == "verified")
+        return max(min(most, sequence.room - 1), 0)
 
     def _part(
         self, sequence: Sequence, tokens: tuple[int, ...], parents: tuple[int, ...], judged: int, drafts: int
@@ -156,7 +170,7 @@ class Scheduler:
         end = sequence.cached + len(tokens)
         samples = end - judged == len(sequence.tokens)
         reads = sequence.uses_drafts and (drafts > 0 if samples else self.budget.active)
-        sequence.in_flight = True
+        sequence.in_flight += 1
         return Part(
             sequence=sequence.number,
             start=sequence.cached,
@@ -165,7 +179,7 @@ class Scheduler:
             samples=samples,
             module_start=sequence.module_read if reads else 0,
             drafts=drafts if samples else 0,
-            room=self._room(sequence),
+            room=sequence.room,
             prompt_tokens=sequence.prompt_tokens,
             blocks=tuple(sequence.blocks),
             targets=sequence.targets(sequence.cached, len(tokens)),
@@ -193,7 +207,7 @@ class Scheduler:
         tokens = tuple(sequence.tokens[sequence.cached : sequence.cached + most])
         drafts = self._drafts_to_make(sequence) if sequence.cached + len(tokens) == len(sequence.tokens) else 0
         try:
-            self._reserve(sequence, len(tokens), (), drafts)
+            self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), (), drafts, self._width))
         except OutOfBlocks:
             assert sequence.mode != "alternate"
             drafts = 0  # the prompt's own blocks were reserved when it was admitted
@@ -201,9 +215,8 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence | None:
         """The waiting sequence that is next in rank, apart from those that wait for another answer to their prompt."""
-        return next(
-            (one for one in self._ranked(self.waiting) if not (one.fork_of and self._awaits(one.fork_of))), None
-        )
+        ranked = self._ranked(self.waiting)
+        return next((one for one in ranked if not (one.fork_of and one.fork_of.is_awaited)), None)
 
     def _make_room(self) -> None:
         """Preempts sequences of lower priority than the next waiting one, if that gives it the place and memory it needs."""
@@ -230,11 +243,6 @@ class Scheduler:
         self.reused_tokens += sequence.cached
         sequence.fork_of = None  # it has its blocks, and need not keep the other answer
         return sequence
-
-    @staticmethod
-    def _awaits(source: Sequence) -> bool:
-        """Whether others wait until a sequence has read its prompt. Not if it was preempted: perhaps for one of them."""
-        return source.ended_at is None and source.preemptions == 0 and source.cached < source.prompt_tokens
 
     def _preempt_below(self, sequence: Sequence) -> bool:
         """Takes the blocks of the last in rank. Returns False if that is the sequence itself, or nothing can be taken."""

@@ -12,6 +12,7 @@ from recycle_ds.inference.speculation.acceptance import MAX_DRAFT, Candidate
 from recycle_ds.inference.speculation.repeats import Repeats
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition
 from recycle_ds.inference.speculation.tree import (
+    depths,
     grafted,
     main_path_first,
     parents_of,
@@ -67,8 +68,8 @@ class Sequence:
     """Drafts, one after the other, that the latest step was to make."""
     introduced: bool = False
     """Whether the runner knows its rules."""
-    in_flight: bool = False
-    """Whether it is part of a step whose outcome is not known yet."""
+    in_flight: int = 0
+    """Steps whose outcome is not known yet that it is part of."""
     cancelled: bool = False
     recycled: list[bool] = field(default_factory=list)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
@@ -147,10 +148,24 @@ class Sequence:
         self.judged = tuple(order)
         return tuple(self.drafts[node - 1] for node in order), renumbered(parents, order)
 
-    def end_of_step(self, tokens: int, drafts: int) -> int:
-        """First position that a step does not write: the tokens it reads, a new one and drafts in a chain, within the longest
-        text."""
-        return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
+    @property
+    def room(self) -> int:
+        """Tokens that can still be of use: a full call adds a token itself, so `verified` never drafts the last one."""
+        return self.stopping.remaining - (self.mode == "verified")
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether other answers to its prompt wait until it has read it. Not if it was preempted: perhaps for one of them."""
+        return self.ended_at is None and self.preemptions == 0 and self.cached < self.prompt_tokens
+
+    def end_of_step(self, tokens: int, parents: tuple[int, ...], drafts: int, width: int) -> int:
+        """First position that a step does not write, which reads some tokens, the last of which are drafts with these
+        parents, and makes drafts, `width` nodes of each depth with children."""
+        if not self.grows_trees:  # a new token and drafts in a chain, within the longest text
+            return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
+        read = self.cached + tokens
+        known = read - len(parents) + max(depths(parents), default=0) + 1  # if the longest path is accepted
+        return max(read, known + max(drafts - 1, 0) * width)
 
     def targets(self, start: int, count: int) -> tuple[int, ...]:
         """Tokens of the prompt to be scored by a step that reads `count` tokens from `start` on."""

@@ -53,10 +53,8 @@ _PROBES, _PROBE_SHARE = ((4, 4), (4, 2), (4, 1), (2, 1), (1, 1)), 0.25
 _ESTIMATED = 8
 # Steps after which a sequence without drafts, in a batch with drafts, tries one.
 _RETRY = 32
-# Expected gain below which drafts are not worth the risk that estimates are wrong.
-_LEAST_GAIN = 1.06
-# Expected gain below which a step verifies nothing, for the same reason.
-_LEAST_STEP_GAIN = 1.02
+# Expected gains below which none are made, and none verified: not worth the risk that estimates are wrong.
+_LEAST_GAIN, _LEAST_STEP_GAIN = 1.06, 1.02
 # Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
 _FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
@@ -98,7 +96,7 @@ class DraftBudget:
     _longest: int = START
     """The greatest depth that is being made."""
     hopeless: bool = False
-    """Whether no draft could pay in the latest step, however likely: then none need be looked for, at no cost either."""
+    """Whether no draft could pay in the latest step, see `gives_up`."""
     decision: Decision | None = None
     """What was decided in the latest step that budgeted drafts."""
 
@@ -122,13 +120,14 @@ class DraftBudget:
         adaptive = [i for i, one in enumerate(candidates) if one.fixed is None]
         if not adaptive:
             return chosen
-        self._probing = self._probe > 0
         count, plain = len(candidates), len(candidates) + sum(map(len, chosen))
-        self.hopeless = not (self._probing or self.costs.can_pay(count, plain, _LEAST_STEP_GAIN))
+        if self.gives_up(count, len(adaptive), plain):
+            return chosen
+        self._probing = self._probe > 0
         # of equal chances the earlier node first: a parent is never after its child
         items = sorted(
             (-chance, node, i)
-            for i in (() if self.hopeless else adaptive)
+            for i in adaptive
             for node, chance, depth in self._chances(candidates[i])
             if depth <= candidates[i].room
         )
@@ -148,6 +147,17 @@ class DraftBudget:
         gained = sum(-chance for chance, _, _ in picked)
         self.decision = Decision(count, len(adaptive), len(items), plain + len(picked), self._for_new, count + gained)
         return chosen
+
+    def gives_up(self, count: int, adaptive: int, tokens: int) -> bool:
+        """Whether no draft could pay in a step, however likely: then none is verified, made or even looked for, which would
+        cost time too. count, adaptive: sequences, and those whose drafts are budgeted. tokens: of the full call."""
+        is_probed = self._probe > 0 or self._idle >= self._patience  # costs may be wrong
+        self.hopeless = not (is_probed or self.costs.can_pay(count, tokens, _LEAST_STEP_GAIN))
+        if self.hopeless:
+            self._step, self._idle, self._idle_size, self._good = self._step + 1, self._idle + 1, count, 0
+            self._lengths, self._longest, self._for_new, self._probing, self.floor = {}, 0, 0, False, 0.0
+            self.decision = Decision(count, adaptive, 0, tokens, 0, float(count))
+        return self.hopeless
 
     def draft(self, sequence: int) -> int:
         """How deep a tree a sequence makes in the next step."""

@@ -54,25 +54,30 @@ class Inbox:
 
 
 class Outbox:
-    """Brings tensors to the host in one copy, for which the host waits: the only wait of a step."""
+    """Brings tensors to the host in one copy, for which the host waits when it needs them."""
 
     def __init__(self, room: int, device: torch.device) -> None:
         """room: numbers at most."""
-        self._device = device
-        self._host = torch.zeros(room, dtype=torch.int64, pin_memory=True) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(room, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._forms: list[tuple[torch.Size, torch.dtype]] = []
 
-    def fetch(self, parts: Sequence[Tensor]) -> list[NDArray[np.int64] | NDArray[np.float64]]:
-        """The contents of tensors of int64 or float64, each with its shape."""
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Starts the copy of tensors of int64 or float64. What was sent before must have been received, or is lost."""
         flat = torch.cat([part.reshape(-1).view(torch.int64) for part in parts])
-        if self._host is None:
-            host = flat.cpu()
-        else:
-            host = self._host[: len(flat)]
-            host.copy_(flat, non_blocking=True)
-            torch.cuda.current_stream(self._device).synchronize()
+        self._host[: len(flat)].copy_(flat, non_blocking=True)
+        self._forms = [(part.shape, part.dtype) for part in parts]
+        if self._copied is not None:
+            self._copied.record()
+
+    def receive(self) -> list[NDArray[np.int64] | NDArray[np.float64]]:
+        """Waits for what was sent, each tensor with its shape. It is valid until the next `send`."""
+        if self._copied is not None:
+            self._copied.synchronize()
         found, at = [], 0
-        for part in parts:
-            piece = host[at : at + part.numel()].view(part.dtype).view(part.shape)
+        for shape, dtype in self._forms:
+            piece = self._host[at : at + shape.numel()].view(dtype).view(shape)
             found.append(piece.numpy())
-            at += part.numel()
+            at += shape.numel()
         return found

@@ -20,6 +20,7 @@ from recycle_ds.inference.engine.device.judging import judge
 from recycle_ds.inference.engine.device.paged import PagedTokens, Seen
 from recycle_ds.inference.engine.device.step_shape import StepShape
 from recycle_ds.inference.engine.device.step_tools import FULL, StepTools
+from recycle_ds.inference.engine.plan import PENDING
 
 
 class StepPieces:
@@ -43,7 +44,8 @@ class StepPieces:
         )
         seen = Seen(sequences, roots, bits, ends, tools.tables(shape), 0, tools.size)
         cache = tools.cache
-        cache.tokens[at["slots"]] = at["ids"]
+        ids_T = torch.where(at["ids"] == PENDING, cache.tokens[at["slots"]], at["ids"])
+        cache.tokens[at["slots"]] = ids_T
         tokens = PagedTokens(
             cache.keys_values,
             (),
@@ -53,7 +55,7 @@ class StepPieces:
             seen=seen,
             attend=tools.attend,
         )
-        self.keep(tools.weights.run(tools.weights.embed(at["ids"]), tokens), at["slots"], shape)
+        self.keep(tools.weights.run(tools.weights.embed(ids_T), tokens), at["slots"], shape)
 
     def keep(self, states_TD: Tensor, slots_T: Tensor, shape: StepShape) -> None:
         """Keeps the states that the module and the head need."""
@@ -96,10 +98,8 @@ class StepPieces:
         results.count[:end] = torch.where(samples_N, verdict.count_N, 0)
         results.token[:end] = verdict.token_N
         results.limits[:end] = torch.minimum(at["drafts"], at["room"] - verdict.count_N - 1).clamp_min(0)
-        if tools.weights.module is None:
-            return
         cache, root_N = tools.cache, at["known"] - 1
-        if shape.trees_judged:
+        if tools.weights.module is not None and shape.trees_judged:
             own_J = torch.arange(1, verdict.accepted_NJ.shape[1] + 1, device=chosen_R.device)
             depth_NJ = verdict.accepted_NJ.long().cumsum(-1)
             moved_NJ = verdict.accepted_NJ & samples_N[:, None] & (depth_NJ < own_J)
@@ -108,6 +108,7 @@ class StepPieces:
             for tensor in (cache.tokens, cache.hidden):
                 tensor[write] = tensor[read]
         last_N = at["known"] + results.count[:end]
+        # for the module, and for the next step, which may have been planned already
         cache.tokens[tools.slots(shape, last_N[:, None], samples_N[:, None])[:, 0]] = verdict.token_N
 
     def recycle(self, shape: StepShape) -> None:

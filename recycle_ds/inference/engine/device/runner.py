@@ -1,4 +1,5 @@
-"""Runs plans with one copy to the device before a step and one back after it: the runner for GPUs.
+"""Runs plans with one copy to the device before a step and one back after it: the runner for GPUs. A step whose outcome is
+not needed for it can be started before the one before it has ended.
 
 The host describes a step in static buffers (fields.py), the device computes all of it in pieces (pieces.py and
 draft_pieces.py), which `GraphPieces` replays as CUDA graphs, and the host reads what was chosen (outcome.py). What is accepted
@@ -9,11 +10,11 @@ the host would have to know that before it launches the next depth.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.device import fields
@@ -26,7 +27,7 @@ from recycle_ds.inference.engine.device.paged import PagedAttention
 from recycle_ds.inference.engine.device.pieces import StepPieces
 from recycle_ds.inference.engine.device.step_shape import StepShape
 from recycle_ds.inference.engine.device.step_tools import StepTools
-from recycle_ds.inference.engine.plan import Outcome, Plan
+from recycle_ds.inference.engine.plan import PENDING, Outcome, Plan
 from recycle_ds.inference.engine.runner import Runner
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.speculation.tree import BRANCH
@@ -56,20 +57,21 @@ class DeviceRunner(Runner):
         self._amended = (Amended(places, vocabulary, weights.device), Amended(places, vocabularies[1], weights.device))
         tools = StepTools(weights, cache, vocabularies, self._amended, self._inbox.fields, attend, self._scratch)
         self._results, self._pieces, self._drafts = tools.results, StepPieces(tools), DraftPieces(tools)
-        self._outbox = Outbox(
-            sum(one.numel() for one in vars(self._results).values() if one.dim() == 1), weights.device
-        )
+        room = sum(one.numel() for one in vars(self._results).values() if one.dim() == 1)
+        # two: a step's results are read when the next one may have been started
+        self._outboxes = deque(Outbox(room, weights.device) for _ in range(2))
 
     @torch.inference_mode()
-    def run(self, plan: Plan, received_TD: Tensor | None = None) -> Outcome | Tensor:
-        """See `Runner.run`."""
-        assert received_TD is None, "a single process has all stages"
+    def launch(self, plan: Plan) -> Outcome | Callable[[], Outcome]:
+        """See `Runner.launch`. At most two steps may be under way, of which the second reads what the first has chosen where a
+        token is `PENDING`."""
         self._rules.update(plan.rules)
         for one in self._amended:
             one.forget(plan.ended)
         places = self._places(plan)
         if not plan.parts or places is None or not fields.fits(plan, self._rules):
-            return super().run(plan, received_TD)
+            assert not any(PENDING in part.tokens for part in plan.parts), "a step like the one before fits, too"
+            return super().launch(plan)
         self._begin(plan)
         self._inbox.wait()
         size = self._cache.block_size
@@ -125,17 +127,24 @@ class DeviceRunner(Runner):
         tokens = Tokens(cache.keys_values, spans, slots_T, cache.block_size)
         self._pieces.keep(self._weights.run(self._weights.embed(ids_T), tokens), slots_T, shape)
 
-    def _outcome(self, plan: Plan, shape: StepShape) -> Outcome:
-        """Waits for the device, once, and reads what was chosen."""
+    def _outcome(self, plan: Plan, shape: StepShape) -> Callable[[], Outcome]:
+        """Lets the device send what was chosen. The result waits for it: the only wait of a step."""
         count = {"accepted": shape.sequences, "token": shape.sequences}
         if shape.chain:
             count |= dict.fromkeys(("chain_ids", "chain_confidences"), shape.chain * shape.sequences)
         if shape.depth:
             nodes = shape.depth * shape.sequences * shape.beam
             count |= {"beams": nodes, "child_ids": nodes * BRANCH, "child_confidences": nodes * BRANCH}
-        found = self._outbox.fetch([getattr(self._results, name)[:size] for name, size in count.items()])
-        numbers = dict(zip(count, found, strict=True))
-        return outcome_of(plan.parts, self._rules, numbers["accepted"], numbers["token"], *views(shape, numbers))
+        self._outboxes.rotate()
+        outbox = self._outboxes[0]
+        outbox.send([getattr(self._results, name)[:size] for name, size in count.items()])
+        rules = {part.sequence: self._rules[part.sequence] for part in plan.parts}  # the next step may forget them
+
+        def outcome() -> Outcome:
+            numbers = dict(zip(count, outbox.receive(), strict=True))
+            return outcome_of(plan.parts, rules, numbers["accepted"], numbers["token"], *views(shape, numbers))
+
+        return outcome
 
 
 _CHOICE = ("sampled", "limited", "adjusted")

@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from recycle_ds.inference.engine.blocks import BlockPool
-from recycle_ds.inference.engine.plan import Chosen, Outcome, Plan, Rules, decode_plan, encode_plan
+from recycle_ds.inference.engine.plan import PENDING, Chosen, Outcome, Plan, Rules, decode_plan, encode_plan
 from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import Sequence
 from recycle_ds.inference.parameters import SamplingParams
@@ -71,9 +71,13 @@ def random_tree(most: int, draw: random.Random) -> DraftTree:
 
 
 class Machine:
-    """Runs a scheduler with invented outcomes. Checks every plan against the memory that was written before."""
+    """Runs a scheduler with invented outcomes. Checks every plan against the memory that was written before.
 
-    def __init__(self, blocks: int, batch: int, chunk: int = 8, ways: int = 1, seed: int = 0) -> None:
+    ahead: whether plans are made before the outcome of the one under way is known, where that can be done."""
+
+    def __init__(
+        self, blocks: int, batch: int, chunk: int = 8, ways: int = 1, seed: int = 0, *, ahead: bool = False
+    ) -> None:
         self.scheduler = Scheduler(BlockPool(blocks, SIZE), batch, chunk=chunk, ways=ways)
         self.draw = random.Random(seed)
         self.written: dict[int, int] = {}
@@ -81,6 +85,8 @@ class Machine:
         self.moved = 0
         self.under_way: list[Plan] = []
         self.plans: list[Plan] = []
+        self.ahead = ahead
+        self.made_ahead = 0
 
     def step(self) -> list[Sequence]:
         """Starts as many plans as may be under way, and ends the oldest one."""
@@ -92,9 +98,25 @@ class Machine:
         done = []
         if self.under_way:
             plan = self.under_way.pop(0)
+            following = self.scheduler.following(plan) if self.ahead else None
+            if following is not None:
+                assert decode_plan(encode_plan(following)) == following
+                self.write(following)
+                self.under_way.append(following)
+                self.plans.append(following)
+                self.made_ahead += 1
             done = self.scheduler.apply(plan, invent(plan, self.draw))
+            self.settle()
         self.scheduler.check()
         return done
+
+    def settle(self) -> None:
+        """Replaces what stood for tokens that were not known yet. Of sequences that have ended since it stays."""
+        by_number = {one.number: one for one in self.scheduler.running}
+        for part in (part for plan in self.under_way for part in plan.parts if part.tokens == (PENDING,)):
+            if part.sequence in by_number:
+                slot = part.blocks[part.start // SIZE] * SIZE + part.start % SIZE
+                self.written[slot] = by_number[part.sequence].tokens[part.start]
 
     def write(self, plan: Plan) -> None:
         """Copies and writes tokens as a runner would, and asserts that every earlier position has its own token."""
@@ -110,7 +132,10 @@ class Machine:
         numbers = [part.sequence for part in plan.parts]
         assert len(set(numbers)) == len(numbers)
         for part in plan.parts:
-            tokens = by_number[part.sequence].tokens
+            tokens = list(by_number[part.sequence].tokens)
+            longest = len(tokens) + by_number[part.sequence].stopping.remaining
+            if part.tokens == (PENDING,):
+                tokens.append(PENDING)
             for at in range(part.start):
                 assert self.written[part.blocks[at // SIZE] * SIZE + at % SIZE] == tokens[at], (
                     "a position was overwritten"
@@ -119,7 +144,6 @@ class Machine:
                 self.written[part.blocks[at // SIZE] * SIZE + at % SIZE] = token
             assert part.known == len(tokens) or not part.samples
             last = part.start + len(part.tokens) + part.samples + (part.drafts if part.samples else 0)
-            longest = len(tokens) + by_number[part.sequence].stopping.remaining
             if not part.width:
                 assert len(part.blocks) * SIZE >= min(last, longest), "no room for what the step writes"
             elif part.samples:

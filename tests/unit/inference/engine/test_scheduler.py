@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
+from recycle_ds.inference.engine.plan import PENDING
 from recycle_ds.inference.engine.sequence import Sequence
 from tests.unit.inference.engine.invented_runner import SIZE, Machine, sequence
 
@@ -21,13 +22,14 @@ from tests.unit.inference.engine.invented_runner import SIZE, Machine, sequence
     chunk=st.integers(1, 20),
     ways=st.integers(1, 3),
     count=st.integers(1, 14),
+    ahead=st.booleans(),
 )
 def test_every_request_ends_and_no_block_is_lost(
-    seed: int, blocks: int, batch: int, chunk: int, ways: int, count: int
+    seed: int, blocks: int, batch: int, chunk: int, ways: int, count: int, ahead: bool
 ) -> None:
     """Prevents a leaked block, one used twice, a position overwritten by another sequence, and a request that never
-    ends."""
-    check_random_requests(seed, blocks, batch, chunk, ways, count)
+    ends, also where a plan is made before the outcome of the one before it is known."""
+    check_random_requests(seed, blocks, batch, chunk, 1 if ahead else ways, count, ahead=ahead)
 
 
 @pytest.mark.parametrize("case", [(712054, 23, 6, 4, 2, 11), (705728, 13, 5, 6, 3, 11)])
@@ -37,10 +39,12 @@ def test_cases_that_once_failed(case: tuple[int, int, int, int, int, int]) -> No
     check_random_requests(*case)
 
 
-def check_random_requests(seed: int, blocks: int, batch: int, chunk: int, ways: int, count: int) -> None:
+def check_random_requests(
+    seed: int, blocks: int, batch: int, chunk: int, ways: int, count: int, *, ahead: bool = False
+) -> Machine:
     """Runs random requests, forks and cancellations until all have ended."""
     draw = random.Random(seed)
-    machine = Machine(blocks, batch, chunk, ways, seed)
+    machine = Machine(blocks, batch, chunk, ways, seed, ahead=ahead)
     added: list[Sequence] = []
     for number in range(count):
         mode = draw.choice(["autoregressive", "verified", "alternate"])
@@ -71,6 +75,16 @@ def check_random_requests(seed: int, blocks: int, batch: int, chunk: int, ways: 
     for one in added:
         new = one.tokens[one.prompt_tokens :]
         assert one.cancelled or len(new) == one.params.max_new_tokens or (one.rules.end_ids and new[-1] == 4)
+    return machine
+
+
+def test_plans_are_made_ahead() -> None:
+    """Prevents a property test in which no plan is made before the outcome of the one before it is known."""
+    made = [check_random_requests(seed, 20, 4, 8, 1, 14, ahead=True) for seed in range(20)]
+    assert sum(one.made_ahead for one in made) > 100
+    for machine in made:
+        ahead = [part for plan in machine.plans for part in plan.parts if PENDING in part.tokens]
+        assert all(part.is_plain and len(part.tokens) == 1 for part in ahead)
 
 
 @pytest.mark.parametrize("ways", [1, 2])

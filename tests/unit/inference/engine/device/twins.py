@@ -17,6 +17,7 @@ class Twins:
     """An executor of two runners with caches of their own."""
 
     depth = 1
+    computing = False
 
     def __init__(self, flat: LocalExecutor, static: LocalExecutor, *, compare_drafts: bool = True) -> None:
         """compare_drafts: whether drafts have to be the same too, which rounding of a GPU may change."""
