@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from recycle_ds.gpu_check.random_model import random_model
@@ -19,7 +20,7 @@ from recycle_ds.model.flops import parameters
 Write = Callable[[dict[str, Any]], None]
 
 BATCHES = (1, 4, 16, 64)
-_PROMPTS = 4
+_PROMPTS, _ROUNDS = 4, 5
 
 
 def decoding(write: Write, small: bool, model: Path | None, work: Path) -> None:
@@ -38,7 +39,7 @@ def decoding(write: Write, small: bool, model: Path | None, work: Path) -> None:
     result = bench_model(
         str(folder), None, settings, dtype=dtype, threads=None, template=template, per_kind=1, peers=peers
     )
-    write(result.report)
+    write(result.report | {"looking_ahead": _looking_ahead(folder, dtype, tokens=6 if small else 64)})
 
 
 def serving(write: Write, small: bool, model: Path | None, work: Path) -> None:
@@ -53,6 +54,25 @@ def serving(write: Write, small: bool, model: Path | None, work: Path) -> None:
     for size in sizes:
         found |= measure(engine, prompts, ServingSettings((size,), params=params, repeats=1))
         write({"random_weights": model is None, "batches": found})
+
+
+def _looking_ahead(folder: Path, dtype: str, tokens: int) -> dict[str, float]:
+    """Tokens per second of one autoregressive stream, with the next step started while this one is computed and without,
+    in turn."""
+    loaded = load(str(folder), dtype, None)
+    engine = engine_of(loaded, 1, None)
+    prompt = list(range(1, 33))
+    params = SamplingParams(max_new_tokens=tokens, temperature=0.0, ignore_eos=True)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(1 + _ROUNDS):
+        for ahead, speeds in found.items():
+            engine.looks_ahead = ahead
+            (one,) = engine.add(prompt, params, "autoregressive")
+            engine.finish([one])
+            answer = one.generation(0.0)
+            speeds.append((len(answer.token_ids) - 1) / answer.decode_seconds)
+    with_it, without = (median(found[ahead][1:]) for ahead in (True, False))  # the first round captures graphs
+    return {"tokens_per_second": with_it, "without": without, "speedup": with_it / without}
 
 
 def _folder(model: Path | None, small: bool, work: Path) -> Path:

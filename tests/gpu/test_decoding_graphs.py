@@ -55,6 +55,20 @@ def test_tokens_in_graphs_are_those_without_under_preemption() -> None:
     _check_tokens(1, 5, 8)
 
 
+def test_tokens_do_not_depend_on_steps_that_are_started_early() -> None:
+    """Prevents a step that reads a token before the step before it has stored it, or whose results are read too early."""
+    asked = requests(32, vocabulary=7, seed=3, modes=("autoregressive",))
+    asked = [replace(one, params=replace(one.params, logprobs=None, prompt_logprobs=False)) for one in asked]
+    asked = [replace(one, cancelled_after=None) for one in asked]
+    found = []
+    for ahead in (True, False):
+        engine = local_engine(_model(3), max_batch=6, eos_ids=(6,), steps=_steps())
+        engine.looks_ahead = ahead
+        decode_together(engine, asked)  # captures graphs
+        found.append([one.token_ids for one in decode_together(engine, asked)])
+    assert found[0] == found[1]
+
+
 def _texts(engine: DecodingEngine, params: SamplingParams) -> list[list[int]]:
     answers = [engine.add(prompt, params)[0] for prompt in ([1, 2], [2, 3, 1], [4], [0, 1, 2, 3] * 8)]
     engine.finish(answers)

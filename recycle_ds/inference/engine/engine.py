@@ -53,6 +53,8 @@ class DecodingEngine:
         self._unnamed_ids = frozenset(unnamed_ids)
         self._text_source, self._cost_file = text_source, cost_file
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
+        self.looks_ahead = True
+        """Whether the next step is planned and started while a device computes the one before, where that can be done."""
         self._under_way: deque[tuple[Plan, float]] = deque()
         self._costs_are_measured = False
         self._next_number = 0
@@ -73,7 +75,8 @@ class DecodingEngine:
             assert not self.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
             return []
         plan, start = self._under_way.popleft()
-        following = self.scheduler.following(plan) if self._executor.computing else None
+        is_ahead = self.looks_ahead and self._executor.computing
+        following = self.scheduler.following(plan) if is_ahead else None
         if following is not None:  # made, and started, while the device computes the step before
             self._executor.submit(following)
         outcome = self._executor.collect()
