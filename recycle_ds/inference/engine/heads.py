@@ -18,14 +18,14 @@ class Head:
     def __init__(
         self, weight_VD: Tensor, ids: Tensor | None, barred: Tensor | None, *, int8: bool, compiled: bool
     ) -> None:
-        """ids: token ids of the rows, int64, ascending; None for 0, 1, ... barred: rows that are never chosen, int64,
-        ascending; None for none."""
+        """ids: token ids of the rows, int64, ascending: a head of drafts; None for 0, 1, ... barred: rows that are never
+        chosen, int64, ascending; None for none."""
         self.native: NativeHead | None = None
         """The same head without logits, where it is compiled."""
         self._screened: ScreenedHead | None = None
         self._product: PackedProduct | Product
         if compiled:
-            self._product = PackedProduct(weight_VD, int8=int8)
+            self._product = PackedProduct(weight_VD, int8=int8, coarse=int8 and ids is not None)
             self.native = NativeHead(self._product, ids, barred)
             if not int8:
                 self._screened = ScreenedHead.of(weight_VD, self.native)

@@ -125,7 +125,7 @@ class Module:
         if compiled:
             join = Join((module.hidden_norm, module.embedding_norm), module.projection.weight)
             blocks, final = list(module.blocks), module.final_norm
-            self.stack = NativeStack(blocks, model.rotary, final, join, int8=int8, exchange=exchange)
+            self.stack = NativeStack(blocks, model.rotary, final, join, int8=True, coarse=True, exchange=exchange)
             return
         self._hidden_norm, self._embedding_norm = Norm(module.hidden_norm), Norm(module.embedding_norm)
         self._projection = Product(module.projection.weight, int8=int8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +80,15 @@ class NativeStack:
         join: Join | None = None,
         *,
         int8: bool = False,
+        coarse: bool = False,
         arena: Arena | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        """final_norm: applied to the states that leave the last block. arena: where packed weights go. exchange: of the
-        tensor ranks whose shards the blocks are. Raises KernelsUnavailable."""
+        """final_norm: applied to the states that leave the last block. coarse: see `PackedProduct`. arena: where packed
+        weights go. exchange: of the tensor ranks whose shards the blocks are. Raises KernelsUnavailable."""
         self._kernels, self._arena, self._exchange = kernels(), arena or Arena(), exchange
         self._kept: list[object] = []
-        layers = (LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8) for block in blocks))
+        layers = (LayerStruct * max(len(blocks), 1))(*(self._layer(block, int8, coarse) for block in blocks))
         first = blocks[0]
         assert isinstance(first, Block) and isinstance(first.attention, Attention)
         attention, norm = first.attention, first.attention_norm
@@ -96,7 +98,7 @@ class NativeStack:
         norm_addresses = (_POINTER * max(len(norms), 1))(*norms)
         joined = ProductStruct()
         if join is not None:
-            projection = PackedProduct(join.projection, int8=int8, arena=self._arena)
+            projection = PackedProduct(join.projection, int8=int8, coarse=coarse, arena=self._arena)
             self._kept.append(projection)
             joined = projection.struct
         self._kept += [layers, norm_addresses]
@@ -134,16 +136,17 @@ class NativeStack:
         self._kept.append(numbers)
         return numbers.data_ptr()
 
-    def _layer(self, block: nn.Module, int8: bool) -> LayerStruct:
+    def _layer(self, block: nn.Module, int8: bool, coarse: bool) -> LayerStruct:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
         mixing = attention.query_key_value
+        packed = partial(PackedProduct, int8=int8, coarse=coarse, arena=self._arena)
         products = (
-            PackedProduct(mixing.weight, mixing.bias, int8=int8, arena=self._arena),
-            PackedProduct(attention.output.weight, int8=int8, arena=self._arena),
-            PackedProduct(mlp.gate_up.weight, int8=int8, gated=True, arena=self._arena),
-            PackedProduct(mlp.down.weight, int8=int8, arena=self._arena),
+            packed(mixing.weight, mixing.bias),
+            packed(attention.output.weight),
+            packed(mlp.gate_up.weight, gated=True),
+            packed(mlp.down.weight),
         )
         self._kept.append(products)
         assert products[2].struct.gated and len({product.struct.limit == 0 for product in products}) == 1

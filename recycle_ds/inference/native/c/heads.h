@@ -169,6 +169,7 @@ void recycle_ds_choose(const Head *head, const Choice *choice) {
             part.weight = (const char *)product->weight + first * inputs * bytes;
             part.scale = product->scale ? product->scale + first : 0;
             part.bias = product->bias ? product->bias + first : 0;
+            part.start = product->start ? product->start + first : 0;
             part.outputs = size;
             multiply(&part, rows, room.codes, room.scales, room.logits, NULL, 0, 0, 1);
             while (barred < head->barred_count && head->barred[barred] < first) barred++;

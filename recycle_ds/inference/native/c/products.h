@@ -5,7 +5,8 @@
    the number of rows: a pass over many tokens gives the numbers of passes over single ones, bit for bit.
 
    int8 weights have one scale per output. The rows x are then rounded to integers of up to 16 bits with one scale per row,
-   and their products are summed exactly. */
+   and their products are summed exactly. Where 8 bits are enough, an instruction takes twice as many: panels are then
+   [panel][k / 4][32][k % 4], and 128 is added to the integers, which has to be taken from the sums. */
 #pragma once
 
 #include "vectors.h"
@@ -13,15 +14,16 @@
 /* More rows of int16 pairs would not stay in registers. AHEAD: bytes that are prefetched; FAR_AHEAD: into the second-level
    cache, by tiles of MANY_ROWS or more bf16 rows. Their arithmetic takes as long as reading the weights, and with 12 and 16 rows
    the two overlap better so: 3.6 to 3.1 ms and 5.5 to 4.3 ms for 57 million weights; a single row loses a tenth. */
-enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 8192, FAR_AHEAD = 16384, MANY_ROWS = 8 };
+enum { PANEL = 32, MOST_ROWS = 12, MOST_INT8_ROWS = 8, AHEAD = 8192, FAR_AHEAD = 16384, MANY_ROWS = 8, COARSE = 127 };
 
 typedef struct {
     const void *weight;
     const float *scale; /* of each output, int8 only */
     const float *bias;  /* of each output, or NULL */
+    const int32_t *start; /* of each output: -128 times the sum of its weights, for inputs of 8 bits */
     int64_t inputs;     /* a multiple of 2 */
     int64_t outputs;
-    int64_t limit; /* largest magnitude of a rounded input; 0: bf16 */
+    int64_t limit; /* largest magnitude of a rounded input; COARSE: of 8 bits; 0: bf16 */
     int64_t gated; /* 1: a panel has 16 gates g and 16 values u, and the output is silu(g) u */
 } Product;
 
@@ -38,7 +40,10 @@ INLINE void encode(const float *row, int64_t count, int64_t limit, uint16_t *cod
     __m512 inverse = _mm512_set1_ps(1.0f / *scale);
     for (int64_t i = 0; i < count; i += 16) {
         __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + i), inverse));
-        _mm256_storeu_si256((__m256i *)(code + i), _mm512_cvtsepi32_epi16(rounded));
+        if (limit == COARSE)
+            _mm_storeu_si128(
+                (__m128i *)((uint8_t *)code + i), _mm512_cvtusepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128))));
+        else _mm256_storeu_si256((__m256i *)(code + i), _mm512_cvtsepi32_epi16(rounded));
     }
 }
 
@@ -51,10 +56,26 @@ INLINE void tile(
     __m512 result[MOST_ROWS][2];
     if (product->limit) {
         const int8_t *w = (const int8_t *)product->weight + panel * pairs * 2 * PANEL;
+        const int coarse = product->limit == COARSE;
+        const int32_t *start = coarse ? product->start + panel * PANEL : NULL;
         __m512i sum[MOST_ROWS][2];
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-        for (int64_t k = 0; k < pairs; k++, w += 2 * PANEL) {
+        for (int r = 0; r < rows; r++) {
+            sum[r][0] = coarse ? _mm512_loadu_si512(start) : _mm512_setzero_si512();
+            sum[r][1] = coarse ? _mm512_loadu_si512(start + 16) : _mm512_setzero_si512();
+        }
+        for (int64_t k = 0; coarse && k < pairs / 2; k++, w += 4 * PANEL) {
+            __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 2 * PANEL);
+            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                __m512i four = _mm512_set1_epi32(((const int32_t *)x)[r * pairs + k]);
+                sum[r][0] = dot_int8(sum[r][0], w0, four);
+                sum[r][1] = dot_int8(sum[r][1], w1, four);
+            }
+        }
+        for (int64_t k = 0; !coarse && k < pairs; k++, w += 2 * PANEL) {
             __m512i w0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
             __m512i w1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(w + PANEL)));
             _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);

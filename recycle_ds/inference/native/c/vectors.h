@@ -32,6 +32,17 @@ INLINE __m512i dot_int16(__m512i sum, __m512i w, __m512i x) {
 #endif
 }
 
+/* The same for groups of four: w int8, x uint8. */
+INLINE __m512i dot_int8(__m512i sum, __m512i w, __m512i x) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(sum, x, w);
+#else
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), low = _mm512_set1_epi16(0xff);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, _mm512_and_si512(x, low)));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), _mm512_srli_epi16(x, 8)));
+#endif
+}
+
 /* Rounds to bf16, ties to even; NaN stays NaN. */
 INLINE __m256i to_bf16(__m512 x) {
     __m512i bits = _mm512_castps_si512(x);
