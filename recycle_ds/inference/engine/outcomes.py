@@ -59,6 +59,8 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
 
 def _count(sequence: Sequence, part: Part, path: list[int], kept: int, budget: DraftBudget) -> None:
     """Records which drafts were accepted. A depth counts as tested if a draft was verified there."""
+    if not (part.judged or sequence.ordered):
+        return
     parents = parents_of(part.judged, part.parents)
     depth = max(depths(parents), default=0)
     tested = len(path) + ((path[-1] if path else 0) in parents)
@@ -70,8 +72,6 @@ def _count(sequence: Sequence, part: Part, path: list[int], kept: int, budget: D
     of_module = [node <= sequence.grown for node in sequence.judged]
     own = (at for at, is_own in zip(depths(parents), of_module, strict=True) if is_own)
     ordered = max(sequence.ordered, *own, 0)
-    if not (ordered or depth):
-        return
     confidences = [sequence.confidences[node - 1] for node in sequence.judged]
     repeated = [node in sequence.repeated for node in sequence.judged]
     asked = min(len(path), ordered) if ended else ordered

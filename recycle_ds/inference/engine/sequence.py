@@ -143,6 +143,9 @@ class Sequence:
 
     def judge(self, nodes: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chooses drafts to be verified, by their numbers. Returns ids and parents in the order in which they are read."""
+        if not nodes:  # in a large batch most, and every one takes time
+            self.judged = ()
+            return (), ()
         parents = parents_of(len(self.drafts), self.parents)
         order = main_path_first(parents, set(nodes), self.confidences)
         self.judged = tuple(order)

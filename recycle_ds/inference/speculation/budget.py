@@ -127,7 +127,7 @@ class DraftBudget:
         # of equal chances the earlier node first: a parent is never after its child
         items = sorted(
             (-chance, node, i)
-            for i in adaptive
+            for i in (one for one in adaptive if candidates[one].confidences)
             for node, chance, depth in self._chances(candidates[i])
             if depth <= candidates[i].room
         )
