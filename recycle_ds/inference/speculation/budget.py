@@ -55,6 +55,8 @@ _ESTIMATED = 8
 _RETRY = 32
 # Expected gains below which none are made, and none verified: not worth the risk that estimates are wrong.
 _LEAST_GAIN, _LEAST_STEP_GAIN = 1.06, 1.02
+# Gain with all drafts accepted below which none are looked for: what is left of it is less than what looking for them costs.
+_LEAST_HOPE = 1.5
 # Chance that a further depth is worth: most of its nodes only take the place of others among those that are verified.
 _FLOOR = 2.5
 # Nodes with a smaller chance are only verified by probes.
@@ -84,7 +86,6 @@ class DraftBudget:
     _step: int = 0
     _probe: int = _PROBE
     _probing: bool = False
-    """Whether the latest step was one of a probe."""
     _probed: int = START
     """Drafts that each step of a probe verifies, over the batch."""
     _idle: int = 0
@@ -149,10 +150,10 @@ class DraftBudget:
         return chosen
 
     def gives_up(self, count: int, adaptive: int, tokens: int) -> bool:
-        """Whether no draft could pay in a step, however likely: then none is verified, made or even looked for, which would
-        cost time too. count, adaptive: sequences, and those whose drafts are budgeted. tokens: of the full call."""
+        """Whether drafts could hardly pay in a step, however likely: then none is verified, made or even looked for, which
+        would cost time too. count, adaptive: sequences, and those whose drafts are budgeted. tokens: of the full call."""
         is_probed = self._probe > 0 or self._idle >= self._patience  # costs may be wrong
-        self.hopeless = not (is_probed or self.costs.can_pay(count, tokens, _LEAST_STEP_GAIN))
+        self.hopeless = not (is_probed or self.costs.can_pay(count, tokens, _LEAST_HOPE))
         if self.hopeless:
             self._step, self._idle, self._idle_size, self._good = self._step + 1, self._idle + 1, count, 0
             self._lengths, self._longest, self._for_new, self._probing, self.floor = {}, 0, 0, False, 0.0
@@ -186,8 +187,7 @@ class DraftBudget:
                 kinds[k - 1].observe([(one.confidences[k - 1], k == accepted)])
 
     def time(self, tokens: int, calls: Sequence[int], ordered: int, seconds: float) -> None:
-        """Records how long a step took: `tokens` of a full call, and the depths to which each sequence made drafts, where
-        the deepest tree could have reached `ordered`."""
+        """Records how long a step took: `tokens` of a full call, and depths of what each sequence made, of `ordered` at most."""
         made = [count for count in calls if count]
         self._grown.add(ordered, max(made, default=0))
         self.costs.correct(len(calls), tokens, len(made), max(made, default=0), seconds)
@@ -290,7 +290,7 @@ class DraftBudget:
         return max(sum(self._grown.rates(1.0)[:longest]), min(longest, 1.0))
 
     def _size_of_probe(self, sequences: int, tokens: int) -> tuple[int, int]:
-        """Sequences that take part in a probe and depth of each: the first of `_PROBES` that is cheap enough."""
+        """Sequences in a probe and depth of each: the first of `_PROBES` that is cheap enough."""
         plain = self.costs.full_call(tokens)
         for most, depth in _PROBES:
             count = min(most, sequences)

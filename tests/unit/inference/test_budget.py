@@ -197,17 +197,17 @@ def test_acceptance_of_unseen_positions_follows_the_position_before() -> None:
 def test_hardly_any_gain_is_no_reason_to_verify() -> None:
     """Prevents steps that verify drafts for a gain within the error of the estimates: batches of 16 became slower."""
     for seconds, verified in ((1.045, 0), (1.025, 1)):  # 1.1 and 3.1 % more tokens per second
-        budget = DraftBudget(CostModel(((1, 1.0), (16, 1.0), (17, seconds), (64, 4.0)), ((1, 1e-6), (64, 1e-6))))
+        budget = DraftBudget(CostModel(((1, 1.0), (16, 1.0), (17, seconds), (32, 1.3)), ((1, 1e-6), (64, 1e-6))))
         budget._probe = 0  # not the first steps, which draft to learn
         candidates = [Candidate(0, (0.9,), None, 10), *(Candidate(i, (), None, 10) for i in range(1, 16))]
         assert sum(map(len, budget.verify(candidates))) == verified
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_repeated_text_is_tried_again_one_draft_deep(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "slope"), [(1, 0.3), (16, 0.02)])
+def test_repeated_text_is_tried_again_one_draft_deep(batch: int, slope: float) -> None:
     """Prevents eight tokens that a batch verifies in vain each time a text that repeats itself badly is tried again, and a
     larger batch that never tries again, where a single draft cannot gain much."""
-    budget = DraftBudget(costs(slope=0.3, module=0.01))
+    budget = DraftBudget(costs(slope, module=0.01))
     chain, kept = tuple([0.9] * 8), []
     others = [Candidate(i, (), None, 100) for i in range(1, batch)]
     for _ in range(200):
@@ -231,6 +231,16 @@ def test_where_no_draft_can_pay_none_is_looked_for() -> None:
         chosen = budget.verify([Candidate(i, (0.999,) * 8, None, 100, repeated=range(1, 9)) for i in range(batch)])
         assert budget.hopeless == hopeless
         assert (sum(map(len, chosen)) == 0) == hopeless
+
+
+def test_little_hope_is_no_reason_to_look() -> None:
+    """Prevents batches that are slower for drafts of which the best ones pay by a trifle: with up to 1.5 times the tokens per
+    second if all were accepted, what was verified gained or lost 5 %, and the host's work to find and weigh them was lost."""
+    for seconds, hopeless in ((1.4, True), (1.3, False)):  # 43 and 54 % more tokens per second
+        budget = DraftBudget(CostModel(((1, 1.0), (16, 1.0), (32, seconds), (64, 8.0)), ((1, 1e-6), (64, 1e-6))))
+        budget._probe = 0
+        budget.verify([Candidate(i, (0.999,), None, 10) for i in range(16)])
+        assert budget.hopeless == hopeless
 
 
 def test_probes_look_for_drafts_where_none_could_pay() -> None:
