@@ -68,11 +68,12 @@ class _Runs:
     tested: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
-    def figures(self) -> dict[str, Any]:
-        """The report of this batch size and mode."""
+    def figures(self, first: _Runs) -> dict[str, Any]:
+        """The report of this batch size and mode. first: those of the first mode, beside which each of these was run."""
         acceptance = [hits / trials for hits, trials in zip(self.accepted, self.tested, strict=True) if trials]
         return {
             "tokens_per_second": median(self.speeds),
+            "factor": median(own / other for own, other in zip(self.speeds, first.speeds, strict=True)),
             "tokens_per_full_call": self.new_tokens / self.full_calls,
             "acceptance": acceptance,
             "time_to_first_token_p50": median(self.first_tokens),
@@ -93,23 +94,25 @@ def measure(
     half of `max_new_tokens` to one and a half: requests of equal length end together, and only without drafts.
     """
     runs = {(batch, mode): _Runs() for batch in settings.batches for mode in settings.modes}
-    order = list(runs)
     most = engine.scheduler.max_batch
     engine.measure_costs()
-    done, total = 0, settings.repeats * len(order)
+    done, total = 0, settings.repeats * len(runs)
     try:
         for repeat in range(settings.repeats):
-            shift = repeat * len(order) // settings.repeats
-            for batch, mode in order[shift:] + order[:shift]:
+            shift = repeat * len(settings.batches) // settings.repeats
+            # modes one after the other, so that the machine is the same for all, and in turn each of them first
+            modes = settings.modes[:: -1 if repeat % 2 else 1]
+            for batch in settings.batches[shift:] + settings.batches[:shift]:
                 engine.scheduler.max_batch = batch
-                _run(engine, prompts, batch, mode, settings.params, runs[batch, mode])
-                done += 1
-                on_progress(done, total)
+                for mode in modes:
+                    _run(engine, prompts, batch, mode, settings.params, runs[batch, mode])
+                    done += 1
+                    on_progress(done, total)
     finally:
         engine.scheduler.max_batch = most
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for (batch, mode), one in runs.items():
-        report.setdefault(str(batch), {})[mode] = one.figures()
+        report.setdefault(str(batch), {})[mode] = one.figures(runs[batch, settings.modes[0]])
     return report
 
 
@@ -158,18 +161,17 @@ def spread_length(index: int, mean: int) -> int:
 
 
 def results_table(report: dict[str, Any]) -> Table:
-    """The report as a table; the factor compares with the first mode at the same batch."""
+    """The report as a table; the factor is the median of comparisons with the first mode at the same batch, run beside it."""
     table = Table(title=f"Serving {report['model']}  ({report['dtype']}, {report['machine']})", title_justify="left")
     for heading in ("batch", "mode", "tokens/s", "factor", "tokens per full call", "acceptance", "first token"):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for batch, modes in report["batches"].items():
-        base = next(iter(modes.values()))["tokens_per_second"]
         for mode, figures in modes.items():
             table.add_row(
                 batch,
                 mode,
                 f"{figures['tokens_per_second']:.1f}",
-                f"{figures['tokens_per_second'] / base:.2f}x",
+                f"{figures['factor']:.2f}x",
                 f"{figures['tokens_per_full_call']:.2f}",
                 " ".join(f"{value:.2f}" for value in figures["acceptance"][:4]) or "-",
                 f"{1000 * figures['time_to_first_token_p50']:.0f} ms",
