@@ -23,9 +23,11 @@ def set_draft_vocabulary(source: Source, count: int, ranked_by: Sequence[str], s
     """
     if not source.recycle.layers:
         raise CheckpointError(f"{source.folder}: has no recycle module: omit --draft-vocabulary {count}")
-    source.recycle = source.recycle.model_copy(update={"draft_vocabulary": count or None})
     if not count:
+        removed = {"draft_vocabulary": None, "draft_vocabulary_in_training": False}
+        source.recycle = source.recycle.model_copy(update=removed)
         return
+    source.recycle = source.recycle.model_copy(update={"draft_vocabulary": count})
     vocab_size = source.model.vocab_size
     assert vocab_size is not None, "a source knows its vocabulary"
     if count > vocab_size:

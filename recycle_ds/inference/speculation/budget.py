@@ -187,7 +187,7 @@ class DraftBudget:
                 kinds[k - 1].observe([(one.confidences[k - 1], k == accepted)])
 
     def time(self, tokens: int, calls: Sequence[int], ordered: int, seconds: float) -> None:
-        """Records how long a step took: `tokens` of a full call, and the depths that each sequence made, of `ordered` at most."""
+        """Records how long a step took: `tokens` of a full call, and each sequence's depth, of `ordered` at most."""
         made = [count for count in calls if count]
         self._grown.add(ordered, max(made, default=0))
         self.costs.correct(len(calls), tokens, len(made), max(made, default=0), seconds)

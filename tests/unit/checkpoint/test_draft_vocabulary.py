@@ -57,6 +57,21 @@ def test_the_most_frequent_tokens_survive_every_format(model: str, tmp_path: Pat
     assert _ids(tmp_path / "none") is None
 
 
+def test_a_vocabulary_that_the_module_was_trained_on_can_be_removed(model: str, tmp_path: Path) -> None:
+    """Prevents a module that was trained on its draft vocabulary alone, as the shipped one, from keeping it for ever."""
+    prefixes = (str(tmp_path / "first"), str(tmp_path / "second"))
+    convert(model, str(tmp_path / "trained"), Conversion("hf", draft_vocabulary=3, rank_tokens=prefixes))
+    path = tmp_path / "trained" / "recycle.json"
+    tree = json.loads(path.read_text())
+    assert tree["recycle"].get("draft_vocabulary") == 3
+    tree["recycle"]["draft_vocabulary_in_training"] = True
+    path.write_text(json.dumps(tree))
+    assert convert(str(tmp_path / "trained"), str(tmp_path / "same"), Conversion("hf")).recycle.draft_vocabulary_in_training
+    convert(str(tmp_path / "trained"), str(tmp_path / "none"), Conversion("hf", draft_vocabulary=0))
+    assert _ids(tmp_path / "none") is None
+    assert not open_source(tmp_path / "none").recycle.draft_vocabulary_in_training
+
+
 @pytest.mark.parametrize(
     ("conversion", "words"),
     [
