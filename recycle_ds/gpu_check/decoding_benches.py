@@ -39,6 +39,7 @@ def decoding(write: Write, small: bool, model: Path | None, work: Path) -> None:
     result = bench_model(
         str(folder), None, settings, dtype=dtype, threads=None, template=template, per_kind=1, peers=peers
     )
+    write(result.report)  # the next part may run out of time
     write(result.report | {"looking_ahead": _looking_ahead(folder, dtype, tokens=6 if small else 64)})
 
 

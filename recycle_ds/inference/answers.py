@@ -78,6 +78,7 @@ def answer_all(
         for _, sequences in running.values():
             for sequence in sequences:
                 engine.cancel(sequence)
+        engine.settle()
 
 
 def text_of(

@@ -18,6 +18,7 @@ from tests.gpu.device import device, rehearsal
 from tests.unit.inference.engine.device.attention_cases import check
 from tests.unit.inference.engine.device.product_cases import check_products
 from tests.unit.inference.engine.device.twins import twin_engine
+from tests.unit.inference.engine.device.watched import Watched
 from tests.unit.inference.engine.requests import decode_together, free_drafts, memory_of, requests
 from tests.unit.inference.models import random_model
 
@@ -64,7 +65,9 @@ def test_tokens_do_not_depend_on_steps_that_are_started_early() -> None:
     for ahead in (True, False):
         engine = local_engine(_model(3), max_batch=6, eos_ids=(6,), steps=_steps())
         engine.looks_ahead = ahead
+        watched = Watched(engine)
         decode_together(engine, asked)  # captures graphs
+        assert (watched.ahead > 20) == ahead, "the test needs steps that are started early"
         found.append([one.token_ids for one in decode_together(engine, asked)])
     assert found[0] == found[1]
 

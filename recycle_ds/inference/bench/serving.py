@@ -1,7 +1,7 @@
 """Throughput of the engine by batch size and mode: tokens per second, acceptance, time to the first token.
 
-Batches and modes are interleaved, and their order rotates from repeat to repeat, so that a slowdown of the machine
-affects all of them. Each measurement decodes the same prompts: `batch` at once, refilled as they end, until each has
+Batches and modes are interleaved, in another order in every repeat, so that a slowdown of the machine affects all of
+them. Each measurement decodes the same prompts: `batch` at once, refilled as they end, until each has
 been decoded once. Speeds are medians over repeats.
 """
 
@@ -100,7 +100,7 @@ def measure(
     try:
         for repeat in range(settings.repeats):
             shift = repeat * len(settings.batches) // settings.repeats
-            # modes one after the other, so that the machine is the same for all, and in turn each of them first
+            # modes one after the other, so that the machine is the same for all, every second time in reverse
             modes = settings.modes[:: -1 if repeat % 2 else 1]
             for batch in settings.batches[shift:] + settings.batches[:shift]:
                 engine.scheduler.max_batch = batch

@@ -55,7 +55,7 @@ class DecodingEngine:
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
         self.looks_ahead = True
         """Whether the next step is planned and started while a device computes the one before, where that can be done."""
-        self._under_way: deque[tuple[Plan, float]] = deque()
+        self._under_way: deque[tuple[Plan, float | None]] = deque()  # with its start, unless another plan was under way
         self._costs_are_measured = False
         self._next_number = 0
 
@@ -81,16 +81,21 @@ class DecodingEngine:
             self._executor.submit(following)
         outcome = self._executor.collect()
         if following is not None:
-            self._under_way.append((following, time.perf_counter()))
-        if all(part.is_budgeted for part in plan.parts):
+            self._under_way.append((following, None))
+        if start is not None and all(part.is_budgeted for part in plan.parts):
             calls = {one.sequence: one.calls for one in outcome}
             made = [calls.get(part.sequence, 0) for part in plan.parts]
             ordered = max(part.drafts for part in plan.parts)
             self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - start)
         ended = self.scheduler.apply(plan, outcome)
-        while self._under_way and not self.scheduler.running:  # planned before it was known that all would end
-            self.scheduler.apply(self._under_way.popleft()[0], self._executor.collect())
+        self.settle()
         return ended
+
+    def settle(self) -> None:
+        """Ends what was planned before it was known that all its sequences would end, or be cancelled. To be called after
+        cancelling without a further step: until then cancelled sequences may be part of one."""
+        while self._under_way and all(one.cancelled for one in self.scheduler.running):
+            self.scheduler.apply(self._under_way.popleft()[0], self._executor.collect())
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Runs steps until these sequences have ended."""
@@ -145,7 +150,7 @@ class DecodingEngine:
         return answers
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence early. Its blocks are free when the step under way, if any, has ended."""
+        """Ends a sequence early. Its blocks are free when the steps under way, if any, have ended: see `settle`."""
         self.scheduler.cancel(sequence)
 
     def abort(self) -> None:
@@ -217,6 +222,7 @@ class DecodingEngine:
 
         The first `verified` request does this itself. Call it before others if it may come while they are being decoded.
         """
+        self.settle()
         if not self._costs_are_measured and not self.unfinished:
             self.scheduler.forget_prefixes()  # their blocks are about to be written
             pool = self.scheduler.pool

@@ -107,16 +107,19 @@ class Scheduler:
         going = [one for one in self._ranked(self.running) if one.stopping.remaining > 1 and not one.cancelled]
         if not going or not all(one.number in parts and parts[one.number].is_plain for one in self.running):
             return None
-        if (first := self._next_waiting()) is not None:
-            lowest = min(self._priority(one) for one in self.running)
-            if len(going) < self.max_batch or self._priority(first) > lowest:
-                return None
-        adaptive = sum(one.grows_trees for one in going)
-        if adaptive and not self.budget.gives_up(len(going), adaptive, len(going)):
+        if any(one.uses_drafts and not one.grows_trees and one.room > 2 for one in going):
+            return None  # memory was short for its drafts
+        if self.waiting and len(going) < self.max_batch:
+            return None
+        lowest = min(self._priority(one) for one in self.running)
+        if (first := self._next_waiting()) is not None and self._priority(first) > lowest:
             return None
         written = {one: (parts[one.number].known, parts[one.number].known + 2) for one in going}
         if sum(self.tables.needed(one, *slots) for one, slots in written.items()) > self.pool.free:
             return None  # nothing is reserved for a step that may not come
+        adaptive = sum(one.grows_trees for one in going)
+        if adaptive and not self.budget.gives_up(len(going), adaptive, len(going)):
+            return None
         for one, slots in written.items():
             self.tables.reserve(one, *slots)
             one.in_flight += 1

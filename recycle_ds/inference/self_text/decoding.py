@@ -72,3 +72,4 @@ def write_rows(
     finally:
         for _, sequence in running.values():
             engine.cancel(sequence)
+        engine.settle()

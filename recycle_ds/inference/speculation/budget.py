@@ -95,7 +95,6 @@ class DraftBudget:
     _idle_size: int = 0
     """Sequences of the step in which drafting was last found not to pay."""
     _longest: int = START
-    """The greatest depth that is being made."""
     hopeless: bool = False
     """Whether no draft could pay in the latest step, see `gives_up`."""
     decision: Decision | None = None
@@ -248,6 +247,7 @@ class DraftBudget:
                 items.append((-reached, length, sequence))
         items.sort()
         best, speed = self._best_depths(items, tokens, len(sequences))
+        best *= self.costs.can_pay(tokens, tokens, _LEAST_HOPE)  # else the next step would drop them
         # a sequence without drafts tries one from time to time: its text may have become easier
         lengths = {one: int((self._step + one) % _RETRY == 0) for one in sequences} if best else {}
         for _, length, sequence in items[:best]:

@@ -66,7 +66,9 @@ def test_a_vocabulary_that_the_module_was_trained_on_can_be_removed(model: str, 
     assert tree["recycle"].get("draft_vocabulary") == 3
     tree["recycle"]["draft_vocabulary_in_training"] = True
     path.write_text(json.dumps(tree))
-    assert convert(str(tmp_path / "trained"), str(tmp_path / "same"), Conversion("hf")).recycle.draft_vocabulary_in_training
+    assert convert(
+        str(tmp_path / "trained"), str(tmp_path / "same"), Conversion("hf")
+    ).recycle.draft_vocabulary_in_training
     convert(str(tmp_path / "trained"), str(tmp_path / "none"), Conversion("hf", draft_vocabulary=0))
     assert _ids(tmp_path / "none") is None
     assert not open_source(tmp_path / "none").recycle.draft_vocabulary_in_training

@@ -243,6 +243,24 @@ def test_little_hope_is_no_reason_to_look() -> None:
         assert budget.hopeless == hopeless
 
 
+def test_probes_go_on_where_drafts_have_little_hope() -> None:
+    """Prevents drafts that are made once in a while and dropped, in place of probes that tell what they are worth."""
+    budget = DraftBudget(CostModel(((1, 1.0), (16, 1.0), (32, 1.4), (64, 8.0)), ((1, 0.01), (64, 0.01))))
+    made: list[int] = [0] * 16
+    probes = wasted = 0
+    for step in range(600):
+        chosen = budget.verify([Candidate(i, (0.9,) * count, None, 100) for i, count in enumerate(made)])
+        for i, nodes in enumerate(chosen):
+            if nodes:
+                budget.observe(Verified(i, (0.9,) * len(nodes), (), (), len(nodes), 1))
+        if step > 10:
+            probes += any(chosen)
+            wasted += any(made) and not any(chosen)
+        made = [budget.draft(i) for i in range(16)]
+    assert probes > 4 and wasted == 0
+    assert budget._patience > 200
+
+
 def test_probes_look_for_drafts_where_none_could_pay() -> None:
     """Prevents wrong costs of large batches from being kept for ever: steps that verify drafts are what corrects them."""
     budget = DraftBudget(CostModel(((1, 1.0), (64, 64.0)), ((1, 0.05),)))

@@ -60,7 +60,7 @@ class Outbox:
         """room: numbers at most."""
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(room, dtype=torch.int64, pin_memory=on_gpu)
-        self._copied = torch.cuda.Event() if on_gpu else None
+        self._device, self._copied = device, torch.cuda.Event() if on_gpu else None
         self._forms: list[tuple[torch.Size, torch.dtype]] = []
 
     def send(self, parts: Sequence[Tensor]) -> None:
@@ -69,7 +69,7 @@ class Outbox:
         self._host[: len(flat)].copy_(flat, non_blocking=True)
         self._forms = [(part.shape, part.dtype) for part in parts]
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
 
     def receive(self) -> list[NDArray[np.int64] | NDArray[np.float64]]:
         """Waits for what was sent, each tensor with its shape. It is valid until the next `send`."""

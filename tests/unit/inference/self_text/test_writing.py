@@ -14,7 +14,7 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.reading.chat import ChatTemplate, encode_chat
 from recycle_ds.data.tokenizer import END_OF_TEXT, Tokenizer
 from recycle_ds.inference.decoder import Decoder
-from recycle_ds.inference.engine.build import local_engine
+from recycle_ds.inference.engine.build import Steps, local_engine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import SamplingParams, TokenSampling
 from recycle_ds.inference.self_text.decoding import write_rows
@@ -265,10 +265,12 @@ def test_a_prompt_that_the_template_refuses_is_left_out(capfd: pytest.CaptureFix
         check_prompts(PromptSet((bad,)), given.settings, given.chat, tokenizer(), warn=False)
 
 
-def test_a_job_that_must_end_leaves_the_engine_empty() -> None:
-    """Prevents a group that is stored although it is not complete, and sequences that occupy the batch for ever."""
+@pytest.mark.parametrize("steps", ["flat", "static"])
+def test_a_job_that_must_end_leaves_the_engine_empty(steps: Steps) -> None:
+    """Prevents a group that is stored although it is not complete, and sequences that occupy the batch for ever, also where
+    they are part of a step that was planned early."""
     given = writer(None, free=1.0)
-    engine = local_engine(model(), max_batch=2, kv_memory_gib=0.01)
+    engine = local_engine(model(), max_batch=2, kv_memory_gib=0.01, compiled=False, steps=steps)
     planner, steps = RowPlanner(given.settings, PromptSet()), iter([False] * 5 + [True])
     plans = [planner.row(TRAIN, number) for number in range(4)]
     assert write_rows(engine, plans, given, lambda: next(steps), lambda _: None) is None

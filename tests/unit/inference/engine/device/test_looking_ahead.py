@@ -10,9 +10,10 @@ import torch
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.device.buffers import Outbox
 from recycle_ds.inference.engine.engine import DecodingEngine
-from recycle_ds.inference.engine.plan import PENDING, Outcome, Plan
+from recycle_ds.inference.engine.plan import PENDING
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.speculation.cost_model import CostModel
+from tests.unit.inference.engine.device.watched import Watched
 from tests.unit.inference.engine.requests import (
     FixedCosts,
     check_answers,
@@ -22,29 +23,6 @@ from tests.unit.inference.engine.requests import (
     requests,
 )
 from tests.unit.inference.models import random_model
-
-
-class _Watched:
-    """An engine's executor that records the order of plans and outcomes."""
-
-    def __init__(self, engine: DecodingEngine) -> None:
-        self._target = engine._executor
-        self.ahead = self.most = self.collected = 0
-        self.plans: list[Plan] = []
-        engine._executor = self
-
-    def submit(self, plan: Plan) -> None:
-        self.plans.append(plan)
-        self.ahead += any(PENDING in part.tokens for part in plan.parts)
-        self.most = max(self.most, len(self.plans) - self.collected)
-        self._target.submit(plan)
-
-    def collect(self) -> Outcome:
-        self.collected += 1
-        return self._target.collect()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._target, name)
 
 
 def _hopeless(engine: DecodingEngine) -> None:
@@ -60,7 +38,7 @@ def test_no_answer_depends_on_it(seed: int, batch: int, blocks: int | None) -> N
     memory = None if blocks is None else memory_of(model, blocks)
     engine = local_engine(model, max_batch=batch, kv_memory_gib=memory, eos_ids=(6,), compiled=False, steps="static")
     _hopeless(engine)
-    watched = _Watched(engine)
+    watched = Watched(engine)
     modes = ("autoregressive", "autoregressive", "verified")
     asked = requests(40, vocabulary=7, seed=seed, modes=modes) + requests(6, vocabulary=7, seed=seed + 9)
     plain = {"draft_tokens": None, "logprobs": None, "prompt_logprobs": False}  # else few plans can be made ahead
@@ -79,7 +57,7 @@ def test_a_single_stream_is_always_a_step_ahead(with_module: bool) -> None:
     """Prevents plans that wait for outcomes although they could be made, in a model without a module too."""
     model = random_model(9, 1, max_positions=96, recycle_layers=int(with_module))
     engine = local_engine(model, compiled=False, steps="static")
-    watched = _Watched(engine)
+    watched = Watched(engine)
     expected = local_engine(model, compiled=False, steps="flat")
     for temperature in (0.0, 0.8):
         params = SamplingParams(temperature, seed=4, max_new_tokens=30, repetition_penalty=1.2)
@@ -95,7 +73,7 @@ def test_text_that_ends_unexpectedly() -> None:
     """Prevents a step in vain after the end of a text from being left under way, or from changing what is decoded next."""
     model = random_model(5, 3, max_positions=96, std=0.3)
     engine = local_engine(model, eos_ids=(4,), compiled=False, steps="static")
-    watched = _Watched(engine)
+    watched = Watched(engine)
     flat = local_engine(model, eos_ids=(4,), compiled=False, steps="flat")
     ended = 0
     for seed in range(12):
@@ -114,7 +92,7 @@ def test_drafts_are_not_planned_ahead() -> None:
     """Prevents a plan that takes for granted how many drafts will be accepted."""
     engine = local_engine(random_model(7, 2, max_positions=96, std=0.3), compiled=False, steps="static")
     engine.use_costs(CostModel(((1, 1.0), (100, 1.001)), ((1, 1e-4),)))
-    watched = _Watched(engine)
+    watched = Watched(engine)
     (sequence,) = engine.add([1, 2, 3], SamplingParams(max_new_tokens=30), "verified")
     engine.finish([sequence])
     assert any(part.judged for plan in watched.plans for part in plan.parts)
@@ -133,6 +111,32 @@ def test_a_higher_priority_is_not_kept_waiting() -> None:
     for _ in range(4):
         engine.step()
     assert second.ended_at is not None and first.ended_at is None
+
+
+def test_cancelled_sequences_leave_without_a_further_step() -> None:
+    """Prevents sequences that were part of a step planned early from holding places and memory for ever."""
+    engine = local_engine(random_model(7, 2, max_positions=96), max_batch=3, compiled=False, steps="static")
+    asked = [
+        engine.add([1, 2, n], SamplingParams(max_new_tokens=60, ignore_eos=True), "autoregressive")[0] for n in (1, 3)
+    ]
+    for _ in range(5):
+        engine.step()
+    for one in asked:
+        engine.cancel(one)
+    assert engine.unfinished, "the test needs a step under way"
+    engine.settle()
+    assert not engine.unfinished and engine.scheduler.pool.free == engine.scheduler.pool.count
+
+
+def test_answers_to_one_prompt_start_together() -> None:
+    """Prevents answers that share a prompt from waiting for a step in which only the first one is decoded."""
+    engine = local_engine(random_model(7, 2, max_positions=96), max_batch=4, compiled=False, steps="static")
+    answers = engine.add(
+        [1, 2, 3], SamplingParams(0.8, seed=1, n=4, max_new_tokens=10, ignore_eos=True), "autoregressive"
+    )
+    engine.step()
+    engine.step()
+    assert [len(one.tokens) - 3 for one in answers] == [2, 1, 1, 1]
 
 
 def test_what_was_sent_stays_until_it_is_received() -> None:
