@@ -36,7 +36,7 @@ def test_a_server_that_is_drained_at_the_end_of_its_job(jobs: Jobs, tmp_path: Pa
     answer = httpx.post(f"{url}/v1/completions", json={"prompt": tokens, "max_tokens": 8}, timeout=60, trust_env=False)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8, answer.text
     # a request that takes many batches, so that it is open when the job must end
-    body = {"prompt": [tokens] * 16, "n": 16, "max_tokens": 90, "ignore_eos": True, "stream": True}
+    body = {"prompt": [tokens] * 16, "n": 16, "max_tokens": 48, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: "), "the stream has not begun"
