@@ -19,7 +19,7 @@ from recycle_ds.parallel.device import machine_name
 
 _PARTS = ("full", "module", "first")
 """Fields of `CostModel` that are measured, in its order."""
-_VERSION = 4
+_VERSION = 5
 """Of what is measured: 2 has trees of drafts, 3 trees that grow in one call, 4 calls that take turns and read
 the cache themselves."""
 
