@@ -59,6 +59,20 @@ def test_the_rate_is_measured_on_random_numbers(dtype: str, monkeypatch: pytest.
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_one_slow_product_does_not_set_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an MFU of 300,000 %: the first product of a process prepares its kernel, which on busy cores takes longer than a
+    product of the size that the search is for."""
+    products = 0
+
+    def timed(a: torch.Tensor, _: torch.device) -> float:
+        nonlocal products
+        products += 1
+        return 1.0 if products == 1 else 2 * len(a) ** 3 / 1e11
+
+    monkeypatch.setattr(device, "_timed_product", timed)
+    assert device.matmul_rate("bf16", torch.device("cpu")) == pytest.approx(1e11)
+
+
 def test_tf32_is_set_for_gpus_only_and_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents fp32 runs that stay in TF32 after one that wanted it, and CPU products that round to bf16."""
     found: list[str] = []
