@@ -14,6 +14,8 @@ from recycle_ds.parallel import products
 
 _LARGE = 2**20
 """Elements of an fp32 weight from which on it is packed."""
+_INT8_STEP = 16
+"""Inputs that PyTorch's int8 product takes at once. It reads past the end of rows that are no multiple of them."""
 
 
 class Product:
@@ -25,14 +27,17 @@ class Product:
         self._scale: Tensor | None = None
         self._packed = _is_faster_packed(weight) and not int8
         if int8:
-            self._weight, self._scale = quantized(weight)
+            codes, self._scale = quantized(weight)
+            self._missing = -codes.shape[1] % _INT8_STEP
+            self._weight = F.pad(codes, (0, self._missing))
         elif self._packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, 1)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[T, D] to [T, E], plus the residual [T, E]."""
         if self._scale is not None:
-            y = torch._weight_int8pack_mm(x.contiguous(), self._weight, self._scale)
+            x = F.pad(x, (0, self._missing)) if self._missing else x.contiguous()
+            y = torch._weight_int8pack_mm(x, self._weight, self._scale)
             y = y if self._bias is None else y + self._bias
             return y if residual is None else y + residual
         if not self._packed:
