@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from recycle_ds.config import RecycleError
+from recycle_ds.parallel.compiler import share_compile_processes
 from recycle_ds.parallel.device import backend, keep_freed_memory, local_device
 from recycle_ds.parallel.launcher_variables import MPI_VARIABLES, SRUN_VARIABLES, contradiction
 from recycle_ds.parallel.peers import MachineFault
@@ -137,6 +138,7 @@ def start(launch: Launch) -> bool:
         return False
     device = own_device(launch)  # raises before ranks wait for each other
     keep_freed_memory()
+    share_compile_processes(launch.local_world_size)
     if launch.launcher == "mpi":
         _share_mpi_address(launch)
     elif launch.launcher == "srun":
