@@ -62,6 +62,27 @@ def test_flex_equals_dense_in_bf16() -> None:
     _check(torch.bfloat16)
 
 
+def test_single_documents_take_a_fused_kernel() -> None:
+    """Prevents the built-in causal mask from computing something else than a dense one, and all scores in memory: no fused
+    kernel takes grouped heads in fp32, and PyTorch goes back to separate operations without a word."""
+    length, most = (64, 2**40) if rehearsal() else (4096, 160 * 2**20)  # scores of six heads: 384 MiB in fp32
+    documents = torch.zeros(1, length, dtype=torch.int64, device=device())
+    fused, packed = AttentionMask(documents, single=True), AttentionMask(documents, single=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(7)
+        inputs = [torch.randn(1, heads, length, 64, generator=generator).to(device(), dtype) for heads in (6, 2, 2)]
+        expected = dense(*inputs, packed)
+        own = [one.requires_grad_() for one in inputs]
+        if not rehearsal():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        found = dense(*own, fused)
+        found.sum().backward()
+        if not rehearsal():
+            assert torch.cuda.max_memory_allocated() - before < most, f"{dtype}: all scores were in memory"
+        _near(found, expected, dtype, f"{dtype}, single documents")
+
+
 def test_more_variants_than_torch_keeps_are_compiled() -> None:
     """Prevents FlexAttention from falling back in silence to all scores in memory, from the ninth variant on."""
     if rehearsal():
