@@ -78,10 +78,14 @@ def why_not(device: torch.device) -> str:
     """
     if device.type == "cuda" and not has_triton():
         return "Triton is missing or does not support this GPU"
+    statistics = torch._dynamo.utils.counters["stats"]
+    graphs = statistics["unique_graphs"]
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # of torch, Triton or the C compiler, whatever their type
         return f"code for {device} cannot be compiled ({_cause(error)})"
+    finally:
+        statistics["unique_graphs"] = graphs  # it is no part of the model
     return ""
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 
 from recycle_ds.config import ModelConfig, RecycleConfig
@@ -248,3 +249,10 @@ def test_a_compiler_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "compile", nested)
     assert why_not(torch.device("cpu")).endswith("(OSError: [Errno 30] Read-only file system)")
+
+
+def test_the_trial_counts_as_no_graph_of_the_model() -> None:
+    """Prevents a report of compiled graphs where nothing of the model is compiled: the trial has a graph of its own."""
+    before = counters["stats"]["unique_graphs"]
+    assert why_not(torch.device("cpu")) == ""
+    assert counters["stats"]["unique_graphs"] == before
