@@ -33,7 +33,7 @@ def decoding(write: Write, small: bool, model: Path | None, work: Path) -> None:
     backbone = loaded.model.recycle_config.model_copy(update={"layers": 0, "taps": ()})
     write({"random_weights": model is None, "weight_bytes": 2 * parameters(loaded.model.config, backbone)})
     del loaded
-    settings = BenchSettings(("autoregressive", "verified"), max_new_tokens=6 if small else 64, repeats=1, details=True)
+    settings = BenchSettings(("autoregressive", "verified"), max_new_tokens=6 if small else 64, repeats=2, details=True)
     peers = PeerRequest.parse(TRANSFORMERS)
     template = False if model is None else None  # its tokenizer has no template
     result = bench_model(
@@ -53,7 +53,7 @@ def serving(write: Write, small: bool, model: Path | None, work: Path) -> None:
     params = SamplingParams(max_new_tokens=4 if small else 48, temperature=0.0, ignore_eos=True)
     found: dict[str, Any] = {}
     for size in sizes:
-        found |= measure(engine, prompts, ServingSettings((size,), params=params, repeats=1))
+        found |= measure(engine, prompts, ServingSettings((size,), params=params, repeats=2))
         write({"random_weights": model is None, "batches": found})
 
 

@@ -40,7 +40,7 @@ def milliseconds_by_kind(step: Callable[[], None], device: torch.device) -> dict
     found: dict[str, float] = {}
     for event in profiler.key_averages():
         is_kernel = event.device_type != torch.autograd.DeviceType.CPU
-        if is_kernel == on_gpu:
+        if is_kernel == on_gpu and not event.is_user_annotation:  # an annotation has the time of the kernels inside
             spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             kind = kind_of(event.key)
             found[kind] = found.get(kind, 0.0) + spent / 1000

@@ -23,7 +23,7 @@ from recycle_ds.inference.bench.diagnosis import first_divergences, notes_on_ver
 from recycle_ds.inference.bench.parts import time_by_part
 from recycle_ds.inference.bench.peers import OpenPeers, Peer, PeerRequest, Task, check_peers, open_peers
 from recycle_ds.inference.bench.quality import quality
-from recycle_ds.inference.bench.runs import Runs, Timed
+from recycle_ds.inference.bench.runs import Runs, Timed, run_interleaved
 from recycle_ds.inference.bench.setting import host_threads
 from recycle_ds.inference.decoder import Decoder, decode_one
 from recycle_ds.inference.errors import DecodingError
@@ -115,7 +115,8 @@ def run_bench(
     """
     asked = [one if isinstance(one, BenchPrompt) else BenchPrompt(list(one)) for one in prompts]
     opened = peers or OpenPeers()
-    runs = _run_all(decoder, asked, settings, opened.peers, tuple(end_ids), on_progress or (lambda done, total: None))
+    progress = on_progress or (lambda done, total: None)
+    runs, first_runs = _run_all(decoder, asked, settings, opened.peers, tuple(end_ids), progress)
     ids = [one.ids for one in asked]
     device = next(decoder.model.parameters()).device
     report: dict[str, Any] = {
@@ -126,6 +127,9 @@ def run_bench(
         "machine": machine_name(device),
     }
     notes = list(opened.notes)
+    if first_runs:
+        report["first_runs_while_timed"] = first_runs
+        notes.append(f"{first_runs} CUDA graphs were captured while modes were timed: their speeds are too low by that")
     if "verified" in runs:
         expected = [one.token_ids for one in runs[REFERENCE].first]
         found = [] if settings.temperature else runs["verified"].token_ids  # sampled texts have no gap to report
@@ -147,8 +151,8 @@ def _run_all(
     peers: Sequence[Peer],
     end_ids: tuple[int, ...],
     on_progress: Callable[[int, int], None],
-) -> dict[str, Runs]:
-    """All texts, by mode or peer."""
+) -> tuple[dict[str, Runs], int]:
+    """All texts, by mode or peer, and how many shapes of steps were new while they were timed."""
 
     def own(mode: str, number: int, most: int) -> Timed:
         params = replace(settings.params(number), max_new_tokens=most)
@@ -159,27 +163,18 @@ def _run_all(
         most = min(most, decoder.model.max_positions - len(prompts[number].ids))  # where our own texts end
         return peer.generate(prompts[number].ids, Task(most, end_ids, settings.temperature, seed))
 
-    contenders: dict[str, Callable[[int, int], Timed]] = {mode: partial(own, mode) for mode in settings.modes}
+    contenders: dict[str, Callable[..., Timed]] = {mode: partial(own, mode) for mode in settings.modes}
     contenders |= {peer.name: partial(of_peer, peer) for peer in peers}
     for decode in contenders.values():  # the first text of each pays for allocations and measurements
         decode(0, min(settings.max_new_tokens, _WARMUP_TOKENS))
-    runs = {name: Runs() for name in contenders}
-    names = tuple(contenders)
-    total, done = settings.repeats * len(prompts) * len(names), 0
-    for repeat in range(settings.repeats):
-        for one in runs.values():
-            one.repeats.append([])
-        for number in range(len(prompts)):
-            for name in _rotated(names, repeat + number):
-                runs[name].repeats[-1].append(contenders[name](number, settings.max_new_tokens))
-                done += 1
-                on_progress(done, total)
-    return runs
-
-
-def _rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
-    by %= len(names)
-    return names[by:] + names[:by]
+    if decoder.engine.first_runs is not None:  # and later ones for every shape of a step that is new
+        for mode in settings.modes:
+            for number in range(len(prompts)):
+                own(mode, number, settings.max_new_tokens)
+    known = decoder.engine.first_runs or 0
+    timed = {name: partial(decode, most=settings.max_new_tokens) for name, decode in contenders.items()}
+    runs = run_interleaved(timed, len(prompts), settings.repeats, on_progress)
+    return runs, (decoder.engine.first_runs or 0) - known
 
 
 def _speeds(one: Runs, reference: Runs, comparable: bool) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from recycle_ds.inference.engine.device.capture import Piece, Pieces
+from recycle_ds.inference.engine.device.runner import DeviceRunner
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.executor import LocalExecutor
 from recycle_ds.inference.errors import DecodingError
@@ -18,7 +20,10 @@ FULL_CALL, MODULE, HEAD, SAMPLING, HOST = "full_call", "module", "head", "sampli
 PARTS = (FULL_CALL, MODULE, HEAD, SAMPLING, HOST)
 """The backbone's blocks with the embedding; the recycle module's block, with its head where
 a tree grows in one call; other heads; choosing tokens and judging
-drafts; everything else of a step, such as plans, the draft budget and the copies between calls."""
+drafts; everything else of a step, such as plans, the draft budget and the copies between calls. Steps in static buffers are
+timed by piece: choosing tokens has its head, and the module the heads and the choice of its drafts."""
+_PIECES = {"read": FULL_CALL, "choose": SAMPLING, "recycle": MODULE, "chain": MODULE, "tree": MODULE}
+"""Parts of the pieces of a `DeviceRunner`."""
 
 
 class _Stopwatch:
@@ -64,6 +69,23 @@ class _Timed:
         return getattr(self._target, name)
 
 
+class _TimedPieces:
+    """Stands for what runs a step's pieces. It times around them: a graph is captured, or replayed without Python, inside."""
+
+    def __init__(self, target: Pieces, watch: _Stopwatch) -> None:
+        self._target, self._watch = target, watch
+
+    @property
+    def first_runs(self) -> int | None:
+        """See `Pieces`."""
+        return self._target.first_runs
+
+    def run(self, key: tuple[str, Hashable], piece: Piece) -> None:
+        """See `Pieces`."""
+        with self._watch.part(_PIECES[key[0]]):
+            self._target.run(key, piece)
+
+
 def time_by_part(
     engine: DecodingEngine, prompts: Sequence[Sequence[int]], mode: str, params: SamplingParams
 ) -> dict[str, float]:
@@ -96,6 +118,13 @@ def time_by_part(
 @contextmanager
 def _timed(runner: Any, watch: _Stopwatch) -> Iterator[None]:
     """Times the parts of a runner's steps inside the block."""
+    if isinstance(runner, DeviceRunner):
+        undo_pieces = _replace(runner, "_launch", _TimedPieces(runner._launch, watch))
+        try:
+            yield
+        finally:
+            undo_pieces()
+        return
     weights = runner._weights
     places: list[tuple[Any, str, str]] = [
         (weights, "embed", FULL_CALL),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -78,3 +78,25 @@ def add_up(rows: Iterable[Sequence[int]]) -> list[int]:
         for position, number in enumerate(row):
             total[position] += number
     return total
+
+
+def run_interleaved(
+    contenders: Mapping[str, Callable[[int], Timed]],
+    prompts: int,
+    repeats: int,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Runs]:
+    """Lets every contender decode every prompt, by its number, `repeats` times. Which one begins changes from prompt to prompt.
+
+    on_progress: called with the numbers of completed and of all texts.
+    """
+    runs = {name: Runs([[] for _ in range(repeats)]) for name in contenders}
+    names, done = tuple(contenders), 0
+    for repeat in range(repeats):
+        for number in range(prompts):
+            first = (repeat + number) % len(names)
+            for name in names[first:] + names[:first]:
+                runs[name].repeats[repeat].append(contenders[name](number))
+                done += 1
+                on_progress(done, repeats * prompts * len(names))
+    return runs

@@ -98,6 +98,10 @@ def measure(
     engine.measure_costs()
     done, total = 0, settings.repeats * len(runs)
     try:
+        if engine.first_runs is not None:  # what is new would be timed with what takes longer the first time
+            for batch, mode in runs:
+                engine.scheduler.max_batch = batch
+                _run(engine, prompts, batch, mode, settings.params, _Runs())
         for repeat in range(settings.repeats):
             shift = repeat * len(settings.batches) // settings.repeats
             # modes one after the other, so that the machine is the same for all, every second time in reverse

@@ -19,6 +19,7 @@ from torch import Tensor
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Plan, decode_plan, encode_plan
 from recycle_ds.inference.engine.runner import Runner
 from recycle_ds.inference.engine.team import Team, open_links
+from recycle_ds.inference.errors import DecodingError
 
 _END, _REPORT, _WAIT = -1, -2, -3
 
@@ -64,8 +65,17 @@ class TeamExecutor:
         """See `Executor`. What the stages compute meanwhile are other plans."""
         return False
 
-    def submit(self, plan: Plan) -> None:
+    @property
+    def first_runs(self) -> int | None:
         """See `Executor`."""
+        return self._runner.first_runs
+
+    def submit(self, plan: Plan) -> None:
+        """See `Executor`. Raises DecodingError after `discard`."""
+        if self._broken:
+            raise DecodingError(
+                "the ranks were interrupted in the middle of a step, and are out of step: start them again"
+            )
         self._tell(encode_plan(plan))
         outcome = self._run(plan)
         if self.depth == 1:

@@ -10,13 +10,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from recycle_ds.inference.engine.blocks import BlockPool
 from recycle_ds.inference.engine.costs import measurement
 from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
-from recycle_ds.inference.engine.plan import Plan, Rules
+from recycle_ds.inference.engine.plan import Outcome, Plan, Rules
 from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import OnTokens, Sequence
 from recycle_ds.inference.errors import DecodingError
@@ -24,6 +24,15 @@ from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mo
 from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that has been started: when, unless while another one was computed; and the executor's `first_runs` before it."""
+
+    plan: Plan
+    start: float | None = None
+    first_runs: int | None = None
 
 
 class DecodingEngine:
@@ -55,53 +64,73 @@ class DecodingEngine:
         self.scheduler = Scheduler(BlockPool(blocks, block_size), max_batch, clock=clock, ways=executor.depth)
         self.looks_ahead = True
         """Whether the next step is planned and started while a device computes the one before, where that can be done."""
-        self._under_way: deque[tuple[Plan, float | None]] = deque()  # with its start, unless another plan was under way
+        self._under_way: deque[_UnderWay] = deque()
         self._costs_are_measured = False
         self._next_number = 0
 
     def step(self) -> list[Sequence]:
         """Computes one step. Returns the sequences that ended with it. Any exception ends all sequences."""
         try:
-            return self._step()
+            self._start_steps()
+            if not self._under_way:
+                return []
+            step = self._under_way.popleft()
+            following = self._start_following(step.plan)
+            outcome = self._executor.collect()
+            self._under_way += following
+            self._time(step, outcome)
+            ended = self.scheduler.apply(step.plan, outcome)
+            self.settle()
+            return ended
         except BaseException:
             self.abort()
             raise
 
-    def _step(self) -> list[Sequence]:
+    def _start_steps(self) -> None:
+        """Plans and starts as many steps as can be under way at once."""
         while len(self._under_way) < self._executor.depth and (plan := self.scheduler.next()) is not None:
-            self._under_way.append((plan, time.perf_counter()))
+            self._under_way.append(_UnderWay(plan, time.perf_counter(), self._executor.first_runs))
             self._executor.submit(plan)
-        if not self._under_way:
-            assert not self.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
-            return []
-        plan, start = self._under_way.popleft()
+        assert self._under_way or not self.unfinished, f"no sequence can proceed: {self.scheduler.state()}"
+
+    def _start_following(self, plan: Plan) -> list[_UnderWay]:
+        """Plans and starts the step after one that a device is computing, if it can be planned already."""
         is_ahead = self.looks_ahead and self._executor.computing
         following = self.scheduler.following(plan) if is_ahead else None
-        if following is not None:  # made, and started, while the device computes the step before
-            self._executor.submit(following)
-        outcome = self._executor.collect()
-        if following is not None:
-            self._under_way.append((following, None))
-        if start is not None and all(part.is_budgeted for part in plan.parts):
+        if following is None:
+            return []
+        self._executor.submit(following)
+        return [_UnderWay(following)]
+
+    def _time(self, step: _UnderWay, outcome: Outcome) -> None:
+        """Tells the draft budget what a step took. With pipeline stages that includes waiting for the plans before it: about
+        as long as a single plan takes through all stages, which is what was measured at the start."""
+        if step.start is None or step.first_runs != self._executor.first_runs:
+            return  # started early, or something was new and took longer for it
+        plan = step.plan
+        if all(part.is_budgeted for part in plan.parts):
             calls = {one.sequence: one.calls for one in outcome}
             made = [calls.get(part.sequence, 0) for part in plan.parts]
             ordered = max(part.drafts for part in plan.parts)
-            self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - start)
-        ended = self.scheduler.apply(plan, outcome)
-        self.settle()
-        return ended
+            self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - step.start)
 
     def settle(self) -> None:
         """Ends what was planned before it was known that all its sequences would end, or be cancelled. To be called after
         cancelling without a further step: until then cancelled sequences may be part of one."""
         while self._under_way and all(one.cancelled for one in self.scheduler.running):
-            self.scheduler.apply(self._under_way.popleft()[0], self._executor.collect())
+            self.scheduler.apply(self._under_way.popleft().plan, self._executor.collect())
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Runs steps until these sequences have ended."""
         left = set(sequences)
         while any(sequence.ended_at is None for sequence in left):
             self.step()
+
+    @property
+    def first_runs(self) -> int | None:
+        """How many shapes of steps were new so far, and took longer for it: CUDA graphs that were captured. None where that
+        makes no difference."""
+        return self._executor.first_runs
 
     @property
     def unfinished(self) -> bool:

@@ -22,6 +22,10 @@ class Executor(Protocol):
         """Whether the oldest plan under way is being computed by a device while the host goes on: then the plan after it can
         be made, and submitted, before its outcome is collected."""
 
+    @property
+    def first_runs(self) -> int | None:
+        """See `Runner.first_runs`."""
+
     def submit(self, plan: Plan) -> None:
         """Starts a plan."""
 
@@ -54,6 +58,11 @@ class LocalExecutor:
     def computing(self) -> bool:
         """See `Executor`."""
         return bool(self._outcomes) and callable(self._outcomes[0])
+
+    @property
+    def first_runs(self) -> int | None:
+        """See `Executor`."""
+        return self._runner.first_runs
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""

@@ -70,6 +70,12 @@ class Runner:
             chosen[number] = replace(chosen.get(number, Chosen(number, ())), scored=scores)
         return tuple(chosen.values())
 
+    @property
+    def first_runs(self) -> int | None:
+        """How often something ran that took longer because its shape was new, such as a graph to be captured; None where shapes
+        make no difference."""
+        return None
+
     def launch(self, plan: Plan) -> Outcome | Callable[[], Outcome]:
         """Runs a step of a single process, or starts it: then the result waits for what was chosen."""
         outcome = self.run(plan)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from recycle_ds.gpu_check.claims import BORNE_OUT, NOT_MEASURED, PROVEN, SHORT, compare_with_before, judge_all
 from recycle_ds.gpu_check.part import FAILED, PASSED, Checked, Result
 from recycle_ds.gpu_check.parts import CheckSettings
 from recycle_ds.gpu_check.report import Report, as_markdown
-from recycle_ds.gpu_check.time_by_kind import OTHER, kind_of
+from recycle_ds.gpu_check.time_by_kind import OTHER, kind_of, milliseconds_by_kind
 
 
 def figures(speed: float = 2.0, random: bool = False) -> dict[str, dict[str, Any]]:
@@ -139,3 +141,26 @@ def test_the_report_names_the_card_and_the_model(tmp_path: Path, device: str) ->
 def test_kernels_are_sorted_into_kinds(kernel: str, kind: str) -> None:
     """Prevents a table of a step's time that counts attention as something else."""
     assert kind_of(kernel) == kind
+
+
+def test_annotations_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a table of a step's time that counts kernels twice: an annotation, such as the optimizer's, has theirs too."""
+
+    class Profile:
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            cpu = torch.autograd.DeviceType.CPU
+            return [
+                SimpleNamespace(
+                    device_type=cpu, self_cpu_time_total=spent, key=key, is_user_annotation=key[0].isupper()
+                )
+                for key, spent in (("aten::mm", 3000.0), ("Optimizer.step#AdamW.step", 5000.0))
+            ]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    assert milliseconds_by_kind(lambda: None, torch.device("cpu")) == {"matrix products": 3.0}

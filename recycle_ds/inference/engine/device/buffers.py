@@ -50,7 +50,7 @@ class Inbox:
         end = self._last + rows * self._row
         self._device[:end].copy_(self._host[:end], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device.device))
 
 
 class Outbox:

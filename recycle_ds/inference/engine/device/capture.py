@@ -23,12 +23,18 @@ _MOST_GRAPHS = 512
 class Pieces(Protocol):
     """Runs pieces in the order of the calls."""
 
+    @property
+    def first_runs(self) -> int | None:
+        """How often a piece took longer than it will again, because its key was new; None where that makes no difference."""
+
     def run(self, key: Hashable, piece: Piece) -> None:
         """Runs a piece exactly once, on the current stream."""
 
 
 class EagerPieces:
     """Every piece is called: on CPUs, and to compare with graphs."""
+
+    first_runs = None
 
     def run(self, key: Hashable, piece: Piece) -> None:
         """See `Pieces`."""
@@ -49,6 +55,11 @@ class GraphPieces:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
+    @property
+    def first_runs(self) -> int:
+        """See `Pieces`."""
+        return len(self._graphs)
+
     def run(self, key: Hashable, piece: Piece) -> None:
         """See `Pieces`."""
         graph = self._graphs.get(key)
@@ -68,6 +79,7 @@ class GraphPieces:
         # other threads (a server's) may use CUDA meanwhile: only this one must not do what a capture forbids
         with (
             _no_collection(),
+            torch.cuda.stream(self._stream),  # a capture that fails leaves the thread on the stream: this takes it back
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             piece()

@@ -61,6 +61,11 @@ class DeviceRunner(Runner):
         # two: a step's results are read when the next one may have been started
         self._outboxes = deque(Outbox(room, weights.device) for _ in range(2))
 
+    @property
+    def first_runs(self) -> int | None:
+        """See `Runner`."""
+        return self._launch.first_runs
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Outcome | Callable[[], Outcome]:
         """See `Runner.launch`. At most two steps may be under way, of which the second reads what the first has chosen where a

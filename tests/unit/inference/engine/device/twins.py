@@ -18,6 +18,7 @@ class Twins:
 
     depth = 1
     computing = False
+    first_runs = None
 
     def __init__(self, flat: LocalExecutor, static: LocalExecutor, *, compare_drafts: bool = True) -> None:
         """compare_drafts: whether drafts have to be the same too, which rounding of a GPU may change."""
