@@ -65,6 +65,9 @@ def generate(
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="ID:NUMBER", help="Added to the logit of a token; repeatable.")
     ] = None,
+    allowed_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Choose no other tokens than these; repeatable.")
+    ] = None,
     bad_token: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="Never choose this token; repeatable.")
     ] = None,
@@ -110,6 +113,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=_biases(logit_bias or ()),
+        allowed_tokens=tuple(allowed_token) if allowed_token else None,
         bad_tokens=tuple(bad_token or ()),
         seed=seed,
         max_new_tokens=max_new_tokens,

@@ -33,9 +33,9 @@ class Progress:
 
     def show(self, done: int, of: int) -> None:
         """Shows that so many prompts are done."""
-        self._note(f"{self._name}: {done}")
+        self._note(f"{self._name}: {done}")  # the same text after a restart says that nothing was done meanwhile
         if not sys.stderr.isatty():
-            print(f"{self._name}: {done} of {of} prompts", file=sys.stderr, flush=True)
+            print(f"{self._name}: {done} of {of} prompts, {self.speed()}", file=sys.stderr, flush=True)
             return
         if self._bar is None:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())

@@ -32,6 +32,10 @@ class BlockTables:
         moves, self._moves = tuple(self._moves), []
         return moves
 
+    def pending(self) -> dict[str, object]:
+        """What the next step must move and copy, to print or compare."""
+        return {"copies": tuple(self._copies), "moves": tuple(self._moves)}
+
     def place(self, sequence: Sequence, running: Container[Sequence]) -> bool:
         """Gives a sequence the blocks of a known prefix, and new ones for all its tokens and the next one.
 

@@ -134,6 +134,16 @@ class BlockPool:
         if key is not None:
             del self._contents[key], self._content_of[block]
 
+    def state(self) -> dict[str, object]:
+        """Users, order of eviction and registered contents, as copies, to print or compare."""
+        contents = {block: (self._content_of[block], *key) for block, key in sorted(self._key_of.items())}
+        return {
+            "references": tuple(self._references),
+            "free": tuple(self._free),
+            "contents": contents,
+            "with_module": tuple(sorted(self._with_module)),
+        }
+
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Asserts that the counts are those of the sequences' block tables, and that no block is lost."""
         used = [0] * self.count

@@ -16,10 +16,10 @@ class Head:
     """The rows of the output head for some token ids of this rank's shard."""
 
     def __init__(
-        self, weight_VD: Tensor, ids: Tensor | None, barred: Tensor | None, *, int8: bool, compiled: bool
+        self, weight_VD: Tensor, ids: Tensor | None, barred: Tensor | None, *, int8: bool, compiled: bool, alone: bool
     ) -> None:
         """ids: token ids of the rows, int64, ascending: a head of drafts; None for 0, 1, ... barred: rows that are never
-        chosen, int64, ascending; None for none."""
+        chosen, int64, ascending; None for none. alone: whether this is the only rank with rows of it."""
         self.native: NativeHead | None = None
         """The same head without logits, where it is compiled."""
         self._screened: ScreenedHead | None = None
@@ -27,7 +27,7 @@ class Head:
         if compiled:
             self._product = PackedProduct(weight_VD, int8=int8, coarse=int8 and ids is not None)
             self.native = NativeHead(self._product, ids, barred)
-            if not int8:
+            if alone and not int8:  # of a part, nobody asks for the likeliest tokens
                 self._screened = ScreenedHead.of(weight_VD, self.native)
         else:
             self._product = Product(weight_VD, int8=int8)
@@ -62,4 +62,5 @@ def head_of(model: RecycleGPT, compiled: bool, ids: Tensor | None = None) -> tup
     rows = weight[: len(own)] if ids is None else weight[own - first]
     barred_ids = barred.nonzero()[:, 0].to(weight.device) if barred.any() else None
     int8 = model.int8 or (compiled and ids is not None)  # drafts are only guesses
-    return own, Head(rows, None if ids is None else own, barred_ids, int8=int8, compiled=compiled)
+    alone = model.shard.axis.size == 1
+    return own, Head(rows, None if ids is None else own, barred_ids, int8=int8, compiled=compiled, alone=alone)

@@ -22,6 +22,7 @@ _INTERVAL = 1.0
 PATIENCE = 8.0
 """Seconds without a sign of life after which a rank is lost."""
 _STORE_TIMEOUT = timedelta(seconds=5)
+_NEXT = "the job ends, and the same command resumes it"
 
 
 class Liveness:
@@ -72,20 +73,17 @@ class Liveness:
                 if found == "end":
                     del seen[rank]
                 elif found == value and time.monotonic() - since > self._patience:
-                    lost = lost or self._message(rank, self._silent)
+                    lost = lost or self._message([rank])
                     del seen[rank]
                 elif found != value:
                     seen[rank] = found, time.monotonic()
             time.sleep(_INTERVAL / 4 if seen else 0)
         return lost
 
-    @property
-    def _silent(self) -> str:
-        return f"has shown no sign of life for {self._patience:.0f} s"
-
-    @staticmethod
-    def _message(rank: int, what: str) -> str:
-        return f"rank {rank} {what}: it is dead, stopped or unreachable; the job ends, and the same command resumes it"
+    def _message(self, ranks: Sequence[int]) -> str:
+        subject = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+        what, it_is = f"shown no sign of life for {self._patience:.0f} s", "it is" if len(ranks) == 1 else "they are"
+        return f"{subject} {what}: {it_is} dead, stopped or unreachable; {_NEXT}"
 
     def _look(self, rank: int) -> str:
         """The latest sign of life of a rank; "" before the first one."""
@@ -103,23 +101,34 @@ class Liveness:
             count += 1
             try:
                 self._store.set(self._key(self._own), str(count))
-                for rank, (value, since) in list(seen.items()):
+                for rank, (value, _) in list(seen.items()):
                     found = self._look(rank)
                     if found == "end":
                         del seen[rank]
                     elif found != value:
                         seen[rank] = found, time.monotonic()
-                    elif time.monotonic() - since > self._patience:
-                        self._lose(rank, self._silent)
-                        return
+                if any(time.monotonic() - since > self._patience for _, since in seen.values()):
+                    # a host that fails takes several ranks with it, within the time between two signs of life
+                    silent = [
+                        rank for rank, (_, since) in seen.items() if time.monotonic() - since > self._patience / 2
+                    ]
+                    self._lose(self._message(silent), set(seen) - set(silent))
+                    return
             except (dist.DistError, RuntimeError):
-                self._lose(0, "has the job's store, which cannot be reached")
+                text = (
+                    f"rank 0 has the job's store, which cannot be reached: it is dead, stopped or unreachable; {_NEXT}"
+                )
+                if self._own > min(set(seen) - {0}, default=sys.maxsize):
+                    time.sleep(
+                        2 * _INTERVAL
+                    )  # the launcher ends this rank when the first has spoken, if that one is alive
+                self._lose(text, ())
                 return
 
-    def _lose(self, rank: int, what: str) -> None:
+    def _lose(self, text: str, alive: Iterable[int]) -> None:
+        """alive: the others that will notice it too. The first of all speaks."""
         if not self._stopped.is_set():
-            speaks = self._own == min(other for other in self._ranks if other != rank)
-            self._on_loss(self._message(rank, what) if speaks else "")
+            self._on_loss(text if self._own < min(alive, default=sys.maxsize) else "")
 
 
 def own_store() -> dist.Store:

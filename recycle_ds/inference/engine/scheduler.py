@@ -283,14 +283,12 @@ class Scheduler:
         return sorted(sequences, key=lambda one: (-self._priority(one), one.number))
 
     def state(self) -> dict[str, object]:
-        """The complete state, to print or compare."""
-        return {
-            "step": self.step,
-            "free_blocks": self.pool.free,
-            "preemptions": self.preemptions,
-            "waiting": [one.summary() for one in self._ranked(self.waiting)],
-            "running": [one.summary() for one in self._ranked(self.running)],
-        }
+        """The complete state, to print or compare: copies, which later steps do not change."""
+        numbers = {"step": self.step, "preemptions": self.preemptions, "reused_tokens": self.reused_tokens}
+        own = {"width": self._width, "ended": tuple(self._ended), "budget": repr(self.budget)}
+        waiting, running = ([one.summary() for one in self._ranked(group)] for group in (self.waiting, self.running))
+        blocks = {"pool": self.pool.state(), **self.tables.pending()}
+        return {**numbers, **own, **blocks, "waiting": waiting, "running": running}
 
     def check(self) -> None:
         """Asserts that no block is lost or used twice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from recycle_ds.inference.engine.plan import Rules
 from recycle_ds.inference.generation import Generation, Logprobs, Tally
@@ -21,6 +21,10 @@ from recycle_ds.inference.speculation.tree import (
     without_chain,
 )
 
+_NOT_OF_THE_STATE = {
+    *("params", "rules", "stopping", "on_tokens", "fork_of", "repeats", "tally", "logprobs", "prompt_logprobs"),
+    *("rejected", "started", "first_token_at", "ended_at"),
+}
 OnTokens = Callable[[list[int], list[bool]], None]
 
 
@@ -182,9 +186,14 @@ class Sequence:
             self.prompt_logprobs[start:] = scores
 
     def summary(self) -> dict[str, object]:
-        """Its state for the scheduler, to print or compare."""
-        shown = ("number", "mode", "priority", "cached", "module_read", "blocks", "drafts", "in_flight")
-        return {name: getattr(self, name) for name in shown} | {"tokens": len(self.tokens)}
+        """Its state for the scheduler, as a copy, to print or compare: all but its request, callbacks, scores and times."""
+        found: dict[str, object] = {}
+        for each in fields(self):
+            if each.name not in _NOT_OF_THE_STATE:
+                value = getattr(self, each.name)
+                found[each.name] = tuple(value) if isinstance(value, list) else value
+        fork = None if self.fork_of is None else self.fork_of.number
+        return found | {"fork_of": fork, "remaining": self.stopping.remaining, "reason": self.reason}
 
     def take(self, ids: list[int], recycled: list[bool], judged: int = 0) -> int:
         """Appends tokens up to the stop condition, and calls `on_tokens`. judged: how many drafts the step verified; the

@@ -83,6 +83,9 @@ class Sizes:
     def __init__(self, prior: float) -> None:
         self._means = [prior] * MAX_DRAFT
 
+    def __repr__(self) -> str:
+        return f"Sizes({self._means})"
+
     def add(self, depth: int, nodes: Sequence[int]) -> None:
         """Counts a tree that could have grown to a depth. nodes: of each depth that it has."""
         for at in range(min(depth, MAX_DRAFT)):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from recycle_ds.inference.speculation.acceptance import MAX_DRAFT, Calibration, Candidate, Verified
 from recycle_ds.inference.speculation.budget import START, DraftBudget
 from recycle_ds.inference.speculation.cost_model import CostModel
+from recycle_ds.inference.speculation.decision import Decision
 from recycle_ds.inference.speculation.tree import MAX_NODES
 
 
@@ -267,3 +268,17 @@ def test_probes_look_for_drafts_where_none_could_pay() -> None:
     assert budget._probe > 0
     assert sum(map(len, budget.verify([Candidate(i, (0.9,) * 4, None, 100) for i in range(32)]))) > 0
     assert not budget.hopeless
+
+
+def test_the_explanation_has_the_figures_of_the_decision() -> None:
+    """Prevents an --explain that prints other numbers than those that the budget counted with."""
+    budget = DraftBudget(CostModel(((1, 0.010), (11, 0.020)), ((1, 0.001), (11, 0.002))))
+    budget.decision = Decision(sequences=2, adaptive=1, drafts=5, tokens=6, made_next=3, expected=3.456)
+    assert budget.explanation == (
+        "2 sequences: 4 of 5 drafts verified, trees at most 3 deep made next. Full call over 6 tokens 15.0 ms, over 2 11.0 ms; "
+        "drafts of the first depth 1.0 ms, of a further one 1.0 ms; expected tokens 3.46"
+    )
+    chosen = budget.verify([Candidate(0, (0.9, 0.8), None, 1000), Candidate(1, (), 0, 1000)])
+    decision = budget.decision
+    assert decision is not None and (decision.sequences, decision.adaptive, decision.drafts) == (2, 1, 2)
+    assert decision.tokens == 2 + len(chosen[0])

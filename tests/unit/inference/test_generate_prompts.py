@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.unit.inference.command import PROMPT, Generate
+
+FIGURES = r"[\d,]+\.\d tokens/s(, acceptance \d\.\d\d)?"
+"""What a line of progress ends with."""
 
 
 @pytest.fixture
@@ -38,7 +42,8 @@ def test_failed_prompts_are_reported_when_all_others_are_done(
     prompts.write_text("".join(json.dumps({"prompt": text, "id": n}) + "\n" for n, text in enumerate(texts)))
     asked = ("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
     outcome = generate(*asked)
-    assert (outcome.code, outcome.err) == (0, "rank 1: 1 of 2 prompts\nrank 1: 2 of 2 prompts\n")
+    lines = [f"rank 1: {done} of 2 prompts, {FIGURES}" for done in (1, 2)]
+    assert outcome.code == 0 and re.fullmatch("\n".join(lines) + "\n", outcome.err), outcome.err
     assert not (job / "outcome").exists() and not output.exists(), "the first rank has not begun"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -35,7 +35,7 @@ class Asked:
 
 def requests(count: int, vocabulary: int, seed: int, modes: tuple[str, ...] = MODES) -> list[Asked]:
     """Random requests: lengths, parameters, priorities, arrival, cancellation. `alternate` ones are deterministic too."""
-    draw = random.Random(seed)
+    draw, more = random.Random(seed), random.Random(seed + 1_000_000)
     found = []
     for _ in range(count):
         mode = draw.choice([mode for mode in modes if mode != "alternate" or draw.random() < 0.3] or ["verified"])
@@ -65,6 +65,11 @@ def requests(count: int, vocabulary: int, seed: int, modes: tuple[str, ...] = MO
             params = replace(params, stop_tokens=(draw.randrange(vocabulary),), ignore_eos=draw.random() < 0.5)
         if mode != "alternate" and draw.random() < 0.2:
             params = replace(params, logprobs=2, prompt_logprobs=len(prompt) % 2 == 0)
+        if more.random() < 0.15:
+            allowed = {*more.sample(range(vocabulary), vocabulary // 2)} - {*params.bad_tokens}
+            params = replace(params, allowed_tokens=tuple(sorted(allowed)))
+        if more.random() < 0.1:
+            params = replace(params, max_new_tokens=80)  # more than the context has room for behind most prompts
         cancelled = draw.randint(0, 6) if draw.random() < 0.12 else None
         found.append(Asked(prompt, params, mode, draw.choice([0, 0, 0, 1, 5]), draw.choice([0, 0, 0, 1, 3]), cancelled))
     return found
