@@ -97,6 +97,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
     from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.errors import DecodingError
     from recycle_ds.inference.parameters import SamplingParams, check_batch, check_mode, check_runtime
 
     # what can be checked without torch, which takes seconds to import, is checked first
@@ -131,6 +132,8 @@ def generate(
     text = "" if many else _read_prompt(prompt, prompt_file)
     if many is None:
         _check_one_prompt(n, tensor * pipeline)
+        if logprobs is not None and not as_json:
+            raise DecodingError(f"--logprobs {logprobs}: needs --json, which prints them")
     from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
 
     quiet_libraries()  # before anything is imported that warns
@@ -197,8 +200,12 @@ def _check_one_prompt(n: int, team: int) -> None:
     ranks = detect_launch(os.environ).world_size
     if ranks != team:
         raise DecodingError(
-            f"{ranks} ranks for one prompt, but --tensor x --pipeline = {team}: start {team}, raise the degrees, or decode a "
-            "file of prompts (--prompts)"
+            f"{ranks} rank{'s' * (ranks > 1)} for one prompt, but --tensor x --pipeline = {team}: "
+            + (
+                f"start {team} (torchrun --nproc-per-node {team} -m recycle_ds.generate ...)"
+                if ranks < team
+                else f"start {team}, raise the degrees, or decode a file of prompts (--prompts)"
+            )
         )
 
 

@@ -17,6 +17,7 @@ from recycle_ds.parallel.job import (
     ShellNotInformed,
     errors_of_host,
     is_error_reporter,
+    is_to_report_interruption,
     job_of,
     transient_errors_of_host,
 )
@@ -47,9 +48,7 @@ def pretrain(
     with errors_of_host():
         settings = load_config(config, overrides or (), init_from_defaults)
     ended = run(settings, check=check)
-    # Ctrl-C: what follows in the user's shell must not take the run for finished; a job's shell reads `outcome` instead. Other
-    # ranks exit with 0, since the launcher may end the first one, which writes the summary, once another has failed.
-    if ended == "SIGINT" and job_of(os.environ).folder is None and is_error_reporter(os.environ):
+    if is_to_report_interruption(ended, os.environ):
         raise typer.Exit(INTERRUPTED)
 
 

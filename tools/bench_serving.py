@@ -34,6 +34,7 @@ def bench_serving(
 ) -> None:
     """Decode the prompts at every batch size in every mode, interleaved, and print one table."""
     from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.bench.outputs import check_output
     from recycle_ds.inference.errors import DecodingError
     from recycle_ds.inference.parameters import SamplingParams, check_batch, check_mode, check_runtime
 
@@ -46,6 +47,8 @@ def bench_serving(
     except ValueError:
         raise DecodingError(f"--batches {batches}: must be numbers, such as 1,8,32") from None
     check_batch(min(sizes), kv_memory_gib)
+    if json_path is not None:
+        check_output("json", json_path)
     check_folder(model)  # what needs no torch, which takes seconds to import, is checked first
     params = SamplingParams(
         temperature=temperature, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, ignore_eos=ignore_eos

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
@@ -67,11 +67,13 @@ class Engine:
         mode: "autoregressive", "alternate" or "verified". parse_special: whether special tokens that are written in a
         prompt (`<|endoftext|>`) stand for themselves; False for what users write: they are then text. An answer depends
         on its prompt and parameters alone, not on what is decoded beside it; with a seed, equal prompts give equal
-        answers. Raises DecodingError: immediately for an unknown mode, and during iteration for a prompt that cannot be
-        continued.
+        answers. Raises DecodingError: immediately for an unknown mode and for prompts that are no texts, and during
+        iteration for a prompt that cannot be continued.
         """
         check_mode(mode)
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        texts = _checked((prompts,) if isinstance(prompts, str) else prompts)
+        if params is not None and not isinstance(params, SamplingParams):
+            raise DecodingError(f"params: is a {type(params).__name__}; give SamplingParams(...)")
         params = params or SamplingParams()
         return self._answers([Job(index, text, params, mode, 0, parse_special) for index, text in enumerate(texts)])
 
@@ -86,3 +88,22 @@ class Engine:
                 if isinstance(found, DecodingError):
                     raise found
                 yield from found
+
+
+def _checked(prompts: object) -> tuple[str, ...]:
+    """The texts. Raises DecodingError, with the prompt's number, for anything else and for text that is not valid Unicode."""
+    if not isinstance(prompts, Iterable):
+        raise DecodingError(f"prompts={prompts!r}: must be a text or a sequence of texts")
+    texts = tuple(prompts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DecodingError(
+                f"prompt {number} is a {type(text).__name__}: must be a text (`engine.engine.add` takes token ids)"
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DecodingError(
+                f"prompt {number} has half of a surrogate pair at character {error.start}: give valid Unicode"
+            ) from None
+    return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
 from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
@@ -19,7 +20,8 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     they are packed for decoding. threads: CPU threads; None keeps PyTorch's default. local_rank: device index. mesh: of
     the ranks that hold the model together; None for this process alone.
 
-    Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded.
+    Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded, or whose
+    weights are not all finite: every token would be the same.
     """
     check_runtime(dtype, threads)
     if threads is not None:
@@ -27,6 +29,11 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     int8 = dtype == "int8"
     loaded = load_model(path, dtype="bf16" if int8 else dtype, local_rank=local_rank, mesh=mesh)
     loaded.model.int8 = int8
+    for name, weight in loaded.model.named_parameters():
+        if weight.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(weight.detach())):
+            raise CheckpointError(
+                f"{path}: {name} has a weight that is not a finite number: take an earlier checkpoint"
+            )
     return loaded
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from recycle_ds.inference.errors import DecodingError
 
@@ -17,6 +19,13 @@ MIN_TEMPERATURE = 1e-4
 _SMALL_TOP_P, _LARGE_MIN_P = 0.4, 0.5
 SEED_LIMIT = 2**63
 MAX_LOGPROBS = 100
+# Threads for each core of the host: beyond that they wait for one another, and thousands end the process.
+_MOST_THREADS = 8
+_WHOLE_NUMBERS = ("top_k", "seed", "min_new_tokens", "logprobs", "max_new_tokens", "draft_tokens", "n")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_TOKENS = ("allowed_tokens", "bad_tokens", "stop_tokens")
+_OPTIONAL = ("seed", "logprobs", "draft_tokens", "allowed_tokens")
+"""May be None."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class TokenSampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not math.isfinite(self.temperature) or 0 != self.temperature < MIN_TEMPERATURE:
             raise DecodingError(
                 f"temperature={self.temperature}: must be 0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
@@ -76,23 +86,38 @@ class TokenSampling:
             if not math.isfinite(getattr(self, name)):
                 raise DecodingError(f"{name}={getattr(self, name)}: must be a finite number; 0 disables it")
         bias = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
-        object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in bias))
+        try:
+            object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in bias))
+        except (TypeError, ValueError):
+            raise DecodingError(
+                f"logit_bias={self.logit_bias!r}: must be pairs of token id and number, such as {{42: -1.5}}"
+            ) from None
         for token, value in self.logit_bias:
             if not math.isfinite(value):
                 raise DecodingError(f"logit_bias={value} for token {token}: must be finite; bad_tokens forbids a token")
-        if self.allowed_tokens is not None:
-            object.__setattr__(self, "allowed_tokens", tuple(self.allowed_tokens))
-            if not set(self.allowed_tokens) - set(self.bad_tokens):
-                raise DecodingError(
-                    "allowed_tokens: none is left to choose; allow at least one that is not in bad_tokens"
-                )
-        object.__setattr__(self, "bad_tokens", tuple(self.bad_tokens))
+        if self.allowed_tokens is not None and not set(self.allowed_tokens) - set(self.bad_tokens):
+            raise DecodingError("allowed_tokens: none is left to choose; allow at least one that is not in bad_tokens")
         if self.min_new_tokens < 0:
             raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be 0 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise DecodingError(f"logprobs={self.logprobs}: must be from 0 (the chosen token only) to {MAX_LOGPROBS}")
         if self.prompt_logprobs and self.logprobs is None:
             raise DecodingError("prompt_logprobs: needs logprobs, the number of most likely tokens; 0 for none of them")
+
+    def _check_types(self) -> None:
+        """Raises DecodingError for a value of another type than its field, which would fail, or be taken for another, later."""
+        for name, value in ((one.name, getattr(self, one.name)) for one in fields(self)):
+            if value is None and name in _OPTIONAL:
+                continue
+            if name in _WHOLE_NUMBERS and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise DecodingError(f"{name}={value!r}: must be a whole number")
+            if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise DecodingError(f"{name}={value!r}: must be a number")
+            if name in _TOKENS:
+                ids = tuple(value) if isinstance(value, Iterable) else (None,)
+                if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in ids):
+                    raise DecodingError(f"{name}={value!r}: must be a sequence of token ids")
+                object.__setattr__(self, name, ids)
 
     @property
     def greedy(self) -> bool:
@@ -154,8 +179,9 @@ class SamplingParams(TokenSampling):
             raise DecodingError(f"draft_tokens={self.draft_tokens}: must be 0 (no drafts) or more")
         if isinstance(self.stop, str):
             raise DecodingError(f"stop={self.stop!r}: must be a sequence of strings; write ({self.stop!r},)")
+        if not isinstance(self.stop, Iterable) or not all(isinstance(one, str) for one in self.stop):
+            raise DecodingError(f"stop={self.stop!r}: must be a sequence of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
         check_stop_strings(self.stop)
         if self.n < 1:
             raise DecodingError(f"n={self.n}: must be at least 1")
@@ -169,17 +195,20 @@ class SamplingParams(TokenSampling):
 def check_mode(mode: str) -> None:
     """Raises DecodingError for an unknown decoding mode, naming the valid ones and the nearest."""
     if mode not in MODES:
-        near = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(mode), MODES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DecodingError(f"mode={mode!r}: must be one of {', '.join(MODES)}{hint}")
 
 
 def check_runtime(dtype: str, threads: int | None) -> None:
-    """Raises DecodingError for an unsupported dtype or fewer than one thread."""
+    """Raises DecodingError for an unsupported dtype, fewer than one thread, or far more than this host can run."""
     if dtype not in DTYPES:
         raise DecodingError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise DecodingError(f"threads={threads}: must be at least 1")
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > _MOST_THREADS * cores:
+        raise DecodingError(f"threads={threads}: this host has {cores} cores; use at most one thread for each")
 
 
 def check_batch(max_batch: int, kv_memory_gib: float | None) -> None:

@@ -166,6 +166,13 @@ def is_error_reporter(environment: Mapping[str, str]) -> bool:
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
+def is_to_report_interruption(reason: str | None, environment: Mapping[str, str]) -> bool:
+    """Whether this process has to exit with INTERRUPTED after it has stopped for `reason`. After Ctrl-C, what follows in the
+    user's shell must not take the work for finished; a job's shell reads `outcome` instead. Other ranks exit with 0, since the
+    launcher may end the first one, which has more to write, once another has failed."""
+    return reason == "SIGINT" and job_of(environment).folder is None and is_error_reporter(environment)
+
+
 def is_first_of_host(environment: Mapping[str, str]) -> bool:
     """Whether this process is local rank 0, the first rank on its host."""
     return next((environment[name] for name in _LOCAL_RANK_VARIABLES if name in environment), "0") == "0"

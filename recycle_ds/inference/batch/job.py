@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.config.command import tell_torchrun
+from recycle_ds.config.command import INTERRUPTED, tell_torchrun
 from recycle_ds.inference.batch.progress import Progress
 from recycle_ds.inference.batch.prompt_file import PromptFile
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -19,7 +19,15 @@ from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of, load, team_engine_of
 from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.request import Request
-from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, Job, errors_of_host, job_of
+from recycle_ds.parallel.job import (
+    FINISHED,
+    REQUEUE_EXIT_CODE,
+    SAVED_FOR_RESTART,
+    Job,
+    errors_of_host,
+    is_to_report_interruption,
+    job_of,
+)
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
 FAILED_PROMPTS = 1
@@ -94,6 +102,9 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 stack.close()  # the other ranks of the team end too
                 sys.exit(REQUEUE_EXIT_CODE)
+            if is_to_report_interruption(stopping.reason, os.environ):
+                stack.close()
+                sys.exit(INTERRUPTED)
 
 
 def _report(share: PromptFile, job: Job) -> int:

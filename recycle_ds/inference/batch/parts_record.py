@@ -61,9 +61,13 @@ def write_record(path: Path, record: PartsRecord) -> None:
 
 
 def claim(parts: Path, record: PartsRecord) -> bool:
-    """Creates the parts folder with its record, atomically. Returns False if another process has created it already."""
+    """Creates the parts folder with its record, atomically. Returns False if another process has created it already. Raises
+    DecodingError where no folder can be created."""
     temporary = temporary_name(parts)
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise DecodingError(f"{parts}: cannot be created ({error.strerror}); name another --output") from None
     try:
         try:
             write_record(temporary / RECORD, record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from recycle_ds.inference.errors import DecodingError
 
@@ -25,5 +26,10 @@ def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     above = next(parent for parent in real.parents if os.path.lexists(parent))
     if not above.is_dir():
         raise DecodingError(f"--{option} {path}: {above} is not a folder; name another file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise DecodingError(f"--{option} {path}: {above} is not writable; name another file")
+    try:
+        with TemporaryFile(dir=above):  # a superuser may write anywhere, but not in every file system
+            pass
+    except OSError as error:
+        raise DecodingError(
+            f"--{option} {path}: {above} is not writable ({error.strerror}); name another file"
+        ) from None

@@ -14,6 +14,7 @@ from typing import Any
 
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.checkpoint.provenance import provenance
+from recycle_ds.config.command import INTERRUPTED
 from recycle_ds.inference.batch.claims import Claim
 from recycle_ds.inference.batch.parts_record import RECORD, read_record
 from recycle_ds.inference.errors import DecodingError
@@ -31,7 +32,14 @@ from recycle_ds.inference.self_text.row import Writer
 from recycle_ds.inference.self_text.rows import TRAIN, VALIDATION, RowPlanner
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.takeover import Takeover
-from recycle_ds.parallel.job import FINISHED, REQUEUE_EXIT_CODE, SAVED_FOR_RESTART, errors_of_host, job_of
+from recycle_ds.parallel.job import (
+    FINISHED,
+    REQUEUE_EXIT_CODE,
+    SAVED_FOR_RESTART,
+    errors_of_host,
+    is_to_report_interruption,
+    job_of,
+)
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
 
 _MARGIN = 15.0
@@ -97,6 +105,8 @@ def run_self_text(request: SelfText, ranks: Ranks) -> dict[str, Any] | None:
             print(f"{name}: stopped ({stopping.reason}); the same command resumes", file=sys.stderr, flush=True)
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 sys.exit(REQUEUE_EXIT_CODE)
+            if is_to_report_interruption(stopping.reason, os.environ):
+                sys.exit(INTERRUPTED)
             return None
         if ranks.rank == 0:
             manifest = _publish(request, work)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from recycle_ds import Engine, SamplingParams
 from recycle_ds.checkpoint import CheckpointError
+from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.inference import DecodingError
 from recycle_ds.inference.decoder import decode_one
 from recycle_ds.inference.loading import load
@@ -71,6 +76,71 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
         Engine.from_folder(tmp_path / "nowhere")
     with pytest.raises(DecodingError, match="max_batch=0"):
         Engine.from_folder(engine.path, max_batch=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_new_tokens", 2.5, "max_new_tokens=2.5: must be a whole number"),
+        ("max_new_tokens", "5", "max_new_tokens='5': must be a whole number"),
+        ("seed", True, "seed=True: must be a whole number"),
+        ("n", None, "n=None: must be a whole number"),
+        ("temperature", "a", "temperature='a': must be a number"),
+        ("top_p", None, "top_p=None: must be a number"),
+        ("stop", 5, "stop=5: must be a sequence of strings"),
+        ("stop", (1,), "stop=(1,): must be a sequence of strings"),
+        ("logit_bias", [1], "logit_bias=[1]: must be pairs of token id and number, such as {42: -1.5}"),
+        ("bad_tokens", "x", "bad_tokens='x': must be a sequence of token ids"),
+        ("allowed_tokens", 3, "allowed_tokens=3: must be a sequence of token ids"),
+        ("stop_tokens", (1.5,), "stop_tokens=(1.5,): must be a sequence of token ids"),
+    ],
+)
+def test_values_of_other_types_are_refused(field: str, value: object, message: str) -> None:
+    """Prevents a value that ends in an error of Python, or in another text, once a prompt is being decoded."""
+    with pytest.raises(DecodingError, match=f"^{re.escape(message)}$"):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    """Prevents the refusal of what users compute: numpy's numbers, lists and dicts."""
+    params = SamplingParams(
+        max_new_tokens=np.int64(4),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        bad_tokens=[1, 2],  # type: ignore[arg-type]
+        logit_bias={3: 1},  # type: ignore[arg-type]
+    )
+    assert params.bad_tokens == (1, 2) and params.logit_bias == ((3, 1.0),) and params.max_new_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "prompts=None: must be a text or a sequence of texts"),
+        ([PROMPT, 5], "prompt 1 is a int: must be a text"),
+        ([[1, 2]], "prompt 0 is a list: must be a text (`engine.engine.add` takes token ids)"),
+        (["ab\ud800"], "prompt 0 has half of a surrogate pair at character 2"),
+    ],
+)
+def test_what_is_no_text_is_named(engine: Engine, prompts: Any, message: str) -> None:
+    """Prevents an error that blames the tokenizer, without the prompt's number."""
+    with pytest.raises(DecodingError, match=re.escape(message)):
+        engine.generate(prompts)
+    with pytest.raises(DecodingError, match=r"params: is a dict; give SamplingParams\(\.\.\.\)"):
+        engine.generate(PROMPT, {"n": 1})  # type: ignore[arg-type]
+    with pytest.raises(DecodingError, match="mode=None: must be one of"):
+        engine.generate(PROMPT, mode=None)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    """Prevents empty answers without a word from a checkpoint of a run that has diverged."""
+    folder = tmp_path / "hf"
+    convert(str(model), str(folder), Conversion("hf"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blocks.*down.*has a weight that is not a finite number"):
+        Engine.from_folder(folder)
 
 
 def test_special_tokens_in_prompts(engine: Engine, model: Path) -> None:

@@ -174,6 +174,9 @@ def _read_to_the_end(master: int, pieces: list[bytes]) -> None:
         (["--prompt", "a", "--stop", ""], "must not be empty"),
         (["--prompt", "a", "--dtype", "fp8"], "must be one of fp32, bf16"),
         (["--prompt", "a", "--threads", "0"], "threads=0"),
+        (["--prompt", "a", "--threads", "100000"], "threads=100000: this host has"),
+        (["--prompt", "a", "--logprobs", "3"], "--logprobs 3: needs --json"),
+        (["--prompt", "a", "--tensor", "2"], "start 2 (torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--top-k", "many"], "--top-k"),
         (["--prompt", "a", "--tempersture", "1"], "--tempersture"),
     ],
@@ -235,6 +238,24 @@ def test_an_interrupt_prints_text_and_figures(model: Path) -> None:
     assert "Traceback" not in errors
     assert re.search(r"autoregressive: \d+ tokens \(interrupted\) \| .* tokens/s", errors)
     assert len(first + rest) > 0
+
+
+def test_an_interrupted_file_of_prompts_is_not_taken_for_finished(model: Path, tmp_path: Path) -> None:
+    """Prevents `generate ... && next` from going on without an output after Ctrl-C, and prompts that are lost."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": PROMPT}) + "\n" for _ in range(40)))
+    command = [sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--prompts", str(prompts)]
+    options = ["--output", str(output), "--max-new-tokens", "60", "--max-batch", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline()]
+        process.send_signal(signal.SIGINT)
+        lines += process.stderr.readlines()
+    assert process.returncode == 130 and not output.exists()
+    assert lines[-1] == "rank 0: stopped (SIGINT); the same command resumes\n" and "of 40 prompts" in lines[0]
+    resumed = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
+    assert resumed.returncode == 0 and len(output.read_text().splitlines()) == 40, resumed.stderr
 
 
 def test_the_bench_tool_writes_table_figures_and_plot(

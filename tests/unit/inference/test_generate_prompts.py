@@ -32,6 +32,12 @@ def test_a_mistyped_option_is_reported_to_the_job(generate: Generate, job: Path)
     assert "--modle" in (job / "error").read_text() and (job / "outcome").read_text() == "failed\n"
 
 
+def test_a_folder_that_takes_no_files_is_one_line(generate: Generate, prompts: Path) -> None:
+    """Prevents a stack trace after the model was loaded: a superuser may write anywhere, but not in every file system."""
+    outcome = generate("--prompts", str(prompts), "--output", "/proc/out.jsonl", "--max-new-tokens", "2")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "name another --output" in outcome.err
+
+
 def test_failed_prompts_are_reported_when_all_others_are_done(
     generate: Generate, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
