@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from recycle_ds.inference.native.spans import Span
 
@@ -203,7 +204,8 @@ class _Group:
         )
         self._start = _adjacent(spans[0], size) if len(spans) == 1 else None
         self._slots = None if self._start is not None else self._padded_slots(spans, size, device)
-        self._mask = self._dense_mask(spans, like)
+        self._causal = causal_lower_right(self._width, self._length) if takes_flash(spans, like) else None
+        self._mask = self._dense_mask(spans, like) if self._causal is None else None
 
     def _padded_slots(self, spans: Sequence[Span], size: int, device: torch.device) -> Tensor:
         """Slots of the keys of all spans [N * L]. Padding reads a span's last slot again, and is masked."""
@@ -244,6 +246,12 @@ class _Group:
             assert self._slots is not None
             entries = stored.index_select(0, self._slots)
         entries = entries.view(number, length, 2 * kv_heads, channels).transpose(1, 2)
+        if self._causal is not None:
+            keys, values, queries = entries[:, :kv_heads], entries[:, kv_heads:], query.transpose(0, 1)[None]
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=self._causal, enable_gqa=heads != kv_heads
+            )
+            return mixed[0].transpose(0, 1).reshape(width, heads * channels)
         # the query heads of one key/value head become rows: one pass over the cache serves them all
         groups = heads // kv_heads
         rows = query.view(number, width, kv_heads, groups, channels).permute(0, 2, 3, 1, 4)
@@ -254,6 +262,12 @@ class _Group:
         mixed = mixed.reshape(number, kv_heads, groups, width, channels).permute(0, 3, 1, 2, 4)
         mixed = mixed.reshape(number * width, heads * channels)
         return mixed if self._kept is None else mixed.index_select(0, self._kept)
+
+
+def takes_flash(spans: Sequence[Span], like: Tensor) -> bool:
+    """Whether the flash kernel attends: for a chunk of a prompt on a GPU. It takes no dense mask, no fp32 and no trees."""
+    half = like.dtype in (torch.bfloat16, torch.float16)
+    return like.is_cuda and half and len(spans) == 1 and spans[0].count > _FEW_TOKENS and not spans[0].parents
 
 
 def _grouped(spans: Sequence[Span]) -> list[list[int]]:
