@@ -14,6 +14,7 @@ from recycle_ds.inference.engine.cache import Cache
 from recycle_ds.inference.engine.collectives import Collectives, collectives
 from recycle_ds.inference.engine.costs.cost_file import CostFile, cost_file
 from recycle_ds.inference.engine.device.capture import EagerPieces, GraphPieces
+from recycle_ds.inference.engine.device.fields import FEW_TOKENS
 from recycle_ds.inference.engine.device.paged import paged_attention
 from recycle_ds.inference.engine.device.runner import DeviceRunner
 from recycle_ds.inference.engine.distributed import TeamExecutor
@@ -101,7 +102,10 @@ def local_engine(
     # else every gathered batch is page-faulted anew: 3.0 instead of 0.7 ms a layer at 16 sequences of 512 positions
     keep_freed_memory()
     stored = cost_file(model, max_batch, blocks, 1, 1, compiled=weights.why_not_compiled is None)
-    return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
+    engine = _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
+    if steps != "flat":  # a longer chunk of a prompt takes those that decode out of their graphs
+        engine.scheduler.piece = FEW_TOKENS
+    return engine
 
 
 def team_engine(

@@ -31,13 +31,15 @@ _AGING = 256
 class Scheduler:
     """Schedules sequences over a pool of blocks.
 
-    max_batch: sequences that run at once. chunk: tokens of prompts in a step. ways: plans under way at once; the
-    sequences that decode are divided among them. clock: in seconds, for the figures.
+    max_batch: sequences that run at once. chunk: tokens of prompts in a step. piece: tokens of each of at most two prompts
+    in a step in which others decode; None: any, up to `chunk`. ways: plans under way at once; the sequences that decode are
+    divided among them. clock: in seconds, for the figures.
     """
 
     pool: BlockPool
     max_batch: int
     chunk: int = 256
+    piece: int | None = None
     budget: DraftBudget = field(default_factory=DraftBudget)
     clock: Callable[[], float] = time.perf_counter
     ways: int = 1
@@ -84,7 +86,7 @@ class Scheduler:
         for sequence, nodes in zip(decoding, verified, strict=True):
             if sequence in self.running and (part := self._decode(sequence, nodes)) is not None:
                 parts.append(part)
-        parts += self._prompts()
+        parts += self._prompts(beside_others=bool(parts))
         if not parts:
             return None
         rules: list[tuple[int, Rules]] = []
@@ -191,17 +193,18 @@ class Scheduler:
             floor=int(1000 * self.budget.floor) if sequence.grows_trees else 0,
         )
 
-    def _prompts(self) -> Iterable[Part]:
+    def _prompts(self, *, beside_others: bool) -> Iterable[Part]:
         """Chunks of prompts: of running sequences first, then of waiting ones, as long as there is room."""
-        left = self.chunk
+        most = min(self.piece, self.chunk) if self.piece and beside_others else self.chunk
+        left = min(2 * most, self.chunk)
         parts = []
         for sequence in self._ranked(self.running):
             if left > 0 and not sequence.prefilled and not sequence.in_flight:
-                part = self._chunk(sequence, left)
+                part = self._chunk(sequence, min(left, most))
                 left -= len(part.tokens)
                 parts.append(part)
         while left > 0 and (admitted := self._admit()) is not None:
-            part = self._chunk(admitted, left)
+            part = self._chunk(admitted, min(left, most))
             left -= len(part.tokens)
             parts.append(part)
         return parts

@@ -22,7 +22,7 @@ MOST_DEPTH = 16
 """Most drafts, one after the other, that are made."""
 _FEW_READ = 16
 """Slots of one sequence up to which the module reads them with those of others."""
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 """Tokens of one sequence up to which they attend row by row."""
 _MOST_ENDS = 8
 """Tokens that end a text of which the device knows: what it drafts after others is dropped on the host."""
@@ -101,7 +101,7 @@ def fill(
     """Writes the fields for a plan that fits. places: of each sequence's amendments, see adjusting.py. size: positions of a
     block. scratch: a block that padding writes to."""
     parts, rows = plan.parts, _Rows()
-    flat = plan.tokens > MOST_ROWS or any(len(part.tokens) > _FEW_TOKENS for part in parts)
+    flat = plan.tokens > MOST_ROWS or any(len(part.tokens) > FEW_TOKENS for part in parts)
     few = _FEW_READ if sum(_read_at_most(part, _FEW_READ) for part in parts) <= MOST_ROWS else 0
     long_reads: list[tuple[Part, range]] = []
     row = 0

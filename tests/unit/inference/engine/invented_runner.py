@@ -80,6 +80,7 @@ class Machine:
     ) -> None:
         self.scheduler = Scheduler(BlockPool(blocks, SIZE), batch, chunk=chunk, ways=ways)
         self.draw = random.Random(seed)
+        self.scheduler.piece = chunk // 3 if seed % 2 else None
         self.written: dict[int, int] = {}
         """Token by slot."""
         self.moved = 0

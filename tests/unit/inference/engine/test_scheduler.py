@@ -171,6 +171,22 @@ def test_prompts_do_not_hold_up_decoding() -> None:
     assert len(machine.plans) - start <= 3 * 50 // 6 + 8, "and decoding does not hold up prompts"
 
 
+def test_prompts_come_in_pieces_beside_others() -> None:
+    """Prevents a prompt that takes those that decode out of their graphs, and small pieces where none decodes."""
+    machine = Machine(200, 8, chunk=12)
+    machine.scheduler.piece = 3
+    first = sequence(0, [1] * 20, 60)
+    machine.scheduler.add(first)
+    machine.step()
+    assert [len(part.tokens) for part in machine.plans[-1].parts] == [12], "nobody decodes beside it"
+    machine.step()
+    for number in range(1, 4):
+        machine.scheduler.add(sequence(number, [number + 4] * 10, 20))
+    machine.step()
+    assert [(part.sequence, len(part.tokens)) for part in machine.plans[-1].parts] == [(0, 1), (1, 3), (2, 3)]
+    machine.run()
+
+
 def test_no_request_waits_for_ever() -> None:
     """Prevents a request of low priority from starving while ones of high priority keep coming."""
     machine = Machine(6, 1)
