@@ -106,7 +106,8 @@ def compared(write: Write, small: bool) -> None:
     config = load_config("bench_135m", _SMALL if small else _COMPARED)
     with _one_rank(config) as mesh:
         predicted = _predicted(config, mesh.device)
-        report = run_benchmark(config, mesh, rounds=3 if small else 12, seconds_at_most=25)
+        # the report so far is written after every round: what has not ended in time is ended from outside
+        report = run_benchmark(config, mesh, rounds=3 if small else 12, seconds_at_most=25, on_round=write)
         write(report)
         for name, step_seconds in predicted.items():
             measured = statistics.median(report["seconds_per_step"][name])

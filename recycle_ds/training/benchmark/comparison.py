@@ -50,8 +50,17 @@ def raise_batch(config: RunConfig, ranks: int) -> RunConfig:
     return config.model_copy(update={"training": training.model_copy(update={"global_batch_size": least})})
 
 
-def run_benchmark(config: RunConfig, mesh: Mesh, *, rounds: int, seconds_at_most: float) -> dict[str, Any]:
+def run_benchmark(
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    rounds: int,
+    seconds_at_most: float,
+    on_round: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """Times all subjects in turns of one step and returns the report. Collective over all ranks.
+
+    on_round: called after every round but the last with the report so far, for whoever may be ended before it is complete.
 
     Each subject first runs two untimed steps: the first creates the optimizer state, the second measures memory. Rounds stop
     early after `seconds_at_most`, but not before three rounds, or `rounds` if that is fewer.
@@ -68,7 +77,17 @@ def run_benchmark(config: RunConfig, mesh: Mesh, *, rounds: int, seconds_at_most
         rates.append(matmul_rate(config.training.dtype, device) * mesh.world_size)
         for name, subject in subjects.items():
             seconds[name].append(_timed(subject.step, device))
-    figures = {name: _figures(subject, seconds[name], rates, peaks[name]) for name, subject in subjects.items()}
+        figures = {name: _figures(subject, seconds[name], rates, peaks[name]) for name, subject in subjects.items()}
+        report = _report(config, mesh, figures, seconds, rates)
+        if number < rounds - 1:
+            on_round(report)
+    return report
+
+
+def _report(
+    config: RunConfig, mesh: Mesh, figures: dict[str, Figures], seconds: dict[str, list[float]], rates: list[float]
+) -> dict[str, Any]:
+    device = mesh.device
     return {
         "subjects": {name: asdict(one) for name, one in figures.items()},
         "ratios": ratios(config, seconds),
