@@ -36,6 +36,14 @@ class BlockTables:
         """What the next step must move and copy, to print or compare."""
         return {"copies": tuple(self._copies), "moves": tuple(self._moves)}
 
+    @staticmethod
+    def positions(sequence: Sequence) -> int:
+        """For how many positions `place` needs blocks: all tokens and those of the next step that must not depend on memory."""
+        recycled = 0
+        if sequence.mode == "alternate":  # what it recycles is part of its text
+            recycled = min(sequence.fixed_drafts or 0, sequence.stopping.remaining - 1)
+        return len(sequence.tokens) + 1 + recycled
+
     def place(self, sequence: Sequence, running: Container[Sequence]) -> bool:
         """Gives a sequence the blocks of a known prefix, and new ones for all its tokens and the next one.
 
@@ -58,10 +66,7 @@ class BlockTables:
             self.pool.share(block)
         sequence.blocks = list(shared)
         try:
-            recycled = 0
-            if sequence.mode == "alternate":  # what it recycles is part of its text, and must not depend on memory
-                recycled = min(sequence.fixed_drafts or 0, sequence.stopping.remaining - 1)
-            self.reserve(sequence, cached, len(sequence.tokens) + 1 + recycled)
+            self.reserve(sequence, cached, self.positions(sequence))
         except OutOfBlocks:
             self.release(sequence)
             return False

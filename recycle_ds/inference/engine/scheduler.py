@@ -229,7 +229,7 @@ class Scheduler:
         sequence = self._next_waiting()
         if sequence is None:
             return
-        needed = -(-(len(sequence.tokens) + 1) // self.pool.size)
+        needed = -(-self.tables.positions(sequence) // self.pool.size)
         below = [one for one in self.running if self._priority(one) < self._priority(sequence)]
         if self.pool.free + self.pool.held_by([one.blocks for one in below]) < needed:
             return

@@ -8,6 +8,7 @@ is not read from a tensor is part of the key. Under these conditions both classe
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -54,6 +55,7 @@ class GraphPieces:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._is_full = False
 
     @property
     def first_runs(self) -> int:
@@ -73,6 +75,11 @@ class GraphPieces:
         current.wait_stream(self._stream)
         if len(self._graphs) < _MOST_GRAPHS:
             self._graphs[key] = self._captured(piece)
+        elif not self._is_full:
+            self._is_full = True
+            print(
+                f"note: {_MOST_GRAPHS} CUDA graphs are kept; steps of further shapes run without one", file=sys.stderr
+            )
 
     def _captured(self, piece: Piece) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -238,6 +238,22 @@ def test_nothing_is_preempted_in_vain() -> None:
     assert large.ended_at is not None
 
 
+def test_nothing_is_preempted_for_too_few_blocks() -> None:
+    """Prevents the same where `alternate` needs room for what it recycles, which belongs to its text."""
+    machine = Machine(5, 4, chunk=32)
+    low, equal = sequence(0, [2] * 4, 4), sequence(1, [1], 3, priority=3)
+    for one in (low, equal):
+        machine.scheduler.add(one)
+    machine.step()
+    assert machine.scheduler.pool.free == 2
+    large = sequence(2, [3] * 15, 4, "alternate", priority=3, drafts=2)
+    machine.scheduler.add(large)
+    machine.step()
+    assert low.preemptions == 0 and large in machine.scheduler.waiting
+    machine.run()
+    assert large.ended_at is not None
+
+
 def test_a_shared_prefix_is_read_once() -> None:
     """Prevents a prompt's beginning from being computed again, or the module's entries of it from being left out."""
     machine = Machine(40, 4, chunk=64)
