@@ -38,6 +38,31 @@ def test_answers_depend_on_their_requests_alone(seed: int, batch: int, blocks: i
     assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
 
 
+@pytest.mark.parametrize("drafts", [None, 3])
+def test_log_probabilities_reach_the_end_of_the_context(drafts: int | None) -> None:
+    """Prevents wrong or missing log probabilities of the last tokens for which the context has room, behind accepted and
+    rejected drafts."""
+    model = random_model(7, 2, max_positions=48, std=0.3)
+    prompts = [[1, 2, 3] * n for n in range(1, 16)]
+    params = SamplingParams(max_new_tokens=80, logprobs=2, draft_tokens=drafts)
+    engine = free_drafts(local_engine(model, max_batch=6))
+    found = [engine.add(prompt, params, "verified")[0] for prompt in prompts]
+    engine.finish(found)
+    assert (
+        sum(sum(one.tally.tested) - sum(one.tally.accepted) for one in found)
+        > 10
+        < sum(sum(one.tally.accepted) for one in found)
+    ), "the test needs accepted and rejected drafts"
+    for prompt, one in zip(prompts, found, strict=True):
+        assert one.reason == "context" and len(one.tokens) == 48 and len(one.logprobs) == 48 - len(prompt)
+        alone = Decoder(model)
+        (other,) = alone.engine.add(prompt, params, "autoregressive")
+        alone.engine.finish([other])
+        assert one.tokens == other.tokens
+        for (value, best), (expected, others) in zip(one.logprobs, other.logprobs, strict=True):
+            assert abs(value - expected) < 1e-4 and [token for token, _ in best] == [token for token, _ in others]
+
+
 def test_several_answers_to_a_prompt() -> None:
     """Prevents n answers that are equal, or that differ from single requests with the seeds that they stand for."""
     model = random_model(7, 1, max_positions=96)
