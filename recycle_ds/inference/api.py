@@ -73,7 +73,7 @@ class Engine:
         check_mode(mode)
         texts = _checked((prompts,) if isinstance(prompts, str) else prompts)
         if params is not None and not isinstance(params, SamplingParams):
-            raise DecodingError(f"params: is a {type(params).__name__}; give SamplingParams(...)")
+            raise DecodingError(f"params: of type {type(params).__name__}; give SamplingParams(...)")
         params = params or SamplingParams()
         return self._answers([Job(index, text, params, mode, 0, parse_special) for index, text in enumerate(texts)])
 
@@ -98,7 +98,7 @@ def _checked(prompts: object) -> tuple[str, ...]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DecodingError(
-                f"prompt {number} is a {type(text).__name__}: must be a text (`engine.engine.add` takes token ids)"
+                f"prompt {number} is of type {type(text).__name__}: must be a text (`engine.engine.add` takes token ids)"
             )
         try:
             text.encode("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
@@ -29,12 +30,24 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     int8 = dtype == "int8"
     loaded = load_model(path, dtype="bf16" if int8 else dtype, local_rank=local_rank, mesh=mesh)
     loaded.model.int8 = int8
-    for name, weight in loaded.model.named_parameters():
-        if weight.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(weight.detach())):
-            raise CheckpointError(
-                f"{path}: {name} has a weight that is not a finite number: take an earlier checkpoint"
-            )
+    _check_weights(loaded, mesh)
     return loaded
+
+
+def _check_weights(loaded: LoadedModel, mesh: Mesh | None) -> None:
+    """Raises CheckpointError if a weight is not a finite number: on all ranks of the mesh if one of them has it. Collective
+    over them."""
+    weights = ((name, weight.detach()) for name, weight in loaded.model.named_parameters() if weight.numel())
+    own = next((name for name, one in weights if not all(bool(bound.isfinite()) for bound in torch.aminmax(one))), None)
+    found = torch.tensor(float(own is not None), device=next(loaded.model.parameters()).device)
+    for axis in () if mesh is None else (mesh.tensor, mesh.pipeline):
+        if axis.group is not None:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=axis.group)
+    if found:
+        what = own or "the part of another rank"
+        raise CheckpointError(
+            f"{loaded.path}: {what} has a weight that is not a finite number: take an earlier checkpoint"
+        )
 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:

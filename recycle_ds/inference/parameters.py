@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from operator import index
 
 from recycle_ds.inference.errors import DecodingError
 
@@ -24,6 +25,7 @@ _MOST_THREADS = 8
 _WHOLE_NUMBERS = ("top_k", "seed", "min_new_tokens", "logprobs", "max_new_tokens", "draft_tokens", "n")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _TOKENS = ("allowed_tokens", "bad_tokens", "stop_tokens")
+_SWITCHES = ("prompt_logprobs", "ignore_eos")
 _OPTIONAL = ("seed", "logprobs", "draft_tokens", "allowed_tokens")
 """May be None."""
 
@@ -87,7 +89,8 @@ class TokenSampling:
                 raise DecodingError(f"{name}={getattr(self, name)}: must be a finite number; 0 disables it")
         bias = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         try:
-            object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in bias))
+            pairs = tuple((index(token), float(value)) for token, value in bias)
+            object.__setattr__(self, "logit_bias", pairs)
         except (TypeError, ValueError):
             raise DecodingError(
                 f"logit_bias={self.logit_bias!r}: must be pairs of token id and number, such as {{42: -1.5}}"
@@ -105,19 +108,26 @@ class TokenSampling:
             raise DecodingError("prompt_logprobs: needs logprobs, the number of most likely tokens; 0 for none of them")
 
     def _check_types(self) -> None:
-        """Raises DecodingError for a value of another type than its field, which would fail, or be taken for another, later."""
+        """Raises DecodingError for a value of another type than its field, which would fail, or be taken for another, later.
+        Numbers of other libraries become Python's, which can be sent to other ranks."""
         for name, value in ((one.name, getattr(self, one.name)) for one in fields(self)):
             if value is None and name in _OPTIONAL:
                 continue
-            if name in _WHOLE_NUMBERS and (isinstance(value, bool) or not isinstance(value, Integral)):
-                raise DecodingError(f"{name}={value!r}: must be a whole number")
-            if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise DecodingError(f"{name}={value!r}: must be a number")
+            if name in _WHOLE_NUMBERS:
+                if isinstance(value, bool) or not isinstance(value, Integral):
+                    raise DecodingError(f"{name}={value!r}: must be a whole number")
+                object.__setattr__(self, name, int(value))
+            if name in _NUMBERS:
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise DecodingError(f"{name}={value!r}: must be a number")
+                object.__setattr__(self, name, float(value))
+            if name in _SWITCHES and not isinstance(value, bool):
+                raise DecodingError(f"{name}={value!r}: must be True or False")
             if name in _TOKENS:
                 ids = tuple(value) if isinstance(value, Iterable) else (None,)
                 if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in ids):
                     raise DecodingError(f"{name}={value!r}: must be a sequence of token ids")
-                object.__setattr__(self, name, ids)
+                object.__setattr__(self, name, tuple(int(one) for one in ids))
 
     @property
     def greedy(self) -> bool:
@@ -208,7 +218,9 @@ def check_runtime(dtype: str, threads: int | None) -> None:
         raise DecodingError(f"threads={threads}: must be at least 1")
     cores = os.cpu_count() or 1
     if threads is not None and threads > _MOST_THREADS * cores:
-        raise DecodingError(f"threads={threads}: this host has {cores} cores; use at most one thread for each")
+        raise DecodingError(
+            f"threads={threads}: this host has {cores} cores; use at most {_MOST_THREADS * cores}, best one for each"
+        )
 
 
 def check_batch(max_batch: int, kv_memory_gib: float | None) -> None:

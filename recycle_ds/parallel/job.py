@@ -168,8 +168,8 @@ _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALR
 
 def is_to_report_interruption(reason: str | None, environment: Mapping[str, str]) -> bool:
     """Whether this process has to exit with INTERRUPTED after it has stopped for `reason`. After Ctrl-C, what follows in the
-    user's shell must not take the work for finished; a job's shell reads `outcome` instead. Other ranks exit with 0, since the
-    launcher may end the first one, which has more to write, once another has failed."""
+    user's shell must not take the work for finished; a job's shell reads `outcome` instead. Ranks other than the first of a
+    host exit with 0: the launcher may end one that still has something to write once another has failed."""
     return reason == "SIGINT" and job_of(environment).folder is None and is_error_reporter(environment)
 
 

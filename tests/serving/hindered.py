@@ -13,9 +13,9 @@ from recycle_ds.inference.engine.engine import DecodingEngine
 
 
 def hinder() -> None:
-    """Replaces the engine's step."""
+    """Replaces what every step of the engine begins with."""
     seconds, left = float(os.environ.get("STEP_SECONDS", "0")), int(os.environ.get("FAIL_AT", "0"))
-    step = DecodingEngine._step
+    start = DecodingEngine._start_steps
 
     def hindered(self: DecodingEngine) -> Any:
         nonlocal left
@@ -23,9 +23,9 @@ def hinder() -> None:
         if left == 0:
             raise RuntimeError("the device is gone")
         time.sleep(seconds)
-        return step(self)
+        return start(self)
 
-    DecodingEngine._step = hindered  # type: ignore[method-assign]
+    DecodingEngine._start_steps = hindered  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

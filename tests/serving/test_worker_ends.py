@@ -55,14 +55,14 @@ def test_a_lost_rank_fails_every_stream_at_once() -> None:
     """Prevents clients that wait for a step that no rank will ever complete, and events that come after the error."""
     worker = Worker(engine_of(max_batch=2))
     entered, leave = threading.Event(), threading.Event()
-    step = worker.engine._step
+    start = worker.engine._start_steps
 
     def hanging() -> Any:
         entered.set()
         assert leave.wait(30)
-        return step()
+        return start()
 
-    worker.engine._step = hanging  # type: ignore[method-assign]
+    worker.engine._start_steps = hanging  # type: ignore[method-assign]
 
     async def main() -> None:
         streams = [worker.submit([1, 2], LONG) for _ in range(3)]

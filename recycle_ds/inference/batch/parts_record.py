@@ -66,7 +66,11 @@ def claim(parts: Path, record: PartsRecord) -> bool:
     temporary = temporary_name(parts)
     try:
         temporary.mkdir()
-    except OSError as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:  # not a full disk, which may have room later
         raise DecodingError(f"{parts}: cannot be created ({error.strerror}); name another --output") from None
     try:
         try:

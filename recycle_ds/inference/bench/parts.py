@@ -21,7 +21,8 @@ PARTS = (FULL_CALL, MODULE, HEAD, SAMPLING, HOST)
 """The backbone's blocks with the embedding; the recycle module's block, with its head where
 a tree grows in one call; other heads; choosing tokens and judging
 drafts; everything else of a step, such as plans, the draft budget and the copies between calls. Steps in static buffers are
-timed by piece: choosing tokens has its head, and the module the heads and the choice of its drafts."""
+timed by piece: choosing tokens has its head, and the module the heads and the choice of its drafts. Those of them that do not
+fit and run without padding, such as chains without a seed above temperature 0, count as `host` as a whole."""
 _PIECES = {"read": FULL_CALL, "choose": SAMPLING, "recycle": MODULE, "chain": MODULE, "tree": MODULE}
 """Parts of the pieces of a `DeviceRunner`."""
 

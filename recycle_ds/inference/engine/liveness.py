@@ -29,7 +29,8 @@ class Liveness:
     """Watches the ranks of a team from `start` to `stop`.
 
     ranks: global ranks of the team; own: this one. patience: seconds without a sign of life after which a rank is lost.
-    on_loss: called in a thread with a message, empty on all ranks but one; it should end the process.
+    on_loss: called in a thread with a message, empty on all ranks but one; it should end the process. Where rank 0 is lost,
+    which has the store, every rank has one that is not ended within two seconds of the first message.
     """
 
     def __init__(
@@ -118,10 +119,9 @@ class Liveness:
                 text = (
                     f"rank 0 has the job's store, which cannot be reached: it is dead, stopped or unreachable; {_NEXT}"
                 )
-                if self._own > min(set(seen) - {0}, default=sys.maxsize):
-                    time.sleep(
-                        2 * _INTERVAL
-                    )  # the launcher ends this rank when the first has spoken, if that one is alive
+                # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
+                if self._own > min(set(seen) - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
+                    return
                 self._lose(text, ())
                 return
 

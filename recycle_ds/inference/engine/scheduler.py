@@ -31,9 +31,9 @@ _AGING = 256
 class Scheduler:
     """Schedules sequences over a pool of blocks.
 
-    max_batch: sequences that run at once. chunk: tokens of prompts in a step. piece: tokens of each of at most two prompts
-    in a step in which others decode; None: any, up to `chunk`. ways: plans under way at once; the sequences that decode are
-    divided among them. clock: in seconds, for the figures.
+    max_batch: sequences that run at once. chunk: tokens of prompts in a step. piece: tokens of one prompt in a step in which
+    others decode, and half of those of all prompts; None: up to `chunk`. ways: plans under way at once; the sequences that
+    decode are divided among them. clock: in seconds, for the figures.
     """
 
     pool: BlockPool

@@ -186,7 +186,8 @@ class Sequence:
             self.prompt_logprobs[start:] = scores
 
     def summary(self) -> dict[str, object]:
-        """Its state for the scheduler, as a copy, to print or compare: all but its request, callbacks, scores and times."""
+        """Its state for the scheduler, as a copy, to print or compare: all but its request, callbacks, the text filter, counts,
+        scores and times, and the index of repetitions, which follows from its tokens."""
         found: dict[str, object] = {}
         for each in fields(self):
             if each.name not in _NOT_OF_THE_STATE:

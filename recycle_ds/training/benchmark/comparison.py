@@ -60,7 +60,7 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Times all subjects in turns of one step and returns the report. Collective over all ranks.
 
-    on_round: called after every round but the last with the report so far, for whoever may be ended before it is complete.
+    on_round: called with the report so far after each round that another may follow, for whoever may be ended before the last.
 
     Each subject first runs two untimed steps: the first creates the optimizer state, the second measures memory. Rounds stop
     early after `seconds_at_most`, but not before three rounds, or `rounds` if that is fewer.
@@ -91,8 +91,8 @@ def _report(
     return {
         "subjects": {name: asdict(one) for name, one in figures.items()},
         "ratios": ratios(config, seconds),
-        "seconds_per_step": seconds,
-        "matmul_flops_per_second": rates,
+        "seconds_per_step": {name: list(one) for name, one in seconds.items()},
+        "matmul_flops_per_second": list(rates),
         "dtype": config.training.dtype,
         "seq_length": config.training.seq_length,
         "micro_batch_size": config.training.micro_batch_size,

@@ -90,6 +90,8 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
         ("stop", 5, "stop=5: must be a sequence of strings"),
         ("stop", (1,), "stop=(1,): must be a sequence of strings"),
         ("logit_bias", [1], "logit_bias=[1]: must be pairs of token id and number, such as {42: -1.5}"),
+        ("logit_bias", {2.7: 1}, "logit_bias={2.7: 1}: must be pairs of token id and number, such as {42: -1.5}"),
+        ("ignore_eos", "no", "ignore_eos='no': must be True or False"),
         ("bad_tokens", "x", "bad_tokens='x': must be a sequence of token ids"),
         ("allowed_tokens", 3, "allowed_tokens=3: must be a sequence of token ids"),
         ("stop_tokens", (1.5,), "stop_tokens=(1.5,): must be a sequence of token ids"),
@@ -110,14 +112,15 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
         logit_bias={3: 1},  # type: ignore[arg-type]
     )
     assert params.bad_tokens == (1, 2) and params.logit_bias == ((3, 1.0),) and params.max_new_tokens == 4
+    assert type(params.max_new_tokens) is int and type(params.temperature) is float, "other ranks get them as JSON"
 
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
         (None, "prompts=None: must be a text or a sequence of texts"),
-        ([PROMPT, 5], "prompt 1 is a int: must be a text"),
-        ([[1, 2]], "prompt 0 is a list: must be a text (`engine.engine.add` takes token ids)"),
+        ([PROMPT, 5], "prompt 1 is of type int: must be a text"),
+        ([[1, 2]], "prompt 0 is of type list: must be a text (`engine.engine.add` takes token ids)"),
         (["ab\ud800"], "prompt 0 has half of a surrogate pair at character 2"),
     ],
 )
@@ -125,7 +128,7 @@ def test_what_is_no_text_is_named(engine: Engine, prompts: Any, message: str) ->
     """Prevents an error that blames the tokenizer, without the prompt's number."""
     with pytest.raises(DecodingError, match=re.escape(message)):
         engine.generate(prompts)
-    with pytest.raises(DecodingError, match=r"params: is a dict; give SamplingParams\(\.\.\.\)"):
+    with pytest.raises(DecodingError, match=r"params: of type dict; give SamplingParams\(\.\.\.\)"):
         engine.generate(PROMPT, {"n": 1})  # type: ignore[arg-type]
     with pytest.raises(DecodingError, match="mode=None: must be one of"):
         engine.generate(PROMPT, mode=None)  # type: ignore[arg-type]

@@ -245,15 +245,16 @@ def test_an_interrupted_file_of_prompts_is_not_taken_for_finished(model: Path, t
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": PROMPT}) + "\n" for _ in range(40)))
     command = [sys.executable, "-m", "recycle_ds.generate", "--model", str(model), "--prompts", str(prompts)]
-    options = ["--output", str(output), "--max-new-tokens", "60", "--max-batch", "1"]
+    options = ["--output", str(output), "--max-new-tokens", "200", "--max-batch", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stderr is not None
-        lines = [process.stderr.readline()]
+        while "of 40 prompts" not in process.stderr.readline():
+            assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        lines += process.stderr.readlines()
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and not output.exists()
-    assert lines[-1] == "rank 0: stopped (SIGINT); the same command resumes\n" and "of 40 prompts" in lines[0]
+    assert errors.endswith("rank 0: stopped (SIGINT); the same command resumes\n")
     resumed = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
     assert resumed.returncode == 0 and len(output.read_text().splitlines()) == 40, resumed.stderr
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from recycle_ds.checkpoint import loading
+from recycle_ds.checkpoint import CheckpointError, loading
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.inference.engine.team import build_team
+from recycle_ds.inference.loading import load
 from tests.distributed import run_ranks
 
 
@@ -46,6 +48,26 @@ def _read(rank: int, world_size: int, folders: list[str]) -> list[tuple[str, int
                 whole = sum(one.numel() for one in loading.load_model(folder).model.parameters())
                 found.append((f"{Path(folder).name}, {layout}", read, own, whole))
     return found
+
+
+def _refused(rank: int, world_size: int, folder: str) -> str:
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    team = build_team(1, 2, torch.device("cpu"))
+    with pytest.raises(CheckpointError) as error:
+        load(folder, "bf16", 1, mesh=team.mesh)
+    return str(error.value)
+
+
+def test_all_ranks_refuse_what_one_has(model: Path, tmp_path: Path) -> None:
+    """Prevents a stage that leaves without a word because of weights that are no numbers, and others that wait for it."""
+    convert(str(model), str(tmp_path / "hf"), Conversion("hf"))
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    first, last = run_ranks(_refused, 2, str(tmp_path / "hf"), timeout=100)
+    assert "the part of another rank has a weight that is not a finite number" in first
+    assert "final_norm.weight has a weight that is not a finite number" in last
 
 
 def test_a_rank_reads_its_part_alone(model: Path, tmp_path: Path) -> None:
