@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
-from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.loading import LoadedModel, load_model
 from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
@@ -21,8 +19,7 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     they are packed for decoding. threads: CPU threads; None keeps PyTorch's default. local_rank: device index. mesh: of
     the ranks that hold the model together; None for this process alone.
 
-    Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded, or whose
-    weights are not all finite: every token would be the same.
+    Raises DecodingError for an argument out of range, CheckpointError for a folder that cannot be loaded.
     """
     check_runtime(dtype, threads)
     if threads is not None:
@@ -30,24 +27,7 @@ def load(path: str, dtype: str, threads: int | None, local_rank: int = 0, mesh: 
     int8 = dtype == "int8"
     loaded = load_model(path, dtype="bf16" if int8 else dtype, local_rank=local_rank, mesh=mesh)
     loaded.model.int8 = int8
-    _check_weights(loaded, mesh)
     return loaded
-
-
-def _check_weights(loaded: LoadedModel, mesh: Mesh | None) -> None:
-    """Raises CheckpointError if a weight is not a finite number: on all ranks of the mesh if one of them has it. Collective
-    over them."""
-    weights = ((name, weight.detach()) for name, weight in loaded.model.named_parameters() if weight.numel())
-    own = next((name for name, one in weights if not all(bool(bound.isfinite()) for bound in torch.aminmax(one))), None)
-    found = torch.tensor(float(own is not None), device=next(loaded.model.parameters()).device)
-    for axis in () if mesh is None else (mesh.tensor, mesh.pipeline):
-        if axis.group is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=axis.group)
-    if found:
-        what = own or "the part of another rank"
-        raise CheckpointError(
-            f"{loaded.path}: {what} has a weight that is not a finite number: take an earlier checkpoint"
-        )
 
 
 def decoder_of(loaded: LoadedModel) -> Decoder:

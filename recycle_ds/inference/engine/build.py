@@ -65,6 +65,20 @@ def check_blocks(blocks: int, weights: StageWeights) -> None:
         )
 
 
+def check_finite(model: RecycleGPT, group: dist.ProcessGroup | None = None) -> None:
+    """Raises DecodingError if a weight is not a finite number, since every token would be the same: on all ranks of a group if
+    one of them has it. Collective over the group."""
+    weights = ((name, weight.detach()) for name, weight in model.named_parameters() if weight.numel())
+    own = next((name for name, one in weights if not all(bool(bound.isfinite()) for bound in torch.aminmax(one))), None)
+    found = [own]
+    if group is not None:
+        found = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, own, group=group)
+    if any(found):
+        name = next(filter(None, found))
+        raise DecodingError(f"the model's {name} has a weight that is not a finite number: take an earlier checkpoint")
+
+
 def local_engine(
     model: RecycleGPT,
     *,
@@ -82,6 +96,7 @@ def local_engine(
     compiled: whether bf16 and int8 products on CPUs run in kernels that this machine's compiler makes. Without them a note
     on stderr says why. steps: how steps run; None is "graphs" on a GPU and "flat" elsewhere.
     """
+    check_finite(model)
     steps = steps or ("graphs" if next(model.parameters()).device.type == "cuda" else "flat")
     weights = StageWeights(model, compiled=compiled and steps == "flat")
     if compiled and steps == "flat":
@@ -124,6 +139,7 @@ def team_engine(
     model: this rank's shard of its stage. Returns the engine on the owner. On the other ranks it runs the owner's
     plans, and returns None when the owner has closed its engine.
     """
+    check_finite(model, team.control)
     own = collectives(team.mesh.tensor, team.mesh.device)
     reason = _why_not_compiled(model, own, team)
     weights = StageWeights(model, own, compiled=reason is None)

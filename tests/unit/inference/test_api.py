@@ -142,7 +142,7 @@ def test_weights_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) ->
     tensors = load_file(file)
     tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = float("nan")
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"blocks.*down.*has a weight that is not a finite number"):
+    with pytest.raises(DecodingError, match=r"the model's blocks.*down.*has a weight that is not a finite number"):
         Engine.from_folder(folder)
 
 

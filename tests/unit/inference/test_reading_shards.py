@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from recycle_ds.checkpoint import CheckpointError, loading
+from recycle_ds.checkpoint import loading
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
+from recycle_ds.inference.engine.build import team_engine
 from recycle_ds.inference.engine.team import build_team
-from recycle_ds.inference.loading import load
+from recycle_ds.inference.errors import DecodingError
 from tests.distributed import run_ranks
 
 
@@ -53,8 +54,9 @@ def _read(rank: int, world_size: int, folders: list[str]) -> list[tuple[str, int
 def _refused(rank: int, world_size: int, folder: str) -> str:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     team = build_team(1, 2, torch.device("cpu"))
-    with pytest.raises(CheckpointError) as error:
-        load(folder, "bf16", 1, mesh=team.mesh)
+    model = loading.load_model(folder, mesh=team.mesh).model
+    with pytest.raises(DecodingError) as error:
+        team_engine(model, team)
     return str(error.value)
 
 
@@ -65,9 +67,11 @@ def test_all_ranks_refuse_what_one_has(model: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = float("inf")
     save_file(tensors, file, {"format": "pt"})
-    first, last = run_ranks(_refused, 2, str(tmp_path / "hf"), timeout=100)
-    assert "the part of another rank has a weight that is not a finite number" in first
-    assert "final_norm.weight has a weight that is not a finite number" in last
+    messages = run_ranks(_refused, 2, str(tmp_path / "hf"), timeout=100)
+    assert (
+        messages
+        == ["the model's final_norm.weight has a weight that is not a finite number: take an earlier checkpoint"] * 2
+    )
 
 
 def test_a_rank_reads_its_part_alone(model: Path, tmp_path: Path) -> None:
