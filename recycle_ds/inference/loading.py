@@ -8,8 +8,8 @@ from recycle_ds.checkpoint.loading import LoadedModel, load_model
 from recycle_ds.inference.decoder import Decoder
 from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.engine.engine import DecodingEngine
-from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.parameters import check_runtime
+from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.text_stream import TextStream
 from recycle_ds.parallel.mesh import Mesh
 
@@ -36,29 +36,35 @@ def decoder_of(loaded: LoadedModel) -> Decoder:
 
 
 def engine_of(
-    loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
+    loaded: LoadedModel, max_batch: int, kv_memory_gib: float | None, ranks: Ranks | None = None
 ) -> DecodingEngine:
-    """An engine that stops at the tokenizer's end tokens and supports stop strings."""
+    """An engine in this process that stops at the tokenizer's end tokens and supports stop strings. ranks: among which this
+    process has a model of its own; None if it is alone."""
     return local_engine(
         loaded.model,
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
-        ranks_on_host=ranks_on_host,
+        ranks_on_host=ranks.on_host if ranks else 1,
         eos_ids=loaded.tokenizer.end_ids,
         text_source=lambda prompt: TextStream(loaded.tokenizer, after=prompt),
+        watch=ranks.watch if ranks else None,
     )
 
 
-def team_engine_of(
-    loaded: LoadedModel, team: Team, max_batch: int, kv_memory_gib: float | None, ranks_on_host: int = 1
+def engine_of_ranks(
+    loaded: LoadedModel, ranks: Ranks, max_batch: int, kv_memory_gib: float | None
 ) -> DecodingEngine | None:
-    """The same over a team of ranks: the engine on its owner, None on the others, once the owner has closed its engine."""
+    """The same over the ranks of a team: the engine on its owner, None on the others, once the owner has closed its engine.
+    An engine in this process for a rank that has a model of its own."""
+    if ranks.team is None:
+        return engine_of(loaded, max_batch, kv_memory_gib, ranks)
     return team_engine(
         loaded.model,
-        team,
+        ranks.team,
         max_batch=max_batch,
         kv_memory_gib=kv_memory_gib,
-        ranks_on_host=ranks_on_host,
+        ranks_on_host=ranks.on_host,
         eos_ids=loaded.tokenizer.end_ids,
         text_source=lambda prompt: TextStream(loaded.tokenizer, after=prompt),
+        watch=ranks.watch,
     )

@@ -8,15 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from recycle_ds.inference.engine.liveness import PATIENCE, Liveness, own_store, print_and_exit
+from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team, build_team
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import PEER_LOST, PeerLost, lost_peer
 from recycle_ds.parallel.rendezvous import Launch, own_device, start, stop
+
+_COMPILING = 120.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Ranks:
     """Ranks on this host."""
     team: Team | None = None
     liveness: Liveness | None = None
+    """None for a single process."""
+    watch: StepWatch = field(default_factory=StepWatch)
+    """Is told of this rank's steps."""
 
     @property
     def owns(self) -> bool:
@@ -55,6 +62,8 @@ class Ranks:
         """Ends this rank's part, when its work is done. On rank 0, names a rank that was lost before it ended."""
         if self.liveness is None:
             return ""
+        if self.team is None:
+            return self.liveness.stop(1)
         lost = self.liveness.stop(self.world_size)
         stop()
         return lost
@@ -75,19 +84,27 @@ class Ranks:
 def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str], None] | None = None) -> Ranks:
     """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
 
-    on_loss: called when another rank is lost, see `Liveness`; by default it prints the message and ends the process. Raises
+    on_loss: called when a rank is lost or hangs, see `Liveness`; by default it prints the message and ends the process. Raises
     LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
     """
     device = own_device(launch)  # before a model is loaded onto a device that another rank uses
-    index, on_host = device.index or 0, max(launch.local_world_size, 1)
-    if tensor * pipeline == 1:
-        return Ranks(launch.rank, launch.world_size, index, on_host)
-    start(launch)
-    team = build_team(tensor, pipeline, device)
-    members = dist.get_process_group_ranks(team.control)
-    liveness = Liveness(own_store(), members, launch.rank, on_loss or print_and_exit(PEER_LOST))
-    liveness.start()
-    return Ranks(launch.rank, launch.world_size, index, on_host, team, liveness)
+    team, members = None, [launch.rank]  # a rank with a model of its own waits for nobody
+    store: dist.Store = dist.HashStore()
+    if tensor * pipeline > 1:
+        start(launch)
+        team = build_team(tensor, pipeline, device)
+        store, members = own_store(), dist.get_process_group_ranks(team.control)
+    watch, liveness = StepWatch(_least_step(device)), None
+    if launch.world_size > 1:  # else there is no launcher that a job could be ended by, or started again
+        liveness = Liveness(store, members, launch.rank, on_loss or print_and_exit(PEER_LOST), steps=watch)
+        liveness.start()
+    on_host = max(launch.local_world_size, 1)
+    return Ranks(launch.rank, launch.world_size, device.index or 0, on_host, team, liveness, watch)
+
+
+def _least_step(device: torch.device) -> float:
+    """Seconds that a step may always take: on a GPU some begin with the compilation of a kernel or the capture of a graph."""
+    return PATIENCE if device.type == "cpu" else _COMPILING
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from recycle_ds.inference.decoder import decode_one
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import DecodingInterrupted, Generation
-from recycle_ds.inference.loading import engine_of, load, team_engine_of
+from recycle_ds.inference.loading import engine_of_ranks, load
 from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode, check_runtime
 from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.text_stream import TextStream
@@ -37,13 +37,9 @@ class Request:
         """Decodes and prints. Returns whether Ctrl-C interrupted it. Ranks that do not own their team's requests print
         nothing."""
         loaded = load(self.model, self.dtype, self.threads, ranks.device_index, ranks.mesh)
-        if ranks.team is None:
-            engine = engine_of(loaded, self.params.n, kv_memory_gib, ranks.on_host)
-        else:
-            found = team_engine_of(loaded, ranks.team, self.params.n, kv_memory_gib, ranks.on_host)
-            if found is None:
-                return False
-            engine = found
+        engine = engine_of_ranks(loaded, ranks, self.params.n, kv_memory_gib)
+        if engine is None:
+            return False
         try:
             return self._print(engine, loaded.tokenizer, out, as_json, explain)
         finally:

@@ -7,7 +7,6 @@ stages waits for four of them in a step.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from multiprocessing import shared_memory
@@ -20,17 +19,12 @@ from torch import Tensor
 
 from recycle_ds.parallel.common_memory import LINE, common_memory
 from recycle_ds.parallel.peers import PeerLost
+from recycle_ds.parallel.waiting import wait_until
 
 # Numbers in the first part of a message through a process group, its length among them. Longer ones take a second part.
 _FIRST = 2048
 # Bytes of the longest message that takes shared memory. Longer ones take the process group.
 _ROOM = 64 * 1024
-# Looks at a counter between two offers of the core to other threads and processes.
-_SPINS = 50
-# Seconds after which a waiting rank sleeps between looks, and for how long: an idle one must not occupy a core. After a
-# second, as in a server without requests, it sleeps longer: a core would be busy by a twentieth for nothing.
-_PATIENCE, _SLEEP = 0.01, 0.0005
-_LONG_PATIENCE, _LONG_SLEEP = 1.0, 0.005
 # Seconds that a sender waits for a free place; there is one unless the receiver hangs.
 _TIMEOUT = 120.0
 # In place of a message's length: it was sent through the process group.
@@ -167,17 +161,8 @@ class SharedMemoryChannel:
 
     def _wait(self, counter: np.ndarray[tuple[int], np.dtype[np.int64]], least: int, timeout: float | None) -> None:
         """Waits until a counter has reached a number."""
-        spins, start = 0, 0.0
-        while counter[0] < least:
-            spins += 1
-            if spins % _SPINS:
-                continue
-            waited = time.monotonic() - start if start else 0.0
-            start = start or time.monotonic()
-            # also lets other threads of this process run
-            time.sleep(0 if waited < _PATIENCE else _SLEEP if waited < _LONG_PATIENCE else _LONG_SLEEP)
-            if timeout is not None and waited > timeout:
-                raise PeerLost(f"rank {self._peer} has not read a message for {timeout:.0f} s: it hangs")
+        if not wait_until(lambda: bool(counter[0] >= least), timeout):
+            raise PeerLost(f"rank {self._peer} has not read a message for {timeout:.0f} s: it hangs")
 
 
 def share(

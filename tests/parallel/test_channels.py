@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recycle_ds.parallel import channels, common_memory
+from recycle_ds.parallel import common_memory, waiting
 from recycle_ds.parallel.channels import GroupChannel, SharedMemoryChannel, share
 from recycle_ds.parallel.peers import PeerLost
 from tests.distributed import run_ranks
@@ -96,7 +96,7 @@ def _idle(rank: int, world_size: int) -> list[float]:
 def test_an_idle_receiver_sleeps_longer_and_longer() -> None:
     """Prevents ranks that follow an idle server from occupying their cores."""
     slept = run_ranks(_idle, 2)[1]
-    assert slept == sorted(slept) and set(slept) >= {channels._SLEEP, channels._LONG_SLEEP}
+    assert slept == sorted(slept) and set(slept) >= {waiting._SLEEP, waiting._LONG_SLEEP}
 
 
 def _kind(rank: int, world_size: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from multiprocessing import shared_memory
 from typing import Any
 
@@ -54,3 +56,33 @@ def test_ranks_agree_on_shared_memory_or_do_without() -> None:
         for name, found in run_ranks(_exchange, ranks, blocked):
             assert name == kind.__name__
             assert found == [(sum(each), each)] * 6
+
+
+def _wait_long(rank: int, world_size: int) -> int:
+    """How often another thread of rank 0 had its turn while the rank waited for rank 1."""
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    own = collectives(Axis(group=dist.group.WORLD, size=world_size, rank=rank), torch.device("cpu"))
+    turns, ended = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not ended.wait(0.02):
+            turns += 1
+
+    thread = threading.Thread(target=count)
+    if rank == 1:
+        time.sleep(2)
+    else:
+        thread.start()
+    own.sum(torch.ones(1))
+    found = turns
+    ended.set()
+    if rank == 0:
+        thread.join()
+    return found
+
+
+def test_a_rank_that_waits_lets_its_other_threads_run() -> None:
+    """Prevents a rank that waits for a slow one from showing no sign of life: a thread that waits for Python's lock may never
+    get it from one that gives it up and takes it again at once."""
+    assert run_ranks(_wait_long, 2)[0] > 20  # of about 90

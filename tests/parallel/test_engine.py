@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -93,62 +94,83 @@ def test_answers_do_not_depend_on_the_layout(layout: str) -> None:
 
 _TEAM = """
 import os, signal, sys
-from recycle_ds.inference.engine.build import team_engine
+from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.ranks import join, lost_ranks_end_the_job
 from recycle_ds.model import build_model
 from recycle_ds.parallel.rendezvous import detect_launch
-from tests.parallel.test_engine import CONFIG, RECYCLE, die_after
+from tests.parallel.test_engine import CONFIG, RECYCLE, fail_after
 
-tensor, pipeline, number = map(int, sys.argv[1:])
+tensor, pipeline, rank, number = map(int, sys.argv[1:])
 ranks = join(detect_launch(os.environ), tensor, pipeline)
-if ranks.rank == 1:
-    die_after(6, number)
+if ranks.rank == rank:
+    fail_after(6, number)
 model = build_model(CONFIG, RECYCLE, ranks.mesh, seed=5).eval()
 with lost_ranks_end_the_job():
-    engine = team_engine(model, ranks.team, max_batch=4)
+    if ranks.team is None:
+        engine = local_engine(model, max_batch=4, watch=ranks.watch)
+    else:
+        engine = team_engine(model, ranks.team, max_batch=4, watch=ranks.watch)
     while True:
         engine.finish(engine.add([1, 2], SamplingParams(max_new_tokens=40), "verified"))
 """
+_HANG = 0
+"""In place of a signal: the program goes on without an end."""
 
 
-def die_after(steps: int, number: int) -> None:
-    """Lets this rank send itself a signal in one of its next steps."""
+def fail_after(steps: int, number: int) -> None:
+    """Lets this rank send itself a signal in one of its next steps, or hang in it."""
     run = Runner.run
 
-    def dying(self: Runner, *arguments: Any) -> Any:
+    def failing(self: Runner, *arguments: Any) -> Any:
         nonlocal steps
         steps -= 1
+        while steps < 0 and number == _HANG:
+            time.sleep(0.1)
         if steps < 0:
             os.kill(os.getpid(), number)
         return run(self, *arguments)
 
-    Runner.run = dying  # type: ignore[method-assign]
+    Runner.run = failing  # type: ignore[method-assign]
 
 
 def test_a_lost_rank_ends_the_job_and_is_named() -> None:
-    """Prevents ranks that wait for ever for one that is dead or stopped, and an error that does not say which one it is."""
-    jobs = [_start(2, 1, signal.SIGSTOP), _start(1, 2, signal.SIGKILL)]
+    """Prevents ranks that wait for ever for one that is dead, stopped or hangs, an error that does not say which one it is,
+    and one error of each rank for the same loss."""
+    silent, hangs = "has shown no sign of life for 8 s", "hangs in a step of"
+    failures = [
+        (2, 1, 1, signal.SIGSTOP, silent),
+        (1, 2, 1, signal.SIGKILL, silent),
+        (2, 1, 1, _HANG, hangs),
+        (1, 2, 0, _HANG, hangs),
+        (1, 1, 1, _HANG, hangs),
+    ]
+    jobs = [(failure, _start(*failure[:4])) for failure in failures]
     try:
-        for first, _ in jobs:
-            _, error = first.communicate(timeout=120)
-            assert first.returncode == PEER_LOST, error
-            lines = [line for line in error.splitlines() if line.startswith("error: ")]
-            assert len(lines) == 1 and lines[0].startswith("error: rank 1 has shown no sign of life"), error
+        for (tensor, pipeline, lost, number, text), ranks in jobs:
+            alone = tensor * pipeline == 1  # then the others go on
+            ends = [lost] if alone else [0, 1] if number == _HANG else [1 - lost]
+            lines = []
+            for rank in ends:
+                _, error = ranks[rank].communicate(timeout=120)
+                assert ranks[rank].returncode == PEER_LOST, error
+                lines += [line for line in error.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and lines[0].startswith(f"error: rank {lost} {text}"), lines
+            assert not alone or ranks[0].poll() is None
     finally:
-        for job in jobs:
-            for rank in job:
-                rank.kill()
-                rank.communicate()
+        for _, ranks in jobs:
+            for one in ranks:
+                one.kill()
+                one.communicate()
 
 
-def _start(tensor: int, pipeline: int, number: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """Two ranks of a team, as torchrun would start them."""
+def _start(tensor: int, pipeline: int, lost: int, number: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Two ranks, as torchrun would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", _TEAM, str(tensor), str(pipeline), str(int(number))]
+    command = [sys.executable, "-c", _TEAM, str(tensor), str(pipeline), str(lost), str(int(number))]
 
     def start(rank: int) -> subprocess.Popen[str]:
         own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}

@@ -60,7 +60,7 @@ PARTS = {
             "engine",
             "decoder",
         ),
-        *("loading", "console", "answers", "api", "ranks", "request", "batch", "self_text", "bench"),
+        *("ranks", "loading", "console", "answers", "api", "request", "batch", "self_text", "bench"),
     ),
 }
 # Entry points that may import other entry points; no other file may.

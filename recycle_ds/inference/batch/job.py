@@ -16,7 +16,7 @@ from recycle_ds.inference.batch.progress import Progress
 from recycle_ds.inference.batch.prompt_file import PromptFile
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.loading import engine_of, load, team_engine_of
+from recycle_ds.inference.loading import engine_of_ranks, load
 from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.request import Request
 from recycle_ds.parallel.job import (
@@ -143,9 +143,7 @@ def _settle(share: PromptFile, request: Request, ranks: Ranks) -> LoadedModel | 
 
 def _engine(loaded: LoadedModel, settings: BatchSettings, ranks: Ranks, stack: ExitStack) -> DecodingEngine | None:
     """This rank's engine; None on a rank that has followed the owner of its team to the end."""
-    if ranks.team is None:
-        return engine_of(loaded, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
-    engine = team_engine_of(loaded, ranks.team, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
+    engine = engine_of_ranks(loaded, ranks, settings.max_batch, settings.kv_memory_gib)
     if engine is not None:
         stack.callback(engine.close)
     return engine

@@ -21,6 +21,7 @@ from recycle_ds.inference.engine.distributed import TeamExecutor
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.engine.executor import Executor, LocalExecutor
 from recycle_ds.inference.engine.runner import Runner
+from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.errors import DecodingError
@@ -90,11 +91,12 @@ def local_engine(
     clock: Callable[[], float] = time.perf_counter,
     compiled: bool = True,
     steps: Steps | None = None,
+    watch: StepWatch | None = None,
 ) -> DecodingEngine:
     """An engine in this process. The model's weights are packed, and the model itself is not changed.
 
     compiled: whether bf16 and int8 products on CPUs run in kernels that this machine's compiler makes. Without them a note
-    on stderr says why. steps: how steps run; None is "graphs" on a GPU and "flat" elsewhere.
+    on stderr says why. steps: how steps run; None is "graphs" on a GPU and "flat" elsewhere. watch: is told of steps.
     """
     check_finite(model)
     steps = steps or ("graphs" if next(model.parameters()).device.type == "cuda" else "flat")
@@ -113,7 +115,7 @@ def local_engine(
         launch = GraphPieces(weights.device) if steps == "graphs" else EagerPieces()
         most = model.max_positions + MOST_DRAFT_SLOTS + 1
         runner = DeviceRunner(weights, Cache(weights, blocks + 1, BLOCK_SIZE), vocabulary, most, attend, launch)
-    executor = LocalExecutor(runner)
+    executor = LocalExecutor(runner, watch)
     # else every gathered batch is page-faulted anew: 3.0 instead of 0.7 ms a layer at 16 sequences of 512 positions
     keep_freed_memory()
     stored = cost_file(model, max_batch, blocks, 1, 1, compiled=weights.why_not_compiled is None)
@@ -133,11 +135,12 @@ def team_engine(
     eos_ids: Iterable[int] = (),
     text_source: NewTextSource | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    watch: StepWatch | None = None,
 ) -> DecodingEngine | None:
     """This rank's part of an engine over a team of ranks. Collective over the team.
 
-    model: this rank's shard of its stage. Returns the engine on the owner. On the other ranks it runs the owner's
-    plans, and returns None when the owner has closed its engine.
+    model: this rank's shard of its stage. watch: is told of steps. Returns the engine on the owner. On the other ranks it
+    runs the owner's plans, and returns None when the owner has closed its engine.
     """
     check_finite(model, team.control)
     own = collectives(team.mesh.tensor, team.mesh.device)
@@ -154,7 +157,9 @@ def team_engine(
     vocabulary = Vocabulary(model.shard.first, max(model.shard.valid, 1), shards)
     runner = Runner(weights, Cache(weights, blocks, BLOCK_SIZE), vocabulary)
     keep_freed_memory()
-    executor = TeamExecutor(runner, team, weights.received_width, weights.dtype)
+    if watch is not None:
+        watch.exchanges = lambda: own.begun
+    executor = TeamExecutor(runner, team, weights.received_width, weights.dtype, watch)
     if not team.owns:
         executor.follow()
         return None

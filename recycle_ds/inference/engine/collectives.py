@@ -8,8 +8,6 @@ bound to cores.
 
 from __future__ import annotations
 
-import os
-import time
 from multiprocessing import shared_memory
 from typing import Protocol
 
@@ -21,11 +19,10 @@ from torch import Tensor
 from recycle_ds.inference.native.exchange import Exchange
 from recycle_ds.parallel.common_memory import LINE, common_memory
 from recycle_ds.parallel.mesh import Axis
+from recycle_ds.parallel.waiting import wait_until
 
 _ROOM = 4 * 2**20
 """Bytes of the largest tensor that is exchanged through shared memory; larger ones take the process group."""
-_SPINS = 200
-"""Looks at the counters before the core is offered to other processes."""
 
 
 class Collectives(Protocol):
@@ -39,6 +36,10 @@ class Collectives(Protocol):
     def exchange(self) -> Exchange | None:
         """How the compiled kernels take part; None if they cannot: the ranks share no memory, or there is only one."""
 
+    @property
+    def begun(self) -> int:
+        """How many collectives this rank has begun. Another thread may ask."""
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks. May change x."""
 
@@ -50,11 +51,12 @@ class GroupCollectives:
     """Through a process group; the identity for a single rank."""
 
     def __init__(self, axis: Axis) -> None:
-        self._group, self.size, self.exchange = axis.group, axis.size, None
+        self._group, self.size, self.exchange, self.begun = axis.group, axis.size, None, 0
 
     def sum(self, x: Tensor) -> Tensor:
         """See `Collectives`."""
         if self.size > 1:
+            self.begun += 1
             x = x.contiguous()
             dist.all_reduce(x, group=self._group)
         return x
@@ -63,6 +65,7 @@ class GroupCollectives:
         """See `Collectives`."""
         if self.size == 1:
             return x[None]
+        self.begun += 1
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self._group)
         return torch.stack(parts)
@@ -88,6 +91,11 @@ class SharedMemoryCollectives:
         self.exchange = Exchange(address, axis.rank, ranks, _ROOM, timeout)
         self._order = self.exchange.struct
 
+    @property
+    def begun(self) -> int:
+        """See `Collectives`."""
+        return int(self._counts[self._rank]) + self._large.begun  # the kernels count theirs in the memory
+
     def sum(self, x: Tensor) -> Tensor:
         """See `Collectives`."""
         if x.numel() * x.itemsize > _ROOM:
@@ -109,14 +117,8 @@ class SharedMemoryCollectives:
         places = self._places[done % 2, :, :length].view(x.dtype).view(self.size, *x.shape)
         places[self._rank] = x
         self._counts[self._rank] = done
-        spins, deadline = 0, 0.0
-        while self._counts.min() < done:
-            spins += 1
-            if spins % _SPINS == 0:
-                os.sched_yield()
-                deadline = deadline or time.monotonic() + self._timeout
-                if time.monotonic() > deadline:
-                    raise self.exchange.lost(int(self._counts.argmin()))
+        if not wait_until(lambda: bool(self._counts.min() >= done), self._timeout):
+            raise self.exchange.lost(int(self._counts.argmin()))
         return places
 
 

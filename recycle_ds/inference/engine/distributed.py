@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recycle_ds.inference.engine.plan import Chosen, Outcome, Plan, decode_plan, encode_plan
 from recycle_ds.inference.engine.runner import Runner
+from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team, open_links
 from recycle_ds.inference.errors import DecodingError
 
@@ -51,9 +52,12 @@ class _Clock:
 class TeamExecutor:
     """The owner's executor, and what the other ranks run."""
 
-    def __init__(self, runner: Runner, team: Team, width: int, dtype: torch.dtype) -> None:
-        """width, dtype: of the states from the stage before. Collective over the team."""
+    def __init__(
+        self, runner: Runner, team: Team, width: int, dtype: torch.dtype, watch: StepWatch | None = None
+    ) -> None:
+        """width, dtype: of the states from the stage before. watch: is told of steps. Collective over the team."""
         self._runner, self._team, self._width, self._dtype = runner, team, width, dtype
+        self._watch = watch or StepWatch()
         self.depth = team.mesh.pipeline.size
         self._links = open_links(team)
         self._outcomes: deque[Outcome] = deque()
@@ -130,7 +134,7 @@ class TeamExecutor:
         links, received = self._links, None
         if links.before is not None and plan.parts:
             received = links.before.receive(self._dtype, plan.tokens * self._width).view(-1, self._width)
-        with self._clock.running():
+        with self._clock.running(), self._watch.step(plan.tokens):
             result = self._runner.run(plan, received)
         if isinstance(result, Tensor):
             assert links.after is not None

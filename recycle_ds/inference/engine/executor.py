@@ -8,6 +8,7 @@ from typing import Protocol
 
 from recycle_ds.inference.engine.plan import Outcome, Plan
 from recycle_ds.inference.engine.runner import Runner
+from recycle_ds.inference.engine.step_watch import StepWatch
 
 
 class Executor(Protocol):
@@ -50,8 +51,9 @@ class LocalExecutor:
 
     depth = 1
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, watch: StepWatch | None = None) -> None:
+        """watch: is told of steps."""
+        self._runner, self._watch = runner, watch or StepWatch()
         self._outcomes: deque[Outcome | Callable[[], Outcome]] = deque()
 
     @property
@@ -66,12 +68,16 @@ class LocalExecutor:
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
-        self._outcomes.append(self._runner.launch(plan))
+        with self._watch.step(plan.tokens):
+            self._outcomes.append(self._runner.launch(plan))
 
     def collect(self) -> Outcome:
         """See `Executor`."""
         outcome = self._outcomes.popleft()
-        return outcome() if callable(outcome) else outcome
+        if not callable(outcome):
+            return outcome
+        with self._watch.step(self._watch.tokens):  # the rest of it
+            return outcome()
 
     def discard(self) -> None:
         """See `Executor`."""

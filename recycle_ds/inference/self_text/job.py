@@ -154,7 +154,7 @@ class _Work:
         self._refused = check_prompts(request.prompts, settings, chat, loaded.tokenizer, warn=ranks.rank == 0)
         self._writer = Writer(settings, loaded.tokenizer, chat, request.exclusion)
         self._planner = RowPlanner(settings, request.prompts)
-        self._engine = text_engine(loaded, settings, ranks.on_host)
+        self._engine = text_engine(loaded, settings, ranks)
         self._engine.check([0], SamplingParams(max_new_tokens=1), settings.mode)
         self._groups = GroupFolder(request.output.parts)
         self._demand = self._make_demand()

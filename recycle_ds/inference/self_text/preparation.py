@@ -13,6 +13,7 @@ from recycle_ds.inference.engine.build import BLOCK_SIZE
 from recycle_ds.inference.engine.engine import DecodingEngine
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.loading import engine_of
+from recycle_ds.inference.ranks import Ranks
 from recycle_ds.inference.self_text.prompts import MESSAGES, PROMPT, RAW, PromptSet
 from recycle_ds.inference.self_text.settings import SelfTextSettings
 from recycle_ds.inference.self_text.turns import ChatFrame
@@ -81,7 +82,7 @@ def check_prompts(
     return places
 
 
-def text_engine(loaded: LoadedModel, settings: SelfTextSettings, ranks_on_host: int) -> DecodingEngine:
+def text_engine(loaded: LoadedModel, settings: SelfTextSettings, ranks: Ranks) -> DecodingEngine:
     """An engine whose cache has room for a full batch of full rows, so that none is ever preempted. Raises DecodingError if
     the memory does not suffice."""
     model, config = loaded.model, loaded.model.config
@@ -92,11 +93,11 @@ def text_engine(loaded: LoadedModel, settings: SelfTextSettings, ranks_on_host: 
     device = next(model.parameters()).device
     # of a row: a step may write behind its last token, and its blocks need not be full
     slots = settings.max_batch * (settings.row_tokens + 4 * BLOCK_SIZE)
-    sharers = ranks_on_host if device.type == "cpu" else 1
+    sharers = ranks.on_host if device.type == "cpu" else 1
     room = free_memory(device) // (2 * sharers)
     if slots * slot > room:
         raise DecodingError(
             f"--max-batch {settings.max_batch}: rows of {settings.row_tokens} tokens need {slots * slot / 2**30:.3g} GiB of KV "
             f"cache, half of the free memory is {room / 2**30:.3g} GiB; lower --max-batch or --row-tokens"
         )
-    return engine_of(loaded, settings.max_batch, slots * slot / 2**30, ranks_on_host)
+    return engine_of(loaded, settings.max_batch, slots * slot / 2**30, ranks)

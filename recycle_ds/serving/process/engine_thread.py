@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from recycle_ds.checkpoint.loading import LoadedModel
 from recycle_ds.config.errors import RecycleError
 from recycle_ds.inference.engine.engine import DecodingEngine
-from recycle_ds.inference.loading import engine_of, load, team_engine_of
+from recycle_ds.inference.loading import engine_of_ranks, load
 from recycle_ds.inference.ranks import Ranks, join, lost_ranks_end_the_job
 from recycle_ds.parallel.rendezvous import Launch
 from recycle_ds.serving.state import ServedModel, State
@@ -113,7 +113,4 @@ class EngineThread:
 
     def _engine(self, loaded: LoadedModel, ranks: Ranks) -> DecodingEngine | None:
         """The engine on its owner, None on the other ranks, once the owner has closed it."""
-        settings = self._settings
-        if ranks.team is None:
-            return engine_of(loaded, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
-        return team_engine_of(loaded, ranks.team, settings.max_batch, settings.kv_memory_gib, ranks.on_host)
+        return engine_of_ranks(loaded, ranks, self._settings.max_batch, self._settings.kv_memory_gib)
