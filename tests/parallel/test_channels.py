@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recycle_ds.parallel import common_memory, waiting
+from recycle_ds.parallel import channels, common_memory, waiting
 from recycle_ds.parallel.channels import GroupChannel, SharedMemoryChannel, share
 from recycle_ds.parallel.peers import PeerLost
 from tests.distributed import run_ranks
