@@ -16,6 +16,7 @@ from recycle_ds.inference.parameters import MODES, SamplingParams
 from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.model import RecycleGPT
+from tests.unit.inference.models import Letters
 
 PREFIXES = ([1, 2, 3, 1, 2, 0, 1, 2, 4, 1, 1, 2, 3, 0, 2, 2, 1, 0], [2, 2, 0, 1] * 9)
 """Many prompts begin with one of these: their blocks are shared."""
@@ -75,6 +76,17 @@ def requests(count: int, vocabulary: int, seed: int, modes: tuple[str, ...] = MO
     return found
 
 
+def with_texts(asked: Sequence[Asked], seed: int) -> list[Asked]:
+    """The same requests, of which some ask for several answers, and some end at stop strings: engines need `Letters`."""
+    draw = random.Random(seed)
+    found = []
+    for one in asked:
+        stop = tuple("".join(draw.choices("abcdef", k=draw.choice([1, 2, 2]))) for _ in range(2))
+        params = replace(one.params, stop=stop) if draw.random() < 0.25 else one.params
+        found.append(replace(one, params=replace(params, n=draw.choice([1, 1, 1, 2, 3]))))
+    return found
+
+
 class FixedCosts(CostModel):
     """Costs that do not follow the machine: how many drafts are made does not depend on how busy it is."""
 
@@ -114,27 +126,32 @@ def memory_of(model: RecycleGPT, blocks: int) -> float:
 
 
 def decode_alone(model: RecycleGPT, asked: list[Asked], eos: int | None = None) -> list[Generation]:
-    """The answers of a single stream: without drafts, but for `alternate`, whose text depends on them."""
+    """The answers of a single stream, each of a request of its own: without drafts, but for `alternate`, whose text depends on
+    them."""
     answers = []
     for one in asked:
         mode = one.mode if one.mode == "alternate" else "autoregressive"
-        decoder = Decoder(model, eos)
-        (sequence,) = decoder.engine.add(one.prompt, one.params, mode)
-        decoder.engine.finish([sequence])
-        answers.append(sequence.generation(0.0))
+        for index in range(one.params.n):
+            seed = None if one.params.seed is None else one.params.seed + index
+            params = replace(one.params, n=1, seed=seed, prompt_logprobs=one.params.prompt_logprobs and index == 0)
+            decoder = Decoder(model, eos, Letters)
+            (sequence,) = decoder.engine.add(one.prompt, params, mode)
+            decoder.engine.finish([sequence])
+            answers.append(sequence.generation(0.0))
     return answers
 
 
 def decode_together(engine: DecodingEngine, asked: list[Asked]) -> list[Generation]:
-    """Adds requests while others are decoded, and cancels some. Checks the scheduler's books after every step."""
+    """Adds requests while others are decoded, and cancels some. Checks the scheduler's books after every step. Returns all
+    answers, those of a request one after the other."""
     left = list(asked)
     running = []
     wait = 0
     while left or engine.unfinished:
         while left and wait <= 0:
             one = left.pop(0)
-            (sequence,) = engine.add(one.prompt, one.params, one.mode, priority=one.priority)
-            running.append((one, sequence))
+            answers = engine.add(one.prompt, one.params, one.mode, priority=one.priority)
+            running += [(one, sequence) for sequence in answers]
             wait = left[0].arrival if left else 0
         wait -= 1
         engine.step()
@@ -148,13 +165,15 @@ def decode_together(engine: DecodingEngine, asked: list[Asked]) -> list[Generati
 
 def check_answers(asked: list[Asked], found: list[Generation], expected: list[Generation]) -> None:
     """Asserts that all answers are as expected, with their log probabilities; those of cancelled requests may end early."""
-    for one, mine, other in zip(asked, found, expected, strict=True):
+    of_answers = [(one, index) for one in asked for index in range(one.params.n)]
+    for (one, index), mine, other in zip(of_answers, found, expected, strict=True):
         count = len(mine.token_ids) if one.cancelled_after is not None else len(other.token_ids)
         assert mine.token_ids == other.token_ids[:count], one
         assert mine.finish_reason == (other.finish_reason if mine.finish_reason != "interrupted" else "interrupted")
         assert len(mine.logprobs) == (0 if one.params.logprobs is None else count)
         if one.cancelled_after is None:
-            assert len(mine.prompt_logprobs) == (len(one.prompt) - 1 if one.params.prompt_logprobs else 0)
+            scored = one.params.prompt_logprobs and index == 0  # of several answers, the first one has them
+            assert len(mine.prompt_logprobs) == (len(one.prompt) - 1 if scored else 0)
             for (value, best), (other_value, other_best) in zip(
                 mine.prompt_logprobs, other.prompt_logprobs, strict=True
             ):

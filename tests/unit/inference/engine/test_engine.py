@@ -18,6 +18,7 @@ from tests.unit.inference.engine.requests import (
     free_drafts,
     memory_of,
     requests,
+    with_texts,
 )
 from tests.unit.inference.models import Letters, drafts_from_scratch, overfitted_model, random_model
 
@@ -28,12 +29,13 @@ def test_answers_depend_on_their_requests_alone(seed: int, batch: int, blocks: i
     """Prevents a batch, an arrival, a preemption, a shared prefix or a draft from changing a token or its probability."""
     model = random_model(7, seed, max_positions=96, std=0.3)
     memory = None if blocks is None else memory_of(model, blocks)
-    engine = local_engine(model, max_batch=batch, kv_memory_gib=memory, eos_ids=(6,))
-    asked = requests(64, vocabulary=7, seed=seed)
+    engine = local_engine(model, max_batch=batch, kv_memory_gib=memory, eos_ids=(6,), text_source=Letters)
+    asked = with_texts(requests(64, vocabulary=7, seed=seed), seed)
     found = decode_together(engine, asked)
     check_answers(asked, found, decode_alone(model, asked, eos=6))
     assert sum(sum(one.accepted) for one in found) > 10, "the test needs accepted drafts"
     assert sum(sum(one.tested) - sum(one.accepted) for one in found) > 20, "the test needs rejected drafts"
+    assert sum(one.finish_reason == "stop" for one in found) > 2, "the test needs stop strings"
     assert engine.scheduler.reused_tokens > 100, "the test needs shared prefixes"
     assert blocks is None or engine.scheduler.preemptions > 0, "the test needs preemptions"
 
