@@ -212,9 +212,12 @@ def test_every_command_runs_as_it_stands(folder: Path) -> None:
         if command.startswith("python -m recycle_ds.generate --model runs/demo")
     ]
     assert texts and all(texts), "a continuation is empty"
-    for name in ("out.jsonl", "runs/answers.jsonl", "runs/answers2.jsonl"):
-        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        assert len(lines) == 2 and all(line["text"] for line in lines), name
+    names = ("out.jsonl", "runs/answers.jsonl", "runs/answers2.jsonl", "runs/answers3.jsonl")
+    answers = {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names}
+    assert all(len(lines) == 2 and all(line["text"] for line in lines) for lines in answers.values()), answers
+    short, two_models, two_ranks = ([line["token_ids"] for line in answers[name]] for name in names[1:])
+    assert two_models == two_ranks, "two ranks that hold a model together answer otherwise"
+    assert [ids[: len(part)] for ids, part in zip(two_models, short, strict=True)] == short
 
 
 @pytest.mark.ranks

@@ -79,6 +79,21 @@ def test_a_killed_job_resumes_exactly(model: Path, prompts: Path, sampling: tupl
     assert sorted(path.name for path in killed.parent.iterdir()) == ["out.jsonl", "out.jsonl.errors.jsonl"]
 
 
+@pytest.mark.parametrize(("layout", "victim"), [("--tensor", 1), ("--pipeline", 0)])
+def test_a_job_resumes_after_a_rank_of_a_team_was_killed(model: Path, prompts: Path, layout: str, victim: int) -> None:
+    """Prevents lines that are lost or decoded otherwise where one of the ranks that hold a model together is killed, and a job
+    that can only be resumed with the same ranks."""
+    asked = ["--model", str(model), "--prompts", str(prompts), "--max-new-tokens", "24", "--max-batch", "4"]
+    whole, killed = prompts.with_name("whole.jsonl"), prompts.with_name("killed") / "out.jsonl"
+    assert run_ranks(generate, 1, [*asked, "--output", str(whole)], killed, None, None) == [1]
+    own = [*asked, "--output", str(killed)]
+    with pytest.raises(RankError, match=f"rank {victim} exited with code -9"):
+        run_ranks(generate, 2, [*own, layout, "2"], killed, 12, None, victim)
+    assert len(completed_lines(killed.with_name("out.jsonl.parts"))) >= 12
+    assert run_ranks(generate, 1, own, killed, None, None) == [1]
+    assert answers(killed) == answers(whole)
+
+
 def answers(output: Path) -> list[tuple[Any, ...]]:
     """What must be equal in every line; speeds and drafts depend on measured costs."""
     keys = ("id", "prompt", "index", "text", "token_ids", "finish_reason", "error")
@@ -86,11 +101,17 @@ def answers(output: Path) -> list[tuple[Any, ...]]:
 
 
 def generate(
-    rank: int, world_size: int, arguments: list[str], output: Path, lines: int | None, operations: int | None
+    rank: int,
+    world_size: int,
+    arguments: list[str],
+    output: Path,
+    lines: int | None,
+    operations: int | None,
+    victim: int = 0,
 ) -> int:
-    """Runs the command and returns its exit code. It kills its process by SIGKILL at a random moment after its parts have
-    `lines` lines, or at an operation on files, `operations` after it has started to publish the output."""
-    if lines is not None:
+    """Runs the command and returns its exit code. The victim kills its process by SIGKILL at a random moment after its parts
+    have `lines` lines, or at an operation on files, `operations` after it has started to publish the output."""
+    if lines is not None and rank == victim:
         threading.Thread(
             target=_die_at_lines, args=(output.with_name(f"{output.name}.parts"), lines), daemon=True
         ).start()
