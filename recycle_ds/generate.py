@@ -105,6 +105,8 @@ def generate(
     check_mode(mode)
     check_runtime(dtype, threads)
     check_batch(max_batch, kv_memory_gib)
+    if mode == "autoregressive" and draft_tokens:
+        raise DecodingError(f"--draft-tokens {draft_tokens}: --mode autoregressive makes no drafts; leave it out")
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,

@@ -57,7 +57,8 @@ def test_modes_agree_on_the_command_line(generate: Generate) -> None:
     """Prevents options that do not reach the decoder, and a lossless mode that changes tokens."""
     records: dict[str, dict[str, Any]] = {}
     for mode in ("autoregressive", "alternate", "verified"):
-        arguments = ("--mode", mode, "--draft-tokens", "2", "--max-new-tokens", "24", "--json", "--threads", "1")
+        drafts = () if mode == "autoregressive" else ("--draft-tokens", "2")
+        arguments = ("--mode", mode, *drafts, "--max-new-tokens", "24", "--json", "--threads", "1")
         records[mode] = json.loads(generate("--prompt", PROMPT, *arguments).out)
     assert records["verified"]["token_ids"] == records["autoregressive"]["token_ids"]
     assert records["autoregressive"]["module_calls"] == 0
@@ -176,6 +177,10 @@ def _read_to_the_end(master: int, pieces: list[bytes]) -> None:
         (["--prompt", "a", "--threads", "0"], "threads=0"),
         (["--prompt", "a", "--threads", "100000"], "threads=100000: this host has"),
         (["--prompt", "a", "--logprobs", "3"], "--logprobs 3: needs --json"),
+        (
+            ["--prompt", "a", "--mode", "autoregressive", "--draft-tokens", "2"],
+            "--draft-tokens 2: --mode autoregressive makes no",
+        ),
         (["--prompt", "a", "--tensor", "2"], "start 2 (torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--top-k", "many"], "--top-k"),
         (["--prompt", "a", "--tempersture", "1"], "--tempersture"),
