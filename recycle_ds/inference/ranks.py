@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 
 from recycle_ds.inference.engine.liveness import PATIENCE, Liveness, own_store, print_and_exit
@@ -19,8 +18,6 @@ from recycle_ds.inference.engine.team import Team, build_team
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import PEER_LOST, PeerLost, lost_peer
 from recycle_ds.parallel.rendezvous import Launch, own_device, start, stop
-
-_COMPILING = 120.0
 
 
 @dataclass(frozen=True)
@@ -81,30 +78,28 @@ class Ranks:
         return message[0]
 
 
-def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str], None] | None = None) -> Ranks:
+def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str, float], None] | None = None) -> Ranks:
     """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
 
     on_loss: called when a rank is lost or hangs, see `Liveness`; by default it prints the message and ends the process. Raises
     LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
     """
     device = own_device(launch)  # before a model is loaded onto a device that another rank uses
-    team, members = None, [launch.rank]  # a rank with a model of its own waits for nobody
+    team, members, together = None, [launch.rank], [launch.rank]  # one with a model of its own waits for nobody
     store: dist.Store = dist.HashStore()
     if tensor * pipeline > 1:
         start(launch)
         team = build_team(tensor, pipeline, device)
         store, members = own_store(), dist.get_process_group_ranks(team.control)
-    watch, liveness = StepWatch(_least_step(device)), None
-    if launch.world_size > 1:  # else there is no launcher that a job could be ended by, or started again
-        liveness = Liveness(store, members, launch.rank, on_loss or print_and_exit(PEER_LOST), steps=watch)
+        if tensor > 1:
+            together = dist.get_process_group_ranks(team.mesh.tensor.group)
+    watch, liveness = StepWatch(PATIENCE if device.type == "cpu" else None), None
+    if launch.world_size > 1:  # a single process keeps nobody waiting, and its user sees that it hangs
+        leave = on_loss or print_and_exit(PEER_LOST)
+        liveness = Liveness(store, members, launch.rank, leave, tensor_ranks=together, steps=watch)
         liveness.start()
     on_host = max(launch.local_world_size, 1)
     return Ranks(launch.rank, launch.world_size, device.index or 0, on_host, team, liveness, watch)
-
-
-def _least_step(device: torch.device) -> float:
-    """Seconds that a step may always take: on a GPU some begin with the compilation of a kernel or the capture of a graph."""
-    return PATIENCE if device.type == "cpu" else _COMPILING
 
 
 @contextmanager

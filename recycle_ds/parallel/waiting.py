@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Callable
 
-# Looks between two offers of the core to other processes.
+from recycle_ds.parallel.awake import AwakeClock
+
+# Looks between two offers of the core to other processes, while the rank does not sleep.
 _SPINS = 200
 # Seconds after which the rank sleeps between looks, and for how long: it must not occupy a core that others need. Nor may it
 # keep its own other threads waiting: one that only gives up Python's lock to take it again at once can starve them for many
@@ -16,18 +18,19 @@ _LONG_PATIENCE, _LONG_SLEEP = 1.0, 0.005
 
 
 def wait_until(done: Callable[[], bool], timeout: float | None = None) -> bool:
-    """Waits until `done` says so. timeout: in seconds. Returns whether it did in time."""
-    spins, start = 0, 0.0
+    """Waits until `done` says so. timeout: in seconds for which this process is awake. Returns whether it did in time."""
+    for _ in range(_SPINS):
+        if done():
+            return True
+    clock = AwakeClock()
+    while (waited := clock.tick()) < _PATIENCE:
+        os.sched_yield()
+        for _ in range(_SPINS):
+            if done():
+                return True
     while not done():
-        spins += 1
-        if spins % _SPINS:
-            continue
-        waited = time.monotonic() - start if start else 0.0
-        start = start or time.monotonic()
-        if waited < _PATIENCE:
-            os.sched_yield()
-        else:
-            time.sleep(_SLEEP if waited < _LONG_PATIENCE else _LONG_SLEEP)
+        time.sleep(_SLEEP if waited < _LONG_PATIENCE else _LONG_SLEEP)
+        waited = clock.tick()
         if timeout is not None and waited > timeout:
             return False
     return True

@@ -129,8 +129,8 @@ class Worker:
         self._inbox.put(_Stop(error))
 
     def give_up(self, error: str) -> None:
-        """Fails all accepted requests at once, whatever the engine's thread waits for: another rank is lost. The engine is not
-        used again."""
+        """Fails all accepted requests at once, whatever the engine's thread waits for: a rank is lost or hangs. The engine is
+        not used again."""
         with self._lock:
             if self.failure is not None:
                 return

@@ -74,12 +74,11 @@ def _wait_long(rank: int, world_size: int) -> int:
         time.sleep(2)
     else:
         thread.start()
-    own.sum(torch.ones(1))
-    found = turns
-    ended.set()
-    if rank == 0:
-        thread.join()
-    return found
+    try:
+        own.sum(torch.ones(1))
+        return turns
+    finally:
+        ended.set()
 
 
 def test_a_rank_that_waits_lets_its_other_threads_run() -> None:

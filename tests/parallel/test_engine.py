@@ -134,17 +134,19 @@ def fail_after(steps: int, number: int) -> None:
     Runner.run = failing  # type: ignore[method-assign]
 
 
-def test_a_lost_rank_ends_the_job_and_is_named() -> None:
+_SILENT, _HANGS = "has shown no sign of life for 8 s", "hangs: nothing has gone on in a step for"
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        pytest.param([(2, 1, 1, signal.SIGSTOP, _SILENT), (1, 2, 1, signal.SIGKILL, _SILENT)], id="lost"),
+        pytest.param([(2, 1, 1, _HANG, _HANGS), (1, 1, 1, _HANG, _HANGS)], id="hangs"),
+    ],
+)
+def test_a_lost_rank_ends_the_job_and_is_named(failures: list[tuple[int, int, int, int, str]]) -> None:
     """Prevents ranks that wait for ever for one that is dead, stopped or hangs, an error that does not say which one it is,
     and one error of each rank for the same loss."""
-    silent, hangs = "has shown no sign of life for 8 s", "hangs in a step of"
-    failures = [
-        (2, 1, 1, signal.SIGSTOP, silent),
-        (1, 2, 1, signal.SIGKILL, silent),
-        (2, 1, 1, _HANG, hangs),
-        (1, 2, 0, _HANG, hangs),
-        (1, 1, 1, _HANG, hangs),
-    ]
     jobs = [(failure, _start(*failure[:4])) for failure in failures]
     try:
         for (tensor, pipeline, lost, number, text), ranks in jobs:
@@ -162,6 +164,20 @@ def test_a_lost_rank_ends_the_job_and_is_named() -> None:
             for one in ranks:
                 one.kill()
                 one.communicate()
+
+
+def test_the_rank_with_the_store_says_that_it_hangs_before_a_launcher_ends_it() -> None:
+    """Prevents a job without a message: the other rank hears of the loss and ends, and the launcher then ends this one."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    arguments = ("1", "2", "0", str(_HANG))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, *launch, sys.executable, "-c", _TEAM, *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode != 0
+    lines = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: rank 0 {_HANGS}"), found.stderr
 
 
 def _start(tensor: int, pipeline: int, lost: int, number: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:

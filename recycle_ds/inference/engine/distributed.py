@@ -134,7 +134,7 @@ class TeamExecutor:
         links, received = self._links, None
         if links.before is not None and plan.parts:
             received = links.before.receive(self._dtype, plan.tokens * self._width).view(-1, self._width)
-        with self._clock.running(), self._watch.step(plan.tokens):
+        with self._clock.running(), self._watch.step(plan.size):
             result = self._runner.run(plan, received)
         if isinstance(result, Tensor):
             assert links.after is not None

@@ -68,7 +68,7 @@ class LocalExecutor:
 
     def submit(self, plan: Plan) -> None:
         """See `Executor`."""
-        with self._watch.step(plan.tokens):
+        with self._watch.step(plan.size):
             self._outcomes.append(self._runner.launch(plan))
 
     def collect(self) -> Outcome:
@@ -76,7 +76,7 @@ class LocalExecutor:
         outcome = self._outcomes.popleft()
         if not callable(outcome):
             return outcome
-        with self._watch.step(self._watch.tokens):  # the rest of it
+        with self._watch.step(0):  # the rest of it
             return outcome()
 
     def discard(self) -> None:

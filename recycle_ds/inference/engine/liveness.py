@@ -2,8 +2,9 @@
 the job with one message.
 
 A rank that waits for another one in a collective cannot tell a long step from a dead peer. Every rank therefore has a
-thread that counts up in the job's store, whatever its main thread computes, and watches the counts of the others. Beside its
-count it writes how far its program has come: where a step stands still, the others wait for the rank that has come least far.
+thread that counts up in the job's store, whatever its other threads do, and watches the counts of the others. Beside its
+count it writes how far the thread that decodes has come: where a step stands still, the tensor ranks of a stage wait for the
+one that has come least far.
 """
 
 from __future__ import annotations
@@ -19,31 +20,19 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from recycle_ds.inference.engine.step_watch import Progress, StepWatch
+from recycle_ds.inference.engine.step_watch import FAILED, Progress, StepWatch
+from recycle_ds.parallel.awake import AwakeClock
 
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
 PATIENCE = 8.0
 """Seconds without a sign of life after which a rank is lost."""
 _STORE_TIMEOUT = timedelta(seconds=5)
+_FOUND = "loss"
+"""Key of the number of ranks, of all teams, that have found a loss."""
 _ENDED = "end"
 _DEAD = "dead, stopped or unreachable"
 _NEXT = "the job ends, and the same command resumes it"
-
-
-class _AwakeClock:
-    """Seconds for which this process was awake: where a whole job is suspended and goes on later, no rank is lost by that."""
-
-    def __init__(self) -> None:
-        self._now, self._last = 0.0, time.monotonic()
-
-    def tick(self) -> float:
-        """The time now. To be called at every interval: of a longer pause two intervals count."""
-        last, self._last = self._last, time.monotonic()
-        self._now += min(self._last - last, 2 * _INTERVAL)
-        return self._now
-
-
 _NOTHING = Progress()
 
 
@@ -61,17 +50,18 @@ class _Sign:
         if text == self.text:
             return self
         _, *numbers = map(int, text.split())
-        progress = Progress(numbers[0], numbers[1], bool(numbers[2]))
+        progress = Progress(*numbers)
         return _Sign(text, now, progress, self.still_since if progress == self.progress else now)
 
 
 class Liveness:
     """Watches the ranks of a team from `start` to `stop`.
 
-    ranks: global ranks of the team; own: this one. patience: seconds without a sign of life after which a rank is lost. steps:
-    how far this rank's program has come. on_loss: called in a thread with a message, empty on all ranks but one; it should end
-    the process. Where rank 0 is lost, which has the store, every rank has one that is not ended within two seconds of the
-    first message.
+    ranks: global ranks of the team; own: this one. on_loss: called in a thread with a message, empty on all ranks but one, and
+    seconds: it should print the message at once, and end the process after so many seconds. tensor_ranks: those that compute
+    every step together with this one; None for this one alone. steps: how far the thread that decodes has come. patience:
+    seconds without a sign of life after which a rank is lost. Where rank 0 is lost, which has the store, every rank has a
+    message that is not ended within two seconds of the first one.
     """
 
     def __init__(
@@ -79,13 +69,14 @@ class Liveness:
         store: dist.Store,
         ranks: Sequence[int],
         own: int,
-        on_loss: Callable[[str], None],
-        patience: float = PATIENCE,
+        on_loss: Callable[[str, float], None],
+        *,
+        tensor_ranks: Sequence[int] | None = None,
         steps: StepWatch | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         self._store, self._ranks, self._own, self._on_loss, self._patience = store, ranks, own, on_loss, patience
-        self._steps = steps or StepWatch()
-        self._found = f"loss/{min(ranks)}"  # how many ranks of the team have found a loss
+        self._tensor_ranks, self._steps = tensor_ranks or [own], steps or StepWatch()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
@@ -110,7 +101,7 @@ class Liveness:
         return ""
 
     def _wait_for(self, ranks: Iterable[int]) -> str:
-        clock, signs, lost = _AwakeClock(), {rank: _Sign() for rank in ranks}, ""
+        clock, signs, lost = AwakeClock(), {rank: _Sign() for rank in ranks}, ""
         while signs:
             now = clock.tick()
             signs = self._look(signs, now)
@@ -121,11 +112,10 @@ class Liveness:
         return lost
 
     def _watch(self) -> None:
-        clock, count = _AwakeClock(), 0
+        count, others = 0, set[int]()
         signs = {rank: _Sign() for rank in self._ranks}
-        others: set[int] = set()
         while not self._stopped.wait(_INTERVAL):
-            count, now = count + 1, clock.tick()
+            count, now = count + 1, self._steps.look()
             try:
                 self._store.set(self._key(self._own), self._count(count))
                 signs = self._look(signs, now)
@@ -133,34 +123,32 @@ class Liveness:
                 text = self._loss(signs, now)
                 if text is None:
                     continue
-                first = self._store.add(self._found, 1) == 1
+                first = self._store.add(_FOUND, 1) == 1
             except (dist.DistError, RuntimeError):
                 text, first = f"rank 0 has the job's store, which cannot be reached: it is {_DEAD}; {_NEXT}", True
                 # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
                 if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
                     return
-            else:
-                if self._own == 0 and others:  # the others look into its store once more, and need not take it for lost
-                    self._stopped.wait(2 * _INTERVAL)
             if not self._stopped.is_set():
-                self._on_loss(text if first else "")
+                # the others look into the store of rank 0 once more: they must not take it for lost too
+                self._on_loss(text if first else "", 0 if self._own else 2 * _INTERVAL)
             return
 
     def _loss(self, signs: Mapping[int, _Sign], now: float) -> str | None:
-        """What ends the job, if anything does; empty if another rank has said it."""
-        if self._store.check([self._found]):
+        """What ends the job, if anything does; empty if a rank, of any team, has said it."""
+        if self._store.check([_FOUND]):
             return ""
         if self._silent(signs, now, self._patience):
             # a host that fails takes several ranks with it, within the time between two signs of life
             return self._silence(self._silent(signs, now, self._patience / 2))
-        own, steps = signs[self._own], self._steps
-        limit, still = steps.limit, now - own.still_since
-        if not own.progress.computing or limit is None or still <= limit:
-            return None
-        computing = {rank: sign.progress for rank, sign in signs.items() if sign.progress.computing}
-        hanging = [rank for rank, progress in computing.items() if progress == min(computing.values())]
-        what = f"{_subject(hanging, 'hangs', 'hang')} in a step of {steps.tokens} tokens"
-        return f"{what}: no progress for {still:.0f} s, where the longest step took {steps.slowest:.2g} s; {_NEXT}"
+        since = signs[self._own].still_since
+        together = {rank: signs[rank].progress for rank in self._tensor_ranks if rank in signs}
+        if not self._steps.hangs(since) or any(one.state == FAILED for one in together.values()):
+            return None  # one that has failed says so itself
+        come = {rank: (one.steps, one.exchanges) for rank, one in together.items()}
+        hanging = _subject([rank for rank in come if come[rank] == min(come.values())], "hangs", "hang")
+        following = _NEXT if len(self._ranks) > 1 else "it ends, and the same command resumes the job"
+        return f"{hanging}: nothing has gone on in a step for {now - since:.0f} s; {following}"
 
     def _look(self, signs: Mapping[int, _Sign], now: float) -> dict[int, _Sign]:
         """The latest signs of life of the ranks that have not ended."""
@@ -181,9 +169,8 @@ class Liveness:
         return f"{subject} shown no sign of life for {self._patience:.0f} s: {they} {_DEAD}; {_NEXT}"
 
     def _count(self, count: int) -> str:
-        """This rank's sign of life: a count, and how far its program has come."""
-        steps, exchanges, computing = self._steps.progress()
-        return f"{count} {steps} {exchanges} {int(computing)}"
+        """This rank's sign of life: a count, and how far it has come."""
+        return " ".join(map(str, (count, *self._steps.progress())))
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -201,12 +188,13 @@ def own_store() -> dist.Store:
     return store
 
 
-def print_and_exit(code: int) -> Callable[[str], None]:
-    """Prints a message and ends the process at once, whatever its main thread waits for."""
+def print_and_exit(code: int) -> Callable[[str, float], None]:
+    """Prints a message and ends the process after some seconds, whatever its main thread waits for."""
 
-    def leave(text: str) -> None:
+    def leave(text: str, seconds: float) -> None:
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)
+        time.sleep(seconds)
         os._exit(code)
 
     return leave

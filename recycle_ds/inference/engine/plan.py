@@ -139,6 +139,12 @@ class Plan:
         """Tokens that the backbone reads."""
         return sum(len(part.tokens) for part in self.parts)
 
+    @property
+    def size(self) -> int:
+        """Positions that the backbone and the recycle module read. The module may have long been left out."""
+        module = (part.known - part.module_start for part in self.parts if part.module_start)
+        return self.tokens + sum(module)
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -39,11 +39,12 @@ class ModelSettings:
 class EngineThread:
     """Runs `ModelSettings` on this rank from `start` until the worker has ended.
 
-    state: gets the model when it can take requests. on_loss: called in a thread with a message, empty on all ranks but one,
-    when another rank is lost; it should end the process.
+    state: gets the model when it can take requests. on_loss: called in a thread when a rank is lost or hangs, see `Liveness`.
     """
 
-    def __init__(self, settings: ModelSettings, launch: Launch, state: State, on_loss: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: ModelSettings, launch: Launch, state: State, on_loss: Callable[[str, float], None]
+    ) -> None:
         self._settings, self._launch, self._state, self._on_loss = settings, launch, state, on_loss
         self._ended = threading.Event()
         self._draining = False

@@ -88,16 +88,16 @@ def _end(engine: EngineThread, state: State) -> NoReturn:
     exit_process(0)
 
 
-def _end_on_loss(state: State, seconds: float) -> Callable[[str], None]:
-    """Prints the message about a lost rank, lets /health report it for some seconds, and ends the process."""
+def _end_on_loss(state: State, least: float) -> Callable[[str, float], None]:
+    """Prints the message about a lost rank, lets /health report it for some seconds, and ends the process. least: seconds."""
 
-    def end(text: str) -> None:
+    def end(text: str, seconds: float) -> None:
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)
-        state.failure = text or "another rank is lost"
+        state.failure = text or "a rank is lost or hangs"
         if state.model is not None:
             state.model.worker.give_up(RANK_LOST)
-        time.sleep(seconds)
+        time.sleep(max(seconds, least))
         os._exit(PEER_LOST)
 
     return end

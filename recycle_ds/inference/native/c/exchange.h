@@ -77,7 +77,7 @@ static void meet(Ranks *ranks, int thread, int threads, Barrier *barrier) {
         atomic_store_explicit((_Atomic int64_t *)(e->memory + LINE * e->rank), ranks->done, memory_order_release);
     for (int64_t rank = 0; rank < e->size; rank++) {
         const _Atomic int64_t *count = (const _Atomic int64_t *)(e->memory + LINE * rank);
-        double end = 0;
+        double last = 0, waited = 0; /* a process that is suspended for a while does not wait meanwhile */
         for (int spins = 0; atomic_load_explicit(count, memory_order_acquire) < ranks->done; spins++) {
             if (spins < SPINS) {
                 _mm_pause();
@@ -85,8 +85,10 @@ static void meet(Ranks *ranks, int thread, int threads, Barrier *barrier) {
             }
             sched_yield();
             if (atomic_load(ranks->late) >= 0) return;
-            if (!end) end = seconds() + e->timeout;
-            else if (seconds() > end) atomic_store(ranks->late, rank);
+            const double now = seconds();
+            if (last) waited += now - last < 2 ? now - last : 2;
+            last = now;
+            if (waited > e->timeout) atomic_store(ranks->late, rank);
             spins = SPINS;
         }
     }
