@@ -94,7 +94,7 @@ def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str, flo
         if tensor > 1:
             together = dist.get_process_group_ranks(team.mesh.tensor.group)
     watch, liveness = StepWatch(PATIENCE if device.type == "cpu" else None), None
-    if launch.world_size > 1:  # a single process keeps nobody waiting, and its user sees that it hangs
+    if launch.world_size > 1:  # a single process keeps no other one waiting
         leave = on_loss or print_and_exit(PEER_LOST)
         liveness = Liveness(store, members, launch.rank, leave, tensor_ranks=together, steps=watch)
         liveness.start()
