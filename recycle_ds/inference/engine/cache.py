@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from recycle_ds.inference.native.arena import empty_in_huge_pages
 from recycle_ds.inference.native.spans import Span
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ class Cache:
 
         self.block_size = block_size
         self._compiled = weights.why_not_compiled is None
-        self.keys_values = empty(weights.layers, *shape)
-        self.module_keys_values = empty(weights.module_layers, *shape)
+        entries = partial(empty_in_huge_pages, dtype=weights.dtype) if self._compiled else empty
+        self.keys_values = entries(weights.layers, *shape)
+        self.module_keys_values = entries(weights.module_layers, *shape)
         self.tokens = empty(shape[0], dtype=torch.int64)
         self.hidden = empty(shape[0] if weights.module is not None else 0, weights.kept_width)
         on_host = weights.device.type == "cpu"

@@ -1,8 +1,9 @@
-"""Memory for packed weights in huge pages where the system has them."""
+"""Memory in huge pages where the system has them: for packed weights and for the KV cache."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 _HUGE_PAGE = 2**21
 _CHUNK = 32 * 2**20
 _LINE = 64
+_LEAST_SIZE = 4 * _HUGE_PAGE
 
 
 class Arena:
@@ -32,6 +34,15 @@ class Arena:
         piece = self._chunk[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
         self._used += -(-size // _LINE) * _LINE
         return piece.copy_(tensor)
+
+
+def empty_in_huge_pages(*sizes: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor for what is read in pieces that lie apart: the processor looks each piece's page up. In pages of
+    the usual size if it is small. Memory is used once it is written."""
+    size = math.prod(sizes) * dtype.itemsize
+    if size < _LEAST_SIZE:
+        return torch.empty(sizes, dtype=dtype)
+    return _allocated(size)[:size].view(dtype).view(sizes)
 
 
 def _allocated(size: int) -> Tensor:

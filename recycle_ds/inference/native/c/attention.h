@@ -13,8 +13,10 @@
 
 #include "vectors.h"
 
-/* POSITIONS_AHEAD: how far ahead the cache is prefetched. Its blocks lie apart, so the processor does not foresee them: with
-   400 positions a pass over 8 tokens takes 7.4 instead of 7.8 ms. */
+/* POSITIONS_AHEAD: how far ahead the cache is prefetched. Its blocks lie apart, so the processor does not foresee them. Into the
+   second-level cache: the first one has room for few lines that are on their way, and they come in faster so. One thread, 8
+   tokens with 800 positions each, a model of 100 million weights without its head: 29 ms without prefetching, 25.5 ms into the
+   first level, 21.0 ms into the second, 20.1 ms with a cache in huge pages. */
 enum { BLOCK = 16, MOST_GROUPS = 4, POSITIONS_AHEAD = 3 * BLOCK };
 
 typedef struct {
@@ -105,7 +107,7 @@ INLINE void weigh(
         const int32_t kept = (at < view->lowest ? 0 : 0xffff) | (at + 1 > view->at ? 0 : 0xffff0000);
         if (at + POSITIONS_AHEAD <= view->at) {
             const uint16_t *next = seen_block(view, at + POSITIONS_AHEAD, head, 1) + at % BLOCK * view->channels + channel * 2;
-            for (int i = 0; i < vectors; i++) _mm_prefetch((const char *)(next + 32 * i), _MM_HINT_T0);
+            for (int i = 0; i < vectors; i++) _mm_prefetch((const char *)(next + 32 * i), _MM_HINT_T1);
         }
         __m512i v[4];
 #pragma GCC unroll 4
@@ -147,8 +149,8 @@ INLINE void attend_groups(
 #pragma GCC unroll 4
         for (int g = 0; g < groups; g++) sum[g][0] = sum[g][1] = _mm512_setzero_ps();
         for (int64_t c = 0; c < pairs; c += 2) {
-            _mm_prefetch((const char *)(next + c * 2 * BLOCK), _MM_HINT_T0);
-            _mm_prefetch((const char *)(next + (c + 1) * 2 * BLOCK), _MM_HINT_T0);
+            _mm_prefetch((const char *)(next + c * 2 * BLOCK), _MM_HINT_T1);
+            _mm_prefetch((const char *)(next + (c + 1) * 2 * BLOCK), _MM_HINT_T1);
             __m512i k0 = _mm512_loadu_si512(keys + c * 2 * BLOCK), k1 = _mm512_loadu_si512(keys + (c + 1) * 2 * BLOCK);
 #pragma GCC unroll 4
             for (int g = 0; g < groups; g++) {
