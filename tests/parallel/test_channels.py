@@ -23,7 +23,7 @@ def _talk(rank: int, world_size: int, blocked: int | None) -> tuple[list[str], l
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     peer, cpu = 1 - rank, torch.device("cpu")
     routes = [(0, 1), (1, 0), (0, 1)]
-    own = {index: GroupChannel(peer, None, cpu, known_lengths=index == 2) for index in range(3)}
+    own = {index: GroupChannel(peer, None, cpu) for index in range(3)}
     original = shared_memory.SharedMemory
     if blocked == rank:
         common_memory.shared_memory.SharedMemory = _Unreachable  # type: ignore[misc,assignment]
@@ -34,18 +34,20 @@ def _talk(rank: int, world_size: int, blocked: int | None) -> tuple[list[str], l
     right = []
     if rank == 0:
         for size in SIZES:
-            there.send(torch.arange(size, dtype=torch.int64) * 2**40)
+            there.send_numbers([number * 2**40 for number in range(size)], "q")
             states.send(torch.arange(size, dtype=torch.bfloat16).view(1, size))
         for size in SIZES:
-            right.append(torch.equal(back.receive(torch.float64), torch.arange(size, dtype=torch.float64) / 3))
+            found = back.receive_numbers("d")
+            right.append(found == [number / 3 for number in range(size)] and all(type(one) is float for one in found))
         there.flush()
     else:
         time.sleep(0.2)  # the sender has long filled all places
         for size in SIZES:
-            right.append(torch.equal(there.receive(torch.int64), torch.arange(size, dtype=torch.int64) * 2**40))
-            found = states.receive(torch.bfloat16, size)
-            right.append(torch.equal(found, torch.arange(size, dtype=torch.bfloat16)))
-            back.send(torch.arange(size, dtype=torch.float64) / 3)
+            numbers = there.receive_numbers("q")
+            right.append(numbers == [number * 2**40 for number in range(size)])
+            right.append(all(type(one) is int for one in numbers))
+            right.append(torch.equal(states.receive(torch.bfloat16, size), torch.arange(size, dtype=torch.bfloat16)))
+            back.send_numbers([number / 3 for number in range(size)], "d")
         back.flush()
     dist.barrier()
     return [type(one).__name__ for one in (there, back, states)], right
@@ -67,7 +69,7 @@ def test_a_receiver_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         channel = SharedMemoryChannel(memory, 0, 8, GroupChannel(5, None, torch.device("cpu")), 5)
         with pytest.raises(PeerLost, match="rank 5 has not read a message"):
             for _ in range(20):
-                channel.send(torch.arange(3))
+                channel.send_numbers([1, 2, 3], "q")
         del channel
     finally:
         memory.unlink()
@@ -79,7 +81,7 @@ def _idle(rank: int, world_size: int) -> list[float]:
     (channel,) = share([(0, 1)], own, None).values()
     if rank == 0:
         time.sleep(2.0)
-        channel.send(torch.arange(4))
+        channel.send_numbers([0, 1, 2, 3], "q")
         return []
     slept: list[float] = []
     original = time.sleep
@@ -89,7 +91,7 @@ def _idle(rank: int, world_size: int) -> list[float]:
         original(seconds)
 
     time.sleep = sleep
-    assert channel.receive(torch.int64).tolist() == [0, 1, 2, 3]
+    assert channel.receive_numbers("q") == [0, 1, 2, 3]
     return slept
 
 

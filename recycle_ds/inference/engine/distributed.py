@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,7 @@ from recycle_ds.inference.engine.runner import Runner
 from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team, open_links
 from recycle_ds.inference.errors import DecodingError
+from recycle_ds.inference.generation import Logprobs
 
 _END, _REPORT, _WAIT = -1, -2, -3
 
@@ -90,7 +91,7 @@ class TeamExecutor:
         if self._outcomes:
             return self._outcomes.popleft()
         assert self._links.outcomes is not None
-        return _decode(self._links.outcomes.receive(torch.float64).tolist())
+        return _decode(self._links.outcomes.receive_numbers("d"))
 
     def discard(self) -> None:
         """See `Executor`. An exception in the middle of a step leaves the ranks out of step: no plan can follow."""
@@ -104,7 +105,7 @@ class TeamExecutor:
         self._tell([_REPORT])
         shares = {self._team.owner: self._clock.idle_share()}
         for rank, channel in self._links.reports.items():
-            shares[rank] = float(channel.receive(torch.float64, 1))
+            (shares[rank],) = channel.receive_numbers("d")
         return "idle: " + ", ".join(f"rank {rank} {100 * share:.0f} %" for rank, share in shares.items())
 
     def keep_alive(self) -> None:
@@ -122,10 +123,9 @@ class TeamExecutor:
     def follow(self) -> None:
         """What every rank but the owner does: runs the owner's plans until it closes."""
         plans = self._links.plans[self._team.owner]
-        while (numbers := plans.receive(torch.int64).tolist()) != [_END]:
+        while (numbers := plans.receive_numbers("q")) != [_END]:
             if numbers == [_REPORT]:
-                share = torch.tensor([self._clock.idle_share()], dtype=torch.float64)
-                self._links.reports[self._team.owner].send(share)
+                self._links.reports[self._team.owner].send_numbers([self._clock.idle_share()], "d")
             elif numbers != [_WAIT]:
                 self._run(decode_plan(numbers))
 
@@ -141,14 +141,13 @@ class TeamExecutor:
             links.after.send(result)
             return ()
         if links.outcomes is not None and not self._team.owns:
-            links.outcomes.send(torch.tensor(_encode(result), dtype=torch.float64))
+            links.outcomes.send_numbers(_encode(result), "d")
         return result
 
     def _tell(self, numbers: Sequence[int]) -> None:
         """Sends the owner's numbers to all other ranks."""
-        message = torch.tensor(numbers, dtype=torch.int64)
         for channel in self._links.plans.values():
-            channel.send(message)
+            channel.send_numbers(numbers, "q")
 
 
 def _encode(outcome: Outcome) -> list[float]:
@@ -166,19 +165,29 @@ def _encode(outcome: Outcome) -> list[float]:
 
 def _decode(numbers: Sequence[float]) -> Outcome:
     """The outcome that `_encode` made numbers of."""
-    source = iter(numbers)
+    found, at = [], 1
+
+    def take(count: int) -> Sequence[float]:
+        nonlocal at
+        at += count
+        return numbers[at - count : at]
 
     def ints(count: int) -> tuple[int, ...]:
-        return tuple(int(next(source)) for _ in range(count))
+        return tuple(map(int, take(count)))
 
-    found = []
-    for _ in range(ints(1)[0]):
+    def scores(count: int) -> Logprobs:
+        return tuple(_score(take) for _ in range(count))
+
+    for _ in range(int(numbers[0])):
         sequence, tokens, drafts, logprobs, scored, calls, parents = ints(7)
-        head = (sequence, ints(tokens), ints(drafts), tuple(next(source) for _ in range(drafts)))
+        head = (sequence, ints(tokens), ints(drafts), tuple(take(drafts)))
         tree = (ints(parents), calls)
-        scores = []
-        for _ in range(logprobs + scored):
-            value = next(source)
-            scores.append((value, tuple((ints(1)[0], next(source)) for _ in range(ints(1)[0]))))
-        found.append(Chosen(*head, tuple(scores[:logprobs]), tuple(scores[logprobs:]), *tree))
+        found.append(Chosen(*head, scores(logprobs), scores(scored), *tree))
     return tuple(found)
+
+
+def _score(take: Callable[[int], Sequence[float]]) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """One token's log probability and the highest ones. take: the next numbers."""
+    value, count = take(2)
+    best = take(2 * int(count))
+    return value, tuple(zip(map(int, best[::2]), best[1::2], strict=True))

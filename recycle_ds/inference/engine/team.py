@@ -93,7 +93,7 @@ def open_links(team: Team) -> Links:
         routes: list[tuple[int, int]], group: dist.ProcessGroup | None, to: torch.device
     ) -> dict[int, GroupChannel]:
         return {
-            index: GroupChannel(sum(route) - mesh.rank, group, to, under_way=under_way, known_lengths=routes is states)
+            index: GroupChannel(sum(route) - mesh.rank, group, to, under_way=under_way)
             for index, route in enumerate(routes)
             if mesh.rank in route
         }
