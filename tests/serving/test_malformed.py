@@ -179,6 +179,24 @@ def test_a_long_list_of_wrong_values_is_one_error(body: type[Body], fields: dict
     assert refused.value.param and refused.value.param.partition(".")[0] in fields
 
 
+@pytest.mark.parametrize(
+    ("body", "fields", "message"),
+    [
+        (ChatRequest, {"messages": []}, "messages: list should have at least 1 item, not 0"),
+        (
+            ChatRequest,
+            {"messages": [VALID["/v1/chat/completions"]["messages"][0]] * 3000},
+            "messages: list should have at most",
+        ),
+    ],
+)
+def test_a_list_of_a_wrong_length(body: type[Body], fields: dict[str, Any], message: str) -> None:
+    """Prevents a message that speaks of what happens inside ("0 after validation, not []"), or repeats the whole list."""
+    with pytest.raises(ApiError) as refused:
+        parse(body, json.dumps(fields).encode())
+    assert str(refused.value).startswith(message) and len(str(refused.value)) < 80
+
+
 def test_what_is_not_supported_is_refused_by_name(guarded: Server) -> None:
     """Prevents a field of OpenAI's or of other servers from being ignored in silence (TensorRT-LLM#17701), and null, which
     stands for the default, from being refused."""

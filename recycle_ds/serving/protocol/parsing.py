@@ -64,6 +64,8 @@ def _refused(error: ValidationError) -> ApiError:
         named = re.match(r"[a-z_]+(\.\w+)*", message)
         return invalid(message, named[0] if named else param, "invalid_value")
     message = message[:1].lower() + message[1:]
+    if first["type"] in ("too_short", "too_long"):  # its message ends with the length
+        return invalid(f"{param}: {message.replace(' after validation', '')}", param, "invalid_value")
     return invalid(f"{param}: {message}, not {shown(first['input'])}", param, "invalid_value")
 
 
