@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from multiprocessing import shared_memory
 
 import pytest
@@ -16,7 +17,16 @@ from tests.distributed import run_ranks
 from tests.parallel.test_collectives import _Unreachable
 
 SIZES = (0, 1, 7, 2046, 2047, 2048, 5000, 8192, 8193, 20000, 3)
-"""Below, at and above the first part of a group's message and the place of one in shared memory (in fp64)."""
+"""Below, at and above the first part of a group's message and the place of one in shared memory (of numbers, and of fp32)."""
+
+
+def _numbers(size: int) -> list[int]:
+    """Other ones in each message: what an earlier one has left in its place is not right."""
+    return [size * 2**40 + number for number in range(size)]
+
+
+def _states(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
 
 
 def _talk(rank: int, world_size: int, blocked: int | None) -> tuple[list[str], list[bool]]:
@@ -34,20 +44,24 @@ def _talk(rank: int, world_size: int, blocked: int | None) -> tuple[list[str], l
     right = []
     if rank == 0:
         for size in SIZES:
-            there.send_numbers([number * 2**40 for number in range(size)], "q")
-            states.send(torch.arange(size, dtype=torch.bfloat16).view(1, size))
+            there.send_numbers(array("q", _numbers(size)))
+            with torch.inference_mode():
+                states.send(_states(size, torch.bfloat16).view(1, size))
+                states.send(torch.stack([_states(2 * size, torch.float32)] * 2, dim=1)[:, 0])
         for size in SIZES:
             found = back.receive_numbers("d")
-            right.append(found == [number / 3 for number in range(size)] and all(type(one) is float for one in found))
+            right.append(
+                found == [number / 3 for number in _numbers(size)] and all(type(one) is float for one in found)
+            )
         there.flush()
     else:
         time.sleep(0.2)  # the sender has long filled all places
         for size in SIZES:
             numbers = there.receive_numbers("q")
-            right.append(numbers == [number * 2**40 for number in range(size)])
-            right.append(all(type(one) is int for one in numbers))
-            right.append(torch.equal(states.receive(torch.bfloat16, size), torch.arange(size, dtype=torch.bfloat16)))
-            back.send_numbers([number / 3 for number in range(size)], "d")
+            right.append(numbers == _numbers(size) and all(type(one) is int for one in numbers))
+            for dtype, count in ((torch.bfloat16, size), (torch.float32, 2 * size)):
+                right.append(torch.equal(states.receive(dtype, count), _states(count, dtype)))
+            back.send_numbers(array("d", [number / 3 for number in _numbers(size)]))
         back.flush()
     dist.barrier()
     return [type(one).__name__ for one in (there, back, states)], right
@@ -69,8 +83,25 @@ def test_a_receiver_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         channel = SharedMemoryChannel(memory, 0, 8, GroupChannel(5, None, torch.device("cpu")), 5)
         with pytest.raises(PeerLost, match="rank 5 has not read a message"):
             for _ in range(20):
-                channel.send_numbers([1, 2, 3], "q")
+                channel.send_numbers(array("q", [1, 2, 3]))
         del channel
+    finally:
+        memory.unlink()
+
+
+def test_a_message_of_another_length_is_refused() -> None:
+    """Prevents ranks that are out of step from writing beyond the end of a tensor."""
+    memory = shared_memory.SharedMemory(create=True, size=SharedMemoryChannel.length(8))
+    try:
+        ends = [SharedMemoryChannel(memory, 0, 8, GroupChannel(5, None, torch.device("cpu")), 5) for _ in range(2)]
+        ends[0].send(torch.arange(300, dtype=torch.int64))
+        with pytest.raises(PeerLost, match="rank 5 sent 2400 bytes where 8 were due"):
+            ends[1].receive(torch.int64, 1)
+        ends[0].send(torch.arange(3, dtype=torch.int8))
+        assert ends[1].receive(torch.int64, 300).tolist() == list(range(300))
+        with pytest.raises(PeerLost, match="rank 5 sent 3 bytes where 0 were due"):
+            ends[1].receive_numbers("q")
+        del ends
     finally:
         memory.unlink()
 
@@ -81,7 +112,7 @@ def _idle(rank: int, world_size: int) -> list[float]:
     (channel,) = share([(0, 1)], own, None).values()
     if rank == 0:
         time.sleep(2.0)
-        channel.send_numbers([0, 1, 2, 3], "q")
+        channel.send_numbers(array("q", [0, 1, 2, 3]))
         return []
     slept: list[float] = []
     original = time.sleep

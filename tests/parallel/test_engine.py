@@ -93,7 +93,7 @@ def test_answers_do_not_depend_on_the_layout(layout: str) -> None:
 
 
 _TEAM = """
-import os, signal, sys
+import itertools, os, signal, sys
 from recycle_ds.inference.engine.build import local_engine, team_engine
 from recycle_ds.inference.parameters import SamplingParams
 from recycle_ds.inference.ranks import join, lost_ranks_end_the_job
@@ -111,8 +111,10 @@ with lost_ranks_end_the_job():
         engine = local_engine(model, max_batch=4, watch=ranks.watch)
     else:
         engine = team_engine(model, ranks.team, max_batch=4, watch=ranks.watch)
-    while True:
+    for count in itertools.count():
         engine.finish(engine.add([1, 2], SamplingParams(max_new_tokens=40), "verified"))
+        if count == 0:
+            print("decoding", file=sys.stderr, flush=True)
 """
 _HANG = 0
 """In place of a signal: the program goes on without an end."""
@@ -164,6 +166,25 @@ def test_a_lost_rank_ends_the_job_and_is_named(failures: list[tuple[int, int, in
             for one in ranks:
                 one.kill()
                 one.communicate()
+
+
+def test_a_suspended_job_goes_on() -> None:
+    """Prevents ranks that a scheduler has suspended for a while from being taken for lost, or for hanging, when they resume."""
+    jobs = [_start(tensor, pipeline, lost=-1, number=_HANG) for tensor, pipeline in ((2, 1), (1, 2))]
+    ranks = [one for job in jobs for one in job]
+    try:
+        for job in jobs:  # the other ranks follow it
+            assert job[0].stderr is not None and any(line == "decoding\n" for line in job[0].stderr)
+        for number, seconds in ((signal.SIGSTOP, 12), (signal.SIGCONT, 12)):  # a loss is found after 8 s
+            for one in ranks:
+                one.send_signal(number)
+            time.sleep(seconds)
+        ended = [one for one in ranks if one.poll() is not None]
+        assert not ended, [one.communicate()[1] for one in ended]
+    finally:
+        for one in ranks:
+            one.kill()
+            one.communicate()
 
 
 def test_the_rank_with_the_store_says_that_it_hangs_before_a_launcher_ends_it() -> None:

@@ -9,6 +9,7 @@ busy.
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ class TeamExecutor:
         if self._outcomes:
             return self._outcomes.popleft()
         assert self._links.outcomes is not None
-        return _decode(self._links.outcomes.receive_numbers("d"))
+        return decode_outcome(self._links.outcomes.receive_numbers("d"))
 
     def discard(self) -> None:
         """See `Executor`. An exception in the middle of a step leaves the ranks out of step: no plan can follow."""
@@ -125,7 +126,7 @@ class TeamExecutor:
         plans = self._links.plans[self._team.owner]
         while (numbers := plans.receive_numbers("q")) != [_END]:
             if numbers == [_REPORT]:
-                self._links.reports[self._team.owner].send_numbers([self._clock.idle_share()], "d")
+                self._links.reports[self._team.owner].send_numbers(array("d", [self._clock.idle_share()]))
             elif numbers != [_WAIT]:
                 self._run(decode_plan(numbers))
 
@@ -141,16 +142,17 @@ class TeamExecutor:
             links.after.send(result)
             return ()
         if links.outcomes is not None and not self._team.owns:
-            links.outcomes.send_numbers(_encode(result), "d")
+            links.outcomes.send_numbers(array("d", encode_outcome(result)))
         return result
 
     def _tell(self, numbers: Sequence[int]) -> None:
         """Sends the owner's numbers to all other ranks."""
+        message = array("q", numbers)
         for channel in self._links.plans.values():
-            channel.send_numbers(numbers, "q")
+            channel.send_numbers(message)
 
 
-def _encode(outcome: Outcome) -> list[float]:
+def encode_outcome(outcome: Outcome) -> list[float]:
     """An outcome as numbers; ids are exact in fp64."""
     numbers: list[float] = [len(outcome)]
     for one in outcome:
@@ -163,8 +165,8 @@ def _encode(outcome: Outcome) -> list[float]:
     return numbers
 
 
-def _decode(numbers: Sequence[float]) -> Outcome:
-    """The outcome that `_encode` made numbers of."""
+def decode_outcome(numbers: Sequence[float]) -> Outcome:
+    """The outcome that `encode_outcome` made numbers of."""
     found, at = [], 1
 
     def take(count: int) -> Sequence[float]:
@@ -183,6 +185,7 @@ def _decode(numbers: Sequence[float]) -> Outcome:
         head = (sequence, ints(tokens), ints(drafts), tuple(take(drafts)))
         tree = (ints(parents), calls)
         found.append(Chosen(*head, scores(logprobs), scores(scored), *tree))
+    assert at == len(numbers), "an outcome was cut"
     return tuple(found)
 
 

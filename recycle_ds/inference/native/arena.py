@@ -9,9 +9,12 @@ import mmap
 import torch
 from torch import Tensor
 
+from recycle_ds.inference.errors import DecodingError
+
 _HUGE_PAGE = 2**21
 _CHUNK = 32 * 2**20
 _LINE = 64
+# Bytes of a tensor from which on it is kept in huge pages: for a smaller one, the rest of the last page would be much.
 _LEAST_SIZE = 4 * _HUGE_PAGE
 
 
@@ -38,7 +41,8 @@ class Arena:
 
 def empty_in_huge_pages(*sizes: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor for what is read in pieces that lie apart: the processor looks each piece's page up. In pages of
-    the usual size if it is small. Memory is used once it is written."""
+    the usual size below 8 MiB. Memory is used once it is written, a whole page at a time. Raises DecodingError if there is too
+    little."""
     size = math.prod(sizes) * dtype.itemsize
     if size < _LEAST_SIZE:
         return torch.empty(sizes, dtype=dtype)
@@ -48,7 +52,11 @@ def empty_in_huge_pages(*sizes: int, dtype: torch.dtype) -> Tensor:
 def _allocated(size: int) -> Tensor:
     """At least `size` bytes, aligned to a huge page. Memory is used once it is written."""
     size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        reason = f"{error.strerror}; lower --kv-memory-gib, or take a smaller model"
+        raise DecodingError(f"{size / 2**30:.1f} GiB of memory for weights or the KV cache: {reason}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

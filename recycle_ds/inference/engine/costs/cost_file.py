@@ -19,9 +19,9 @@ from recycle_ds.parallel.device import machine_name
 
 _PARTS = ("full", "module", "first")
 """Fields of `CostModel` that are measured, in its order."""
-_VERSION = 5
+_VERSION = 6
 """Of what is measured: 2 has trees of drafts, 3 trees that grow in one call, 4 calls that take turns and read
-the cache themselves."""
+the cache themselves, 5 other products of the module, 6 attention that prefetches into the second-level cache."""
 
 
 @dataclass(frozen=True)

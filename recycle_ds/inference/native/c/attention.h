@@ -13,10 +13,10 @@
 
 #include "vectors.h"
 
-/* POSITIONS_AHEAD: how far ahead the cache is prefetched. Its blocks lie apart, so the processor does not foresee them. Into the
-   second-level cache: the first one has room for few lines that are on their way, and they come in faster so. One thread, 8
-   tokens with 800 positions each, a model of 100 million weights without its head: 29 ms without prefetching, 25.5 ms into the
-   first level, 21.0 ms into the second, 20.1 ms with a cache in huge pages. */
+/* POSITIONS_AHEAD: how far ahead the cache is prefetched. Its blocks lie apart, so the processor does not foresee them. Measured
+   on one core of an AMD EPYC of the fourth generation, 8 tokens with 800 positions each, a model of 100 million weights without
+   its head: 29 ms without prefetching, 25.5 ms into the first-level cache, 21.0 ms into the second-level one, 20.1 ms so and
+   with a cache in huge pages. */
 enum { BLOCK = 16, MOST_GROUPS = 4, POSITIONS_AHEAD = 3 * BLOCK };
 
 typedef struct {

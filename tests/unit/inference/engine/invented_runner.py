@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 from recycle_ds.inference.engine.blocks import BlockPool
+from recycle_ds.inference.engine.distributed import decode_outcome, encode_outcome
 from recycle_ds.inference.engine.plan import PENDING, Chosen, Outcome, Plan, Rules, decode_plan, encode_plan
 from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import Sequence
@@ -106,7 +107,9 @@ class Machine:
                 self.under_way.append(following)
                 self.plans.append(following)
                 self.made_ahead += 1
-            done = self.scheduler.apply(plan, invent(plan, self.draw))
+            outcome = invent(plan, self.draw)
+            assert decode_outcome(encode_outcome(outcome)) == outcome
+            done = self.scheduler.apply(plan, outcome)
             self.settle()
         self.scheduler.check()
         return done

@@ -11,6 +11,7 @@ from torch import Tensor
 from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.drafting.entries import read_cache, run_module
 from recycle_ds.inference.engine.weights import StageWeights
+from recycle_ds.inference.native import arena
 from recycle_ds.inference.native.spans import Span
 from tests.unit.inference.native.kernels import bf16_model, needs_kernels
 
@@ -37,16 +38,20 @@ def _given(weights: StageWeights, cache: Cache, spans: Sequence[Span], ids: Sequ
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("taps", [(), (0, 1), (1,), (0, 1, 2)], ids=["no taps", "two taps", "one tap", "three taps"])
-def test_what_the_cache_contains_is_read_and_kept(taps: tuple[int, ...], int8: bool, threads: int) -> None:
+def test_what_the_cache_contains_is_read_and_kept(
+    taps: tuple[int, ...], int8: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prevents a state, a tapped state or an embedding from the slot of another token or sequence, or states kept where another
     sequence's are: drafts would become worse, and nothing else. With three taps their joint is the widest of all inputs. The
     two kinds of calls take turns, so that neither finds what the other one has left in the stack."""
     weights = StageWeights(bf16_model(vocab_size=45, hidden=64, layers=3, taps=taps, int8=int8))
-    caches = [Cache(weights, 6, 16), Cache(weights, 6, 16)]
-    for cache in caches:
-        for tensor in (cache.keys_values, cache.module_keys_values, cache.hidden):
+    caches = []
+    for least in (0, 2**40):  # the first one in huge pages
+        monkeypatch.setattr(arena, "_LEAST_SIZE", least)
+        caches.append(Cache(weights, 6, 16))
+        for tensor in (caches[-1].keys_values, caches[-1].module_keys_values, caches[-1].hidden):
             tensor.zero_()
-        cache.tokens.zero_()
+        caches[-1].tokens.zero_()
     own, other = caches
     assert own.contents is not None
     generator = torch.Generator().manual_seed(3)
