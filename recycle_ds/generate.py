@@ -80,7 +80,9 @@ def generate(
         int | None,
         typer.Option(metavar="N", help="With --json: log probabilities of tokens and of the N most likely ones."),
     ] = None,
-    n: Annotated[int, typer.Option(metavar="N", help="With --prompts: answers to each prompt.")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", "--answers", metavar="N", help="With --prompts: answers to each prompt.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, token_ids and figures.")
     ] = False,
@@ -97,12 +99,14 @@ def generate(
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
     from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.inference.batch.prompts import read_lines
     from recycle_ds.inference.errors import DecodingError
-    from recycle_ds.inference.parameters import SamplingParams, check_batch, check_mode, check_runtime
+    from recycle_ds.inference.parameters import SamplingParams, check_batch, check_logprobs, check_mode, check_runtime
 
     # what can be checked without torch, which takes seconds to import, is checked first
     many = _many(prompts, output, prompt, prompt_file)
     check_mode(mode)
+    check_logprobs(mode, logprobs)
     check_runtime(dtype, threads)
     check_batch(max_batch, kv_memory_gib)
     if mode == "autoregressive" and draft_tokens:
@@ -131,6 +135,9 @@ def generate(
     if many is None or not (many[1].exists() or many[1].with_name(f"{many[1].name}.parts").exists()):
         with errors_of_host():  # a file that is finished, or parts of one, may do without it
             check_folder(model)
+    if many is not None:
+        with errors_of_host():
+            read_lines(many[0])
     text = "" if many else _read_prompt(prompt, prompt_file)
     if many is None:
         _check_one_prompt(n, tensor * pipeline)

@@ -104,6 +104,9 @@ class TokenSampling:
             raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be 0 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise DecodingError(f"logprobs={self.logprobs}: must be from 0 (the chosen token only) to {MAX_LOGPROBS}")
+        negative = next(((name, token) for name, token in self.named_tokens if token < 0), None)
+        if negative is not None:
+            raise DecodingError(f"{negative[0]}: the token id {negative[1]} must be 0 or more")
         if self.prompt_logprobs and self.logprobs is None:
             raise DecodingError("prompt_logprobs: needs logprobs, the number of most likely tokens; 0 for none of them")
 
@@ -152,9 +155,14 @@ class TokenSampling:
         return self.penalises or forbids or bool(self.logit_bias)
 
     @property
-    def named_tokens(self) -> tuple[int, ...]:
-        """All token ids that the parameters name."""
-        return (*(token for token, _ in self.logit_bias), *(self.allowed_tokens or ()), *self.bad_tokens)
+    def named_tokens(self) -> tuple[tuple[str, int], ...]:
+        """All token ids that the parameters name, each with its field."""
+        by_field = {
+            "logit_bias": (token for token, _ in self.logit_bias),
+            "allowed_tokens": self.allowed_tokens or (),
+            "bad_tokens": self.bad_tokens,
+        }
+        return tuple((name, token) for name, tokens in by_field.items() for token in tokens)
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,11 @@ class SamplingParams(TokenSampling):
             raise DecodingError(f"n={self.n}: must be at least 1")
 
     @property
+    def named_tokens(self) -> tuple[tuple[str, int], ...]:
+        """See `TokenSampling`, and the stop tokens."""
+        return (*super().named_tokens, *(("stop_tokens", token) for token in self.stop_tokens))
+
+    @property
     def token_sampling(self) -> TokenSampling:
         """The part that decides single tokens."""
         return TokenSampling(**{name.name: getattr(self, name.name) for name in fields(TokenSampling)})
@@ -208,6 +221,15 @@ def check_mode(mode: str) -> None:
         near = difflib.get_close_matches(str(mode), MODES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DecodingError(f"mode={mode!r}: must be one of {', '.join(MODES)}{hint}")
+
+
+def check_logprobs(mode: str, logprobs: int | None) -> None:
+    """Raises DecodingError for log probabilities of tokens of which some are not the model's."""
+    if mode == "alternate" and logprobs is not None:
+        raise DecodingError(
+            f"logprobs={logprobs}: the model itself does not score the recycled tokens of mode=alternate; use verified or "
+            "autoregressive"
+        )
 
 
 def check_runtime(dtype: str, threads: int | None) -> None:

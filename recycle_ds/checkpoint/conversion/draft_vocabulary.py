@@ -38,6 +38,11 @@ def set_draft_vocabulary(source: Source, count: int, ranked_by: Sequence[str], s
         tokenizer = Tokenizer.load(source.tokenizer)
         ranking = rank_tokens([open_token_file(prefix, tokenizer) for prefix in ranked_by], vocab_size)
     else:
+        if not source.tokenizer.with_name(RANKING).exists():
+            raise CheckpointError(
+                f"--draft-vocabulary {count}: {source.folder} has no {RANKING}, which says which tokens are frequent; "
+                "give --rank-tokens PREFIX, a token file in which they are counted"
+            )
         ranking = read_ranking(source.tokenizer.with_name(RANKING), vocab_size, count)
     copy_tokenizer(source.tokenizer, staging)
     write_ranking(staging, ranking)

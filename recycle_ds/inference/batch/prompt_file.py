@@ -107,7 +107,8 @@ class PromptFile:
         """Continues this process's missing prompts, until `stop`, which is called before each prompt, returns True.
 
         generate: maps prompts (index and text), read as needed, to the fields of their output lines or to errors, in
-        any order. progress: called with the number of this process's completed prompts and their total. Returns whether
+        any order. progress: called with the number of this process's completed prompts, those of earlier starts among
+        them, and their total. Returns whether
         all prompts, including those of other processes, are completed; the output is then written and the parts are
         removed. A prompt that cannot be continued is completed by its error.
         """
@@ -126,7 +127,8 @@ class PromptFile:
         progress: Callable[[int, int], None],
     ) -> None:
         completed, records = completed_lines(self.parts), list(self._lines.values())
-        missing = [index for index in range(self.rank, len(records), self.world_size) if index not in completed]
+        share = range(self.rank, len(records), self.world_size)
+        missing = [index for index in share if index not in completed]
         if not missing:
             return
 
@@ -145,7 +147,7 @@ class PromptFile:
             for count, (index, answer) in enumerate(chain(refused, generate(wanted())), 1):
                 file.write(json.dumps(output_line(records[index], index, answer), ensure_ascii=False) + "\n")
                 file.flush()
-                progress(count, len(missing))
+                progress(len(share) - len(missing) + count, len(share))
 
     def failures(self) -> int:
         """Number of prompts of the finished output that could not be continued. Writes the list of them if it is missing

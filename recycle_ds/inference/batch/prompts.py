@@ -24,8 +24,13 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     try:
         # not splitlines: it also cuts at separators that may occur inside a JSON string
         lines = [line.lstrip("\ufeff") for line in path.read_text(encoding="utf-8").split("\n")]  # of joined files
-    except (OSError, UnicodeDecodeError) as error:
-        raise DecodingError(f"prompts {str(path)!r} cannot be read: {error}") from None
+    except OSError as error:
+        raise DecodingError(f"prompts {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DecodingError(
+            f"{path}:{line}: cannot be read: not valid UTF-8; convert it first (iconv -t utf-8)"
+        ) from None
     records = {number: _read_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()}
     if not records:
         raise DecodingError(f'{path}: no prompts; write one JSON object with a "prompt" per line')

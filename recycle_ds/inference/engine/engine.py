@@ -20,7 +20,7 @@ from recycle_ds.inference.engine.plan import Outcome, Plan, Rules
 from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import OnTokens, Sequence
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_mode
+from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_logprobs, check_mode
 from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
@@ -198,10 +198,7 @@ class DecodingEngine:
             raise DecodingError(
                 f"mode={mode}: the model has no recycle module; use --mode autoregressive, or train one"
             )
-        if mode == "alternate" and params.logprobs is not None:
-            raise DecodingError(
-                "logprobs with mode=alternate: the model itself does not score recycled tokens; use verified or autoregressive"
-            )
+        check_logprobs(mode, params.logprobs)
         if not prompt:
             raise DecodingError("the prompt is empty: give at least one token")
         if len(prompt) >= self.max_positions:
@@ -215,9 +212,11 @@ class DecodingEngine:
                 f"the prompt contains the token {wrong[0]}, outside the model's vocabulary of {self.vocab_size}: "
                 "encode it with the model's own tokenizer"
             )
-        wrong = [token for token in (*params.named_tokens, *params.stop_tokens) if not 0 <= token < self.vocab_size]
-        if wrong:
-            raise DecodingError(f"token id {wrong[0]}: the model's vocabulary has {self.vocab_size} tokens, from 0 on")
+        for name, token in params.named_tokens:
+            if token >= self.vocab_size:
+                raise DecodingError(
+                    f"{name}: the token id {token} is none of the model's, which are 0 to {self.vocab_size - 1}; leave it out"
+                )
         tokens = self.vocab_size - len(self._unnamed_ids)
         if params.logprobs is not None and params.logprobs > tokens:
             raise DecodingError(f"logprobs={params.logprobs}: the model's vocabulary has {tokens} tokens")

@@ -82,7 +82,7 @@ def test_a_vocabulary_that_the_module_was_trained_on_can_be_removed(model: str, 
         (Conversion("hf", draft_vocabulary=301), "--draft-vocabulary 301: the model's vocabulary has 300 tokens"),
         (
             Conversion("hf", draft_vocabulary=9),
-            "token_ranking.json: missing, but the model has a draft vocabulary; copy",
+            "--draft-vocabulary 9: .* has no token_ranking.json, .* give --rank-tokens PREFIX",
         ),
         (Conversion("hf", draft_vocabulary=9, rank_tokens=("x",)), "no such token file: x.bin"),
     ],

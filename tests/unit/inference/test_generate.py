@@ -170,6 +170,13 @@ def _read_to_the_end(master: int, pieces: list[bytes]) -> None:
         (["--prompt", "abcd " * 4000], "the model's context holds 4096"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--prompt", "a", "--draft-tokens", "-2"], "draft_tokens=-2"),
+        (["--prompt", "a", "--stop-token", "-1"], "stop_tokens: the token id -1 must be 0 or more"),
+        (["--prompt", "a", "--logit-bias", "-3:1"], "logit_bias: the token id -3 must be 0 or more"),
+        (
+            ["--prompt", "a", "--mode", "alternate", "--logprobs", "2", "--json"],
+            "logprobs=2: the model itself does not",
+        ),
+        (["--prompt", "a", "--answers", "2"], "several answers need --prompts FILE"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p=1.5"),
         (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "a", "--stop", ""], "must not be empty"),

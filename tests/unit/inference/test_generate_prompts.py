@@ -74,7 +74,7 @@ def test_an_option_that_no_prompt_can_have_ends_the_job(generate: Generate, job:
     prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     outcome = generate("--prompts", str(prompts), "--output", str(output), "--bad-token", "99999")
     assert outcome.code == 2 and not output.exists()
-    assert (job / "error").read_text().startswith("token id 99999: the model's vocabulary has ")
+    assert (job / "error").read_text().startswith("bad_tokens: the token id 99999 is none of the model's, ")
     assert (job / "outcome").read_text() == "failed\n"
 
 

@@ -113,6 +113,14 @@ def test_an_unrelated_file_is_not_replaced_by_the_list_of_errors(prompts: Path) 
     assert one.failures_path.read_text() == '{"mine": 1}\n'
 
 
+def test_a_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    """Prevents Python's own error, without the line, for a file that was written elsewhere."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DecodingError, match=re.escape(f"{path}:2: cannot be read: not valid UTF-8; convert it first")):
+        read_prompt_file(path)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

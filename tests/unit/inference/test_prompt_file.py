@@ -32,6 +32,16 @@ def test_every_prompt_once_and_in_order_after_restarts(prompts: Path) -> None:
     assert not prompts.with_name("out.jsonl.parts").exists()
 
 
+def test_progress_counts_what_earlier_starts_have_done(prompts: Path) -> None:
+    """Prevents a restart that seems to begin anew, and two starts that look to a batch job as if nothing was done between."""
+    assert not work(share(prompts, 0, 2), most=2)
+    shown: list[tuple[int, int]] = []
+    again = share(prompts, 0, 2)
+    settle(again)
+    assert not again.work(continuation, lambda: False, lambda *counts: shown.append(counts))
+    assert shown == [(3, 6), (4, 6), (5, 6), (6, 6)]
+
+
 def test_other_settings_are_not_mixed_in(prompts: Path) -> None:
     """Prevents an output of which half was generated with another model or another temperature."""
     work(share(prompts, 0, 2))

@@ -108,9 +108,10 @@ def test_a_request_larger_than_the_cache_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "mode", "words"),
     [
-        ({"bad_tokens": (7,)}, "verified", "token id 7: the model's vocabulary has 7 tokens"),
-        ({"stop_tokens": (-1,)}, "verified", "token id -1"),
-        ({"logprobs": 1}, "alternate", "does not score recycled tokens"),
+        ({"bad_tokens": (7,)}, "verified", "bad_tokens: the token id 7 is none of the model's, which are 0 to 6"),
+        ({"logit_bias": {9: 1.0}}, "verified", "logit_bias: the token id 9 is none of the model's"),
+        ({"stop_tokens": (8,)}, "verified", "stop_tokens: the token id 8 is none of the model's"),
+        ({"logprobs": 1}, "alternate", "does not score the recycled tokens"),
         ({"logprobs": 8}, "verified", "the model's vocabulary has 7 tokens"),
         ({"allowed_tokens": (3,), "stop_tokens": (3,), "min_new_tokens": 1}, "verified", "no token is left"),
     ],
