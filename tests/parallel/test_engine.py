@@ -175,10 +175,12 @@ def test_a_suspended_job_goes_on() -> None:
     try:
         for job in jobs:  # the other ranks follow it
             assert job[0].stderr is not None and any(line == "decoding\n" for line in job[0].stderr)
-        for number, seconds in ((signal.SIGSTOP, 12), (signal.SIGCONT, 12)):  # a loss is found after 8 s
-            for one in ranks:
-                one.send_signal(number)
-            time.sleep(seconds)
+        for number, order in ((signal.SIGSTOP, (1, 0)), (signal.SIGCONT, (0, 1))):
+            for rank in order:  # on other hosts, a moment later: the first one finds an old sign of life of the second
+                for job in jobs:
+                    job[rank].send_signal(number)
+                time.sleep(1.2)
+            time.sleep(10)  # a loss is found after 8 s
         ended = [one for one in ranks if one.poll() is not None]
         assert not ended, [one.communicate()[1] for one in ended]
     finally:
