@@ -210,8 +210,6 @@ def test_what_is_not_supported_is_refused_by_name(guarded: Server) -> None:
                 and len(answer.json()["error"]["message"]) > 30
             )
             assert http.post(path, json=VALID[path] | {name: None}).status_code == 200
-        answer = http.post(path, json=VALID[path] | {"mode": "autoregressive", "draft_tokens": 2})
-        assert check(answer, "draft_tokens") == 400 and answer.json()["error"]["param"] == "draft_tokens"
         answer = http.post(path, json=VALID[path] | {"bad_token_ids": [10**6]})
         assert check(answer, "bad_token_ids") == 400 and answer.json()["error"]["param"] == "bad_token_ids"
     wrong: tuple[dict[str, Any], ...] = (

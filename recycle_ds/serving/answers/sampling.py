@@ -93,10 +93,6 @@ def params_of(
         raise invalid(
             f"min_tokens={request.min_tokens}: must be at most the number of new tokens ({tokens})", "min_tokens"
         )
-    if mode == "autoregressive" and request.draft_tokens:
-        raise invalid(
-            f"draft_tokens={request.draft_tokens}: mode=autoregressive makes no drafts; leave it out", "draft_tokens"
-        )
     if logprobs is not None and mode == "alternate":
         raise invalid(
             "logprobs: the model itself does not score the recycled tokens of mode=alternate; use mode=verified or "
