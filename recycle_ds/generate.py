@@ -136,7 +136,7 @@ def generate(
         with errors_of_host():  # a file that is finished, or parts of one, may do without it
             check_folder(model)
     if many is not None:
-        with errors_of_host():
+        with errors_of_host():  # the job reads it again; an error is worth more now than after the model was loaded
             read_lines(many[0])
     text = "" if many else _read_prompt(prompt, prompt_file)
     if many is None:
