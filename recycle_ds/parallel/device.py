@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -134,6 +135,25 @@ def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(*tensors: torch.Tensor) -> Callable[[], list[list[float]]]:
+    """Lets a GPU copy vectors to the host when it has computed them. The result waits for that, and returns their elements.
+    They must not be changed meanwhile."""
+    copies = [torch.empty_like(one, device="cpu", pin_memory=True) if one.is_cuda else one for one in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        if tensor.is_cuda:
+            copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event() if any(one.is_cuda for one in tensors) else None
+    if event is not None:
+        event.record()
+
+    def read() -> list[list[float]]:
+        if event is not None:
+            event.synchronize()
+        return [copy.tolist() for copy in copies]
+
+    return read
 
 
 def synchronise(device: torch.device) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -29,22 +28,18 @@ class StepBatches:
     counts: Tensor
     device: torch.device
 
-    @cached_property
-    def count_list(self) -> list[float]:
-        """The counts on the host; read after the backward pass, when the transfer has long finished."""
-        return self.counts.tolist()
-
     def scales(self, weights: Sequence[float], replicas: int) -> Tensor:
         """[K+1] fp32: weight of one target in the total, times `replicas`, over which DeepSpeed averages gradients."""
         weight = upload(torch.tensor(weights, dtype=torch.float64), self.counts.device)
         scales = (weight * replicas / self.counts.clamp_min(1)).float()
         return upload(scales, self.device) if scales.device != self.device else scales
 
-    def means(self, sums: Sequence[float]) -> list[float]:
-        """Mean losses from the global batch's sums, as `RecycleGPT.train_losses` orders them; 0 for a depth without targets."""
-        counts = [*self.count_list, *self.count_list[1:]]
+    @staticmethod
+    def means(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+        """Mean losses from the global batch's sums, as `RecycleGPT.train_losses` orders them, and the counts; 0 for a depth
+        without targets."""
         # without a confidence layer there are fewer sums
-        return [total / max(1.0, count) for total, count in zip(sums, counts, strict=False)]
+        return [total / max(1.0, count) for total, count in zip(sums, [*counts, *counts[1:]], strict=False)]
 
 
 def assemble(micro: Sequence[Batch], losses: int, mesh: Mesh, counted_V: Tensor | None = None) -> StepBatches:

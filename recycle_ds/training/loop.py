@@ -1,27 +1,28 @@
-"""The training loop. Schedules, clipping, checkpoints, bad steps and what watches the run are in modules of their own."""
+"""The training loop. Schedules, clipping, checkpoints, bad steps and what watches the run are in modules of their own.
+
+A step is launched, and ends when the host knows its losses and norms. Where nothing has to follow at once, the next step is
+launched before that: a GPU then always has work, and decides itself that a step that is not finite changes nothing.
+"""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.loader import Batch, BatchLoader
 from recycle_ds.parallel.agree import on_all_ranks
-from recycle_ds.parallel.device import upload
+from recycle_ds.parallel.device import download
 from recycle_ds.parallel.peers import TakenOver
 from recycle_ds.training.batches import StepBatches, assemble
 from recycle_ds.training.engine.build import TrainingEngine
 from recycle_ds.training.engine.dry_run import dry_run
+from recycle_ds.training.engine.gradients import GradientReport
 from recycle_ds.training.engine.validation import evaluate
 from recycle_ds.training.errors import LocalError, TrainingError
 from recycle_ds.training.faults.bad_steps import APPLY, ROLLBACK, SKIP, BadSteps
-from recycle_ds.training.faults.stop_requests import REASONS, STOP_FILE, TAKEN_OVER, StopRequest
+from recycle_ds.training.faults.stop_requests import STOP_FILE, TAKEN_OVER, StopRequest
+from recycle_ds.training.launched import Launched, Shared, agreed, share, total_loss
 from recycle_ds.training.observers import EvaluationEnd, LoggedStep, PhaseStart, RunEnd, RunStart, StepEnd, StepStart
 from recycle_ds.training.observers.dispatch import Observers
 from recycle_ds.training.observers.records import Phase
@@ -32,8 +33,8 @@ from recycle_ds.training.state import Checkpointer, TrainingState
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step, the same on all ranks."""
+class _Ended:
+    """A step that has ended, the same on all ranks."""
 
     end: StepEnd
     stop: str
@@ -58,6 +59,11 @@ class Trainer:
         self.state = TrainingState()
         self._steps = 0
         """Steps of this start, repeated ones included."""
+        self._last = 0
+        self._open: Launched | None = None
+        """The step before the next one, if it has not ended."""
+        self._resumed = 0.0
+        """When the loop went on after the latest step that has ended."""
         self._observers = observers
         self._saver = Saver(checkpointer, observers)
         self._bad = BadSteps(config)
@@ -90,7 +96,8 @@ class Trainer:
         on_all_ranks(lambda: self._observers.at_start(start), mesh)
         if training.dry_run and state.step < last:
             self._dry_run()
-        ended = self._loop(last, stop) or ("finished" if last == training.steps else "stop_at")
+        self._last = last
+        ended = self._loop(stop) or ("finished" if last == training.steps else "stop_at")
         self._enter(self.state.step, "save")
         if not self._saver.save_now(self.state):
             raise TrainingError(
@@ -100,87 +107,147 @@ class Trainer:
         on_all_ranks(lambda: self._observers.check(self.state.step), mesh)
         return ended
 
-    def _loop(self, last: int, stop: StopRequest) -> str | None:
-        """Runs steps up to `last`. Returns the reason of an agreed stop request, or None."""
-        while self.state.step < last:
+    def _loop(self, stop: StopRequest) -> str | None:
+        """Runs steps up to the last one. Returns the reason of an agreed stop request, or None."""
+        while self.state.step < self._last:
             self._steps += 1
             self._observers.before_step(StepStart(self.state.step + 1, self._steps))
-            result = self._step(stop)
-            if result.stop == TAKEN_OVER:
-                raise TakenOver(self.config.run_dir, stop.taker)
-            self._after_step(result, last)
-            if result.stop and self.state.step < last:
-                return result.stop
+            reason = self._step(stop)
+            if reason and self.state.step < self._last:
+                return reason
         return None
 
-    def _step(self, stop: StopRequest) -> StepResult:
-        """One optimizer step: draw, forward and backward by micro-batch, agree, update."""
+    def _step(self, stop: StopRequest) -> str:
+        """One optimizer step: draw, forward and backward by micro-batch, agree, update. Ends the step before it, if that is
+        open, and this one if something has to follow it at once. Returns the agreed reason to stop, "" for none."""
         start = time.perf_counter()
         step = self.state.step + 1
         self._enter(step, "data")
         micro = self._draw()
         self._enter(step, "count")
         batches = self._assemble(micro)
-        weights = loss_weights(step, self.config.recycle)
+        weights = tuple(loss_weights(step, self.config.recycle))
         self._enter(step, "compute")
         sums = self.engine.passes.train(batches.micro, batches.scales(weights, self.engine.mesh.replicas.size))
         self._enter(step, "agree")
-        shared, stopping, writing = self._agree(sums, self._reason_to_stop(stop))
-        losses = batches.means(shared)
-        # confidence losses, which come last, carry no weight
-        total_loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=False))
+        reason = ""
+        if self._open is not None:
+            before = self._end(self._open, stop)
+            self._after_step(before, is_open=before.end.action == APPLY)
+            if before.end.action != APPLY:
+                self._steps -= 1  # this one was dropped, and is run again
+                return before.stop
+            reason = before.stop
+        wanted, writing = self._reason_to_stop(stop), not self._saver.ended()
+        shared = share(sums, wanted, writing=writing, mesh=self.engine.mesh)
+        launched = self._update(shared, batches, weights, start)
+        if reason or self._is_due(launched):
+            ended = self._end(launched, stop)
+            self._after_step(ended)
+            return ended.stop or reason
+        self._open = launched
+        self.state = self._state_after(launched, APPLY)
+        return ""
+
+    def _update(self, shared: Shared, batches: StepBatches, weights: tuple[float, ...], start: float) -> Launched:
+        """Launches the update, which the device leaves out if the losses or gradients are not finite."""
+        step = self.state.step + 1
         rate = learning_rate(step, self.config.training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self._enter(step, "update")
-        # a depth whose weight is 0 may be the one that is not finite
-        self._bad.begin(total_loss if math.isfinite(sum(losses)) else math.nan)
-        report = self.engine.gradients.step(self._bad.accept)
-        action = self._recovery.respond(self.state)
-        if action in (APPLY, SKIP):
-            if action == APPLY:
-                self._bad.applied(total_loss, report.norm)
-            self.state = replace(
-                self.state,
-                step=step,
-                next_sample=self.state.next_sample + self.config.training.global_batch_size,
-                skipped=self.state.skipped + (action == SKIP),
-                recent=self._bad.recent,
-            )
+        accept = None
+        if self._waits_for_norms:
+            sums, counts = download(shared.sums, batches.counts)()
+            self._bad.begin(total_loss(batches.means(sums, counts), weights))
+            accept = self._bad.accept
+        report = self.engine.gradients.step(shared.sums.isfinite().all(), accept)
+        read = download(shared.sums, shared.votes, batches.counts, report)
+        return Launched(self.state, self._steps, start, weights, rate, read)
+
+    @property
+    def _waits_for_norms(self) -> bool:
+        """Whether the host judges a step before its update, because spikes count as bad."""
+        return self.config.faults.spike != "ignore"
+
+    def _is_due(self, launched: Launched) -> bool:
+        """Whether a step has to end before the next one is launched: it is the first or the last one, or it is logged, saved or
+        evaluated."""
+        training, step = self.config.training, launched.step
+        periods = (training.log_every, training.save_every, training.eval_every)
+        is_due = any(period and step % period == 0 for period in periods)
+        return is_due or self._waits_for_norms or launched.number == 1 or step in (1, self._last)
+
+    def _end(self, launched: Launched, stop: StopRequest) -> _Ended:
+        """Waits for a step's numbers, and responds to a bad step. Drops the gradients of the step after it then."""
+        sums, votes, counts, numbers = launched.read()
+        is_open, self._open = launched is self._open, None
+        stopping, writing = agreed(votes)
+        if stopping == TAKEN_OVER:
+            raise TakenOver(self.config.run_dir, stop.taker)
+        losses = StepBatches.means(sums, counts)
+        loss, report = total_loss(losses, launched.weights), GradientReport.of(numbers)
+        self._bad.begin(loss)
+        is_good = self._bad.accept(report.norm)
+        assert is_good == report.applied, "the host and the device disagree on a step"
+        if is_open and not is_good:
+            self.engine.gradients.drop()
+        action = self._recovery.respond(launched.before)
+        if action == APPLY:
+            self._bad.applied(loss, report.norm)
+        self.state = self._state_after(launched, action)
+        now = time.perf_counter()
+        seconds, self._resumed = now - max(launched.start, self._resumed), now
         end = StepEnd(
-            step=step,
-            number=self._steps,
+            step=launched.step,
+            number=launched.number,
             action=action,
             completed=self.state.step,
-            loss=total_loss,
+            loss=loss,
             losses=tuple(losses),
             grad_norm=report.norm,
             grad_norm_by_part=report.by_part,
-            learning_rate=rate,
-            seconds=time.perf_counter() - start,
+            learning_rate=launched.rate,
+            seconds=seconds,
         )
-        return StepResult(end, stopping, writing)
+        return _Ended(end, stopping, writing)
 
-    def _after_step(self, result: StepResult, last: int) -> None:
-        """Logs, saves and evaluates when due; a stop request does not wait for an evaluation."""
+    def _state_after(self, launched: Launched, action: str) -> TrainingState:
+        """The state after a step. After one that is repeated or rolled back, the one before it."""
+        before = launched.before
+        if action not in (APPLY, SKIP):
+            return before
+        return replace(
+            before,
+            step=before.step + 1,
+            next_sample=before.next_sample + self.config.training.global_batch_size,
+            skipped=before.skipped + (action == SKIP),
+            recent=self._bad.recent,
+        )
+
+    def _after_step(self, result: _Ended, *, is_open: bool = False) -> None:
+        """Logs, saves and evaluates when due; a stop request does not wait for an evaluation. is_open: the next step has been
+        launched, and nothing is due."""
         training, end, step = self.config.training, result.end, result.end.step
-        self._enter(step, "log")
+        if not is_open:  # else it is part of the next one's phases
+            self._enter(step, "log")
         self._observers.after_step(end)
         if end.action == ROLLBACK:
             self._enter(step, "save")
             self.state = self._recovery.roll_back(self.state)
-        if end.action not in (APPLY, SKIP):
-            return
-        if step % training.log_every == 0 or step in (1, last):
-            self._observers.at_log(LoggedStep(step, self._observers.figures(end)))
-        self._enter(step, "save")
-        self._saver.finish(writing=result.writing)
-        if training.save_every and step % training.save_every == 0:
-            self._saver.begin(self.state)
-        due = training.eval_every and (step % training.eval_every == 0 or step == last)
-        if self.validation is not None and due and not result.stop:
-            self._enter(step, "evaluate")
-            self._evaluate(step, self.validation)
+        if end.action in (APPLY, SKIP):
+            if step % training.log_every == 0 or step in (1, self._last):
+                self._observers.at_log(LoggedStep(step, self._observers.figures(end)))
+            if not is_open:
+                self._enter(step, "save")
+            self._saver.finish(writing=result.writing)
+            if training.save_every and step % training.save_every == 0:
+                self._saver.begin(self.state)
+            due = training.eval_every and (step % training.eval_every == 0 or step == self._last)
+            if self.validation is not None and due and not result.stop:
+                self._enter(step, "evaluate")
+                self._evaluate(step, self.validation)
+        self._resumed = time.perf_counter()
 
     def _evaluate(self, step: int, validation: BatchLoader) -> None:
         start = time.perf_counter()
@@ -221,22 +288,3 @@ class Trainer:
         """This rank's reason. A failed observer is one: the run is saved before it ends with the observer's error."""
         reason = stop.poll(self.config.faults.stop_margin + stop.needed)
         return STOP_FILE if self._observers.failure is not None and reason != TAKEN_OVER else reason
-
-    def _agree(self, sums: Tensor, reason: str | None) -> tuple[list[float], str, bool]:
-        """Sums of the global batch, the reason to stop ("" for none), and whether any rank is still writing a checkpoint.
-        One collective over all ranks.
-
-        One of two host synchronisations in a step (the other reads the gradient norms): ranks must agree before the
-        update."""
-        mesh = self.engine.mesh
-        flags = [*(reason == name for name in REASONS), not self._saver.ended()]
-        votes = upload(torch.tensor(flags, dtype=torch.float64), mesh.device)
-        # every tensor rank of the last stage has the same sums: only one of them may count
-        counts = mesh.last_stage and mesh.tensor.rank == 0
-        shared = torch.cat((sums if counts else torch.zeros_like(sums), votes))
-        if mesh.world_size > 1:
-            dist.all_reduce(shared)
-        values = shared.tolist()
-        *counted, writing = values[len(sums) :]
-        reasons = [name for name, count in zip(REASONS, counted, strict=True) if count]
-        return values[: len(sums)], reasons[-1] if reasons else "", bool(writing)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from recycle_ds.training import loop
 from tests.gpu.device import rehearsal
-from tests.gpu.runs import assert_close, corpus, on_cpu, stage, train
+from tests.gpu.runs import STEPS, assert_close, corpus, on_cpu, stage, train
 from tests.runs import figures
 
 
@@ -34,3 +38,32 @@ def test_tf32_changes_little(tmp_path: Path) -> None:
     if not rehearsal():
         assert found != expected, "training.tf32=true changed nothing"
     assert_close(train(tmp_path, "again"), expected, 1e-5)
+
+
+def test_no_step_waits_inside(tmp_path: Path) -> None:
+    """Prevents an operation of a training step that waits for the device, which PyTorch reports as an error here: at every
+    ZeRO stage, but for steps that are logged."""
+    # set_sync_debug_mode raises inside the step: that is the assertion
+    corpus(tmp_path)
+    original = loop.Trainer._step
+    strict = 0
+    seldom = {"training__dtype": "bf16", "training__log_every": 100, "training__steps": STEPS + 2}
+
+    def watched(trainer: Any, stop: Any) -> str:
+        nonlocal strict
+        if rehearsal() or not 2 < trainer.state.step + 1 < STEPS + 2:  # the first and the last one are logged
+            return original(trainer, stop)
+        strict += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(trainer, stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    loop.Trainer._step = watched  # type: ignore[method-assign]
+    try:
+        for name in ("0", "1", "3"):
+            train(tmp_path, f"strict{name}", **stage(name), **seldom)
+    finally:
+        loop.Trainer._step = original  # type: ignore[method-assign]
+    assert rehearsal() or strict == 3 * (STEPS - 1)

@@ -74,7 +74,7 @@ def _measure_one(config: RunConfig) -> tuple[int, int]:
     batches = assemble(loader.step(0), 1 + config.recycle.depth, mesh)
     scales = batches.scales([1.0] + [0.1] * config.recycle.depth, mesh.replicas.size)
     engine.passes.train(batches.micro, scales)
-    engine.gradients.step(lambda _: True)
+    engine.gradients.step()
     peak = _peak_of_a_step(engine, batches, scales, earlier)
     inputs = sum(
         t.untyped_storage().nbytes()
@@ -110,7 +110,7 @@ def _peak_of_a_step(engine: Any, batches: Any, scales: torch.Tensor, earlier: St
     else:
         engine.engine.backward = watched(engine.engine.backward)
     engine.passes.train(batches.micro, scales)
-    engine.gradients.step(lambda _: True)
+    engine.gradients.step()
     return max(held)
 
 

@@ -45,7 +45,7 @@ def _step_each(rank: int, world_size: int, runs: list[RunConfig]) -> list[tuple[
         subject = OurSubject(context)
         engine, norms = subject.engine, []
         engine.passes.train(subject._batches.micro, subject._scales)
-        engine.gradients.step(lambda norm, norms=norms: not norms.append(norm))
+        engine.gradients.step(accept=lambda norm, norms=norms: not norms.append(norm))
         found.append((type(engine.zero).__name__, norms))
     return found
 

@@ -1,8 +1,9 @@
 """Gradient norms, clipping and skipped steps, alike at every ZeRO stage.
 
 DeepSpeed clips by one global norm, and reports none at stage 0 in fp32. Its norm computation is therefore replaced inside its
-step (see `zero`): norms are computed per part (backbone, recycle module), the clipping factors are stored in the optimizer's
-groups, and a step with non-finite gradients suppresses the update on all ranks.
+step (see `zero`): norms are computed per part (backbone, recycle module), and AdamW's kernel divides by what clips them. A step
+whose losses or gradients are not finite changes nothing on any rank. The device finds out by itself: the host need not wait
+for the norms before it goes on.
 
 Each rank sums the squares of the gradients that only it counts: its ZeRO partition, its tensor shard (replicated weights count
 on tensor rank 0), its pipeline stage (the tied embedding's copy counts on the first). One all-reduce over all ranks then covers
@@ -12,12 +13,12 @@ all parts. A collective per group, as in DeepSpeed, would not match across ranks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from recycle_ds.model import RecycleGPT
 from recycle_ds.model.sharding import is_copy, is_sharded
@@ -34,6 +35,13 @@ class GradientReport:
     by_part: dict[str, float]
     applied: bool
 
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> GradientReport:
+        """The report that `GradientControl.step` has returned, on the host."""
+        *squares, applied = numbers
+        norms = {part: math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+        return cls(math.sqrt(sum(squares)), norms, bool(applied))
+
 
 class GradientControl:
     """Clips and skips the steps of one engine. clipping: largest norm, 0 for none. separate: clip each part by its own norm."""
@@ -45,41 +53,51 @@ class GradientControl:
         self._clipping, self._separate = clipping, separate
         self._counted = counted_parameters(model)
         self._device = next(model.parameters()).device
-        self._accept: Callable[[float], bool] = math.isfinite
-        self._report = GradientReport(0.0, {}, False)
+        self._finite: Tensor | None = None
+        self._accept: Callable[[float], bool] | None = None
+        self._report = self._nothing()
         zero.replace_norm(self._decide)
 
-    def step(self, accept: Callable[[float], bool]) -> GradientReport:
+    def step(self, finite: Tensor | None = None, accept: Callable[[float], bool] | None = None) -> Tensor:
         """Runs DeepSpeed's step on the reduced gradients. Updates only if their norm is finite and accepted. Collective.
 
-        accept: called once with the norm of all gradients; must return the same on all ranks.
+        finite: bool scalar on the device, whether the losses are; None if that is known. accept: called once with the norm of
+        all gradients, for which the host waits; must return the same on all ranks. None accepts every finite norm, without
+        waiting. Returns numbers on the device, see `GradientReport.of`.
         """
-        self._accept = accept
-        self._report = GradientReport(math.nan, {}, False)  # the result if DeepSpeed returns before it computes norms
+        self._finite, self._accept = finite, accept
+        self._report = self._nothing()  # the result if DeepSpeed returns before it computes norms
         self._zero.step(self._passes.take_step)
         self._optimizer.hold = True
         return self._report
 
+    def drop(self) -> None:
+        """Forgets the gradients of a step that must not be applied. Collective."""
+        self.step(accept=lambda _: False)
+
+    def _nothing(self) -> Tensor:
+        """The report of a step without gradients."""
+        return torch.tensor([math.nan] * len(PARTS) + [0.0], dtype=torch.float64)
+
     def _decide(self) -> float:
-        """Sets clipping factors and the hold flag. Collective; synchronises the device. Returns the norm for DeepSpeed."""
+        """Lets the optimizer clip or hold. Collective. Returns a norm for DeepSpeed, which does nothing with it."""
         squares = torch.zeros(len(PARTS), dtype=torch.float64, device=self._device)
         for part, norms in self._zero.norms(self._counted):
             if norms:
                 squares[PARTS.index(part)] += torch.stack(norms).to(self._device, torch.float64).square().sum()
         if self._mesh.world_size > 1:
             dist.all_reduce(squares)
-        norms_of = {part: math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
-        total = math.sqrt(sum(norm**2 for norm in norms_of.values()))
-        applied = self._accept(total) and math.isfinite(total)
-        factors = {part: self._factor(norm if self._separate else total) for part, norm in norms_of.items()}
-        self._zero.clip(factors if applied else dict.fromkeys(PARTS))
-        self._optimizer.hold = not applied
-        self._report = GradientReport(total, norms_of, applied)
-        # on a non-finite norm DeepSpeed would skip the step in a way of its own: the hold flag does it instead
-        return total if math.isfinite(total) else 0.0
-
-    def _factor(self, norm: float) -> float | None:
-        return self._clipping / (norm + 1e-6) if 0 < self._clipping < norm else None
+        total = squares.sum()
+        applied = total.isfinite() if self._finite is None else total.isfinite() & self._finite
+        self._optimizer.hold = self._accept is not None and not self._accept(math.sqrt(total.item()))
+        self._optimizer.held = (~applied).float()
+        if self._clipping:
+            norms_P = squares.sqrt() if self._separate else total.sqrt().expand(len(PARTS))
+            too_long_by = (norms_P + 1e-6) / self._clipping
+            divisors_P = torch.where(norms_P > self._clipping, too_long_by, 1.0).float()
+            self._optimizer.divisors = dict(zip(PARTS, divisors_P.unbind(), strict=True))
+        self._report = torch.cat((squares, (applied & (not self._optimizer.hold)).double()[None]))
+        return 0.0
 
 
 def counted_parameters(model: RecycleGPT) -> set[nn.Parameter]:

@@ -1,12 +1,12 @@
 """AdamW over parameter groups that are labelled with the part of the model they belong to.
 
-DeepSpeed steps the optimizer on flat fp32 partitions, one group at a time, in an order of its own. The clipping factor of each
-part (recycle module, backbone) is therefore stored in its groups, and the flag that skips a bad step in the optimizer.
+DeepSpeed steps the optimizer on flat fp32 partitions, one group at a time, in an order of its own. The clipping of each part
+(recycle module, backbone) and what skips a bad step are therefore stored in the optimizer, by part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ PARTS = (BACKBONE, RECYCLE)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a clipping factor per group and a skip flag.
+    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping by part, and steps that change nothing.
 
-    `group["clip"]` multiplies the group's gradients. While `hold` is set, step() allocates state and changes nothing: some
-    DeepSpeed optimizers call it during construction, where weight decay would already change the weights.
+    While `hold` is set, step() allocates state and changes nothing: some DeepSpeed optimizers call it during construction,
+    where weight decay would already change the weights. What is decided on the device, the fused kernel reads there.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: TrainingConfig) -> None:
@@ -31,6 +31,10 @@ class AdamW(torch.optim.AdamW):
             groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
         )
         self.hold = True
+        self.divisors: Mapping[str, Tensor] = {}
+        """fp32 scalars by part, which divide its gradients; a part without one is not clipped."""
+        self.held: Tensor | None = None
+        """fp32 scalar: 1 if the next steps must change nothing, not the number of steps either, 0 otherwise."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -39,12 +43,19 @@ class AdamW(torch.optim.AdamW):
         if self.hold:
             self.allocate()
             return
-        for group in self.param_groups:
-            factor = group.get("clip")
-            present = [p.grad for p in group["params"] if p.grad is not None]
-            if factor is not None and present:  # DeepSpeed empties the groups that it is not updating
-                torch._foreach_mul_(present, factor)
-        super().step()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                # DeepSpeed empties the groups that it is not updating
+                own = next((parameter for parameter in group["params"] if parameter.grad is not None), None)
+                if own is not None:
+                    # waits where the optimizer is offloaded: the fused kernel would not, and read them before they are there
+                    self.grad_scale = _on(own.device, self.divisors.get(group["part"]))
+                    self.found_inf = _on(own.device, self.held)
+                    self.param_groups = [group]
+                    super().step()
+        finally:
+            self.param_groups = groups
 
     def allocate(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Creates missing moments, zero and at step 0, for the given parameters; by default for those of all groups."""
@@ -56,6 +67,10 @@ class AdamW(torch.optim.AdamW):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -73,7 +88,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             ]
             if members:
                 decay = weight_decay if decayed else 0.0
-                groups.append({"params": members, "weight_decay": decay, "part": part, "clip": None})
+                groups.append({"params": members, "weight_decay": decay, "part": part})
     return groups
 
 

@@ -118,7 +118,7 @@ class RecyclePipeline(PipelineModule):
 def idle_group(module: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's only group on a stage with nothing to train: see `Stage.idle`."""
     members = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [{"params": members, "weight_decay": 0.0, "part": RECYCLE, "clip": None}]
+    return [{"params": members, "weight_decay": 0.0, "part": RECYCLE}]
 
 
 class _GradientSchedule(TrainSchedule):

@@ -66,8 +66,9 @@ class StopRequest(Observer):
 
     @property
     def needed(self) -> float:
-        """Seconds that a run may need to stop, by the longest step, save and evaluation so far."""
-        return 2 * (self._longest_step + self._longest_save) + self._longest_evaluation
+        """Seconds that a run may need to stop, by the longest step, save and evaluation so far. The ranks may know of a request
+        only when the step after it has been launched."""
+        return 3 * self._longest_step + 2 * self._longest_save + self._longest_evaluation
 
     def after_step(self, end: StepEnd) -> None:
         """The first step compiles, opens connections, fills caches: it does not count."""

@@ -36,12 +36,12 @@ def test_norms_and_biases_do_not_decay(model: RecycleGPT) -> None:
             assert group["weight_decay"] == (0.0 if "norm" in name or name.endswith(".bias") else 0.1)
 
 
-def test_clipping_factor_acts_on_its_group_alone(model: RecycleGPT, training: TrainingConfig) -> None:
-    """Prevents a factor that is logged but not applied, or applied to the other part as well."""
+def test_a_divisor_acts_on_its_part_alone(model: RecycleGPT, training: TrainingConfig) -> None:
+    """Prevents clipping that is logged but not applied, or applied to the other part as well."""
     optimizer = AdamW(parameter_groups(model, 0.0), training)
     optimizer.hold = False
+    optimizer.divisors = {"recycle": torch.tensor(4.0)}
     for group in optimizer.param_groups:
-        group["clip"] = 0.25 if group["part"] == "recycle" else None
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -61,3 +61,29 @@ def test_a_held_step_changes_nothing(model: RecycleGPT, training: TrainingConfig
     optimizer.step()
     assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
     assert {int(state["step"]) for state in optimizer.state.values()} == {0}
+
+
+def test_the_device_can_hold_a_step(model: RecycleGPT, training: TrainingConfig) -> None:
+    """Prevents gradients that are not finite from reaching weights, moments or Adam's count of steps where the host does not
+    wait for their norm, and a step that stays held."""
+    optimizer = AdamW(parameter_groups(model, 0.5), training)
+    optimizer.hold = False
+    optimizer.divisors = {"recycle": torch.tensor(torch.nan), "backbone": torch.tensor(torch.nan)}
+
+    def step(gradient: float, held: float) -> list[torch.Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.held = torch.tensor(held)
+        optimizer.step()
+        moments = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *moments)]
+
+    optimizer.allocate(model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    after = step(torch.nan, 1.0)
+    assert all(torch.equal(new, old) for new, old in zip(after, before, strict=False))
+    assert not any(moment.any() for moment in after[len(before) :])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {0}
+    optimizer.divisors = {}
+    assert all(new.isfinite().all() for new in step(1.0, 0.0))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}

@@ -81,18 +81,13 @@ class ZeroAdapter(ABC):
 
     def replace_norm(self, decide: Callable[[], float]) -> None:
         """Replaces DeepSpeed's norm: `step` calls `decide` once the gradients are final and before the update, unless DeepSpeed
-        returns earlier. decide: reads `norms`, calls `clip`, and returns a finite norm for DeepSpeed."""
+        returns earlier. decide: reads `norms`, lets the optimizer clip or hold, and returns a finite norm for DeepSpeed."""
         self._decide = decide
 
     def step(self, take_step: Callable[[], None]) -> None:
         """Runs DeepSpeed's step with `take_step`. Collective."""
         self._decide()
         take_step()
-
-    def clip(self, factors: Mapping[str, float | None]) -> None:
-        """Sets the factors, by part, that multiply the gradients of the next update; None for no clipping."""
-        for group in self.groups:
-            group["clip"] = factors[group["part"]]
 
     def masters(self) -> list[Tensor]:
         """The fp32 tensors that AdamW updates on this rank: partitions, or the parameters themselves."""
