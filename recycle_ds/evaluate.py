@@ -33,30 +33,32 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the perplexity of a model's backbone on a text, and the losses and acceptance of its recycle module."""
-    from itertools import islice
+    from itertools import chain, islice
 
-    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.checkpoint.portable.folders import check_model_folder
     from recycle_ds.config import ConfigError
+    from recycle_ds.data.reading.report import ReadingOptions, ReadReport
+    from recycle_ds.data.sources import read_documents
 
     if dtype not in ("fp32", "bf16"):
         raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16")
-    check_folder(model)  # before torch, which takes seconds to import
+    # before torch, which takes seconds to import
+    check_model_folder(model)
+    report = ReadReport()
+    options = ReadingOptions(skip_invalid)
+    texts = islice(read_documents(data, text_column, split=split, options=options, report=report), limit)
+    first = list(islice(texts, 1))
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()  # before what warns on import
     from recycle_ds.checkpoint.loading import load_model
-    from recycle_ds.data.reading.report import ReadingOptions, ReadReport
-    from recycle_ds.data.sources import read_documents
     from recycle_ds.evaluation.perplexity import evaluate_documents
 
     loaded = load_model(model, dtype)
     length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:
         raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
-    report = ReadReport()
-    options = ReadingOptions(skip_invalid)
-    texts = islice(read_documents(data, text_column, split=split, options=options, report=report), limit)
-    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in texts)
+    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in chain(first, texts))
     result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
     for line in report.lines(read=False):
         print(line, file=sys.stderr)
@@ -75,8 +77,8 @@ def evaluate(
     for depth, (loss, share) in enumerate(zip(result.recycle_loss, result.acceptance, strict=True), start=1):
         print(f"recycle depth {depth}: loss {loss:.4f}, acceptance {100 * share:.1f}%")
     if result.tokens_per_full_call is not None:
-        chain = "1 draft" if len(result.acceptance) == 1 else f"{len(result.acceptance)} drafts"
-        print(f"tokens per full call, {chain} in a chain: {result.tokens_per_full_call:.2f}")
+        drafts = "1 draft" if len(result.acceptance) == 1 else f"{len(result.acceptance)} drafts"
+        print(f"tokens per full call, {drafts} in a chain: {result.tokens_per_full_call:.2f}")
 
 
 def main(argv: list[str] | None = None) -> None:

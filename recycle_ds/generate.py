@@ -98,7 +98,7 @@ def generate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Continue a prompt with a RecycleGPT, recycling the model's own states."""
-    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.checkpoint.portable.folders import check_model_folder
     from recycle_ds.inference.batch.prompts import read_lines
     from recycle_ds.inference.errors import DecodingError
     from recycle_ds.inference.parameters import SamplingParams, check_batch, check_logprobs, check_mode, check_runtime
@@ -134,7 +134,7 @@ def generate(
     )
     if many is None or not (many[1].exists() or many[1].with_name(f"{many[1].name}.parts").exists()):
         with errors_of_host():  # a file that is finished, or parts of one, may do without it
-            check_folder(model)
+            check_model_folder(model)
     if many is not None:
         with errors_of_host():  # the job reads it again; an error is worth more now than after the model was loaded
             read_lines(many[0])

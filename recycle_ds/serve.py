@@ -92,7 +92,7 @@ def serve(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Serve a RecycleGPT over HTTP, with OpenAI's API."""
-    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.checkpoint.portable.folders import check_model_folder
     from recycle_ds.inference.parameters import check_batch, check_mode, check_runtime
     from recycle_ds.serving.access import read_keys
     from recycle_ds.serving.process.listening import announcement, listen
@@ -125,7 +125,7 @@ def serve(
         access_log=log_requests,
     )
     with errors_of_host():
-        check_folder(model)
+        check_model_folder(model)
     listener = listen(host, port) if is_error_reporter(os.environ) else None  # rank 0
     from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
 

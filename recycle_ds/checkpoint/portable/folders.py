@@ -18,6 +18,12 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 # Where users keep models and runs: no owners of repositories.
 _LOCAL = ("runs", "models", "data", "checkpoints")
 _STEP = re.compile(r"^step-(\d{8,})$")
+# What a folder of any supported format has at least one of.
+_OF_A_MODEL = re.compile(
+    r"(manifest|config|metadata)\.json|config\.yaml|checkpoints|latest.*|(iter_|mp_rank_|global_step|step-|release).*"
+    r"|.*\.(safetensors|pt|pth|bin|ckpt|distcp|nemo|gguf)"
+)
+_MOST_NAMED = 3
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -64,6 +70,29 @@ def check_folder(path: str | Path) -> None:
     if Path(path).exists():
         raise CheckpointError(f"{path}: is a file; name its folder")
     raise CheckpointError(f"{path}: no such folder{_advice(str(path))}")
+
+
+def check_model_folder(path: str | Path) -> None:
+    """`check_folder`, and raises CheckpointError for a folder in which nothing is of a model. Does not import torch."""
+    check_folder(path)
+    if _may_be_a_model(Path(path)):
+        return
+    inside = sorted(one for one in Path(path).iterdir() if one.is_dir() and _may_be_a_model(one))
+    named = ", ".join(str(one) for one in inside[:_MOST_NAMED])
+    more = f" and {len(inside) - _MOST_NAMED} more" if len(inside) > _MOST_NAMED else ""
+    raise CheckpointError(f"{no_checkpoint(path)}{named and f'; name a folder inside it: {named}{more}'}")
+
+
+def _may_be_a_model(folder: Path) -> bool:
+    try:
+        return any(_OF_A_MODEL.fullmatch(name) for name in os.listdir(folder))
+    except OSError:  # the reason is shown when it is read
+        return True
+
+
+def no_checkpoint(path: str | Path) -> str:
+    """What to say of a folder without a checkpoint."""
+    return f"{path}: no checkpoint there (looked for {MANIFEST}, checkpoints/step-* and config.json)"
 
 
 def _advice(path: str) -> str:
@@ -123,7 +152,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return found[0]
     if (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{path}: this run has not saved a checkpoint yet; continue it, or name another folder")
-    raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST}, checkpoints/step-* and config.json)")
+    raise CheckpointError(no_checkpoint(path))
 
 
 def run_folder(folder: Path) -> Path:

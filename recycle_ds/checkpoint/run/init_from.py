@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from recycle_ds.checkpoint.portable.folders import check_folder, completed
+from recycle_ds.checkpoint.portable.folders import check_model_folder, completed
 from recycle_ds.config import RecycleConfig
 
 _INHERITED = ("layers", "depth", "draft_vocabulary", "taps", "confidence")
@@ -31,7 +31,7 @@ def init_from_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
         earlier = _earlier_start(tree)
         if earlier is not None:
             return earlier
-    check_folder(folder)
+    check_model_folder(folder)
     from recycle_ds.checkpoint.recognition import open_source  # torch, which takes seconds to import
 
     source = open_source(folder, verify=False)

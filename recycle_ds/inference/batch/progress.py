@@ -1,4 +1,4 @@
-"""Progress of a file of prompts: a bar on a terminal, a line on stderr for each prompt elsewhere."""
+"""Progress of a file of prompts: a bar on a terminal, lines on stderr elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from rich.progress import Progress as Bar
 
 from recycle_ds.config.console import output_console
 
+_SECONDS = 10.0
+"""Between two lines of a log."""
+
 
 class Progress:
     """Shows how many prompts are done, with tokens per second and the acceptance of drafts.
@@ -24,6 +27,7 @@ class Progress:
         self._start = time.monotonic()
         self._tokens = self._tested = self._accepted = 0
         self._bar: Bar | None = None
+        self._next_line = 0.0
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Counts the tokens of a prompt that is done."""
@@ -35,7 +39,9 @@ class Progress:
         """Shows that so many prompts are done."""
         self._note(f"{self._name}: {done}")  # the same text after a restart says that nothing was done meanwhile
         if not sys.stderr.isatty():
-            print(f"{self._name}: {done} of {of} prompts, {self.speed()}", file=sys.stderr, flush=True)
+            if done == of or time.monotonic() >= self._next_line:
+                print(f"{self._name}: {done} of {of} prompts, {self.speed()}", file=sys.stderr, flush=True)
+                self._next_line = time.monotonic() + _SECONDS
             return
         if self._bar is None:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())

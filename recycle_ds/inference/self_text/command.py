@@ -68,7 +68,7 @@ def self_generate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Let a model write text, to train a recycle module on: token files for the `data` section of a run."""
-    from recycle_ds.checkpoint.portable.folders import check_folder
+    from recycle_ds.checkpoint.portable.folders import check_model_folder
     from recycle_ds.inference.parameters import TokenSampling, check_runtime
     from recycle_ds.inference.self_text.settings import SelfTextSettings, parse_held_out, parse_temperatures
     from recycle_ds.parallel.job import errors_of_host
@@ -96,7 +96,7 @@ def self_generate(
         raw=raw,
     )
     with errors_of_host():
-        check_folder(model)
+        check_model_folder(model)
         request = _request(model, settings, prompts, tuple(exclude or ()), output, threads, text)
     from recycle_ds.parallel.rendezvous import detect_launch, quiet_libraries
 

@@ -10,7 +10,13 @@ import pytest
 
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
-from recycle_ds.checkpoint.portable.folders import check_folder, check_run_dir, resolve_checkpoint, step_folder
+from recycle_ds.checkpoint.portable.folders import (
+    check_folder,
+    check_model_folder,
+    check_run_dir,
+    resolve_checkpoint,
+    step_folder,
+)
 from recycle_ds.checkpoint.recognition import open_source
 from tests.unit.checkpoint.families import save
 
@@ -54,6 +60,34 @@ def test_a_missing_folder_comes_with_fitting_advice(
         check_folder(path)
     message = str(caught.value)
     assert message.endswith("no such folder") if advice is None else advice in message
+
+
+def test_a_folder_of_something_else_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    """Prevents six seconds of imports before a wrong folder is reported, a message that does not say which one would be right,
+    and a folder of a supported format that is taken for something else."""
+    for name in ("one", "two", "three", "four", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("readme.txt" if name == "notes" else "config.json")).touch()
+    with pytest.raises(CheckpointError, match=r"notes: no checkpoint there \(looked for [^)]*\)$"):
+        check_model_folder(tmp_path / "notes")
+    with pytest.raises(CheckpointError) as caught:
+        check_model_folder(tmp_path)
+    inside = ", ".join(str(tmp_path / name) for name in ("four", "one", "three"))
+    assert str(caught.value).endswith(f"; name a folder inside it: {inside} and 1 more")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        check_model_folder(tmp_path / "none")
+    for content in (
+        "checkpoints",
+        "iter_0000010",
+        "mp_rank_00",
+        "latest",
+        "latest_checkpointed_iteration.txt",
+        "model.safetensors",
+    ):
+        folder = tmp_path / f"with {content}"
+        folder.mkdir()
+        (folder / content).touch()
+        check_model_folder(folder)
 
 
 def test_a_run_without_a_checkpoint_is_named_as_such(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from threading import Timer
 
 from recycle_ds.inference.engine.costs.cost_file import CostFile
 from recycle_ds.inference.engine.executor import Executor
@@ -21,6 +23,8 @@ _FURTHER = 3
 """Depths after the first one in the deeper of two trees, so that their difference is not lost in noise."""
 _MOST_SECONDS = 15.0
 """Seconds after which no larger size is timed: on a busy machine a start should not take minutes."""
+_SILENT_SECONDS = 1.5
+"""After so long, a user is told what takes time."""
 _CONTEXT = 128
 """Tokens of context that the timed sequences have."""
 # Stored costs hold as long as a call takes at most this factor more or less time.
@@ -52,7 +56,14 @@ def known_or_measured(
         if 1 / _MOST_CHANGE < found / seconds < _MOST_CHANGE:
             known.full_scale = found / seconds
             return known
-    costs = measure(executor, blocks, block_size, positions, max_batch, with_module)
+    text = "note: measuring what calls of this model cost on this machine; later starts know it"
+    note = Timer(_SILENT_SECONDS, partial(print, text, file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    try:
+        costs = measure(executor, blocks, block_size, positions, max_batch, with_module)
+    finally:
+        note.cancel()
     if file is not None:
         file.write(costs)
     return costs

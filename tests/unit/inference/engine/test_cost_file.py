@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(costs, "_MOST_CHANGE", 1.0)
     local_engine(random_model(7, 1), max_batch=2).measure_costs()
     assert len(measured) == 4 and json.loads(file.read_text())["full"] != [list(point) for point in first.full]
+
+
+def test_a_user_is_told_what_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a first start that is silent for seconds, and a line on stderr where nothing takes long."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def measure(*_: object) -> CostModel:
+        time.sleep(seconds)
+        return COSTS
+
+    monkeypatch.setattr(costs, "measure", measure)
+    for silent_seconds, seconds in ((60.0, 0.0), (0.01, 1.0)):
+        monkeypatch.setattr(costs, "_SILENT_SECONDS", silent_seconds)
+        local_engine(random_model(7, 1), max_batch=2 + int(seconds)).measure_costs()
+        assert ("note: measuring what calls" in capsys.readouterr().err) == (seconds > 0)
 
 
 @pytest.mark.parametrize(
