@@ -28,4 +28,4 @@ class FaultConfig(Section):
     straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
     """A rank whose own work takes more than this many times its peers' median is reported."""
     stop_margin: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds before the end of the SLURM job at which a run saves and exits, plus twice the longest step and save."""
+    """Seconds before the end of the SLURM job at which a run saves and exits, plus three of the longest steps and two saves."""

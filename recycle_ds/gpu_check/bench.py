@@ -32,7 +32,7 @@ def bench(
     from recycle_ds.parallel.rendezvous import quiet_libraries
 
     quiet_libraries()
-    from recycle_ds.gpu_check import decoding_benches, training_benches
+    from recycle_ds.gpu_check import decoding_benches, kernel_benches, training_benches
 
     def write(figures: dict[str, Any]) -> None:
         with results.open("a", encoding="utf-8") as out:
@@ -43,6 +43,7 @@ def bench(
         "machine": lambda: training_benches.machine(write, small),
         "training": lambda: training_benches.compared(write, small),
         "training_large": lambda: training_benches.large(write, small),
+        "kernels": lambda: kernel_benches.kernels(write, small),
         "decoding": lambda: decoding_benches.decoding(write, small, model, work),
         "serving": lambda: decoding_benches.serving(write, small, model, work),
     }

@@ -156,6 +156,18 @@ CLAIMS = (
         )
         for subject in ("backbone", "recycle")
     ),
+    *(
+        Claim(
+            f"{text}, forward and backward: liger-kernel's time over that of what the compiler makes (no bound)",
+            _path("kernels", f"{name}.liger_over_ours"),
+        )
+        for name, text in (
+            ("norm", "RMSNorm"),
+            ("swiglu", "SwiGLU"),
+            ("rotary", "rotary embedding"),
+            ("head_loss", "head and cross entropy"),
+        )
+    ),
 )
 PROVEN = {
     "zero": "fp32 losses and gradient norms are those of a CPU, and equal under ZeRO 1, 2 and 3",

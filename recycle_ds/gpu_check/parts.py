@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from recycle_ds.config import ConfigError
 from recycle_ds.gpu_check.part import Part
 
-BENCHES = {"machine": 45.0, "training": 110.0, "decoding": 70.0, "serving": 60.0, "training_large": 70.0}
+BENCHES = {
+    "machine": 45.0,
+    "training": 110.0,
+    "decoding": 70.0,
+    "serving": 60.0,
+    "training_large": 70.0,
+    "kernels": 40.0,
+}
 """In the order in which they run, the most telling first, with their time limits in seconds. See bench.py."""
+NEEDED = {"kernels": ("liger_kernel", "liger-kernel")}
+"""Benches that compare with a package that is no dependency, its module and its name. Without it they are left out, but for
+rehearsals."""
 _WEIGHTY = ("zero", "memory_savers", "compiled", "decoding_graphs")
 """Files of tests that take longest. They start first, so that none of them is left for the end."""
 _TESTS_LIMIT = 230.0
@@ -63,6 +74,13 @@ def all_parts(settings: CheckSettings, repository: Path) -> list[Part]:
         command = ("-m", "recycle_ds.gpu_check.functions", relative, str(results.resolve()))
         found.append(Part(name, command, results, slack * _TESTS_LIMIT))
     for name, seconds in BENCHES.items():
+        module, package = NEEDED.get(name, ("", ""))
+        if module and not settings.rehearsal and find_spec(module) is None:
+            if f"{BENCH}{name}" in settings.only:
+                raise ConfigError(
+                    f"--only {BENCH}{name}: it compares with {package}: install it, or put it on PYTHONPATH"
+                )
+            continue
         results = work / f"bench_{name}.jsonl"
         bench = ("-m", "recycle_ds.gpu_check.bench", name, str(results.resolve()), *_options(settings))
         found.append(Part(f"{BENCH}{name}", bench, results, slack * seconds, alone=True))

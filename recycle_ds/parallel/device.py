@@ -144,7 +144,7 @@ def download(*tensors: torch.Tensor) -> Callable[[], list[list[float]]]:
     for copy, tensor in zip(copies, tensors, strict=True):
         if tensor.is_cuda:
             copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event() if any(one.is_cuda for one in tensors) else None
+    event = torch.cuda.Event(blocking=True) if any(one.is_cuda for one in tensors) else None
     if event is not None:
         event.record()
 

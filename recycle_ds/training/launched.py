@@ -43,6 +43,11 @@ class Launched:
         return self.before.step + 1
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether steps can be launched before the one before has ended. A CPU computes them then: nothing would be gained."""
+    return device.type == "cuda"
+
+
 def share(sums: Tensor, reason: str | None, *, writing: bool, mesh: Mesh) -> Shared:
     """Adds up the losses of all ranks, and lets them vote. One collective over all ranks, for which a GPU's host does not wait.
 

@@ -1,7 +1,7 @@
 """The training loop. Schedules, clipping, checkpoints, bad steps and what watches the run are in modules of their own.
 
-A step is launched, and ends when the host knows its losses and norms. Where nothing has to follow at once, the next step is
-launched before that: a GPU then always has work, and decides itself that a step that is not finite changes nothing.
+A step is launched, and ends when the host knows its losses and norms. On a GPU, where nothing has to follow at once, the next
+step is launched before that: the GPU then always has work, and decides itself that a step that is not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recycle_ds.training.engine.validation import evaluate
 from recycle_ds.training.errors import LocalError, TrainingError
 from recycle_ds.training.faults.bad_steps import APPLY, ROLLBACK, SKIP, BadSteps
 from recycle_ds.training.faults.stop_requests import STOP_FILE, TAKEN_OVER, StopRequest
-from recycle_ds.training.launched import Launched, Shared, agreed, share, total_loss
+from recycle_ds.training.launched import Launched, Shared, agreed, runs_ahead, share, total_loss
 from recycle_ds.training.observers import EvaluationEnd, LoggedStep, PhaseStart, RunEnd, RunStart, StepEnd, StepStart
 from recycle_ds.training.observers.dispatch import Observers
 from recycle_ds.training.observers.records import Phase
@@ -60,6 +60,7 @@ class Trainer:
         self._steps = 0
         """Steps of this start, repeated ones included."""
         self._last = 0
+        self._runs_ahead = runs_ahead(engine.mesh.device)
         self._open: Launched | None = None
         """The step before the next one, if it has not ended."""
         self._resumed = 0.0
@@ -76,7 +77,9 @@ class Trainer:
         try:
             ended = self._run(state, stop)
         except BaseException as error:
-            self._observers.at_end(RunEnd.by(error, self.state.step, self._steps))
+            # of a step that has not ended nothing is known
+            known = self.state if self._open is None else self._open.before
+            self._observers.at_end(RunEnd.by(error, known.step, self._steps))
             raise
         self._observers.at_end(RunEnd(self.state.step, ended, self._steps))
         return ended
@@ -135,7 +138,6 @@ class Trainer:
             before = self._end(self._open, stop)
             self._after_step(before, is_open=before.end.action == APPLY)
             if before.end.action != APPLY:
-                self._steps -= 1  # this one was dropped, and is run again
                 return before.stop
             reason = before.stop
         wanted, writing = self._reason_to_stop(stop), not self._saver.ended()
@@ -176,7 +178,9 @@ class Trainer:
         training, step = self.config.training, launched.step
         periods = (training.log_every, training.save_every, training.eval_every)
         is_due = any(period and step % period == 0 for period in periods)
-        return is_due or self._waits_for_norms or launched.number == 1 or step in (1, self._last)
+        is_due |= training.profile is not None and step in (training.profile.start - 1, training.profile.end)
+        is_due |= launched.number == 1 or step in (1, self._last)
+        return is_due or self._waits_for_norms or not self._runs_ahead
 
     def _end(self, launched: Launched, stop: StopRequest) -> _Ended:
         """Waits for a step's numbers, and responds to a bad step. Drops the gradients of the step after it then."""
@@ -192,6 +196,8 @@ class Trainer:
         assert is_good == report.applied, "the host and the device disagree on a step"
         if is_open and not is_good:
             self.engine.gradients.drop()
+            self._steps -= 1  # the step that was launched after this one is run again
+        self.state = launched.before
         action = self._recovery.respond(launched.before)
         if action == APPLY:
             self._bad.applied(loss, report.norm)
@@ -240,7 +246,11 @@ class Trainer:
                 self._observers.at_log(LoggedStep(step, self._observers.figures(end)))
             if not is_open:
                 self._enter(step, "save")
-            self._saver.finish(writing=result.writing)
+                self._saver.finish(writing=result.writing)
+            elif self._saver.is_saving and not result.writing:
+                self._enter(step + 1, "save")  # publishing may take long
+                self._saver.finish()
+                self._enter(step + 1, "agree")
             if training.save_every and step % training.save_every == 0:
                 self._saver.begin(self.state)
             due = training.eval_every and (step % training.eval_every == 0 or step == self._last)

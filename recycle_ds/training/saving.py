@@ -47,6 +47,11 @@ class Saver:
         """Whether there is a published checkpoint to roll back to."""
         return self._published
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint has been started that is not published. The same on all ranks."""
+        return self._saving is not None
+
     def begin(self, state: TrainingState) -> None:
         """Copies the state and lets a thread write it. Finishes the previous checkpoint first."""
         self.finish()

@@ -111,7 +111,7 @@ def test_another_signature_and_a_lost_call_are_named() -> None:
             self.lists = None
 
     uses = {"lists": None, "norm": ("norm_type",), "gone": None}
-    assert moved(Optimizer(), uses, {"step": "norm"}) == [
+    assert moved(Optimizer(), uses, {"step": ("norm",)}) == [
         "Optimizer.norm takes (self, norm_type: 'int', groups: 'list[int]') instead of (self, norm_type)",
         "Optimizer.gone is gone",
         "Optimizer.step does not use norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.runs import make_corpus, read_metrics, tiny_run, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero0": {"deepspeed": zero(0)},
+    "zero0_bf16": {"deepspeed": zero(0), "training__dtype": "bf16"},
     "zero1": {"deepspeed": zero(1)},
     "zero2_bf16": {"deepspeed": zero(2), "training__dtype": "bf16"},
     "zero3": {"deepspeed": zero(3)},
@@ -25,6 +27,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 SELDOM = {"training__log_every": 100}
 """Only the first and the last step of twelve are logged."""
 ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "training__keep_checkpoints": 9}
+
+
+def run_ahead(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
+    """`run_all` with steps that end late, as on a GPU."""
+    from recycle_ds.training import loop
+
+    original, loop.runs_ahead = loop.runs_ahead, lambda _: True
+    try:
+        return run_all(rank, world_size, runs)
+    finally:
+        loop.runs_ahead = original
+
+
+def run_faulty_ahead(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
+    """`run_faulty`, likewise."""
+    from recycle_ds.training import loop
+
+    original, loop.runs_ahead = loop.runs_ahead, lambda _: True
+    try:
+        return run_faulty(rank, world_size, faults)
+    finally:
+        loop.runs_ahead = original
 
 
 class Runs:
@@ -52,9 +76,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Runs that end every step at once (closed/), runs that do not (open/), and runs with bad steps."""
     found = Runs(tmp_path_factory.mktemp("open"))
     plain = [found.config(f"closed/{name}", **change) for name, change in LAYOUTS.items()]
-    plain += [found.config(f"open/{name}", **SELDOM, **change) for name, change in LAYOUTS.items()]
     plain += [found.config("until_6", training__stop_at=6)]
-    assert all(set(endings) == {"finished", "stop_at"} for endings in run_in_sets(run_all, 2, plain))
+    endings = run_in_sets(run_all, 2, plain)
+    assert all(set(one) == {"finished", "stop_at"} for one in endings), endings
+    late = [found.config(f"open/{name}", **SELDOM, **change) for name, change in LAYOUTS.items()]
+    endings = run_in_sets(run_ahead, 2, late)
+    assert all(set(one) == {"finished"} for one in endings), endings
     faults = [
         Fault(found.config(f"retry/{name}", training__nonfinite="retry", **SELDOM, **change), 5, number % 2, times=1)
         for number, (name, change) in enumerate(LAYOUTS.items())
@@ -66,7 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         faults.append(Fault(found.config(kind, training__nonfinite="skip", **more), 5, 0))
     faults.append(Fault(found.config("stop", **SELDOM), 7, 1))
     faults.append(Fault(found.config("asked", **SELDOM), 5, 0, times=1, stop_file=True))
-    endings = run_in_sets(run_faulty, 2, faults)
+    endings = run_in_sets(run_faulty_ahead, 2, faults)
     assert endings[0] == endings[1]
     found.endings = dict(zip([fault.config.run_dir for fault in faults], endings[0], strict=True))
     return found
@@ -108,6 +135,8 @@ def test_a_run_stops_before_a_bad_step(runs: Runs) -> None:
     assert runs.endings[str(runs.root / "stop")].startswith("error: step 7: loss nan")
     assert runs.manifest("stop").files == runs.manifest("until_6").files
     assert runs.manifest("stop").step == 6
+    summary = json.loads((runs.root / "stop" / "summary.json").read_text())
+    assert (summary["sessions"][-1]["last_step"], summary["steps_run"]) == (6, 6)
 
 
 def test_a_stop_request_waits_for_the_step_under_way(runs: Runs) -> None:

@@ -148,8 +148,8 @@ class PipelinePasses:
         "num_stages": None, "stage_id": None, "total_loss": None, "total_additional_losses": None,
         "set_dataiterator": ("iterator",), "_exec_schedule": ("pipe_schedule",), "_exec_optimizer_step": (),
     }  # fmt: skip
-    CALLS: ClassVar[Mapping[str, str]] = {
-        "_exec_reduce_tied_grads": "get_tied_weights_and_groups", "_exec_forward_pass": "_compute_loss"
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "_exec_reduce_tied_grads": ("get_tied_weights_and_groups",), "_exec_forward_pass": ("_compute_loss",)
     }  # fmt: skip
 
     def __init__(self, engine: Any) -> None:

@@ -42,8 +42,8 @@ class Observer:
         """At the begin of each phase of a step."""
 
     def after_step(self, end: StepEnd) -> None:
-        """After every step, before it is logged and saved. One with nothing to follow at once ends when its numbers are there:
-        the next step has been launched by then, so that a GPU does not wait, but has not changed a weight."""
+        """After every step, before it is logged and saved. On a GPU, one with nothing to follow at once ends when its numbers
+        are there: the next step has been launched by then, and has left its gradients, but has changed no weight."""
 
     def figures(self, end: StepEnd) -> Mapping[str, Any]:
         """Figures for the step's line of metrics, by a name that the line does not have yet; JSON values. Called after

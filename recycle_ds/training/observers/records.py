@@ -70,6 +70,7 @@ class StepEnd:
     grad_norm_by_part: Mapping[str, float]
     learning_rate: float
     seconds: float
+    """From the end of the step before, or from its own start if that is later, to its end."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 from recycle_ds.config import ConfigError
 from recycle_ds.gpu_check.check import part_environment, run_check
 from recycle_ds.gpu_check.part import FAILED, NOT_RUN, PASSED, TIMED_OUT, Part
-from recycle_ds.gpu_check.parts import BENCHES, CheckSettings, all_parts, fitted
+from recycle_ds.gpu_check.parts import BENCHES, NEEDED, CheckSettings, all_parts, fitted
 from tests.runs import ROOT
 
 TESTS = """
@@ -159,9 +159,9 @@ def test_parts_see_only_the_device_that_is_asked_for(tmp_path: Path) -> None:
 
 def test_every_file_of_tests_gpu_is_a_part(tmp_path: Path) -> None:
     """Prevents tests for GPUs that `make gpu` does not run, and names that are silently ignored."""
-    names = [one.name for one in all_parts(settings(tmp_path), ROOT)]
+    names = [one.name for one in all_parts(settings(tmp_path, device="cuda"), ROOT)]
     files = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests" / "gpu").glob("test_*.py"))
-    benches = [f"bench_{name}" for name in BENCHES]
+    benches = [f"bench_{name}" for name in BENCHES if name not in NEEDED]
     assert sorted(names[: len(files)]) == files and names[len(files) :] == benches and len(files) > 5
     assert names[:4] == ["zero", "memory_savers", "compiled", "decoding_graphs"], "the longest would end last"
     assert len(set(names)) == len(names), "one part would replace another's results"
@@ -170,6 +170,10 @@ def test_every_file_of_tests_gpu_is_a_part(tmp_path: Path) -> None:
         all_parts(settings(tmp_path, only=("engin",)), ROOT)
     with pytest.raises(ConfigError, match="run this in a clone"):
         all_parts(settings(tmp_path), tmp_path)
+    rehearsed = [one.name for one in all_parts(settings(tmp_path, device="cpu"), ROOT)]
+    assert rehearsed[len(files) :] == [f"bench_{name}" for name in BENCHES], "without the package, too"
+    with pytest.raises(ConfigError, match="--only bench_kernels: it compares with liger-kernel: install it"):
+        all_parts(settings(tmp_path, device="cuda", only=("bench_kernels",)), ROOT)
     for wrong in ({"minutes": 0.0}, {"jobs": 0}):
         with pytest.raises(ConfigError, match="must be"):
             settings(tmp_path, **wrong)

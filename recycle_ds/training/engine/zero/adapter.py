@@ -61,8 +61,8 @@ class ZeroAdapter(ABC):
     """What the class relies on in DeepSpeed's optimizer, see `internals`."""
     USES_OF_PARAMETER: ClassVar[Uses] = {}
     """What DeepSpeed must have set on a trainable parameter."""
-    CALLS: ClassVar[Mapping[str, str]] = {}
-    """A method of DeepSpeed's optimizer that must call another one: the one that `replace_norm` replaces."""
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """A method of DeepSpeed's optimizer that must call others: those that are replaced so that it computes no norm itself."""
 
     reads_are_live = False
     """Whether `read` returns the tensors that the optimizer updates, and not copies of them."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import ClassVar
 
 import torch
+from deepspeed.runtime.fp16 import unfused_optimizer
 from torch import Tensor, nn
 
 from recycle_ds.training.engine.zero.adapter import Kind, Norms, Uses, ZeroAdapter, norms_of
+from recycle_ds.training.engine.zero.internals import without_norms
 
 
 class Stage0(ZeroAdapter):
@@ -46,7 +49,18 @@ class Stage0(ZeroAdapter):
 class Stage0Bf16(Stage0):
     """Stage 0 in bf16: the optimizer's groups have fp32 copies of the parameters."""
 
-    USES: ClassVar[Uses] = {"fp16_groups": None, "fp32_groups": None}
+    USES: ClassVar[Uses] = {"fp16_groups": None, "fp32_groups": None, "overflow_checker": None}
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("overflow_checker", "check", "get_weight_norm")}
+
+    def replace_norm(self, decide: Callable[[], float]) -> None:
+        """See `ZeroAdapter`."""
+        super().replace_norm(decide)
+        self._zero.overflow_checker.check = lambda *_: False  # it reads every gradient; the hold flag does the same
+
+    def step(self, take_step: Callable[[], None]) -> None:
+        """See `ZeroAdapter`."""
+        with without_norms(unfused_optimizer, "get_weight_norm"):
+            super().step(take_step)
 
     def refresh(self) -> None:
         """See `ZeroAdapter`."""

@@ -63,7 +63,7 @@ class Stage3(DecidedInside):
         "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
     }  # fmt: skip
     USES_OF_PARAMETER: ClassVar[Uses] = {"ds_tensor": None, "ds_shape": None}
-    CALLS: ClassVar[Mapping[str, str]] = {"step": "_get_norm_groups"}
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("_get_norm_groups",)}
     keeps_gradients = False
 
     def replace_norm(self, decide: Callable[[], float]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
 import torch
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.training.engine.optimizer import AdamW
 from recycle_ds.training.engine.zero.adapter import Kind, Norms, Uses, Weights, ZeroAdapter, norms_of
 from recycle_ds.training.engine.zero.inside_step import DecidedInside
-from recycle_ds.training.engine.zero.internals import read_fp32
+from recycle_ds.training.engine.zero.internals import read_fp32, without_norms
 
 
 class Linked(ZeroAdapter):
@@ -52,13 +53,17 @@ class Stage1Fp32Accumulation(Linked):
     USES: ClassVar[Uses] = {
         **Linked.USES, "bf16_groups": None, "fp32_groups_gradients": None, "get_grads_for_norm": ("for_clipping",)
     }  # fmt: skip
-    CALLS: ClassVar[Mapping[str, str]] = {"step": "get_grads_for_norm"}
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("get_grads_for_norm", "get_global_norm_of_tensors")}
 
     def replace_norm(self, decide: Callable[[], float]) -> None:
         """See `ZeroAdapter`."""
         super().replace_norm(decide)
-        nothing = torch.zeros(1, device=self.masters()[0].device)  # its own norm, over tensor ranks, is not used
-        self._zero.get_grads_for_norm = lambda for_clipping=False: ([nothing], {})
+        self._zero.get_grads_for_norm = lambda for_clipping=False: ([], {})
+
+    def step(self, take_step: Callable[[], None]) -> None:
+        """See `ZeroAdapter`."""
+        with without_norms(bf16_optimizer, "get_global_norm_of_tensors"):  # over tensor ranks
+            super().step(take_step)
 
     def norms(self, counted: AbstractSet[nn.Parameter]) -> list[Norms]:
         """See `ZeroAdapter`."""
@@ -81,7 +86,7 @@ class Stages12(Linked, DecidedInside):
         **Linked.USES, "params_in_partition": None, "averaged_gradients": None, "partition_gradients": None,
         "scaled_global_norm": ("norm_type",),
     }  # fmt: skip
-    CALLS: ClassVar[Mapping[str, str]] = {"step": "scaled_global_norm"}
+    CALLS: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("scaled_global_norm",)}
 
     def __init__(self, zero: Any, optimizer: AdamW, mesh: Mesh, weights: Weights) -> None:
         super().__init__(zero, optimizer, mesh, weights)
