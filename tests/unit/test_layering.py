@@ -42,6 +42,7 @@ PARTS = {
         "benchmark",
         "saving",
         "recovery",
+        "launched",
         "loop",
     ),
     "checkpoint": (
