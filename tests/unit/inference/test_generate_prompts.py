@@ -48,8 +48,9 @@ def test_failed_prompts_are_reported_when_all_others_are_done(
     prompts.write_text("".join(json.dumps({"prompt": text, "id": n}) + "\n" for n, text in enumerate(texts)))
     asked = ("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "3")
     outcome = generate(*asked)
-    lines = [f"rank 1: {done} of 2 prompts, {FIGURES}" for done in (1, 2)]
-    assert outcome.code == 0 and re.fullmatch("\n".join(lines) + "\n", outcome.err), outcome.err
+    lines = "".join(f"rank 1: {done} of 2 prompts, {FIGURES}\n" for done in (1, 2))
+    note = "(note: measuring .*\n)?"  # on a slow machine
+    assert outcome.code == 0 and re.fullmatch(note + lines, outcome.err), outcome.err
     assert not (job / "outcome").exists() and not output.exists(), "the first rank has not begun"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
