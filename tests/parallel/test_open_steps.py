@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import Manifest, read_manifest
 from recycle_ds.config import RunConfig
-from tests.distributed import run_in_sets
+from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.parity import PIPELINE
-from tests.parallel.ranks import Fault, run_all, run_faulty
+from tests.parallel.ranks import Fault, run_all, run_faulty, run_taken_over
 from tests.runs import make_corpus, read_metrics, tiny_run, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -29,26 +30,25 @@ SELDOM = {"training__log_every": 100}
 ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "training__keep_checkpoints": 9}
 
 
-def run_ahead(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
-    """`run_all` with steps that end late, as on a GPU."""
+def run_ahead(rank: int, world_size: int, run: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of tests/parallel/ranks.py, with steps that end late, as on a GPU."""
     from recycle_ds.training import loop
 
     original, loop.runs_ahead = loop.runs_ahead, lambda _: True
     try:
-        return run_all(rank, world_size, runs)
+        return run(rank, world_size, *arguments)
     finally:
         loop.runs_ahead = original
+
+
+def run_all_ahead(rank: int, world_size: int, runs: list[RunConfig]) -> list[str]:
+    """`run_all`, likewise."""
+    return list(run_ahead(rank, world_size, run_all, runs))
 
 
 def run_faulty_ahead(rank: int, world_size: int, faults: list[Fault]) -> list[str]:
     """`run_faulty`, likewise."""
-    from recycle_ds.training import loop
-
-    original, loop.runs_ahead = loop.runs_ahead, lambda _: True
-    try:
-        return run_faulty(rank, world_size, faults)
-    finally:
-        loop.runs_ahead = original
+    return list(run_ahead(rank, world_size, run_faulty, faults))
 
 
 class Runs:
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     endings = run_in_sets(run_all, 2, plain)
     assert all(set(one) == {"finished", "stop_at"} for one in endings), endings
     late = [found.config(f"open/{name}", **SELDOM, **change) for name, change in LAYOUTS.items()]
-    endings = run_in_sets(run_ahead, 2, late)
+    endings = run_in_sets(run_all_ahead, 2, late)
     assert all(set(one) == {"finished"} for one in endings), endings
     faults = [
         Fault(found.config(f"retry/{name}", training__nonfinite="retry", **SELDOM, **change), 5, number % 2, times=1)
@@ -91,6 +91,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             faults.append(Fault(found.config(f"{kind}/{name}", **ROLLBACK, **more, **LAYOUTS[name]), 7, 1, times=1))
     for kind, more in (("skip", SELDOM), ("skip_closed", {})):
         faults.append(Fault(found.config(kind, training__nonfinite="skip", **more), 5, 0))
+    for kind, more in (("retry_skip", SELDOM), ("retry_skip_closed", {})):
+        faults.append(Fault(found.config(kind, training__nonfinite="retry", **more), 5, 1))
     faults.append(Fault(found.config("stop", **SELDOM), 7, 1))
     faults.append(Fault(found.config("asked", **SELDOM), 5, 0, times=1, stop_file=True))
     endings = run_in_sets(run_faulty_ahead, 2, faults)
@@ -114,10 +116,10 @@ def test_ending_a_step_later_changes_nothing(runs: Runs, name: str) -> None:
     assert lines == [1, 12], "the test needs steps that are not logged"
 
 
-@pytest.mark.parametrize("name", ["rollback/zero1", "rollback/zero3", "rollback/pipeline", "skip"])
+@pytest.mark.parametrize("name", ["rollback/zero1", "rollback/zero3", "rollback/pipeline", "skip", "retry_skip"])
 def test_what_follows_a_bad_step_is_the_same(runs: Runs, name: str) -> None:
     """Prevents a step launched after a bad one from leaving something behind, or its data from being left out."""
-    closed = name.replace("rollback", "rollback_closed").replace("skip", "skip_closed")
+    closed = name.replace("rollback/", "rollback_closed/") if "/" in name else f"{name}_closed"
     found, expected = runs.manifest(name), runs.manifest(closed)
     assert found.files == expected.files, "bit for bit"
     assert (found.step, found.skipped, found.rollbacks) == (12, expected.skipped, expected.rollbacks)
@@ -144,3 +146,15 @@ def test_a_stop_request_waits_for_the_step_under_way(runs: Runs) -> None:
     assert runs.endings[str(runs.root / "asked")] == "stop file"
     assert runs.manifest("asked").step == 6
     assert runs.manifest("asked").files == runs.manifest("until_6").files
+
+
+def test_a_run_is_taken_over_while_a_step_is_under_way(runs: Runs) -> None:
+    """Prevents a checkpoint in a folder that a later start has taken over, because this start knows of it a step later,
+    and ranks that wait for one another."""
+    config = runs.config("taken", **SELDOM, training__save_every=4, training__steps=1000)
+    endings = run_ranks(run_ahead, 2, run_taken_over, config, "step", timeout=120)
+    assert all(ending.startswith("taken over: ") for ending in endings)
+    assert [path.name for path in completed(runs.root / "taken")] == ["step-00000004"]
+    assert not list((runs.root / "taken" / "checkpoints").glob(".tmp-*"))
+    summary = json.loads((runs.root / "taken" / "summary.json").read_text())
+    assert summary["state"] == "running", "the earlier start must not write it"

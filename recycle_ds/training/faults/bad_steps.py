@@ -39,7 +39,7 @@ class Fault:
 
 
 class BadSteps:
-    """Judges each step before its update, and then decides how to respond.
+    """Judges each step by its loss and norm, and decides how to respond.
 
     recent: (loss, norm) of the last applied steps, from a checkpoint, so that a resumed run judges like an uninterrupted one.
     """

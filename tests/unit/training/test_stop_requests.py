@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, REASONS, STOP_FILE, TAKEN_OVER, TIME_LIMIT, StopRequest
+from recycle_ds.training.observers import EvaluationEnd, SaveEnd, StepEnd
 
 
 def test_every_reason_is_noticed(tmp_path: Path) -> None:
@@ -45,3 +46,17 @@ def test_taken_over_has_priority() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.poll(0), stop.taker) == (TAKEN_OVER, holders[-1])
     assert REASONS[-1] == TAKEN_OVER, "among the ranks' reasons, the last one has priority"
+
+
+def test_a_run_stops_early_enough_before_the_end_of_its_job() -> None:
+    """Prevents a job that is killed during its last checkpoint: up to three steps, an evaluation, and two saves, one of them
+    under way, come before its end."""
+    with StopRequest(end=time.time() + 100) as stop:
+        for number, seconds in ((1, 500.0), (2, 8.0), (3, 6.0)):
+            stop.after_step(StepEnd(number, number, "apply", number, 2.5, (2.5,), 1.0, {}, 0.1, seconds))
+        for seconds in (15.0, 12.0):
+            stop.at_save(SaveEnd(3, None, seconds, 0.0))
+            stop.after_evaluation(EvaluationEnd(3, {}, seconds - 5))
+        assert stop.needed == 3 * 8 + 2 * 15 + 10, "the first step compiles: it does not count"
+        assert stop.poll(20 + stop.needed) is None
+        assert stop.poll(50 + stop.needed) == TIME_LIMIT
