@@ -6,13 +6,18 @@ subcommand is called, so that help and typing errors are answered at once, witho
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from recycle_ds import __version__
+from recycle_ds.config.command import run_command, user_errors
+from recycle_ds.config.errors import ConfigError
+from recycle_ds.parallel.job import is_error_reporter
 
 COMMANDS = {
     "pretrain": ("recycle_ds.pretrain", "Pretrain a RecycleGPT, or give an existing model a recycle module."),
@@ -45,7 +50,20 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None) -> None:
     """Console entry point; argv without the program's name, by default the process's own."""
-    app(args=argv, prog_name="recycle-ds")
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        app(args=arguments, prog_name="recycle-ds")  # prints the help
+    with user_errors(print_error=is_error_reporter(os.environ)):
+        _check_command(arguments[0])
+    run_command(app, arguments, print_error=is_error_reporter(os.environ))
+
+
+def _check_command(word: str) -> None:
+    """Raises ConfigError if the first argument is neither an option nor a subcommand."""
+    if not word.startswith("-") and word not in COMMANDS:
+        near = difflib.get_close_matches(word, COMMANDS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"'{word}' is no command: {hint}the commands are {', '.join(COMMANDS)}")
 
 
 def _version(wanted: bool) -> None:

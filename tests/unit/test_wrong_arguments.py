@@ -100,6 +100,19 @@ def test_a_typing_error_is_reported_without_torch(case: str) -> None:
     assert json.loads(imported) == []
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["generat", "--model", "x"], "error: 'generat' is no command: did you mean generate? the commands are pretrain, "),
+    (["7"], "error: '7' is no command: the commands are pretrain, "),
+    (["--verson"], "error: No such option: --verson"),
+])  # fmt: skip
+def test_a_command_that_does_not_exist_is_reported_on_one_line(arguments: list[str], message: str) -> None:
+    """Prevents a box of several lines that names neither the nearest command nor those there are."""
+    done = python(RUN.format(module="recycle_ds.cli", arguments=arguments))
+    error, imported = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and error.startswith(message)
+    assert json.loads(imported) == []
+
+
 @pytest.mark.parametrize(("tool", "arguments", "message"), [
     ("bench_conversion", ["--model", "nowhere"], "nowhere: no such folder"),
     ("bench_conversion", ["--model", "docs", "--shard-gib", "0"], "--shard-gib 0.0: must be above 0"),
