@@ -10,11 +10,11 @@ import pytest
 
 from recycle_ds.checkpoint.portable.folders import completed
 from recycle_ds.checkpoint.portable.manifest import read_manifest
-from recycle_ds.config import RunConfig
 from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.parity import PIPELINE
 from tests.parallel.ranks import Fault, run_all, run_and_read_timeouts, run_faulty, run_taken_over
-from tests.runs import figures, make_corpus, read_metrics, steps_of, tiny_run, zero
+from tests.parallel.short_runs import ROLLBACK, Runs
+from tests.runs import figures, steps_of, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero0": {"deepspeed": zero(0)},
@@ -24,22 +24,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline": {"deepspeed": PIPELINE, "parallel__pipeline": 2},
     "tensor_sequence": {"deepspeed": zero(1), "parallel__tensor": 2, "parallel__sequence": True},
 }
-ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "training__keep_checkpoints": 9}
-
-
-class Runs:
-    """Configurations of runs of twelve steps, in one folder and on one corpus."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.corpus = root, make_corpus(root / "corpus")
-
-    def config(self, name: str, **changes: Any) -> RunConfig:
-        return tiny_run(
-            self.corpus, self.root / name, **({"training__steps": 12, "training__learning_rate": 1e-3} | changes)
-        )
-
-    def events(self, name: str, event: str) -> list[dict[str, Any]]:
-        return [record for record in read_metrics(self.root / name) if record.get("event") == event]
 
 
 @pytest.fixture(scope="module")

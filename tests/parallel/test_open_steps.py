@@ -15,7 +15,8 @@ from recycle_ds.config import RunConfig
 from tests.distributed import run_in_sets, run_ranks
 from tests.parallel.parity import PIPELINE
 from tests.parallel.ranks import Fault, run_all, run_faulty, run_taken_over
-from tests.runs import make_corpus, read_metrics, tiny_run, zero
+from tests.parallel.short_runs import ROLLBACK, Runs
+from tests.runs import read_metrics, zero
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero0": {"deepspeed": zero(0)},
@@ -27,7 +28,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 SELDOM = {"training__log_every": 100}
 """Only the first and the last step of twelve are logged."""
-ROLLBACK = {"training__nonfinite": "rollback", "training__save_every": 4, "training__keep_checkpoints": 9}
 
 
 def run_ahead(rank: int, world_size: int, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -51,30 +51,22 @@ def run_faulty_ahead(rank: int, world_size: int, faults: list[Fault]) -> list[st
     return list(run_ahead(rank, world_size, run_faulty, faults))
 
 
-class Runs:
-    """Runs of twelve steps, in one folder and on one corpus, and how they ended."""
+class OpenRuns(Runs):
+    """Runs, and how they ended."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.corpus = root, make_corpus(root / "corpus")
+        super().__init__(root)
         self.endings: dict[str, str] = {}
-
-    def config(self, name: str, **changes: Any) -> RunConfig:
-        return tiny_run(
-            self.corpus, self.root / name, **({"training__steps": 12, "training__learning_rate": 1e-3} | changes)
-        )
 
     def manifest(self, name: str) -> Manifest:
         """The newest checkpoint's."""
         return read_manifest(completed(self.root / name)[0])
 
-    def events(self, name: str, event: str) -> list[dict[str, Any]]:
-        return [record for record in read_metrics(self.root / name) if record.get("event") == event]
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> OpenRuns:
     """Runs that end every step at once (closed/), runs that do not (open/), and runs with bad steps."""
-    found = Runs(tmp_path_factory.mktemp("open"))
+    found = OpenRuns(tmp_path_factory.mktemp("open"))
     plain = [found.config(f"closed/{name}", **change) for name, change in LAYOUTS.items()]
     plain += [found.config("until_6", training__stop_at=6)]
     endings = run_in_sets(run_all, 2, plain)
@@ -102,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ending_a_step_later_changes_nothing(runs: Runs, name: str) -> None:
+def test_ending_a_step_later_changes_nothing(runs: OpenRuns, name: str) -> None:
     """Prevents an update that is lost, applied twice, or made with another learning rate or other data, where the host does not
     wait for it, and one that a bad step before it has let through."""
     closed = runs.manifest(f"closed/{name}")
@@ -117,7 +109,7 @@ def test_ending_a_step_later_changes_nothing(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rollback/zero1", "rollback/zero3", "rollback/pipeline", "skip", "retry_skip"])
-def test_what_follows_a_bad_step_is_the_same(runs: Runs, name: str) -> None:
+def test_what_follows_a_bad_step_is_the_same(runs: OpenRuns, name: str) -> None:
     """Prevents a step launched after a bad one from leaving something behind, or its data from being left out."""
     closed = name.replace("rollback/", "rollback_closed/") if "/" in name else f"{name}_closed"
     found, expected = runs.manifest(name), runs.manifest(closed)
@@ -132,7 +124,7 @@ def test_what_follows_a_bad_step_is_the_same(runs: Runs, name: str) -> None:
         assert str(mine) == str(others)
 
 
-def test_a_run_stops_before_a_bad_step(runs: Runs) -> None:
+def test_a_run_stops_before_a_bad_step(runs: OpenRuns) -> None:
     """Prevents a run that is saved with the update of the step that was launched after a bad one."""
     assert runs.endings[str(runs.root / "stop")].startswith("error: step 7: loss nan")
     assert runs.manifest("stop").files == runs.manifest("until_6").files
@@ -141,14 +133,14 @@ def test_a_run_stops_before_a_bad_step(runs: Runs) -> None:
     assert (summary["sessions"][-1]["last_step"], summary["steps_run"]) == (6, 6)
 
 
-def test_a_stop_request_waits_for_the_step_under_way(runs: Runs) -> None:
+def test_a_stop_request_waits_for_the_step_under_way(runs: OpenRuns) -> None:
     """Prevents a request that is found out a step later from being missed, or from losing the step that was launched."""
     assert runs.endings[str(runs.root / "asked")] == "stop file"
     assert runs.manifest("asked").step == 6
     assert runs.manifest("asked").files == runs.manifest("until_6").files
 
 
-def test_a_run_is_taken_over_while_a_step_is_under_way(runs: Runs) -> None:
+def test_a_run_is_taken_over_while_a_step_is_under_way(runs: OpenRuns) -> None:
     """Prevents a checkpoint in a folder that a later start has taken over, because this start knows of it a step later,
     and ranks that wait for one another."""
     config = runs.config("taken", **SELDOM, training__save_every=4, training__steps=1000)
