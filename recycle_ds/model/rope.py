@@ -26,6 +26,11 @@ class Rotary(nn.Module):
         self.register_buffer("cosine", angles.cos().float(), persistent=False)
         self.register_buffer("sine", angles.sin().float(), persistent=False)
 
+    @property
+    def max_positions(self) -> int:
+        """The longest context."""
+        return len(self.cosine)
+
     def forward(self, positions: Tensor, dtype: torch.dtype) -> CosineSine:
         """[S, B] positions to cosines and sines, each [S, B, 1, C/2]."""
         return self.cosine[positions].unsqueeze(2).to(dtype), self.sine[positions].unsqueeze(2).to(dtype)

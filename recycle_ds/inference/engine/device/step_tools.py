@@ -113,11 +113,12 @@ class StepTools:
         positions_T: Tensor,
         seen: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """A call of the module. positions_T: for the rotary embedding. seen: sequences, roots, bits and ends."""
+        """A call of the module. positions_T: for the rotary embedding; of unused rows, any. seen: sequences, roots, bits and
+        ends."""
         assert self.weights.module is not None
         rows = Seen(*seen, self.tables(shape), 1, self.size)
         tokens = PagedTokens(
             self.cache.module_keys_values, (), slots_T, self.size,
-            positions_T=positions_T.clamp_min(0), seen=rows, attend=self.attend,
+            positions_T=positions_T.clamp(0, self.weights.rotary.max_positions - 1), seen=rows, attend=self.attend,
         )  # fmt: skip
         return self.weights.module(states_TD, self.weights.embed(ids_T), tokens)

@@ -82,6 +82,22 @@ def test_module_with_taps_and_a_confidence_layer(taps: tuple[int, ...]) -> None:
     assert twins.seen["trees"] > 10
 
 
+@pytest.mark.parametrize("prompts", [(1,), (40,), (45, 2), (30, 44, 3), (44, 1, 20, 45)])
+@pytest.mark.parametrize("drafts", [None, 4, 8])
+def test_texts_that_fill_the_context(prompts: tuple[int, ...], drafts: int | None) -> None:
+    """Prevents unused rows behind the last position from being looked up in tables of the positions, which ends every request on
+    a GPU: rows of the sequence itself, and of others that still draft."""
+    engine, twins = twin_engine(random_model(4, 2, max_positions=48), 4)
+    free_drafts(engine)
+    modes = ("verified", "autoregressive") if len(prompts) == 3 else ("verified",)
+    answers = []
+    for index, length in enumerate(prompts):
+        params = SamplingParams(draft_tokens=drafts)
+        answers += engine.add([(i * i + index) % 4 for i in range(length)], params, modes[index % len(modes)])
+    engine.finish(answers)
+    assert {len(one.tokens) for one in answers} == {48} and twins.seen["does not fit"] == 0
+
+
 def test_long_prompts_are_read_without_padding() -> None:
     """Prevents a chunk of a prompt, or slots that the module has not read for long, from missing the fields' room."""
     model = random_model(7, 2, max_positions=700, std=0.3)
