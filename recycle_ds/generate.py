@@ -75,7 +75,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     stop_token: Annotated[list[int] | None, typer.Option(metavar="ID", help="End at this token; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the model's end of sequence.")] = False,
-    min_new_tokens: Annotated[int, typer.Option(metavar="N", help="No end before so many new tokens.")] = 0,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="No end, and no stop string, within so many new tokens.")
+    ] = 0,
     logprobs: Annotated[
         int | None,
         typer.Option(metavar="N", help="With --json: log probabilities of tokens and of the N most likely ones."),

@@ -59,9 +59,8 @@ class PartRunner:
                 while left and len(self._running) < jobs:
                     self._start(left.pop(0))
                 time.sleep(_POLL)
+                self._end([one for one in self._running if one.process.poll() is None and one.seconds > one.limit])
                 for one in list(self._running):
-                    if one.process.poll() is None and one.seconds > one.limit:
-                        self._end(one)
                     if one.process.poll() is not None:
                         self._running.remove(one)
                         _kill_group(one.process)  # what the part itself has left behind
@@ -92,15 +91,19 @@ class PartRunner:
             )
         self._running.append(_Running(part, process, log, time.monotonic(), limit))
 
-    def _end(self, one: _Running) -> None:
-        """Asks for the stack traces of a part that is out of time, and kills it with all its processes."""
-        one.expired = True
-        with contextlib.suppress(ProcessLookupError):
-            one.process.send_signal(signal.SIGUSR2)  # see `announce`
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            one.process.wait(_GRACE)
-        _kill_group(one.process)
-        one.process.wait()
+    @staticmethod
+    def _end(expired: Sequence[_Running]) -> None:
+        """Asks for the stack traces of parts that are out of time, and kills them with all their processes."""
+        for one in expired:
+            one.expired = True
+            with contextlib.suppress(ProcessLookupError):
+                one.process.send_signal(signal.SIGUSR2)  # see `announce`
+        end = time.monotonic() + _GRACE  # for all of them: the check has little time left
+        for one in expired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(end - time.monotonic(), 0))
+            _kill_group(one.process)
+            one.process.wait()
 
 
 def announce() -> None:

@@ -86,7 +86,8 @@ def text_of(
 ) -> str:
     """The text that new tokens add to a prompt, cut before the first stop string, without tokens that end it."""
     hidden = tokenizer.end_ids | set(params.stop_tokens)
-    printer = TokenPrinter(TextStream(tokenizer, after=prompt_ids), params.stop, hidden, "", None)
+    stream, least = TextStream(tokenizer, after=prompt_ids), params.min_new_tokens
+    printer = TokenPrinter(stream, params.stop, hidden, "", None, least=least)
     ids = list(token_ids)
     printer.feed(ids, [False] * len(ids))
     printer.finish()

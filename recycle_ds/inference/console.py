@@ -21,7 +21,7 @@ class TokenPrinter:
     """Detokenises tokens, cuts the text before the first stop string, and prints it as it is produced.
 
     eos_ids: tokens that are not part of the text. out: stream to print to; None only collects the text. colour: whether
-    tokens of the recycle module are coloured, by their meaning in `mode`.
+    tokens of the recycle module are coloured, by their meaning in `mode`. least: see `TextFilter`.
     """
 
     def __init__(
@@ -32,8 +32,9 @@ class TokenPrinter:
         mode: str,
         out: TextIO | None,
         colour: bool = False,
+        least: int = 0,
     ) -> None:
-        self._filter = TextFilter(source, stop)
+        self._filter = TextFilter(source, stop, least)
         self._eos_ids = eos_ids
         self._out = out
         self._colour_code = _COLOURS.get(mode, "") if colour else ""
@@ -48,7 +49,9 @@ class TokenPrinter:
         """Prints the text that these tokens complete and no stop string can cut. An `on_tokens` callback of the decoder."""
         pieces: list[tuple[str, int]] = []
         for token_id, is_recycled in zip(ids, recycled, strict=True):
-            if token_id not in self._eos_ids:
+            if token_id in self._eos_ids:
+                self._filter.skip()
+            else:
                 pieces += self._filter.feed(token_id, is_recycled)
         self._print(pieces)
 

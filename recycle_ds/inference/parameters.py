@@ -16,6 +16,8 @@ MODES = ("autoregressive", "alternate", "verified")
 DTYPES = ("fp32", "bf16", "int8")
 # Below this, logits divided by the temperature may overflow fp32.
 MIN_TEMPERATURE = 1e-4
+# Largest bias or penalty: fp32 holds the changed logits, whatever temperature they are divided by.
+_LARGEST = 1e6
 # Limits with which the likeliest token is mostly the one that is taken.
 _SMALL_TOP_P, _LARGE_MIN_P = 0.4, 0.5
 SEED_LIMIT = 2**63
@@ -42,9 +44,10 @@ class TokenSampling:
     tokens that are in the output; 0 disables it. frequency_penalty: subtracted from the logits of tokens for every time
     they are in the output; 0 disables it. logit_bias: pairs of token id and number to add to its logit (a dict is
     accepted). allowed_tokens: ids that may be chosen; None allows all. bad_tokens: ids that are never chosen.
-    min_new_tokens: no end of sequence is chosen before so many new tokens. logprobs: None reports no log probabilities;
-    n reports those of the chosen token and of the n most likely ones. They are the model's own, before any of the
-    parameters above. prompt_logprobs: also reports those of the prompt's tokens; its known prefix is then read again.
+    min_new_tokens: within so many new tokens no end of sequence is chosen, and no stop string ends the text. logprobs: None
+    reports no log probabilities; n reports those of the chosen token and of the n most likely ones. They are the model's own,
+    before any of the parameters above. prompt_logprobs: also reports those of the prompt's tokens; its known prefix is then
+    read again.
 
     The order is: repetition, presence and frequency penalty, bias, forbidden tokens, temperature, top-k, top-p, min-p.
     A chain of drafts of the recycle module is chosen by the same rules, and a tree without top-k, top-p and min-p.
@@ -78,15 +81,17 @@ class TokenSampling:
             raise DecodingError(f"top_p={self.top_p}: must be above 0 and at most 1 (keep all tokens)")
         if not 0 <= self.min_p <= 1:
             raise DecodingError(f"min_p={self.min_p}: must be from 0 (keep all tokens) to 1")
-        if not math.isfinite(self.repetition_penalty) or self.repetition_penalty <= 0:
+        if not 1 / _LARGEST <= self.repetition_penalty <= _LARGEST:
             raise DecodingError(
-                f"repetition_penalty={self.repetition_penalty}: must be a finite number above 0; 1 disables it"
+                f"repetition_penalty={self.repetition_penalty}: must be from {1 / _LARGEST:g} to {_LARGEST:g}; 1 disables it"
             )
         if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:
             raise DecodingError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise DecodingError(f"{name}={getattr(self, name)}: must be a finite number; 0 disables it")
+            if not abs(getattr(self, name)) <= _LARGEST:
+                raise DecodingError(
+                    f"{name}={getattr(self, name)}: must be from {-_LARGEST:g} to {_LARGEST:g}; 0 disables it"
+                )
         bias = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         try:
             pairs = tuple((index(token), float(value)) for token, value in bias)
@@ -96,8 +101,11 @@ class TokenSampling:
                 f"logit_bias={self.logit_bias!r}: must be pairs of token id and number, such as {{42: -1.5}}"
             ) from None
         for token, value in self.logit_bias:
-            if not math.isfinite(value):
-                raise DecodingError(f"logit_bias={value} for token {token}: must be finite; bad_tokens forbids a token")
+            if not abs(value) <= _LARGEST:
+                raise DecodingError(
+                    f"logit_bias={value} for token {token}: must be from {-_LARGEST:g} to {_LARGEST:g}; bad_tokens forbids a "
+                    "token"
+                )
         if self.allowed_tokens is not None and not set(self.allowed_tokens) - set(self.bad_tokens):
             raise DecodingError("allowed_tokens: none is left to choose; allow at least one that is not in bad_tokens")
         if self.min_new_tokens < 0:
@@ -117,8 +125,7 @@ class TokenSampling:
             if value is None and name in _OPTIONAL:
                 continue
             if name in _WHOLE_NUMBERS:
-                if isinstance(value, bool) or not isinstance(value, Integral):
-                    raise DecodingError(f"{name}={value!r}: must be a whole number")
+                _check_whole(name, value)
                 object.__setattr__(self, name, int(value))
             if name in _NUMBERS:
                 if isinstance(value, bool) or not isinstance(value, Real):
@@ -236,6 +243,8 @@ def check_runtime(dtype: str, threads: int | None) -> None:
     """Raises DecodingError for an unsupported dtype, fewer than one thread, or far more than this host can run."""
     if dtype not in DTYPES:
         raise DecodingError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    if threads is not None:
+        _check_whole("threads", threads)
     if threads is not None and threads < 1:
         raise DecodingError(f"threads={threads}: must be at least 1")
     cores = os.cpu_count() or 1
@@ -247,10 +256,19 @@ def check_runtime(dtype: str, threads: int | None) -> None:
 
 def check_batch(max_batch: int, kv_memory_gib: float | None) -> None:
     """Raises DecodingError for a batch or a KV cache without room."""
+    _check_whole("max_batch", max_batch)
+    if isinstance(kv_memory_gib, bool) or not isinstance(kv_memory_gib, Real | None):
+        raise DecodingError(f"kv_memory_gib={kv_memory_gib!r}: must be a number")
     if max_batch < 1:
         raise DecodingError(f"max_batch={max_batch}: must be at least 1")
     if kv_memory_gib is not None and not (math.isfinite(kv_memory_gib) and kv_memory_gib > 0):
         raise DecodingError(f"kv_memory_gib={kv_memory_gib}: must be a number of GiB above 0")
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Raises DecodingError for anything but a whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise DecodingError(f"{name}={value!r}: must be a whole number")
 
 
 def check_stop_strings(stop: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from recycle_ds.inference.engine.liveness import PATIENCE, Liveness, own_store, print_and_exit
@@ -85,6 +86,8 @@ def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str, flo
     LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
     """
     device = own_device(launch)  # before a model is loaded onto a device that another rank uses
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton's kernels and page-locked memory use the thread's, else they are GPU 0's
     team, members, together = None, [launch.rank], [launch.rank]  # one with a model of its own waits for nobody
     store: dist.Store = dist.HashStore()
     if tensor * pipeline > 1:

@@ -51,7 +51,8 @@ class Request:
         target = None if as_json else out
         prompt_ids = tokenizer.encode(self.prompt)
         text = TextStream(tokenizer, after=prompt_ids)
-        printer = TokenPrinter(text, self.params.stop, hidden, self.mode, target, colour)
+        least = self.params.min_new_tokens
+        printer = TokenPrinter(text, self.params.stop, hidden, self.mode, target, colour, least)
         interrupted = False
         try:
             generation = decode_one(engine, prompt_ids, self.params, self.mode, printer.feed)

@@ -97,6 +97,20 @@ def test_int8_in_graphs_is_int8_without() -> None:
     _check_bf16(int8=True)
 
 
+def test_texts_fill_the_context() -> None:
+    """Prevents unused rows behind the last position from being looked up in tables of positions: that ends the process."""
+    model = _model(4)
+    engine, twins = twin_engine(model, 4, steps=_steps(), compare_drafts=False)
+    free_drafts(engine)
+    for drafts in (None, 4):
+        answers = []
+        for length, mode in ((1, "verified"), (80, "verified"), (90, "autoregressive"), (94, "verified")):
+            prompt = [(i * i + length) % 7 for i in range(length)]
+            answers += engine.add(prompt, SamplingParams(draft_tokens=drafts), mode)
+        engine.finish(answers)
+        assert {len(one.tokens) for one in answers} == {96} and twins.seen["does not fit"] == 0
+
+
 def test_no_step_waits_inside() -> None:
     """Prevents an operation that waits for the device, which PyTorch reports as an error here."""
     # set_sync_debug_mode raises inside the step: that is the assertion

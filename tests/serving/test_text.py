@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tokenizers
@@ -41,7 +42,7 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer(built.to_str())
 
 
-def answer_of(tokenizer: Tokenizer, stop: tuple[str, ...], **options: bool) -> AnswerText:
+def answer_of(tokenizer: Tokenizer, stop: tuple[str, ...], **options: Any) -> AnswerText:
     return AnswerText(TextStream(tokenizer), stop, tokenizer.end_ids, **options)
 
 
@@ -49,40 +50,44 @@ def events(ids: list[int]) -> list[TokenEvent]:
     return [TokenEvent(token, False) for token in ids]
 
 
-def kept_by_engine(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]) -> list[int]:
+def kept_by_engine(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], least: int = 0) -> list[int]:
     """The ids up to where the engine ends the answer."""
-    text = TextFilter(TextStream(tokenizer), stop) if stop else None
+    text = TextFilter(TextStream(tokenizer), stop, least) if stop else None
     condition = StopCondition(tokenizer.end_ids, len(ids), "length", text)
     return ids[: condition.take(ids)]
 
 
 PIECES = st.lists(st.integers(1, 5), min_size=1, max_size=60)
 STOPS = st.lists(st.sampled_from(["at", "the cat", "\uc774", "\U0001f642 the", " ", "caf\u00e9", "tt"]), max_size=2)
+LEAST = st.integers(0, 20)
+"""Tokens within which no stop string ends the text."""
 
 
-@given(st.lists(st.integers(0, 282), min_size=1, max_size=60), PIECES, STOPS, st.booleans())
-@example([275], [1], [], True)
+@given(st.lists(st.integers(0, 282), min_size=1, max_size=60), PIECES, STOPS, st.booleans(), LEAST)
+@example([275], [1], [], True, 0)
 def test_any_tokens_give_the_engines_text(
-    tokenizer: Tokenizer, ids: list[int], sizes: list[int], stops: list[str], by_token: bool
+    tokenizer: Tokenizer, ids: list[int], sizes: list[int], stops: list[str], by_token: bool, least: int
 ) -> None:
     """Prevents streamed text that differs from the complete one: lost or repeated characters, leaked stop strings, tokens
     that do not add up, with tokens of any kind in pieces of any size."""
-    check(tokenizer, ids, sizes, tuple(stops), by_token)
+    check(tokenizer, ids, sizes, tuple(stops), by_token, least)
 
 
-@given(st.integers(0, 40), st.integers(1, 60), PIECES, STOPS, st.booleans())
+@given(st.integers(0, 40), st.integers(1, 60), PIECES, STOPS, st.booleans(), LEAST)
 def test_real_texts_give_the_engines_text(
-    tokenizer: Tokenizer, start: int, count: int, sizes: list[int], stops: list[str], by_token: bool
+    tokenizer: Tokenizer, start: int, count: int, sizes: list[int], stops: list[str], by_token: bool, least: int
 ) -> None:
     """The same for real text, in which the stop strings occur, over one token or several."""
     ids = tokenizer.encode(TEXT * 2)[start : start + count]
-    check(tokenizer, ids, sizes, tuple(stops), by_token)
+    check(tokenizer, ids, sizes, tuple(stops), by_token, least)
 
 
-def check(tokenizer: Tokenizer, ids: list[int], sizes: list[int], stop: tuple[str, ...], by_token: bool) -> None:
-    ids = kept_by_engine(tokenizer, ids, stop)
-    expected = text_of(tokenizer, SamplingParams(stop=stop), ids)
-    answer, source = answer_of(tokenizer, stop, by_token=by_token), TextStream(tokenizer)
+def check(
+    tokenizer: Tokenizer, ids: list[int], sizes: list[int], stop: tuple[str, ...], by_token: bool, least: int
+) -> None:
+    ids = kept_by_engine(tokenizer, ids, stop, least)
+    expected = text_of(tokenizer, SamplingParams(stop=stop, min_new_tokens=least), ids)
+    answer, source = answer_of(tokenizer, stop, by_token=by_token, least=least), TextStream(tokenizer)
     released, decoded, done = "", "", 0
     tokens: list[TokenText] = []
     while done < len(ids):
@@ -107,7 +112,7 @@ def check(tokenizer: Tokenizer, ids: list[int], sizes: list[int], stop: tuple[st
     assert [one.offset for one in tokens] == [len("".join(o.text for o in tokens[:n])) for n in range(len(tokens))]
     if not stop:
         assert len(tokens) == len(ids)
-    elif any(one in decoded for one in stop) and tokens:
+    elif any(one in decoded for one in stop) and tokens and not least:
         assert tokens[-1].text, "tokens behind the stop string are returned"
 
 

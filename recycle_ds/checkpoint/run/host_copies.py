@@ -76,7 +76,7 @@ class HostCopies:
         with torch.cuda.stream(self.stream):
             copied.copy_(value, non_blocking=True)
             self._since_event += size
-            if self._since_event >= _BETWEEN_EVENTS:
+            if not self._live and self._since_event >= _BETWEEN_EVENTS:
                 self._waiting.append((self._event(), self._since_event))
                 self._since_event = 0
         value.record_stream(self.stream)  # its memory is not used again before the copy is complete

@@ -37,9 +37,13 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     return records
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not valid JSON: write null or a number")
+
+
 def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse)
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if isinstance(prompt, str):
             # fails here rather than when the output is written

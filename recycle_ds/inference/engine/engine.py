@@ -242,7 +242,9 @@ class DecodingEngine:
     def _stopping(self, prompt: list[int], params: SamplingParams, end_ids: tuple[int, ...]) -> StopCondition:
         room = self.max_positions - len(prompt)
         reason: FinishReason = "length" if params.max_new_tokens <= room else "context"
-        text = TextFilter(self._text_source(prompt), params.stop) if params.stop and self._text_source else None
+        text = None
+        if params.stop and self._text_source:
+            text = TextFilter(self._text_source(prompt), params.stop, params.min_new_tokens)
         return StopCondition(frozenset(end_ids), min(params.max_new_tokens, room), reason, text)
 
     def measure_costs(self) -> CostModel:

@@ -20,19 +20,31 @@ class TextFilter:
 
     Text that may be the start of a stop string is held back until that is ruled out. Each piece carries the tag of the
     token that completed it (a number), so that a caller can tell the tokens' texts apart.
+
+    least: so many tokens complete no stop string, like `min_new_tokens` for tokens that end a text.
     """
 
-    def __init__(self, source: TextSource, stop: Sequence[str] = ()) -> None:
+    def __init__(self, source: TextSource, stop: Sequence[str] = (), least: int = 0) -> None:
         check_stop_strings(stop)
         self._source = source
         self._stop = tuple(stop)
         self._held: list[tuple[str, int]] = []
+        self._left = least  # of these tokens
+        self._passed = 0  # characters of the held text that they have completed
         self.stopped = False
         """Whether a stop string has been completed."""
 
     def feed(self, token_id: int, tag: int = 0) -> list[tuple[str, int]]:
         """Adds a token. Returns the (text, tag) pieces that no stop string can cut any more; empty after a stop."""
-        return [] if self.stopped else self._take(self._source.feed(token_id), tag, final=False)
+        if self.stopped:
+            return []
+        found = self._take(self._source.feed(token_id), tag, final=False)
+        self.skip()
+        return found
+
+    def skip(self) -> None:
+        """Counts a token that is no part of the text."""
+        self._left = max(self._left - 1, 0)
 
     def flush(self, tag: int = 0) -> list[tuple[str, int]]:
         """Returns the remaining pieces at the end of the sequence; empty after a stop."""
@@ -44,7 +56,12 @@ class TextFilter:
         if text:
             self._held.append((text, tag))
         held = "".join(piece for piece, _ in self._held)
-        starts = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        if self._left:
+            self._passed = len(held)
+        # a stop string that is complete before is passed
+        starts = [
+            at for at in (held.find(stop, max(self._passed - len(stop) + 1, 0)) for stop in self._stop) if at >= 0
+        ]
         if starts:
             self.stopped = True
             return self._release(min(starts))
@@ -61,6 +78,7 @@ class TextFilter:
 
     def _release(self, length: int) -> list[tuple[str, int]]:
         """Removes the first `length` characters from the held-back pieces and returns them."""
+        self._passed = max(self._passed - length, 0)
         released: list[tuple[str, int]] = []
         while length > 0:
             piece, tag = self._held.pop(0)

@@ -75,8 +75,9 @@ class Answering:
         check_count(len(task.prompts), task.params.n, worker.most_answers)
         self.usage = Usage(task.mode, clock(), sum(map(len, task.prompts)), task.prompt_only)
         hidden = tokenizer.end_ids | set(task.params.stop_tokens)
+        stop, least = task.params.stop, task.params.min_new_tokens
         self._texts = [
-            AnswerText(TextStream(tokenizer, after=prompt), task.params.stop, hidden, by_token=task.by_token)
+            AnswerText(TextStream(tokenizer, after=prompt), stop, hidden, by_token=task.by_token, least=least)
             for prompt in task.prompts
             for _ in range(task.params.n)
         ]

@@ -48,11 +48,17 @@ class AnswerText:
     """
 
     def __init__(
-        self, source: TextSource, stop: Sequence[str], hidden_ids: frozenset[int], *, by_token: bool = False
+        self,
+        source: TextSource,
+        stop: Sequence[str],
+        hidden_ids: frozenset[int],
+        *,
+        by_token: bool = False,
+        least: int = 0,
     ) -> None:
-        """hidden_ids: tokens that are no part of the text (those that end it)."""
+        """hidden_ids: tokens that are no part of the text (those that end it). least: see `TextFilter`."""
         self._source = _Counting(source)
-        self._filter = TextFilter(self._source, stop)
+        self._filter = TextFilter(self._source, stop, least)
         self._hidden_ids, self._by_token = hidden_ids, by_token
         self._waiting: deque[_Waiting] = deque()
         self._first = 0  # number of the first waiting token
@@ -67,6 +73,8 @@ class AnswerText:
                 break
             number = self._first + len(self._waiting)
             hidden = event.token_id in self._hidden_ids
+            if hidden:
+                self._filter.skip()
             pieces = [] if hidden else self._filter.feed(event.token_id, number)
             self._waiting.append(_Waiting(event, 0 if hidden else self._source.latest))
             if not hidden:

@@ -74,8 +74,14 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
         list(engine.generate([""]))
     with pytest.raises(CheckpointError, match="no such folder"):
         Engine.from_folder(tmp_path / "nowhere")
-    with pytest.raises(DecodingError, match="max_batch=0"):
-        Engine.from_folder(engine.path, max_batch=0)
+    for options, message in (
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"max_batch": "4"}, "max_batch='4': must be a whole number"),
+        ({"threads": "2"}, "threads='2': must be a whole number"),
+        ({"kv_memory_gib": "1"}, "kv_memory_gib='1': must be a number"),
+    ):
+        with pytest.raises(DecodingError, match=message):
+            Engine.from_folder(engine.path, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -91,13 +97,20 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
         ("stop", (1,), "stop=(1,): must be a sequence of strings"),
         ("logit_bias", [1], "logit_bias=[1]: must be pairs of token id and number, such as {42: -1.5}"),
         ("logit_bias", {2.7: 1}, "logit_bias={2.7: 1}: must be pairs of token id and number, such as {42: -1.5}"),
+        (
+            "logit_bias",
+            {3: 1e39},
+            "logit_bias=1e+39 for token 3: must be from -1e+06 to 1e+06; bad_tokens forbids a token",
+        ),
+        ("frequency_penalty", -2e6, "frequency_penalty=-2000000.0: must be from -1e+06 to 1e+06; 0 disables it"),
+        ("repetition_penalty", 0.0, "repetition_penalty=0.0: must be from 1e-06 to 1e+06; 1 disables it"),
         ("ignore_eos", "no", "ignore_eos='no': must be True or False"),
         ("bad_tokens", "x", "bad_tokens='x': must be a sequence of token ids"),
         ("allowed_tokens", 3, "allowed_tokens=3: must be a sequence of token ids"),
         ("stop_tokens", (1.5,), "stop_tokens=(1.5,): must be a sequence of token ids"),
     ],
 )
-def test_values_of_other_types_are_refused(field: str, value: object, message: str) -> None:
+def test_values_of_other_types_and_sizes_are_refused(field: str, value: object, message: str) -> None:
     """Prevents a value that ends in an error of Python, or in another text, once a prompt is being decoded."""
     with pytest.raises(DecodingError, match=f"^{re.escape(message)}$"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]

@@ -133,6 +133,8 @@ def test_a_text_in_another_encoding_is_named(tmp_path: Path) -> None:
         ("[1]", "expected an object"),
         ('{"prompt": ""}', "the prompt is empty"),
         ('{"prompt": "a"', "not valid JSON"),
+        ('{"prompt": "a", "x": NaN}', "cannot be read: NaN is not valid JSON: write null or a number"),
+        ('{"prompt": "a", "x": [-Infinity]}', "cannot be read: -Infinity is not valid JSON: write null or a number"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:

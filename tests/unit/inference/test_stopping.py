@@ -28,9 +28,9 @@ class Pieces:
         return self._tail
 
 
-def _stream(pieces: list[str], stop: list[str], tail: str = "") -> tuple[list[str], bool]:
+def _stream(pieces: list[str], stop: list[str], tail: str = "", least: int = 0) -> tuple[list[str], bool]:
     """The text shown after each token and at the end, and whether a stop string ended it."""
-    text = TextFilter(Pieces(pieces, tail), stop)
+    text = TextFilter(Pieces(pieces, tail), stop, least)
     shown = ["".join(piece for piece, _ in text.feed(token)) for token in range(len(pieces))]
     shown.append("".join(piece for piece, _ in text.flush()))
     return shown, text.stopped
@@ -143,3 +143,20 @@ def test_text_flushed_at_the_last_token_can_still_be_a_stop() -> None:
     condition = StopCondition(frozenset(), 2, "length", TextFilter(Pieces(["a", "!"], tail="?"), ["!?"]))
     assert condition.take([0, 1]) == 2
     assert condition.reason == "stop"
+
+
+def test_the_first_tokens_complete_no_stop_string() -> None:
+    """Prevents a text that a stop string ends within `min_new_tokens`, and one that goes on because of such a stop string."""
+    assert _stream(["a", "b", "a", "b"], ["b"], least=2) == (["a", "b", "a", "", ""], True)
+    assert _stream(["xE", "ND", "END"], ["END"], least=2) == (["x", "END", "", ""], True)
+    assert _stream(["xE", "ND"], ["END"], least=1) == (["x", "", ""], True), "its last character comes behind them"
+    assert _stream(["xE", "ND"], ["END"], least=2) == (["x", "END", ""], False)
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=12), st.sampled_from(["a", "ab", "aab", "bb"]), st.integers(0, 12))
+def test_a_text_ends_at_the_first_stop_string_behind_the_first_tokens(pieces: list[str], stop: str, least: int) -> None:
+    """Prevents a stop string from being found or passed by where the text that is held back begins."""
+    first, text = len("".join(pieces[:least])), "".join(pieces)
+    at = text.find(stop, max(first - len(stop) + 1, 0))
+    shown, stopped = _stream(pieces, [stop], least=least)
+    assert ("".join(shown), stopped) == (text if at < 0 else text[:at], at >= 0)

@@ -51,12 +51,13 @@ def multiply(x: Tensor, weight_NK: Tensor, scale_N: Tensor, bias: Tensor | None,
     rows, (outputs, inputs) = len(x), weight_NK.shape
     x = x.contiguous()
     y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    _multiply[(triton.cdiv(outputs, _OUTPUTS),)](
-        x, weight_NK, scale_N, scale_N if bias is None else bias.contiguous(),
-        y if residual is None else residual.contiguous(), y, rows, inputs, outputs,
-        ROWS=max(triton.next_power_of_2(rows), _LEAST), OUTPUTS=_OUTPUTS, INPUTS=_INPUTS,
-        BIAS=bias is not None, RESIDUAL=residual is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        WIDEN=x.device.type == "cpu",  # the interpreter multiplies the bits of bf16 numbers as if they were integers
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton takes the thread's own device, whatever its arguments are on
+        _multiply[(triton.cdiv(outputs, _OUTPUTS),)](
+            x, weight_NK, scale_N, scale_N if bias is None else bias.contiguous(),
+            y if residual is None else residual.contiguous(), y, rows, inputs, outputs,
+            ROWS=max(triton.next_power_of_2(rows), _LEAST), OUTPUTS=_OUTPUTS, INPUTS=_INPUTS,
+            BIAS=bias is not None, RESIDUAL=residual is not None,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            WIDEN=x.device.type == "cpu",  # the interpreter multiplies the bits of bf16 numbers as if they were integers
+        )  # fmt: skip
     return y

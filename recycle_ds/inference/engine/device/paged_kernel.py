@@ -116,18 +116,19 @@ def paged(stored: Tensor, query_THC: Tensor, seen: Seen, /) -> Tensor:
     if parts > 1:
         sums = torch.empty((rows, heads, parts, channels), dtype=torch.float32, device=mixed.device)
         largest, total = torch.empty((2, rows, heads, parts), dtype=torch.float32, device=mixed.device)
-    _attend[(rows, kv_heads, parts)](
-        query_THC, stored, sums, largest, total,
-        seen.sequences_T, seen.roots_T, seen.bits_T, seen.ends_T, seen.tables_SW,
-        channels**-0.5, seen.lowest, seen.tables_SW.stride(0), length,
-        KV_HEADS=kv_heads, GROUPS=groups, GROUPS_PADDED=max(triton.next_power_of_2(groups), _LEAST),
-        CHANNELS=channels, CHANNELS_PADDED=padded, BLOCK=seen.block_size, KEYS=_KEYS, PARTS=parts,
-        PRECISION="ieee" if query_THC.dtype == torch.float32 else "tf32",
-        WIDEN=mixed.device.type == "cpu",  # the interpreter multiplies the bits of bf16 numbers as if they were integers
-    )  # fmt: skip
-    if parts > 1:
-        _combine[(rows * heads,)](
-            sums, largest, total, mixed,
-            CHANNELS=channels, CHANNELS_PADDED=padded, PARTS=parts, PARTS_PADDED=triton.next_power_of_2(parts),
+    with torch.cuda.device_of(stored):  # Triton takes the thread's own device, whatever its arguments are on
+        _attend[(rows, kv_heads, parts)](
+            query_THC, stored, sums, largest, total,
+            seen.sequences_T, seen.roots_T, seen.bits_T, seen.ends_T, seen.tables_SW,
+            channels**-0.5, seen.lowest, seen.tables_SW.stride(0), length,
+            KV_HEADS=kv_heads, GROUPS=groups, GROUPS_PADDED=max(triton.next_power_of_2(groups), _LEAST),
+            CHANNELS=channels, CHANNELS_PADDED=padded, BLOCK=seen.block_size, KEYS=_KEYS, PARTS=parts,
+            PRECISION="ieee" if query_THC.dtype == torch.float32 else "tf32",
+            WIDEN=mixed.device.type == "cpu",  # the interpreter multiplies the bits of bf16 numbers as if they were integers
         )  # fmt: skip
+        if parts > 1:
+            _combine[(rows * heads,)](
+                sums, largest, total, mixed,
+                CHANNELS=channels, CHANNELS_PADDED=padded, PARTS=parts, PARTS_PADDED=triton.next_power_of_2(parts),
+            )  # fmt: skip
     return mixed.view(rows, heads * channels)

@@ -85,7 +85,7 @@ def test_module_with_taps_and_a_confidence_layer(taps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("prompts", [(1,), (40,), (45, 2), (30, 44, 3), (44, 1, 20, 45)])
 @pytest.mark.parametrize("drafts", [None, 4, 8])
 def test_texts_that_fill_the_context(prompts: tuple[int, ...], drafts: int | None) -> None:
-    """Prevents unused rows behind the last position from being looked up in tables of the positions, which ends every request on
+    """Prevents unused rows behind the last position from being looked up in tables of positions, which ends every request on
     a GPU: rows of the sequence itself, and of others that still draft."""
     engine, twins = twin_engine(random_model(4, 2, max_positions=48), 4)
     free_drafts(engine)
