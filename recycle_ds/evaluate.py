@@ -28,7 +28,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens in a sequence; that of training if not given.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences evaluated at once.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents evaluated at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=sys.maxsize, help="Documents evaluated at most.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

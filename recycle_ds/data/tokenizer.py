@@ -24,6 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 _KNOWN_EOS = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|eos|>", "[EOS]")
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]")
 _BYTES = 256
+_MOST_TOKENS = 4_000_000
 
 
 class Tokenizer:
@@ -127,14 +128,16 @@ class Tokenizer:
 
         Args:
             texts: documents, read once.
-            vocab_size: number of tokens, at least 257: all bytes and the end of text.
+            vocab_size: number of tokens, from 257 (all bytes and the end of text) to 4 million.
 
         Raises:
-            DataError: `vocab_size` is too small, or larger than the text allows.
+            DataError: `vocab_size` is too small or too large, or larger than the text allows.
         """
         smallest = _BYTES + 1
         if vocab_size < smallest:
             raise DataError(f"a byte-level vocabulary needs at least {smallest} tokens, not {vocab_size}; increase it")
+        if vocab_size > _MOST_TOKENS:  # memory for all of them is taken at once
+            raise DataError(f"a vocabulary has at most {_MOST_TOKENS:,} tokens, not {vocab_size:,}; lower it")
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -45,7 +45,7 @@ def evaluate_documents(
     """Evaluates documents (token ids), each terminated by `eos` and packed as in training.
 
     Every token except the first of a document is predicted exactly once: packed sequences overlap by one token.
-    Raises EvaluationError when there is nothing to predict.
+    Raises EvaluationError when there is nothing to predict, or a loss is not a finite number.
     """
     device = next(model.parameters()).device
     totals: Tensor | None = None
@@ -56,6 +56,11 @@ def evaluate_documents(
     if totals is None or totals[1, 0] == 0:
         raise EvaluationError("the text has fewer than two tokens: there is nothing to predict")
     result = EvaluationResult.of(totals)
+    if not all(map(math.isfinite, (result.loss, *result.recycle_loss))):
+        raise EvaluationError(
+            "the model's loss is not a finite number: its weights are not, or its numbers overflow; take an earlier "
+            "checkpoint, or another --dtype"
+        )
     return Evaluation(
         int(totals[1, 0]), result.loss, result.recycle_loss, result.acceptance, result.tokens_per_full_call
     )

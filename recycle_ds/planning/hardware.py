@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from recycle_ds.planning.errors import PlanningError
@@ -43,12 +44,12 @@ GPUS = {
 
 
 def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """The GPU of this name, with `memory_gib` of memory if given. Raises PlanningError for an unknown name or memory <= 0."""
+    """The GPU of this name, with `memory_gib` of memory if given. Raises PlanningError for an unknown name or memory."""
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise PlanningError(f"--gpu {name}: not known; choose one of {', '.join(sorted(GPUS))}")
-    if memory_gib is not None and memory_gib <= 0:
-        raise PlanningError(f"--gpu-memory-gib {memory_gib}: must be above 0")
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise PlanningError(f"--gpu-memory-gib {memory_gib}: must be above 0, and finite")
     return gpu if memory_gib is None else replace(gpu, memory_gib=memory_gib)
 
 

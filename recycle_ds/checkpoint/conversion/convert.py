@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from recycle_ds.checkpoint.conversion.before_norm import BeforeNorm
 from recycle_ds.checkpoint.conversion.draft_vocabulary import check_draft_vocabulary, set_draft_vocabulary
@@ -85,6 +86,17 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
         write_hugging_face(source, folder, dtype, conversion.shard_bytes, step)
 
 
+def _check_range(name: str, tensor: Tensor, dtype: str) -> None:
+    """Raises CheckpointError if finite numbers are infinite in another type."""
+    lost = tensor.isfinite() & ~tensor.to(_DTYPES[dtype]).isfinite()
+    if lost.any():
+        largest, limit = float(tensor[lost].abs().max()), torch.finfo(_DTYPES[dtype]).max
+        raise CheckpointError(
+            f"{name}: {int(lost.sum()):,} numbers up to {largest:.3g} are beyond {dtype}, which ends at {limit:.3g}; take a "
+            "--dtype with a larger range: nothing is left at the target"
+        )
+
+
 def _verify(source: Source, result: Source, conversion: Conversion, step: Callable[[str], None]) -> None:
     """Compares every tensor of the result with the source's, rounded as requested. Raises CheckpointError if one
     differs."""
@@ -95,6 +107,7 @@ def _verify(source: Source, result: Source, conversion: Conversion, step: Callab
     for name in source.shapes:
         wanted, found = source.read(name), result.read(name)
         if conversion.dtype is not None:
+            _check_range(name, wanted, conversion.dtype)
             wanted, found = canonical_nan(wanted.to(_DTYPES[conversion.dtype])), canonical_nan(found)
         if not same_bits(wanted, found):
             raise CheckpointError(

@@ -123,7 +123,8 @@ def test_training_is_reproducible(texts: list[str], tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "message"), [(256, "at least 257"), (5000, "tokens, not 5000; reduce the vocabulary size")]
+    ("vocab_size", "message"),
+    [(256, "at least 257"), (5000, "tokens, not 5000; reduce the vocabulary size"), (10**25, "at most 4,000,000")],
 )
 def test_invalid_vocabulary_sizes(vocab_size: int, message: str) -> None:
     """Prevents a tokenizer without some bytes, or one smaller than the model's embedding expects."""

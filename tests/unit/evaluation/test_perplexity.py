@@ -47,3 +47,13 @@ def test_nothing_to_predict(model: RecycleGPT) -> None:
     """Prevents a perplexity from being reported for an empty text."""
     with pytest.raises(EvaluationError, match="nothing to predict"):
         evaluate_documents(model, [], 0, seq_length=8, batch_size=2)
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    """Prevents a report of a model whose weights are not finite: its drafts would all be accepted, since none is compared."""
+    config = ModelConfig(layers=1, hidden=32, heads=2, kv_heads=1, ffn=48, vocab_size=60, max_positions=64)
+    broken = build_model(config, RecycleConfig(depth=1), seed=1).eval()
+    with torch.no_grad():
+        next(iter(broken.blocks.values())).mlp.down.weight[3, 2] = torch.nan
+    with pytest.raises(EvaluationError, match=r"loss is not a finite number: .* take an earlier checkpoint"):
+        evaluate_documents(broken, [[1, 2, 3, 4]], 0, seq_length=8, batch_size=2)

@@ -63,6 +63,8 @@ def test_wrong_cluster_is_one_line() -> None:
         find_gpu("h1000")
     with pytest.raises(PlanningError, match="--nodes 0: must be at least 1"):
         Cluster(0, 8, find_gpu("h100"))
+    with pytest.raises(PlanningError, match="--gpu-memory-gib nan: must be above 0, and finite"):
+        find_gpu("h100", float("nan"))
     with pytest.raises(PlanningError, match="--gpu-memory-gib -1"):
         find_gpu("h100", -1)
     assert find_gpu("H100", 60).memory_gib == 60
