@@ -58,7 +58,8 @@ def evaluate(
     length = seq_length or loaded.seq_length
     if length > loaded.model.max_positions:
         raise ConfigError(f"--seq-length {length}: the model's longest context is {loaded.model.max_positions} tokens")
-    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in chain(first, texts))
+    # blank documents are left out, as from training data
+    documents = (loaded.tokenizer.encode(text, parse_special=False) for text in chain(first, texts) if text.strip())
     result = evaluate_documents(loaded.model, documents, loaded.tokenizer.eos_id, length, batch_size)
     for line in report.lines(read=False):
         print(line, file=sys.stderr)
@@ -75,7 +76,9 @@ def evaluate(
     print(f"{result.tokens:,} tokens of {data}, sequences of {length}")
     print(f"backbone: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     for depth, (loss, share) in enumerate(zip(result.recycle_loss, result.acceptance, strict=True), start=1):
-        print(f"recycle depth {depth}: loss {loss:.4f}, acceptance {100 * share:.1f}%")
+        shown = "no token to predict" if loss is None else f"loss {loss:.4f}"
+        judged = "no draft to judge" if share is None else f"acceptance {100 * share:.1f}%"
+        print(f"recycle depth {depth}: {shown}, {judged}")
     if result.tokens_per_full_call is not None:
         drafts = "1 draft" if len(result.acceptance) == 1 else f"{len(result.acceptance)} drafts"
         print(f"tokens per full call, {drafts} in a chain: {result.tokens_per_full_call:.2f}")

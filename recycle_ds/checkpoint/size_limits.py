@@ -8,14 +8,13 @@ from __future__ import annotations
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.config import ModelConfig
 
-LAYERS, WIDTH, POSITIONS = 10_000, 1 << 24, 1 << 31
+WIDTH, POSITIONS = 1 << 24, 1 << 31
 
 
 def check_sizes(model: ModelConfig, where: str) -> None:
     """Raises CheckpointError if a size exceeds its limit. `where` names the configuration in the message."""
     width, scaling = model.heads * model.dim_per_head, model.rope.scaling
     sizes = {
-        "layers": (model.layers, LAYERS),
         "hidden": (model.hidden, WIDTH),
         "heads x head_dim": (width, WIDTH),
         "ffn": (model.ffn, WIDTH),

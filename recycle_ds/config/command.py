@@ -9,12 +9,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from recycle_ds.config.errors import RecycleError
+from recycle_ds.config.errors import ConfigError, RecycleError
 
 if TYPE_CHECKING:
     import typer
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 USER_ERROR, INTERRUPTED = 2, 130
 # Seconds that the rank which prints an error may be behind the others.
 _LEAD = 3.0
+# Options whose value is a text, not a name or a number.
+_TEXTS = ("--prompt", "--system", "--stop")
 # A disk that is full, broken or read-only. Any other OSError that no one handles is a fault of this program.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -71,6 +74,7 @@ def run_command(
     usage_error = cast(type[Exception], typer.BadParameter.__mro__[1])
     with user_errors(print_error=print_error, on_error=on_error):
         try:
+            _check_empty(sys.argv[1:] if argv is None else argv)
             code = application(args=argv, standalone_mode=False)
             _flush_output()
         except usage_error as error:
@@ -87,6 +91,16 @@ def run_command(
         except typer.Abort:
             sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_empty(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for an empty argument, which as a path would mean the current folder. Texts may be empty."""
+    for before, word in pairwise(("", *arguments)):
+        name, equals, value = word.partition("=")
+        option = name if name.startswith("--") and equals else before
+        if option not in _TEXTS and (not word or (name.startswith("--") and equals and not value)):
+            place = f" of {option}" if option.startswith("-") else f" behind {option}" if option else ""
+            raise ConfigError(f"the argument{place} is empty: give a value; if it is a shell variable, set it")
 
 
 def shown_command(module: str, *arguments: str) -> str:

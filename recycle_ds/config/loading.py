@@ -186,6 +186,8 @@ def _expected(kind: str, value: Any, message: str, location: tuple[Any, ...]) ->
         keys = list(section.model_fields) if section is not None else []
         example = f", such as {keys[0]}: VALUE" if keys else ""
         return f"must be a section of keys and values{example}"
+    if kind == "int_parsing_size":
+        return "must be a smaller number"
     message = message.partition(", unable to")[0].removeprefix("Input should be ").removeprefix("a valid ")
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     for name, word in words.items():

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from recycle_ds.config.errors import ConfigError
 from recycle_ds.config.section import NonNegative, OnResume, Positive, Section
 
+MOST_LAYERS, MOST_DEPTH = 10_000, 1_024
+"""Blocks of a backbone or module, and steps that a module is unrolled for: more are a mistake in the configuration, and
+would keep the process busy forever, if only to compute the shapes."""
+
 
 class RopeScaling(Section):
     """How rotary frequencies are scaled for contexts longer than the model was first trained on."""
@@ -48,7 +52,7 @@ class RopeConfig(Section):
 class ModelConfig(Section):
     """The backbone: a LLaMA-type decoder. Sizes are those of the full model, before any sharding."""
 
-    layers: Positive
+    layers: Annotated[Positive, Field(le=MOST_LAYERS)]
     """Transformer blocks."""
     hidden: Positive
     """Width of the residual stream."""
@@ -105,9 +109,9 @@ class ModelConfig(Section):
 class RecycleConfig(Section):
     """The recycle module (RecycleGPT, arXiv 2308.03421): its size, and how it is trained."""
 
-    layers: NonNegative = 1
+    layers: Annotated[NonNegative, Field(le=MOST_LAYERS)] = 1
     """Blocks in the module; 0 trains a plain language model."""
-    depth: Positive = 1
+    depth: Annotated[Positive, Field(le=MOST_DEPTH)] = 1
     """K: number of steps that the module is unrolled for in training; the paper uses 1."""
     loss_weight: Annotated[float, Field(ge=0)] = 0.3
     """Lambda: weight of the mean recycle loss relative to the backbone's."""

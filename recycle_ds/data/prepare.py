@@ -14,7 +14,7 @@ from recycle_ds.data.prepare_report import PrepareReport, SplitReport
 from recycle_ds.data.progress_bar import PrepareBar
 from recycle_ds.data.reading.chat import ChatTemplate
 from recycle_ds.data.reading.report import ReadingOptions, ReadReport
-from recycle_ds.data.sources import read_documents
+from recycle_ds.data.sources import check_outside, read_documents
 from recycle_ds.data.token_files import TokenFileWriter, pair_paths, read_sidecar
 from recycle_ds.data.tokenizer import Tokenizer
 
@@ -75,6 +75,7 @@ def prepare(
     _check_fraction(validation_fraction)
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; at least 1 process has to tokenise")
+    check_outside(source, Path(output))
     options = options or ReadingOptions()
     recipe = _recipe(text_column, chat is not None, parse_special, validation_fraction, options)
     recipe |= {"seed": seed, "split": split}
@@ -146,6 +147,7 @@ def prepare_if_missing(
         return None
     if not tokenizer_file.is_file():
         assert recipe.tokenizer_vocab is not None  # else its absence was refused above
+        check_outside(recipe.source, Path(recipe.output))
         texts = read_documents(recipe.source, recipe.text_column, split=recipe.split, options=_options(recipe))
         tokenizer = Tokenizer.train(texts, recipe.tokenizer_vocab)
         tokenizer.save(recipe.output)

@@ -59,13 +59,15 @@ def prepare(
 
     from recycle_ds.config.console import output_console
     from recycle_ds.data.interruptible import exit_on_sigterm
-    from recycle_ds.data.prepare import check_output, prepare
+    from recycle_ds.data.prepare import VALIDATION, check_output, prepare
     from recycle_ds.data.reading.chat import ChatTemplate
     from recycle_ds.data.reading.report import ReadingOptions
+    from recycle_ds.data.token_files import pair_paths
     from recycle_ds.data.tokenizer import Tokenizer
 
     exit_on_sigterm()
     check_output(output, validation_fraction, overwrite=overwrite)
+    kept = next((path for path in pair_paths(output / VALIDATION) if path.exists()), None)
     try:
         loaded = Tokenizer.load(tokenizer)
         report = prepare(
@@ -92,6 +94,8 @@ def prepare(
     output_console().print(table)
     for line in report.lines():
         print(line)
+    if report.validation is None and kept:
+        print(f"note: {kept} is older and was kept: with --validation-fraction 0 no document is held out")
 
 
 def main(argv: list[str] | None = None) -> None:

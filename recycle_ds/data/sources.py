@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHIPPED = "shipped"
 """Name of the corpus inside the package."""
+TRAIN_SPLIT = "train"
+"""The split that is read if none is named."""
 Progress = Callable[[float], None]
 """Called periodically with the fraction of the source read so far, 0 to 1."""
 
@@ -35,7 +37,7 @@ def read_documents(
     *,
     chat: ChatTemplate | None = None,
     streaming: bool = False,
-    split: str = "train",
+    split: str = TRAIN_SPLIT,
     options: ReadingOptions | None = None,
     report: ReadReport | None = None,
     progress: Progress | None = None,
@@ -79,6 +81,17 @@ def read_documents(
         raise DataError(f"{source} contains no documents{left_out and f' ({left_out})'}; give a source with text")
 
 
+def check_outside(source: str, output: Path) -> None:
+    """Raises DataError if files made in `output` would be read as documents of `source` the next time."""
+    folder = Path(source).expanduser()
+    if source == SHIPPED or not folder.is_dir():
+        return
+    if output.expanduser().resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"--output {output}: is in the source {source}, whose files are read as documents; name a folder outside it"
+        )
+
+
 def _looks_local(source: str) -> bool:
     return packings.kind(source) is not None or _HUB_NAME.fullmatch(source) is None
 
@@ -90,6 +103,12 @@ def _read_local(
     files = [path] if path.is_file() or saved else files_of(path, options, rows.report)
     if path.is_file() and packings.kind(path.name) is None:
         raise DataError(f"{path} has an unsupported file type; give {packings.READABLE}")
+    if path.is_file() and options.exclude:
+        raise DataError(f"--exclude {options.exclude[0]}: {path} is a file; only files of a folder can be left out")
+    if split != TRAIN_SPLIT and not any(file.is_dir() for file in files):
+        raise DataError(
+            f"split {split!r}: {path} has no splits; only Hugging Face datasets and folders that save_to_disk wrote have"
+        )
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty; remove it or fill it")
     sizes = [file.stat().st_size for file in files]

@@ -51,13 +51,14 @@ def train_tokenizer(
     from recycle_ds.data.errors import DataError
     from recycle_ds.data.interruptible import exit_on_sigterm
     from recycle_ds.data.reading.report import ReadingOptions, ReadReport
-    from recycle_ds.data.sources import read_documents
+    from recycle_ds.data.sources import check_outside, read_documents
     from recycle_ds.data.tokenizer import Tokenizer
 
     exit_on_sigterm()
     file = output / "tokenizer.json"
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists: name another --output, or replace it with --overwrite")
+    check_outside(source, output)
     report = ReadReport()
     options = ReadingOptions(skip_invalid, all_files, tuple(exclude or ()))
     try:

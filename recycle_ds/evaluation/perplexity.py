@@ -24,12 +24,12 @@ class EvaluationError(RecycleError):
 @dataclass(frozen=True)
 class Evaluation:
     """loss: nats per predicted token. recycle_loss and acceptance: by depth; acceptance is agreement with the backbone's
-    argmax, conditional on all earlier depths having agreed."""
+    argmax, conditional on all earlier depths having agreed. None where a depth had nothing to predict or to judge."""
 
     tokens: int
     loss: float
-    recycle_loss: list[float]
-    acceptance: list[float]
+    recycle_loss: list[float | None]
+    acceptance: list[float | None]
     tokens_per_full_call: float | None
     """Tokens that a call of the backbone would yield on this text with chains of K drafts; None without a module."""
 
@@ -61,9 +61,18 @@ def evaluate_documents(
             "the model's loss is not a finite number: its weights are not, or its numbers overflow; take an earlier "
             "checkpoint, or another --dtype"
         )
+    count, judged = totals[1, 1:], totals[3, 1:]
     return Evaluation(
-        int(totals[1, 0]), result.loss, result.recycle_loss, result.acceptance, result.tokens_per_full_call
+        int(totals[1, 0]),
+        result.loss,
+        _where(count, result.recycle_loss),
+        _where(judged, result.acceptance),
+        result.tokens_per_full_call,
     )
+
+
+def _where(count: Tensor, means: list[float]) -> list[float | None]:
+    return [mean if number else None for number, mean in zip(count.tolist(), means, strict=True)]
 
 
 def _sequences(documents: Iterable[list[int]], eos: int, seq_length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from recycle_ds.planning.errors import PlanningError
 
+_MOST_NODES, _MOST_GPUS_PER_NODE = 100_000, 1_024
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -55,16 +57,19 @@ def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Identical nodes with identical GPUs. Raises PlanningError if a number is below 1."""
+    """Identical nodes with identical GPUs. Raises PlanningError if a number is below 1 or above what any cluster has."""
 
     nodes: int
     gpus_per_node: int
     gpu: Gpu
 
     def __post_init__(self) -> None:
-        for name, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise PlanningError(f"{name} {value}: must be at least 1")
+        for name, value, most in (
+            ("--nodes", self.nodes, _MOST_NODES),
+            ("--gpus-per-node", self.gpus_per_node, _MOST_GPUS_PER_NODE),
+        ):
+            if not 1 <= value <= most:
+                raise PlanningError(f"{name} {value}: must be from 1 to {most:,}")
 
     @property
     def gpus(self) -> int:

@@ -47,7 +47,8 @@ PARTS = {
     ),
     "checkpoint": (
         *("errors", "provenance", "size_limits", "sequence_length", "tensor_equality", "files", "sources", "portable"),
-        *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "conversion", "run"),
+        *("huggingface", "megatron", "deepspeed_native", "gguf", "recognition", "loading", "tokenizer_check"),
+        *("conversion", "run"),
     ),
     "inference": (
         *(

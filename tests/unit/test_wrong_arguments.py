@@ -82,6 +82,18 @@ WRONG = {
     ),
     "tokens": ("pretrain", ["--config", "7b"], "no such file: data/7b/tokenizer.json; make it with"),
     "target": ("convert", ["ds_configs", "ds_configs", "--to", "hf"], "ds_configs: already exists"),
+    "unset variable": (
+        "convert",
+        ["ds_configs", "", "--to", "hf"],
+        "the argument behind ds_configs is empty: give a value",
+    ),
+    "unset option": (
+        "evaluate",
+        ["--model", "docs", "--data="],
+        "the argument of --data is empty: give a value; if it is a",
+    ),
+    "unset path": ("plan", ["--config", ""], "the argument of --config is empty"),
+    "layers": ("plan", ["--config", "7b", "model.layers=1000000000"], "must be less than or equal to 10000"),
     "inspect": ("inspect", ["ds_configs", "--diff", "nowhere"], "nowhere: no such folder"),
     "plan": ("plan", ["--config", "smollm2"], "--config smollm2: no such file, did you mean smollm2_135m?"),
     "top": ("plan", ["--config", "7b", "--top", "0"], "Invalid value for '--top': must be greater than or equal to 1"),

@@ -30,8 +30,11 @@ def convert_checkpoint(
         str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16; by default each tensor keeps its dtype.")
     ] = None,
     shard_gib: Annotated[
-        float, typer.Option(metavar="GIB", help="All but megatron: maximum file size, and roughly the memory used.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            metavar="GIB", help="All but megatron: maximum file size, and roughly the memory used; 1 by default."
+        ),
+    ] = None,
     tp: Annotated[
         int,
         typer.Option(

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from recycle_ds.checkpoint.conversion.before_norm import BeforeNorm
 from recycle_ds.checkpoint.conversion.draft_vocabulary import check_draft_vocabulary, set_draft_vocabulary
@@ -22,6 +21,7 @@ from recycle_ds.checkpoint.portable.writing import write_portable
 from recycle_ds.checkpoint.recognition import open_source
 from recycle_ds.checkpoint.sources import Source
 from recycle_ds.checkpoint.tensor_equality import canonical_nan, same_bits
+from recycle_ds.checkpoint.tokenizer_check import tokenizer_notes
 from recycle_ds.config import RecycleConfig, TrainingConfig
 
 _DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -42,8 +42,8 @@ def convert(
     conversion.check()
     target = check_target(target_path)
     source = _open(source_path, conversion)
-    if note is not None:
-        for text in (*source.notes, *conversion.notes):
+    for text in (*source.notes, *tokenizer_notes(source), *conversion.notes):
+        if note is not None:
             note(text)
     count = len(source.shapes)
     progress = step or (lambda *_: None)
@@ -86,17 +86,6 @@ def _write(source: Source, folder: Path, conversion: Conversion, step: Callable[
         write_hugging_face(source, folder, dtype, conversion.shard_bytes, step)
 
 
-def _check_range(name: str, tensor: Tensor, dtype: str) -> None:
-    """Raises CheckpointError if finite numbers are infinite in another type."""
-    lost = tensor.isfinite() & ~tensor.to(_DTYPES[dtype]).isfinite()
-    if lost.any():
-        largest, limit = float(tensor[lost].abs().max()), torch.finfo(_DTYPES[dtype]).max
-        raise CheckpointError(
-            f"{name}: {int(lost.sum()):,} numbers up to {largest:.3g} are beyond {dtype}, which ends at {limit:.3g}; take a "
-            "--dtype with a larger range: nothing is left at the target"
-        )
-
-
 def _verify(source: Source, result: Source, conversion: Conversion, step: Callable[[str], None]) -> None:
     """Compares every tensor of the result with the source's, rounded as requested. Raises CheckpointError if one
     differs."""
@@ -107,7 +96,6 @@ def _verify(source: Source, result: Source, conversion: Conversion, step: Callab
     for name in source.shapes:
         wanted, found = source.read(name), result.read(name)
         if conversion.dtype is not None:
-            _check_range(name, wanted, conversion.dtype)
             wanted, found = canonical_nan(wanted.to(_DTYPES[conversion.dtype])), canonical_nan(found)
         if not same_bits(wanted, found):
             raise CheckpointError(

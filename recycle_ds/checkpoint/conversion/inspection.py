@@ -15,6 +15,7 @@ from recycle_ds.checkpoint.deepspeed_native.reading import DeepSpeedSource
 from recycle_ds.checkpoint.megatron.reading import MegatronSource
 from recycle_ds.checkpoint.portable.reading import PortableSource
 from recycle_ds.checkpoint.recognition import open_source
+from recycle_ds.checkpoint.tokenizer_check import tokenizer_notes
 from recycle_ds.config.console import output_console
 
 _WIDTH = 60  # of the table's second column, so that the table fits 80 columns
@@ -43,7 +44,7 @@ def describe(path: str | Path, config: str | Path | None = None) -> dict[str, An
         "tokenizer": source.tokenizer is not None,
         "model": source.model.model_dump(mode="json"),
         "recycle": source.recycle.model_dump(mode="json") if source.recycle.layers else None,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *tokenizer_notes(source)],
     }
     if isinstance(source, PortableSource):
         manifest = source.manifest

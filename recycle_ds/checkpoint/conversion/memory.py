@@ -20,7 +20,8 @@ _CONVERT = (
     "import sys\n"
     "from recycle_ds.checkpoint.conversion.convert import Conversion, convert\n"
     "source, target, to, shard, stages = sys.argv[1:]\n"
-    "convert(source, target, Conversion(to, shard_gib=float(shard), pipeline=int(stages)))"
+    "shard_gib = None if to == 'megatron' else float(shard)\n"
+    "convert(source, target, Conversion(to, shard_gib=shard_gib, pipeline=int(stages)))"
 )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.config.model_sections import MOST_DEPTH, MOST_LAYERS
 
 TARGETS = ("hf", "portable", "megatron", "vllm")
 DTYPES = ("fp32", "bf16", "fp16")
 _GIB = 2**30
+_SHARD_GIB, _LARGEST_SHARD_GIB = 1.0, 2.0**20
+_MOST_SEEDS = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Conversion:
     target: str
     dtype: str | None = None
     """None keeps the source's dtype."""
-    shard_gib: float = 1.0
+    shard_gib: float | None = None
+    """All but megatron: maximum file size; None is 1 GiB."""
     tensor: int = 1
     """megatron: tensor-parallel ranks to shard for."""
     pipeline: int = 1
@@ -44,7 +47,7 @@ class Conversion:
     @property
     def shard_bytes(self) -> int:
         """Maximum file size in bytes."""
-        return int(self.shard_gib * _GIB)
+        return int((_SHARD_GIB if self.shard_gib is None else self.shard_gib) * _GIB)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,8 +64,14 @@ class Conversion:
             raise CheckpointError(f"--to {self.target}: must be one of {', '.join(TARGETS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise CheckpointError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
-        if not (self.shard_gib > 0 and math.isfinite(self.shard_gib * _GIB)):
-            raise CheckpointError(f"--shard-gib {self.shard_gib}: must be above 0, and finite")
+        if self.shard_gib is not None and not 0 < self.shard_gib <= _LARGEST_SHARD_GIB:
+            raise CheckpointError(
+                f"--shard-gib {self.shard_gib}: must be above 0, and at most {_LARGEST_SHARD_GIB:,.0f}"
+            )
+        if self.shard_gib is not None and self.target == "megatron":
+            raise CheckpointError(
+                f"--shard-gib {self.shard_gib} --to megatron: its files follow the layout; choose it by --tp and --pp"
+            )
         if min(self.tensor, self.pipeline) < 1:
             raise CheckpointError(f"--tp {self.tensor} --pp {self.pipeline}: must be at least 1")
         if self.target != "megatron" and self.tensor * self.pipeline > 1:
@@ -75,14 +84,14 @@ class Conversion:
             raise CheckpointError(f"--rank-tokens {self.rank_tokens[0]}: only with --draft-vocabulary N")
         if self.before_norm and self.target != "vllm":
             raise CheckpointError(f"--before-norm --to {self.target}: only with --to vllm")
-        for option, value, least in (
-            ("--recycle-layers", self.recycle_layers, 0),
-            ("--recycle-depth", self.recycle_depth, 1),
-            ("--seed", self.seed, 0),
+        for option, value, least, most in (
+            ("--recycle-layers", self.recycle_layers, 0, MOST_LAYERS),
+            ("--recycle-depth", self.recycle_depth, 1, MOST_DEPTH),
+            ("--seed", self.seed, 0, _MOST_SEEDS),
         ):
             if value is None:
                 continue
-            if value < least:
-                raise CheckpointError(f"{option} {value}: must be at least {least}")
+            if not least <= value <= most:
+                raise CheckpointError(f"{option} {value}: must be from {least} to {most:,}")
             if not self.recycle_layers and option != "--recycle-layers":
                 raise CheckpointError(f"{option} {value}: only with --recycle-layers N, which adds a module")

@@ -32,6 +32,10 @@ def check_target(path: str | Path) -> Path:
                 )
     except OSError as error:
         raise _write_error(path, _failed_write(error)) from None
+    except ValueError as error:  # a name with a NUL character
+        if isinstance(error, CheckpointError):
+            raise
+        raise _write_error(path, str(error)) from None
     return target
 
 

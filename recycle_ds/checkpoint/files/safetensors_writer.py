@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recycle_ds.checkpoint.files.rounding import rounded
 from recycle_ds.config.atomic_files import fsync
 
 Named = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
@@ -32,12 +33,13 @@ def split(tensors: Iterable[Named], shard_bytes: int) -> list[list[Named]]:
 def write_shards(
     folder: Path, shards: list[list[Named]], name: Callable[[int, int], str], step: Callable[[str], None]
 ) -> dict[str, list[str]]:
-    """Writes every shard to disk; returns the tensor names in each file. `step` is called with the name of each tensor read."""
+    """Writes every shard to disk; returns the tensor names in each file. `step` is called with the name of each tensor read.
+    Raises CheckpointError for a number beyond the range of its tensor's dtype."""
     written: dict[str, list[str]] = {}
     for number, shard in enumerate(shards, start=1):
         values: dict[str, Tensor] = {}
         for key, shape, dtype, read in shard:
-            value = read().to(dtype).contiguous()
+            value = rounded(key, read(), dtype).contiguous()
             assert tuple(value.shape) == tuple(shape), key
             values[key] = value
             step(key)

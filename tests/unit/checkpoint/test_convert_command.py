@@ -77,6 +77,12 @@ def test_invalid_arguments(original: Path, tmp_path: Path) -> None:
         ((original, tmp_path / "file" / "out", "--to", "hf"), "cannot be written (Not a directory)"),
         ((original, tmp_path / "out", "--to", "gguf"), "--to gguf: must be one of hf, portable, megatron, vllm"),
         ((original, tmp_path / "out", "--to", "hf", "--shard-gib", "nan"), "--shard-gib nan: must be above 0"),
+        ((original, tmp_path / "out", "--to", "hf", "--shard-gib", "1e308"), "must be above 0, and at most 1,048,576"),
+        (
+            (original, tmp_path / "out", "--to", "megatron", "--shard-gib", "1"),
+            "--to megatron: its files follow the layout",
+        ),
+        ((original, "", "--to", "hf"), "the argument"),
         ((original, tmp_path / "out", "--to", "hf", "--seed", "1"), "--seed 1: only with --recycle-layers"),
         ((original, tmp_path / "out"), "Missing option '--to'"),
     ):

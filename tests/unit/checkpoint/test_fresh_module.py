@@ -76,9 +76,14 @@ def test_a_module_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("conversion", "message"),
     [
-        (Conversion("hf", recycle_layers=-1), "--recycle-layers -1: must be at least 0"),
-        (Conversion("hf", recycle_layers=1, recycle_depth=0), "--recycle-depth 0: must be at least 1"),
-        (Conversion("hf", recycle_layers=1, seed=-1), "--seed -1: must be at least 0"),
+        (Conversion("hf", recycle_layers=-1), "--recycle-layers -1: must be from 0 to 10,000"),
+        (Conversion("hf", recycle_layers=99_999_999), "--recycle-layers 99999999: must be from 0 to 10,000"),
+        (
+            Conversion("hf", recycle_layers=1, recycle_depth=10**9),
+            "--recycle-depth 1000000000: must be from 1 to 1,024",
+        ),
+        (Conversion("hf", recycle_layers=1, recycle_depth=0), "--recycle-depth 0: must be from 1 to 1,024"),
+        (Conversion("hf", recycle_layers=1, seed=-1), "--seed -1: must be from 0 to 9,223,372,036,854,775,807"),
         (Conversion("hf", recycle_depth=2), "--recycle-depth 2: only with --recycle-layers"),
         (Conversion("hf", seed=0), "--seed 0: only with --recycle-layers"),
         (Conversion("megatron", recycle_layers=2), "recycle.layers=2: an MTP layer of Megatron has one block"),

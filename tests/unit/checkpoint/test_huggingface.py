@@ -146,7 +146,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"num_hidden_layers": 2}, ["not supported: model.layers.2."]),
         ({"intermediate_size": 80}, ["wrong shape: model.layers.0.mlp.down_proj.weight [48, 96] instead of [48, 80]"]),
         ({"num_attention_heads": 7}, ["heads (7)"]),
-        ({"hidden_size": "wide"}, ["hidden='wide'"]),
+        ({"hidden_size": "wide"}, ["hidden_size='wide'"]),
     ],
 )
 def test_mismatches_are_listed(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:

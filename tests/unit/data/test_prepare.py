@@ -237,6 +237,23 @@ def test_the_tools_from_end_to_end(tmp_path: Path, jsonl: Write, texts: list[str
         failed = run_tool(name, *arguments)
         assert failed.returncode == 2 and "already exists" not in failed.stderr and contents(out) == before
         assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    validation = (out / "validation.bin").read_bytes()
+    alone = run_tool("prepare_data.py", source, *options, "--validation-fraction", "0", "--overwrite")
+    assert alone.returncode == 0, alone.stderr
+    assert f"note: {out / 'validation.bin'} is older and was kept" in alone.stdout
+    assert (out / "validation.bin").read_bytes() == validation
+
+
+@pytest.mark.parametrize("place", [".", "inner/tokens"])
+def test_files_are_not_made_in_their_source(tokenizer: Tokenizer, tmp_path: Path, place: str) -> None:
+    """Prevents tokenizer.json and train.json from being read as documents of the folder, or as damaged ones."""
+    (tmp_path / "a.txt").write_text("words")
+    output = tmp_path / place
+    with pytest.raises(DataError, match=r"is in the source .*; name a folder outside it"):
+        prepare(str(tmp_path), output, tokenizer, validation_fraction=0, workers=1)
+    done = run_tool("train_tokenizer.py", str(tmp_path), "--output", str(output), "--vocab-size", "300")
+    assert done.returncode == 2 and "is in the source" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import time
 import unicodedata
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from recycle_ds.data.errors import DataError
+from recycle_ds.data.reading.report import ReadingOptions, ReadReport
 from recycle_ds.data.sources import read_documents, rows_of
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -185,3 +187,25 @@ def test_a_deeply_nested_line(tmp_path: Path) -> None:
         json.dumps({"text": "x"})[:-1] + ', "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
     )
     assert "a.jsonl:1 is not JSON" in error_of(tmp_path / "a.jsonl")
+
+
+def test_options_that_have_nothing_to_choose_from(tmp_path: Path) -> None:
+    """Prevents --exclude of a single file, and a split of plain files, from being ignored."""
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"--exclude \*\.txt: .*a\.txt is a file; only files of a folder"):
+        list(read_documents(str(tmp_path / "a.txt"), options=ReadingOptions(exclude=("*.txt",))))
+    assert "has no splits" in error_of(tmp_path / "a.txt", split="test")
+    assert "has no splits" in error_of(tmp_path, split="test")
+
+
+def test_a_fifo_is_not_a_broken_link(tmp_path: Path) -> None:
+    """Prevents a search for a link that does not exist, and a reader that waits for ever."""
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    report = ReadReport()
+    assert list(read_documents(str(tmp_path), report=report)) == ["text"]
+    assert {reason: entry.first for reason, entry in report.left_out.items()} == {
+        "neither file nor folder": ["b.txt"],
+        "broken links": ["c.txt"],
+    }

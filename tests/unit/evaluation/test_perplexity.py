@@ -57,3 +57,11 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
         next(iter(broken.blocks.values())).mlp.down.weight[3, 2] = torch.nan
     with pytest.raises(EvaluationError, match=r"loss is not a finite number: .* take an earlier checkpoint"):
         evaluate_documents(broken, [[1, 2, 3, 4]], 0, seq_length=8, batch_size=2)
+
+
+@pytest.mark.parametrize(("length", "predicted"), [(1, 0), (2, 1), (3, 2), (4, 3)])
+def test_a_depth_without_a_token_to_predict_has_no_figures(model: RecycleGPT, length: int, predicted: int) -> None:
+    """Prevents a perfect loss of 0 and an acceptance of 0 % where nothing was predicted or judged."""
+    result = evaluate_documents(model, [list(range(1, length + 1))], 0, seq_length=8, batch_size=2)
+    assert [loss is None for loss in result.recycle_loss] == [depth >= predicted for depth in range(3)]
+    assert result.acceptance[predicted:] == [None] * (3 - predicted)

@@ -58,11 +58,17 @@ def test_every_value_is_readable_at_80_columns() -> None:
 
 
 def test_wrong_cluster_is_one_line() -> None:
-    """Prevents a traceback for a misspelt GPU, and a division by zero nodes."""
+    """Prevents a traceback for a misspelt GPU, and a division by zero nodes, and a search without an end for
+    10^12 of them."""
     with pytest.raises(PlanningError, match=r"--gpu h1000: not known; choose one of a100-40, .*h100"):
         find_gpu("h1000")
-    with pytest.raises(PlanningError, match="--nodes 0: must be at least 1"):
-        Cluster(0, 8, find_gpu("h100"))
+    for nodes, gpus, message in (
+        (0, 8, "--nodes 0"),
+        (10**12, 8, "--nodes 1000000000000"),
+        (1, 2000, "--gpus-per-node 2000"),
+    ):
+        with pytest.raises(PlanningError, match=f"{message}: must be from 1 to 1"):
+            Cluster(nodes, gpus, find_gpu("h100"))
     with pytest.raises(PlanningError, match="--gpu-memory-gib nan: must be above 0, and finite"):
         find_gpu("h100", float("nan"))
     with pytest.raises(PlanningError, match="--gpu-memory-gib -1"):
