@@ -118,7 +118,7 @@ def local_engine(
     executor = LocalExecutor(runner, watch)
     # else every gathered batch is page-faulted anew: 3.0 instead of 0.7 ms a layer at 16 sequences of 512 positions
     keep_freed_memory()
-    stored = cost_file(model, max_batch, blocks, 1, 1, compiled=weights.why_not_compiled is None)
+    stored = cost_file(model, 1, 1, compiled=weights.why_not_compiled is None)
     engine = _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
     if steps != "flat":  # a longer chunk of a prompt takes those that decode out of their graphs
         engine.scheduler.piece = FEW_TOKENS
@@ -164,7 +164,7 @@ def team_engine(
         executor.follow()
         return None
     sizes = (team.mesh.tensor.size, team.mesh.pipeline.size)
-    stored = cost_file(model, max_batch, blocks, *sizes, compiled=weights.why_not_compiled is None)
+    stored = cost_file(model, *sizes, compiled=weights.why_not_compiled is None)
     return _engine(executor, model, blocks, max_batch, eos_ids, text_source, clock, stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,26 @@ from recycle_ds.parallel.device import machine_name
 
 _PARTS = ("full", "module", "first")
 """Fields of `CostModel` that are measured, in its order."""
-_VERSION = 6
+_VERSION = 7
 """Of what is measured: 2 has trees of drafts, 3 trees that grow in one call, 4 calls that take turns and read
-the cache themselves, 5 other products of the module, 6 attention that prefetches into the second-level cache."""
+the cache themselves, 5 other products of the module, 6 attention that prefetches into the second-level cache, 7 the extent
+beside the key."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a measurement covers. Costs do not depend on it, so that those of a larger one serve a smaller one."""
+
+    context: int
+    """Blocks of context that the timed sequences had."""
+    tokens: int
+    """Tokens of the largest call that is timed."""
+    sequences: int
+    """Sequences of the largest call that is timed with drafts; 0 without a module."""
+
+    def covers(self, other: Extent) -> bool:
+        """Whether the costs of this extent are also those of another."""
+        return self.context == other.context and self.tokens >= other.tokens and self.sequences >= other.sequences
 
 
 @dataclass(frozen=True)
@@ -37,11 +54,13 @@ class CostFile:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"costs-{digest[:24]}.json"
 
-    def read(self) -> CostModel | None:
-        """The costs; None if they were not measured yet, or the file is damaged."""
+    def read(self, extent: Extent) -> CostModel | None:
+        """The costs; None if they were not measured yet to this extent, or the file is damaged."""
         try:
             tree = json.loads(self.path.read_text(encoding="utf-8"))
             if tree["key"] != json.loads(json.dumps(self.key)):
+                return None
+            if not Extent(**tree["extent"]).covers(extent):
                 return None
             parts = [tuple((int(size), float(cost)) for size, cost in tree[part]) for part in _PARTS]
         except (OSError, ValueError, TypeError, KeyError):
@@ -50,18 +69,18 @@ class CostFile:
         ascending = all(list(points) == sorted(points, key=lambda point: point[0]) for points in parts)
         return CostModel(full=parts[0], module=parts[1], first=parts[2]) if valid and ascending else None
 
-    def write(self, costs: CostModel) -> None:
-        """Stores measured costs. Costs are only measured again without the file: a disk that refuses it is no error."""
+    def write(self, costs: CostModel, extent: Extent) -> None:
+        """Stores measured costs and what they cover. Costs are only measured again without the file: a disk that refuses it
+        is no error."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(self.path, {"key": self.key} | {part: getattr(costs, part) for part in _PARTS})
+            measured = {part: getattr(costs, part) for part in _PARTS}
+            write_json_atomically(self.path, {"key": self.key, "extent": asdict(extent)} | measured)
         except OSError:
             return
 
 
-def cost_file(
-    model: RecycleGPT, max_batch: int, blocks: int, tensor: int, pipeline: int, *, compiled: bool
-) -> CostFile | None:
+def cost_file(model: RecycleGPT, tensor: int, pipeline: int, *, compiled: bool) -> CostFile | None:
     """The file for a model in the user's cache folder; None for a user without a home. compiled: whether its blocks run in
     the compiled kernels."""
     folder = cache_folder()
@@ -80,6 +99,5 @@ def cost_file(
         "model": model.config.model_dump(mode="json"),
         "recycle": [model.recycle_layers, None if model.draft_ids is None else len(model.draft_ids), *parts],
         "layout": [tensor, pipeline],
-        "batch": [max_batch, blocks],
     }
     return CostFile(folder, key)

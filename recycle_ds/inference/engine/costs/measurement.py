@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 from threading import Timer
 
-from recycle_ds.inference.engine.costs.cost_file import CostFile
+from recycle_ds.inference.engine.costs.cost_file import CostFile, Extent
 from recycle_ds.inference.engine.executor import Executor
 from recycle_ds.inference.engine.plan import Part, Plan, Rules
 from recycle_ds.inference.parameters import TokenSampling
@@ -46,10 +46,11 @@ def known_or_measured(
 
     Arguments and conditions are those of `measure`.
     """
-    known = None if file is None else file.read()
+    context = _blocks_of_context(blocks, block_size, positions)
+    extent = Extent(context, _most_tokens(blocks - context, max_batch), max_batch if with_module else 0)
+    known = None if file is None else file.read(extent)
     if known is not None:
         size, seconds = known.full[0]
-        context = _blocks_of_context(blocks, block_size, positions)
         _read_context(executor, context, context * block_size, with_module)
         (times,) = _in_turn([partial(_run, executor, context, context * block_size, size, 0)], _repeats(size))
         found = min(times)  # other programs only make a call slower
@@ -65,7 +66,7 @@ def known_or_measured(
     finally:
         note.cancel()
     if file is not None:
-        file.write(costs)
+        file.write(costs, extent)
     return costs
 
 
@@ -81,8 +82,7 @@ def measure(
     """
     context = _blocks_of_context(blocks, block_size, positions)
     _read_context(executor, context, context * block_size, with_module)
-    most = min(blocks - context, max(2 * max_batch * 4, MAX_NODES + 8))
-    sizes = [size for size in _SIZES if size <= most]
+    sizes = [size for size in _SIZES if size <= _most_tokens(blocks - context, max_batch)]
     run = partial(_run, executor, context, context * block_size)
     end = time.monotonic() + _MOST_SECONDS
     full: list[tuple[int, float]] = []
@@ -140,6 +140,11 @@ def _blocks_of_context(blocks: int, block_size: int, positions: int) -> int:
     room = positions - _FURTHER - 3  # for the token that is read, the one chosen, and drafts
     assert block_size >= 2 + _FURTHER * MAX_WIDTH, "a sequence has one block of its own"
     return max(min(_CONTEXT // block_size, room // block_size, (blocks - 1) // 2), 0)
+
+
+def _most_tokens(blocks: int, max_batch: int) -> int:
+    """Tokens of the largest call that is worth timing: each is one of a sequence with a block of its own."""
+    return min(blocks, _SIZES[-1], max(2 * max_batch * 4, MAX_NODES + 8))
 
 
 def _read_context(executor: Executor, context: int, tokens: int, with_module: bool) -> None:

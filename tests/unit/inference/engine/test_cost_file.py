@@ -11,15 +11,17 @@ import pytest
 from recycle_ds.inference import SamplingParams
 from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.engine.costs import measurement as costs
-from recycle_ds.inference.engine.costs.cost_file import CostFile
+from recycle_ds.inference.engine.costs.cost_file import CostFile, Extent
 from recycle_ds.inference.speculation.cost_model import CostModel
 from tests.unit.inference.models import random_model
 
+EXTENT = Extent(context=8, tokens=40, sequences=4)
 COSTS = CostModel(((1, 1e-3), (4, 2e-3)), ((1, 1e-4),), ((1, 2e-4),))
 
 
 def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents every start from waiting for measurements, and the costs of another model or batch from being used."""
+    """Prevents every start from waiting for measurements, the costs of another model or of smaller batches from
+    being used, and those of larger ones from being measured again because less memory is free."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = []
     original = costs.measure
@@ -30,9 +32,12 @@ def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pyte
     engine = local_engine(random_model(7, 1), max_batch=2)
     engine.finish(engine.add([1, 2], SamplingParams(max_new_tokens=5), "verified"))
     assert len(measured) == 1 and (engine.measure_costs().full, first.full) == (first.full, first.full)
+    local_engine(random_model(7, 1), max_batch=1, kv_memory_gib=1e-4).measure_costs()
+    assert len(measured) == 1, "the costs of larger calls are known"
     local_engine(random_model(7, 1), max_batch=3).measure_costs()
+    local_engine(random_model(7, 1), max_batch=2).measure_costs()
     local_engine(random_model(7, 1, layers=3), max_batch=2).measure_costs()
-    assert len(measured) == 3 and len(list((tmp_path / "recycle_ds").iterdir())) == 3
+    assert len(measured) == 3 and len(list((tmp_path / "recycle_ds").iterdir())) == 2
     # measured once more on a machine that has become faster or slower
     monkeypatch.setattr(costs, "_MOST_CHANGE", 1.0)
     local_engine(random_model(7, 1), max_batch=2).measure_costs()
@@ -65,6 +70,9 @@ def test_a_user_is_told_what_takes_long(
         {"module": []},
         {"module": [["x", 1.0]]},
         {"first": [[1, -1.0]]},
+        {"extent": {"context": 8}},
+        {"extent": {"context": 8, "tokens": "40", "sequences": 4}},
+        {"extent": None},
         {"key": {"machine": "another"}},
         None,
     ],
@@ -72,20 +80,21 @@ def test_a_user_is_told_what_takes_long(
 def test_a_damaged_file_counts_as_none(tmp_path: Path, changes: dict[str, object] | None) -> None:
     """Prevents a truncated file, or one that was edited, from stopping decoding or deciding how much is drafted."""
     file = CostFile(tmp_path, {"machine": "this", "layout": [1, 1]})
-    assert file.read() is None
-    file.write(COSTS)
-    assert file.read() == COSTS
+    assert file.read(EXTENT) is None
+    file.write(COSTS, EXTENT)
+    assert file.read(EXTENT) == file.read(Extent(8, 12, 0)) == COSTS
+    assert [file.read(Extent(*wanted)) for wanted in ((7, 40, 4), (8, 41, 4), (8, 40, 5))] == [None] * 3
     tree = json.loads(file.path.read_text())
     file.path.write_text("{" if changes is None else json.dumps(tree | changes))
-    assert file.read() is None
+    assert file.read(EXTENT) is None
 
 
 def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
     """Prevents decoding from failing on machines whose home is read-only."""
     (tmp_path / "file").write_text("")
     file = CostFile(tmp_path / "file" / "below", {})
-    file.write(COSTS)
-    assert file.read() is None
+    file.write(COSTS, EXTENT)
+    assert file.read(EXTENT) is None
 
 
 def test_a_change_of_the_machines_speed_does_not_raise_the_cost_of_larger_calls(
