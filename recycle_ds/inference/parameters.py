@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 
@@ -155,7 +156,7 @@ class TokenSampling:
         """Whether a penalty makes logits depend on the tokens so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    @property
+    @cached_property
     def adjusts(self) -> bool:
         """Whether logits are changed before the temperature."""
         forbids = bool(self.bad_tokens) or self.allowed_tokens is not None or self.min_new_tokens > 0

@@ -97,10 +97,10 @@ class BlockTables:
 
     def _needed(self, sequence: Sequence, first: int, end: int) -> tuple[list[int], int]:
         """Which of its blocks, by their place, have to be copied, and how many are missing."""
-        size, blocks = self.pool.size, sequence.blocks
-        last = min(len(blocks), -(-end // size))
-        shared = [index for index in range(first // size, last) if self.pool.shared(blocks[index])]
-        return shared, max(-(-end // size) - len(blocks), 0)
+        pool, blocks = self.pool, sequence.blocks
+        start, stop, held = first // pool.size, -(-end // pool.size), len(blocks)
+        shared = [index for index in range(start, min(held, stop)) if pool.shared(blocks[index])]
+        return shared, max(stop - held, 0)
 
     def register(self, sequence: Sequence) -> None:
         """Offers the sequence's full blocks to others."""

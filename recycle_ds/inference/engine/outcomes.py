@@ -24,8 +24,7 @@ def advance(
     tokens = () if mine is None else mine.tokens
     sequence.full_calls += part.samples
     sequence.cached = part.known + max(len(tokens) - 1, 0)
-    read = part.module_slots(tokens, sequence.rules.end_ids)
-    if read:
+    if read := part.module_slots(tokens, sequence.rules.end_ids):
         sequence.module_read = read.stop
         sequence.module_calls += 1 if mine is None else max(mine.calls, 1)
     sequence.keep_scores(part.start, () if mine is None else mine.scored)
@@ -33,8 +32,9 @@ def advance(
         if sequence.first_token_at is None:
             sequence.first_token_at = clock()
         path = path_of(part.judged_ids, part.parents, tokens[:-1])
-        # what is registered below is right for whoever reads it: a later step, which begins with these moves
-        tables.move(part.moves(path, tables.pool.size))
+        if path:
+            # what is registered below is right for whoever reads it: a later step, which begins with these moves
+            tables.move(part.moves(path, tables.pool.size))
         _keep(sequence, part, mine, path, budget)
     tables.register(sequence)
 
@@ -43,7 +43,8 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
     """Appends the chosen tokens, and the recycled ones that `alternate` keeps. path: the accepted drafts."""
     kept = sequence.take(list(mine.tokens), [True] * len(path) + [False], part.judged)
     sequence.logprobs += mine.logprobs[:kept]
-    _count(sequence, part, path, kept, budget)
+    if part.judged or sequence.ordered:
+        _count(sequence, part, path, kept, budget)
     sequence.forget_drafts()
     # what `alternate` drafts is kept, never verified: it says nothing of acceptance
     makes_drafts = part.module_start > 0 and sequence.mode != "alternate"
@@ -59,8 +60,6 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
 
 def _count(sequence: Sequence, part: Part, path: list[int], kept: int, budget: DraftBudget) -> None:
     """Records which drafts were accepted. A depth counts as tested if a draft was verified there."""
-    if not (part.judged or sequence.ordered):
-        return
     parents = parents_of(part.judged, part.parents)
     depth = max(depths(parents), default=0)
     tested = len(path) + ((path[-1] if path else 0) in parents)

@@ -113,17 +113,18 @@ class Scheduler:
             return None  # memory was short for its drafts
         if self.waiting and len(going) < self.max_batch:
             return None
-        lowest = min(self._priority(one) for one in self.running)
-        if (first := self._next_waiting()) is not None and self._priority(first) > lowest:
+        if (first := self._next_waiting()) and self._priority(first) > min(map(self._priority, self.running)):
             return None
         written = {one: (parts[one.number].known, parts[one.number].known + 2) for one in going}
-        if sum(self.tables.needed(one, *slots) for one, slots in written.items()) > self.pool.free:
+        needed = {one: self.tables.needed(one, *slots) for one, slots in written.items()}
+        if sum(needed.values()) > self.pool.free:
             return None  # nothing is reserved for a step that may not come
         adaptive = sum(one.grows_trees for one in going)
         if adaptive and not self.budget.gives_up(len(going), adaptive, len(going)):
             return None
         for one, slots in written.items():
-            self.tables.reserve(one, *slots)
+            if needed[one]:
+                self.tables.reserve(one, *slots)
             one.in_flight += 1
         self.step += 1
         return self._plan([parts[one.number].following(tuple(one.blocks)) for one in going])

@@ -204,11 +204,11 @@ class DraftBudget:
         """Node, probability to be reached and accepted, and depth, of a sequence's likelier drafts; at most `MAX_NODES`."""
         ratio = self._ratios.get(candidate.sequence, Ratio()).value(_OWN_WEIGHT)
         parents = parents_of(len(candidate.confidences), candidate.parents)
-        reached = [1.0]
+        kinds, reached = [self._calibration[candidate.sampled, again] for again in (False, True)], [1.0]
         for node, (confidence, parent) in enumerate(zip(candidate.confidences, parents, strict=True), start=1):
             again = node in candidate.repeated
-            chance = min(self._calibration[candidate.sampled, again].chance(confidence) * ratio, 1.0)
-            if self._is_tried_again(candidate, node):
+            chance = min(kinds[again].chance(confidence) * ratio, 1.0)
+            if again and self._is_tried_again(candidate, node):
                 chance = confidence
             reached.append(reached[parent] * chance)
         found = [

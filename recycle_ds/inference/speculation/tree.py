@@ -108,18 +108,20 @@ def grafted(
     Returns ids, parents and confidences, and the nodes that have their confidence from the chain: new ones, and those whose
     own was lower."""
     found, of, values = list(ids), list(parents_of(len(ids), parents)), list(confidences)
-    from_chain, last = set[int](), 0
+    from_chain, last, known = set[int](), 0, 0
     for token, confidence in chain:
-        node = child(found, of, last, token)
+        node = child(ids, parents, last, token)
         if node is None:
-            found.append(token)
-            of.append(last)
-            values.append(confidence)
-            node = len(found)
-            from_chain.add(node)
-        elif values[node - 1] < confidence:
+            break
+        if values[node - 1] < confidence:
             values[node - 1] = confidence
             from_chain.add(node)
+        last, known = node, known + 1
+    for node, (token, confidence) in enumerate(chain[known:], start=len(found) + 1):
+        found.append(token)
+        of.append(last)
+        values.append(confidence)
+        from_chain.add(node)
         last = node
     return found, of, values, frozenset(from_chain)
 

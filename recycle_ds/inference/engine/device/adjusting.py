@@ -47,7 +47,9 @@ class Amended:
     def place(self, number: int, rules: Rules) -> int | None:
         """The place of a sequence, which is written if it has none; 0 if it amends nothing; None if all are taken."""
         params = rules.params
-        if params.adjusts and not len(self.bias):  # only now: some 20 MB for a vocabulary of 50,000 tokens
+        if not params.adjusts:
+            return 0
+        if not len(self.bias):  # only now: some 20 MB for a vocabulary of 50,000 tokens
             self.bias = torch.zeros(self._shape, device=self._device)
             self.barred, self.barred_early = self.bias.bool(), self.bias.bool()
         if not (params.logit_bias or params.bad_tokens or params.min_new_tokens or params.allowed_tokens is not None):

@@ -42,12 +42,15 @@ def outcome_of(
 ) -> tuple[Chosen, ...]:
     """What was chosen for all sequences that sample. accepted: nodes as bits [N]. tokens: those after them [N]."""
     found = []
-    for number, part in enumerate(parts):
+    for number, (part, bits, token) in enumerate(zip(parts, accepted.tolist(), tokens.tolist(), strict=False)):
         if not part.samples:
             continue
-        bits, drafts, end_ids = int(accepted[number]), part.judged_ids, rules[part.sequence].end_ids
+        if not part.judged and not part.drafts:
+            found.append(Chosen(part.sequence, (token,)))
+            continue
+        drafts, end_ids = part.judged_ids, rules[part.sequence].end_ids
         path = [drafts[node] for node in range(len(drafts)) if bits >> node & 1]
-        chosen = Chosen(part.sequence, (*path, int(tokens[number])))
+        chosen = Chosen(part.sequence, (*path, token))
         limit = part.drafts_after(chosen.tokens) if part.module_slots(chosen.tokens, end_ids) else 0
         if limit and part.width:
             assert trees is not None

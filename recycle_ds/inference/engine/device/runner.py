@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from recycle_ds.inference.engine.device.adjusting import Amended
 from recycle_ds.inference.engine.device.buffers import Inbox, Outbox
 from recycle_ds.inference.engine.device.capture import Pieces
 from recycle_ds.inference.engine.device.draft_pieces import DraftPieces
+from recycle_ds.inference.engine.device.filling import Filling
 from recycle_ds.inference.engine.device.outcome import outcome_of, views
 from recycle_ds.inference.engine.device.paged import PagedAttention
 from recycle_ds.inference.engine.device.pieces import StepPieces
@@ -52,12 +54,15 @@ class DeviceRunner(Runner):
         self._scratch = len(cache.tokens) // size - 1
         self._launch = launch
         self._inbox = Inbox(fields.fields(-(-max_positions // size) + 1), weights.device)
+        self._filling = Filling(self._inbox, size, self._scratch)
         vocabularies = (vocabulary, self._drafter.draft_vocabulary)
         places = fields.MOST_SEQUENCES
         self._amended = (Amended(places, vocabulary, weights.device), Amended(places, vocabularies[1], weights.device))
         tools = StepTools(weights, cache, vocabularies, self._amended, self._inbox.fields, attend, self._scratch)
         self._results, self._pieces, self._drafts = tools.results, StepPieces(tools), DraftPieces(tools)
         room = sum(one.numel() for one in vars(self._results).values() if one.dim() == 1)
+        self._keys: dict[tuple[str, StepShape], StepShape] = {}
+        """Of a piece and a step's shape: the shape without what the piece does not use, which is no part of its key."""
         # two: a step's results are read when the next one may have been started
         self._outboxes = deque(Outbox(room, weights.device) for _ in range(2))
 
@@ -79,8 +84,7 @@ class DeviceRunner(Runner):
             return super().launch(plan)
         self._begin(plan)
         self._inbox.wait()
-        size = self._cache.block_size
-        filled = fields.fill(self._inbox, plan, self._rules, places, size, self._scratch)
+        filled = self._filling.fill(plan, self._rules, places)
         shape = filled.shape
         self._inbox.send(shape.sequences)
         if plan.moves:
@@ -103,12 +107,11 @@ class DeviceRunner(Runner):
         return self._outcome(plan, shape) if shape.choices else ()
 
     def _run(self, name: str, piece: Callable[[StepShape], None], shape: StepShape) -> None:
-        # sizes that a piece does not use are no part of its key
-        unused = {"chain": 0, "depth": 0, "beam": 0, "reads": 0, "sampled": False, "limited": False, "adjusted": False}
-        unused |= {"rows": 0, "choices": 0, "trees_judged": False}
-        for used in _USED[name]:
-            del unused[used]
-        own = replace(shape, **unused)  # type: ignore[arg-type]
+        own = self._keys.get((name, shape))
+        if own is None:
+            own = self._keys[name, shape] = replace(
+                shape, **{one: _NONE[one] for one in _NONE if one not in _USED[name]}
+            )
         self._launch.run((name, own), lambda: piece(own))
 
     def _places(self, plan: Plan) -> list[int] | None:
@@ -152,6 +155,10 @@ class DeviceRunner(Runner):
         return outcome
 
 
+_NONE: dict[str, Any] = {
+    **dict.fromkeys(("rows", "choices", "reads", "chain", "depth", "beam"), 0),
+    **dict.fromkeys(("sampled", "limited", "adjusted", "trees_judged"), False),
+}
 _CHOICE = ("sampled", "limited", "adjusted")
 _USED = {
     "read": ("rows", "choices"),

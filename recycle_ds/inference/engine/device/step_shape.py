@@ -1,13 +1,28 @@
-"""What of a step decides which work is launched: the key of its graphs, together with the piece."""
+"""What of a step decides which work is launched: the key of its graphs, together with the piece. Sizes are padded to a few
+buckets, so that few graphs serve all steps."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows: tokens that are read, rows with logits, slots that the module reads, sequences."""
+
+
+def rows_bucket(count: int) -> int:
+    """The smallest number in `ROWS` that is at least `count`, which is at most the largest one; 0 for none."""
+    return ROWS[bisect_left(ROWS, count)] if count else 0
+
+
+def width_bucket(blocks: int, most: int) -> int:
+    """Columns of the block tables: the smallest power of two that is at least `blocks`, but at most `most`."""
+    return min(1 << max(blocks - 1, 0).bit_length(), most)
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Padded sizes and variants of a step. Sizes are those of buckets.py, so that few shapes occur."""
+    """Padded sizes and variants of a step."""
 
     rows: int
     """Tokens that the backbone reads."""
