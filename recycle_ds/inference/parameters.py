@@ -19,6 +19,7 @@ DTYPES = ("fp32", "bf16", "int8")
 MIN_TEMPERATURE = 1e-4
 # Largest bias or penalty: fp32 holds the changed logits, whatever temperature they are divided by.
 _LARGEST = 1e6
+_MOST = 2**31 - 1
 # Limits with which the likeliest token is mostly the one that is taken.
 _SMALL_TOP_P, _LARGE_MIN_P = 0.4, 0.5
 SEED_LIMIT = 2**63
@@ -72,12 +73,12 @@ class TokenSampling:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not math.isfinite(self.temperature) or 0 != self.temperature < MIN_TEMPERATURE:
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= _LARGEST:
             raise DecodingError(
-                f"temperature={self.temperature}: must be 0 (greedy) or a finite number of at least {MIN_TEMPERATURE:g}"
+                f"temperature={self.temperature}: must be 0 (greedy), or from {MIN_TEMPERATURE:g} to {_LARGEST:g}"
             )
-        if self.top_k < 0:
-            raise DecodingError(f"top_k={self.top_k}: must be 0 (keep all tokens) or more")
+        if not 0 <= self.top_k <= _MOST:
+            raise DecodingError(f"top_k={self.top_k}: must be from 0 (keep all tokens) to {_MOST}")
         if not 0 < self.top_p <= 1:
             raise DecodingError(f"top_p={self.top_p}: must be above 0 and at most 1 (keep all tokens)")
         if not 0 <= self.min_p <= 1:
@@ -109,8 +110,8 @@ class TokenSampling:
                 )
         if self.allowed_tokens is not None and not set(self.allowed_tokens) - set(self.bad_tokens):
             raise DecodingError("allowed_tokens: none is left to choose; allow at least one that is not in bad_tokens")
-        if self.min_new_tokens < 0:
-            raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be 0 or more")
+        if not 0 <= self.min_new_tokens <= _MOST:
+            raise DecodingError(f"min_new_tokens={self.min_new_tokens}: must be from 0 to {_MOST}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise DecodingError(f"logprobs={self.logprobs}: must be from 0 (the chosen token only) to {MAX_LOGPROBS}")
         negative = next(((name, token) for name, token in self.named_tokens if token < 0), None)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from starlette.requests import Request
 
@@ -23,10 +23,14 @@ from recycle_ds.serving.conduct.log import Log
 from recycle_ds.serving.metrics import Metrics
 from recycle_ds.serving.protocol.chats import ChatFields
 from recycle_ds.serving.protocol.errors import ENGINE_FAILED, ApiError, busy, invalid, unavailable
+from recycle_ds.serving.protocol.parsing import Body, parse
 from recycle_ds.serving.settings import ServerSettings
 from recycle_ds.serving.state import ServedModel, State
 from recycle_ds.serving.worker import Worker
 
+AnyBody = TypeVar("AnyBody", bound=Body)
+_SMALL_BODY = 2**16
+"""Bytes of a body that is parsed at once; a larger one in a thread."""
 _LONG = 2000  # characters from which a text is encoded in a thread, so that other requests need not wait
 
 
@@ -153,8 +157,8 @@ class Service:
 
         return release
 
-    async def body(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError: 415 if it is not declared as JSON."""
+    async def fields(self, request: Request, model: type[AnyBody]) -> AnyBody:
+        """The fields of a request's body. Raises ApiError: 415 if it is not declared as JSON, else as `parse`."""
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # other types can be posted by any web page that the user of a loopback server visits
         if declared != "application/json":
@@ -163,7 +167,10 @@ class Service:
                 f"content-type {declared[:80]!r}: must be application/json; send this header with a JSON body",
                 code="unsupported_media_type",
             )
-        return await request.body()
+        body = await request.body()
+        if len(body) <= _SMALL_BODY:
+            return parse(model, body)
+        return await asyncio.to_thread(parse, model, body)  # else all other requests would wait
 
 
 def service_of(request: Request) -> Service:

@@ -65,11 +65,14 @@ class DecodingEngine:
         self.looks_ahead = True
         """Whether the next step is planned and started while a device computes the one before, where that can be done."""
         self._under_way: deque[_UnderWay] = deque()
+        self._settled: list[Sequence] = []
+        """Sequences that have ended since the last step, of which nobody has been told."""
         self._costs_are_measured = False
         self._next_number = 0
 
     def step(self) -> list[Sequence]:
-        """Computes one step. Returns the sequences that ended with it. Any exception ends all sequences."""
+        """Computes one step. Returns the sequences that ended with it, and those that `settle` has ended since the last one.
+        Any exception ends all sequences."""
         try:
             self._start_steps()
             if not self._under_way:
@@ -80,8 +83,7 @@ class DecodingEngine:
             self._under_way += following
             self._time(step, outcome)
             ended = self.scheduler.apply(step.plan, outcome)
-            self.settle()
-            return ended
+            return ended + self._take_settled()
         except BaseException:
             self.abort()
             raise
@@ -114,11 +116,16 @@ class DecodingEngine:
             ordered = max(part.drafts for part in plan.parts)
             self.scheduler.budget.time(plan.tokens, made, ordered, time.perf_counter() - step.start)
 
+    def _take_settled(self) -> list[Sequence]:
+        self.settle()
+        settled, self._settled = self._settled, []
+        return settled
+
     def settle(self) -> None:
         """Ends what was planned before it was known that all its sequences would end, or be cancelled. To be called after
         cancelling without a further step: until then cancelled sequences may be part of one."""
         while self._under_way and all(one.cancelled for one in self.scheduler.running):
-            self.scheduler.apply(self._under_way.popleft().plan, self._executor.collect())
+            self._settled += self.scheduler.apply(self._under_way.popleft().plan, self._executor.collect())
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Runs steps until these sequences have ended."""

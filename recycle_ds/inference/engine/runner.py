@@ -29,7 +29,8 @@ from recycle_ds.inference.generation import Logprobs
 from recycle_ds.inference.native.choice import sample
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation import noise
-from recycle_ds.inference.speculation.sampling import Position, adjust, choose, probabilities
+from recycle_ds.inference.speculation.adjusting import Adjuster, Position
+from recycle_ds.inference.speculation.sampling import choose, probabilities
 from recycle_ds.inference.speculation.tree import ancestry, parents_of, walk
 from recycle_ds.inference.speculation.verification import verify_sampled
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
@@ -45,6 +46,7 @@ class Runner:
         self._weights, self._cache, self._vocabulary = weights, cache, vocabulary
         self._compiled = weights.why_not_compiled is None and vocabulary.ranks is None
         self._rules: dict[int, Rules] = {}
+        self._adjuster = Adjuster(vocabulary)
         self._drafter = Drafter(weights, cache, vocabulary, self._rules)
 
     @torch.inference_mode()
@@ -178,7 +180,7 @@ class Runner:
             for path in ancestry(parents_of(part.judged, part.parents)):
                 read = [drafts[node - 1] for node in path]
                 positions.append(position_of(self._cache, part, rules, part.known, read, known))
-        logits_RV = adjust(raw_RV, positions, self._vocabulary)
+        logits_RV = self._adjuster.adjust(raw_RV, positions)
         if self._compiled:  # for every row in every batch: a text must not depend on what is decoded beside it
             probs_RV = None
             if with_distributions:

@@ -5,7 +5,8 @@ under way at once, of different sequences. Sequences are ranked by priority, the
 by one every `_AGING` steps, so that no request waits for ever. The first in rank is never preempted, so that there is
 always progress.
 
-Every step contains all sequences that decode, and at most `chunk` tokens of prompts: neither can starve the other.
+Every step contains all sequences that decode, and at most `chunk` tokens of prompts and about as many drafts that requests
+ask for: none can starve the others.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from recycle_ds.inference.engine.block_tables import BlockTables
 from recycle_ds.inference.engine.blocks import BlockPool, OutOfBlocks
 from recycle_ds.inference.engine.outcomes import advance
 from recycle_ds.inference.engine.plan import Outcome, Part, Plan, Rules
-from recycle_ds.inference.engine.sequence import Sequence
+from recycle_ds.inference.engine.sequence import Sequence, shares
 from recycle_ds.inference.speculation.budget import DraftBudget
 from recycle_ds.inference.speculation.repeats import Repeats
-from recycle_ds.inference.speculation.tree import MAX_WIDTH, width_of, without_chain
+from recycle_ds.inference.speculation.tree import MAX_WIDTH, without_chain
 
 _AGING = 256
 """Steps of waiting that raise a priority by one."""
@@ -52,6 +53,8 @@ class Scheduler:
     _ended: list[int] = field(default_factory=list)
     _width: int = MAX_WIDTH
     """How many nodes of one depth get children in the trees that are made next."""
+    _most: int = 1
+    """How many drafts each sequence makes at most of those that its request asks for."""
     tables: BlockTables = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class Scheduler:
         """The next step, of sequences that are in no step under way; None if there is nothing to do."""
         self.step += 1
         self._make_room()
-        self._width = width_of(sum(one.grows_trees for one in self.running))
+        self._width, self._most = shares(self.running, self.chunk)
         decoding = [one for one in self._ranked(self.running) if one.prefilled]
         decoding = [one for one in decoding if not one.in_flight][: -(-len(decoding) // self.ways)]
         verified = self.budget.verify([one.candidate() for one in decoding])
@@ -135,8 +138,7 @@ class Scheduler:
         by_number = {sequence.number: sequence for sequence in self.running}
         done = []
         for part in plan.parts:
-            sequence = by_number.get(part.sequence)
-            if sequence is None:
+            if (sequence := by_number.get(part.sequence)) is None:
                 continue  # it ended with the step before, after this one was planned
             if not sequence.cancelled:
                 advance(sequence, part, chosen.get(part.sequence), self.tables, self.budget, self.clock)
@@ -149,7 +151,7 @@ class Scheduler:
     def _decode(self, sequence: Sequence, nodes: list[int]) -> Part | None:
         """The part of a sequence that decodes, or None if it was preempted or must wait for memory. nodes: the drafts to be
         verified."""
-        drafts = self._drafts_to_make(sequence)
+        drafts = sequence.drafts_to_make(self.budget.draft(sequence.number), self._most)
         while True:
             ids, parents = sequence.judge(nodes)
             tokens = (*sequence.tokens[sequence.cached :], *ids)
@@ -163,12 +165,6 @@ class Scheduler:
                     return None
                 continue
             return self._part(sequence, tokens, without_chain(parents), len(ids), drafts)
-
-    def _drafts_to_make(self, sequence: Sequence) -> int:
-        if not sequence.uses_drafts:
-            return 0
-        most = self.budget.draft(sequence.number) if sequence.fixed_drafts is None else sequence.fixed_drafts
-        return max(min(most, sequence.room - 1), 0)
 
     def _part(
         self, sequence: Sequence, tokens: tuple[int, ...], parents: tuple[int, ...], judged: int, drafts: int
@@ -212,7 +208,8 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, most: int) -> Part:
         tokens = tuple(sequence.tokens[sequence.cached : sequence.cached + most])
-        drafts = self._drafts_to_make(sequence) if sequence.cached + len(tokens) == len(sequence.tokens) else 0
+        asked = sequence.drafts_to_make(self.budget.draft(sequence.number), self._most)
+        drafts = asked if sequence.cached + len(tokens) == len(sequence.tokens) else 0
         try:
             self.tables.reserve(sequence, sequence.cached, sequence.end_of_step(len(tokens), (), drafts, self._width))
         except OutOfBlocks:
@@ -227,8 +224,7 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Preempts sequences of lower priority than the next waiting one, if that gives it the place and memory it needs."""
-        sequence = self._next_waiting()
-        if sequence is None:
+        if (sequence := self._next_waiting()) is None:
             return
         needed = -(-self.tables.positions(sequence) // self.pool.size)
         below = [one for one in self.running if self._priority(one) < self._priority(sequence)]
@@ -246,7 +242,7 @@ class Scheduler:
             return None
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        self._width = width_of(sum(one.grows_trees for one in self.running))
+        self._width, self._most = shares(self.running, self.chunk)
         self.reused_tokens += sequence.cached
         sequence.fork_of = None  # it has its blocks, and need not keep the other answer
         return sequence

@@ -18,6 +18,7 @@ from recycle_ds.inference.speculation.tree import (
     parents_of,
     path_of,
     renumbered,
+    width_of,
     without_chain,
 )
 
@@ -120,6 +121,15 @@ class Sequence:
             return 1
         return self.params.draft_tokens
 
+    def drafts_to_make(self, budgeted: int, most: int) -> int:
+        """How many drafts, one after the other, its next step makes. Of those that are asked for, `verified` makes `most` at
+        most, which changes no text."""
+        if not self.uses_drafts:
+            return 0
+        asked = self.fixed_drafts
+        drafts = budgeted if asked is None else min(asked, most) if self.mode == "verified" else asked
+        return max(min(drafts, self.room - 1), 0)
+
     @property
     def grows_trees(self) -> bool:
         """Whether its drafts are trees of the likeliest tokens, which any number of may be verified, not chains."""
@@ -169,7 +179,10 @@ class Sequence:
         """First position that a step does not write, which reads some tokens, the last of which are drafts with these
         parents, and makes drafts, `width` nodes of each depth with children."""
         if not self.grows_trees:  # a new token and drafts in a chain, within the longest text
-            return min(self.cached + tokens + 1 + drafts, len(self.tokens) + self.stopping.remaining)
+            # Whether there is memory for drafts that are verified must not depend on what was drawn. A chain ends with an end
+            # token: if only short ones fitted, and longer ones were drawn again later, a text would end too early too often.
+            missing = max(self.ordered - len(self.drafts), 0) if self.mode == "verified" and self.drafts else 0
+            return min(self.cached + tokens + missing + 1 + drafts, len(self.tokens) + self.stopping.remaining)
         read = self.cached + tokens
         known = read - len(parents) + max(depths(parents), default=0) + 1  # if the longest path is accepted
         return max(read, known + max(drafts - 1, 0) * width)
@@ -240,3 +253,10 @@ class Sequence:
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
         )
+
+
+def shares(running: Collection[Sequence], most: int) -> tuple[int, int]:
+    """How many nodes of one depth get children in the trees of some sequences, and how long the chains are at most that
+    requests ask for in `verified`, if no more than about `most` drafts are to be verified in a step."""
+    asking = sum(one.mode == "verified" and one.uses_drafts and not one.grows_trees for one in running)
+    return width_of(sum(one.grows_trees for one in running)), max(most // max(asking, 1), 1)

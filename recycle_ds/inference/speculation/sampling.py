@@ -9,46 +9,18 @@ numbers (see noise.py), from any shard of the vocabulary. Shapes: R positions, V
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation import noise
+from recycle_ds.inference.speculation.adjusting import Position
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
 # Candidates among which the limit of top-p is looked for first.
 _CANDIDATES = 256
-
-
-@dataclass(frozen=True)
-class Position:
-    """A position whose token is to be chosen."""
-
-    params: TokenSampling
-    seed: int
-    """Seed of the sequence's random numbers."""
-    index: int
-    """Position in the sequence; the prompt starts at 0."""
-    new_tokens: int
-    """New tokens before this position, drafts included."""
-    end_ids: tuple[int, ...] = ()
-    """Tokens that `min_new_tokens` forbids until then."""
-    history: Callable[[], Tensor] | None = None
-    """Returns the ids of all tokens before this position [index], drafts included. Needed for penalties."""
-
-
-def adjust(logits_RV: Tensor, positions: Sequence[Position], vocabulary: Vocabulary) -> Tensor:
-    """Applies penalties, bias and forbidden tokens. Returns the same tensor if no position has any, else a new one."""
-    if not any(position.params.adjusts for position in positions):
-        return logits_RV
-    rows = [
-        _adjust(row_V, position, vocabulary) if position.params.adjusts else row_V
-        for row_V, position in zip(logits_RV, positions, strict=True)
-    ]
-    return torch.stack(rows)
 
 
 def probabilities(logits_RV: Tensor, params: Sequence[TokenSampling], vocabulary: Vocabulary) -> Tensor:
@@ -102,47 +74,6 @@ def choose(
     probs_RV = probabilities(logits_RV, [position.params for position in positions], vocabulary)
     keys = [noise.key(position.seed, position.index, purpose) for position in positions]
     return pick(probs_RV, keys, vocabulary), probs_RV
-
-
-def _adjust(logits_V: Tensor, position: Position, vocabulary: Vocabulary) -> Tensor:
-    params = position.params
-    logits_V = logits_V.clone()
-
-    def own(ids: Tensor) -> Tensor:
-        """Indices of those ids that are on this shard."""
-        index, is_own = vocabulary.local(ids)
-        return index[is_own]
-
-    def own_of(ids: Sequence[int]) -> Tensor:
-        return own(torch.tensor(ids, dtype=torch.int64, device=logits_V.device))
-
-    if params.penalises:
-        assert position.history is not None, "penalties need the tokens so far"
-        history = position.history()
-        if params.repetition_penalty != 1:
-            logits_V = penalise(logits_V, params.repetition_penalty, own(history))
-        output = own(history[len(history) - position.new_tokens :])
-        times_V = torch.bincount(output, minlength=vocabulary.count)
-        logits_V -= params.frequency_penalty * times_V + params.presence_penalty * (times_V > 0)
-    if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
-        index, is_own = vocabulary.local(torch.tensor(ids, device=logits_V.device))
-        logits_V.index_add_(0, index, torch.where(is_own, torch.tensor(values, device=logits_V.device), 0.0))
-    if params.allowed_tokens is not None:
-        allowed = own_of(params.allowed_tokens)
-        kept = logits_V[allowed]
-        logits_V.fill_(-math.inf)
-        logits_V[allowed] = kept
-    forbidden = params.bad_tokens + (position.end_ids if position.new_tokens < params.min_new_tokens else ())
-    if forbidden:
-        logits_V[own_of(forbidden)] = -math.inf
-    return logits_V
-
-
-def penalise(logits_V: Tensor, penalty: float, history_L: Tensor) -> Tensor:
-    """Divides the logits of tokens in history_L (int64, repeats allowed) by the penalty; multiplies negative ones."""
-    seen_L = logits_V.gather(-1, history_L)
-    return logits_V.scatter(-1, history_L, torch.where(seen_L < 0, seen_L * penalty, seen_L / penalty))
 
 
 def _nucleus_limit(probs_RV: Tensor, top_p_R1: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -118,10 +118,8 @@ class Answering:
                 step = self._take(number, event)
                 if step is not None:
                     yield step
-            if self._expired:
-                raise timeout(self.task.seconds)
             if self._unfinished:
-                raise internal()
+                raise timeout(self.task.seconds) if self._expired else internal()
         finally:
             self.cancel()
             await events.aclose()

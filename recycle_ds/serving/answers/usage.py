@@ -70,6 +70,8 @@ class Usage:
         """Tokens after the first one, per second, of all answers together."""
         if self.first_token is None or self.latest_token is None or self.latest_token <= self.first_token:
             return 0.0
+        if self.completion_tokens < 2:  # of requests for the prompt's log probabilities, which yield no token
+            return 0.0
         return (self.completion_tokens - 1) / (self.latest_token - self.first_token)
 
     def figures(self) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from recycle_ds.serving.protocol.errors import unavailable
 from recycle_ds.serving.service import Service
 from recycle_ds.serving.settings import ServerSettings
+
+_MOST_AHEAD = 2**16
+"""Bytes of further requests that are read while one is being answered."""
 
 
 def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
@@ -20,7 +23,7 @@ def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
     service: Service = app.state.service
     settings = service.settings
 
-    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class Connection(H11Protocol):
         """One connection, with limits of time: `body_seconds` for the head of a request, twice `write_seconds` for a
         client that reads nothing. The application drops the request of such a client after `write_seconds`, but uvicorn
         itself may wait on, to send an error."""
@@ -28,7 +31,7 @@ def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
         _head: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(cast(asyncio.Transport, _Closing(transport, settings.write_seconds)))
             if len(self.connections) > settings.max_connections:
                 self.transport.write(_refusal(settings))
@@ -38,6 +41,9 @@ def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            # uvicorn stops reading when a further request is there already, and would not see that the client goes away
+            if not self._is_idle and not self.cycle.more_body and len(self.conn.trailing_data[0]) <= _MOST_AHEAD:
+                self.flow.resume_reading()
             if self._is_idle:
                 self._wait_for_head()
             else:

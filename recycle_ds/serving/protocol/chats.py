@@ -11,6 +11,7 @@ from recycle_ds.serving.protocol.parsing import Body, shown
 
 ROLES = ("system", "developer", "user", "assistant")
 _MAX_MESSAGES = 2048
+_MAX_PARTS = 2048
 _MAX_NAME = 256
 # Fields of the messages that OpenAI's servers and this one answer with: empty, they say nothing.
 _EMPTY: dict[str, list[Any] | None] = {
@@ -38,7 +39,7 @@ class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=_MAX_PARTS, fail_fast=True)] | None = None
     """Of an assistant it may be null, as OpenAI writes an empty message."""
     name: str | None = Field(None, max_length=_MAX_NAME)
     """Who speaks: for templates that show it."""

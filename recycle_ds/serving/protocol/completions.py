@@ -11,6 +11,7 @@ from recycle_ds.serving.protocol.parsing import shown
 
 _FORMS = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
 _DEFAULT_MAX_TOKENS = 16
+_MAX_PROMPTS = 4096
 _Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
@@ -34,8 +35,13 @@ class CompletionRequest(GenerationFields):
     @classmethod
     def _check_prompt(cls, tree: Any) -> Any:
         """One message for a wrong prompt, not one for every form and element."""
-        if isinstance(tree, dict) and "prompt" in tree and not _is_prompt(tree["prompt"]):
-            raise ValueError(f"prompt={shown(tree['prompt'])}: {_FORMS}")
+        if not isinstance(tree, dict) or "prompt" not in tree:
+            return tree
+        prompt = tree["prompt"]
+        if isinstance(prompt, list) and len(prompt) > _MAX_PROMPTS and not isinstance(prompt[0], int):
+            raise ValueError(f"prompt: {len(prompt)} prompts, at most {_MAX_PROMPTS} are possible; send fewer")
+        if not _is_prompt(prompt):
+            raise ValueError(f"prompt={shown(prompt)}: {_FORMS}")
         return tree
 
     @model_validator(mode="after")

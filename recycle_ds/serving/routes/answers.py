@@ -19,7 +19,6 @@ from recycle_ds.serving.protocol.chats import ChatRequest
 from recycle_ds.serving.protocol.completions import CompletionRequest
 from recycle_ds.serving.protocol.errors import ApiError, invalid
 from recycle_ds.serving.protocol.fields import GenerationFields
-from recycle_ds.serving.protocol.parsing import parse
 from recycle_ds.serving.routes.schemas import body_of
 from recycle_ds.serving.service import Model, Service, service_of
 
@@ -30,7 +29,7 @@ router = APIRouter()
 async def create_completion(request: Request) -> Response:
     """Continues prompts."""
     service = service_of(request)
-    fields = parse(CompletionRequest, await service.body(request))
+    fields = await service.fields(request, CompletionRequest)
     model = await service.model(request, fields.model)
     prompts = fields.prompts
     if len(prompts) > service.settings.max_prompts:
@@ -61,7 +60,7 @@ async def create_completion(request: Request) -> Response:
 async def create_chat_completion(request: Request) -> Response:
     """Answers a chat."""
     service = service_of(request)
-    fields = parse(ChatRequest, await service.body(request))
+    fields = await service.fields(request, ChatRequest)
     model = await service.model(request, fields.model)
     ids = await model.encode_chat(fields)
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from recycle_ds.serving.protocol.errors import invalid
-from recycle_ds.serving.protocol.parsing import parse
 from recycle_ds.serving.protocol.tokenizing import DetokenizeRequest, TokenizeRequest
 from recycle_ds.serving.routes.schemas import body_of
 from recycle_ds.serving.service import service_of
@@ -20,7 +19,7 @@ router = APIRouter()
 async def tokenize(request: Request) -> Response:
     """Token ids of a text or of a rendered chat."""
     service = service_of(request)
-    fields = parse(TokenizeRequest, await service.body(request))
+    fields = await service.fields(request, TokenizeRequest)
     model = await service.model(request, fields.model)
     if fields.prompt is None:
         ids = await model.encode_chat(fields)
@@ -36,7 +35,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """Text of token ids, special tokens included. Bytes that are no text become U+FFFD."""
     service = service_of(request)
-    fields = parse(DetokenizeRequest, await service.body(request))
+    fields = await service.fields(request, DetokenizeRequest)
     model = await service.model(request, fields.model)
     wrong = next((one for one in fields.tokens if one not in model.tokenizer.token_ids), None)
     if wrong is not None:

@@ -12,7 +12,7 @@ from recycle_ds.config import ModelConfig, RecycleConfig
 from recycle_ds.data.loader import Batch
 from recycle_ds.data.targets import make_targets
 from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation import sampling
+from recycle_ds.inference.speculation import adjusting, sampling
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from recycle_ds.model import RecycleGPT, build_model
 from recycle_ds.model.sharding import pieces
@@ -105,8 +105,8 @@ class Letters:
 def probabilities(logits_V: torch.Tensor, params: TokenSampling, history_L: torch.Tensor) -> torch.Tensor:
     """The distribution of the next token after a history, all of it output."""
     vocabulary = Vocabulary(0, len(logits_V))
-    position = sampling.Position(params, 0, len(history_L), len(history_L), history=lambda: history_L)
-    adjusted_1V = sampling.adjust(logits_V[None], [position], vocabulary)
+    position = adjusting.Position(params, 0, len(history_L), len(history_L), history=lambda: history_L)
+    adjusted_1V = adjusting.Adjuster(vocabulary).adjust(logits_V[None], [position])
     return sampling.probabilities(adjusted_1V, [params], vocabulary)[0]
 
 
@@ -131,7 +131,7 @@ def drafts_from_scratch(model: RecycleGPT, tokens: list[int], count: int, penalt
             positions, documents = torch.arange(length)[None], torch.zeros(1, length, dtype=torch.int64)
             states = model.states(Batch(inputs[0], positions, documents, inputs, inputs))
             logits_V = model.logits(states[depth][-1:])[0, 0]
-            drafts.append(int(sampling.penalise(logits_V, penalty, read).argmax()))
+            drafts.append(int(adjusting.penalise(logits_V, penalty, read).argmax()))
     finally:
         model.recycle_config = unrolled
     return drafts

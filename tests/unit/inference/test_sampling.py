@@ -20,7 +20,8 @@ from transformers.generation.logits_process import (
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation import noise, sampling
-from recycle_ds.inference.speculation.sampling import Position, adjust, choose, pick
+from recycle_ds.inference.speculation.adjusting import Adjuster, Position
+from recycle_ds.inference.speculation.sampling import choose, pick
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from tests.unit.inference.models import probabilities
 
@@ -134,7 +135,7 @@ def test_rows_are_independent() -> None:
         Position(one, seed, 25, 25, history=lambda history_L=history_L: history_L)
         for seed, (one, history_L) in enumerate(zip(params, histories, strict=True))
     ]
-    logits_RV = adjust(torch.stack([logits_V for _, logits_V, _ in cases]), positions, vocabulary)
+    logits_RV = Adjuster(vocabulary).adjust(torch.stack([logits_V for _, logits_V, _ in cases]), positions)
     together_RV = sampling.probabilities(logits_RV, params, vocabulary)
     chosen_R, _ = choose(logits_RV, positions, vocabulary)
     for row, (_, logits_V, history_L) in enumerate(cases):
@@ -194,14 +195,14 @@ def test_adjustments_follow_the_definitions(parameters: dict[str, Any], expected
     early."""
     history_L = torch.tensor([0, 3, 1, 2, 2])  # a prompt of two tokens, and three new ones
     position = Position(TokenSampling(**parameters), 0, 5, 3, end_ids=(1,), history=lambda: history_L)
-    found_1V = adjust(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), [position], Vocabulary(0, 4))
+    found_1V = Adjuster(Vocabulary(0, 4)).adjust(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), [position])
     assert found_1V.tolist() == [expected]
 
 
 def most_likely(logits_V: torch.Tensor, params: TokenSampling, history_L: torch.Tensor) -> int:
     position = Position(params, 0, len(history_L), len(history_L), history=lambda: history_L)
     vocabulary = Vocabulary(0, len(logits_V))
-    chosen_R, probs_RV = choose(adjust(logits_V[None], [position], vocabulary), [position], vocabulary)
+    chosen_R, probs_RV = choose(Adjuster(vocabulary).adjust(logits_V[None], [position]), [position], vocabulary)
     assert probs_RV is None
     return int(chosen_R)
 

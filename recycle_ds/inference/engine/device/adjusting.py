@@ -1,5 +1,5 @@
 """Penalties, bias and forbidden tokens where all parameters are tensors: the same logits as by `adjust` in
-speculation/sampling.py. Shapes: R rows, N sequences, L positions, J drafts before a row at most, V token ids."""
+speculation/adjusting.py. Shapes: R rows, N sequences, L positions, J drafts before a row at most, V token ids."""
 
 from __future__ import annotations
 

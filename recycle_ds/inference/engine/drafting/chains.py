@@ -14,7 +14,8 @@ from recycle_ds.inference.engine.plan import Part, Rules
 from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation import noise
-from recycle_ds.inference.speculation.sampling import adjust, choose
+from recycle_ds.inference.speculation.adjusting import Adjuster
+from recycle_ds.inference.speculation.sampling import choose
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
 
@@ -46,7 +47,7 @@ class ChainDrafter:
         """full, drafts: the model's vocabulary, and that of the drafts. rules: of the sequences; the owner keeps them up to
         date."""
         self._weights, self._cache, self._vocabulary, self._draft_vocabulary = weights, cache, full, drafts
-        self._rules = rules
+        self._rules, self._adjuster = rules, Adjuster(drafts)
 
     def draft(self, chains: Sequence[Chain], states_ND: Tensor) -> None:
         """Makes drafts 1, 2, ... of all sequences, one call of the module between two of them."""
@@ -86,7 +87,7 @@ class ChainDrafter:
             position_of(self._cache, one.part, rule, one.index + 1, one.ids, stored)
             for one, rule in zip(chains, rules, strict=True)
         ]
-        logits_NV = adjust(self._weights.draft_head(states_ND), positions, vocabulary)
+        logits_NV = self._adjuster.adjust(self._weights.draft_head(states_ND), positions)
         if confidence_N is None:
             highest_N = vocabulary.max(logits_NV.amax(-1))
             confidence_N = (highest_N - vocabulary.logsumexp(logits_NV)).exp().nan_to_num()

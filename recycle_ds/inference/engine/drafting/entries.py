@@ -16,7 +16,7 @@ from recycle_ds.inference.engine.cache import Cache, Tokens
 from recycle_ds.inference.engine.plan import Part, Rules
 from recycle_ds.inference.engine.weights import ENTRY_SHIFT, StageWeights
 from recycle_ds.inference.native.spans import Span
-from recycle_ds.inference.speculation.sampling import Position
+from recycle_ds.inference.speculation.adjusting import Position
 
 
 def run_module(

@@ -15,7 +15,7 @@ from recycle_ds.inference.engine.weights import StageWeights
 from recycle_ds.inference.native.growing import Root
 from recycle_ds.inference.native.spans import Span
 from recycle_ds.inference.speculation import noise
-from recycle_ds.inference.speculation.sampling import adjust
+from recycle_ds.inference.speculation.adjusting import Adjuster
 from recycle_ds.inference.speculation.tree import BRANCH, GrowingTree, confidences_of
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
@@ -35,6 +35,7 @@ class TreeGrower:
     def __init__(self, weights: StageWeights, cache: Cache, drafts: Vocabulary, rules: Mapping[int, Rules]) -> None:
         """drafts: the vocabulary of the drafts. rules: of the sequences; the owner keeps them up to date."""
         self._weights, self._cache, self._draft_vocabulary, self._rules = weights, cache, drafts, rules
+        self._adjuster = Adjuster(drafts)
 
     def grow(self, trees: Sequence[Tree], states_ND: Tensor) -> None:
         """Grows the trees of all sequences. states_ND: of the latest known tokens."""
@@ -126,7 +127,7 @@ class TreeGrower:
                 position_of(self._cache, tree.part, rule, tree.index + 1, tree.nodes.path_ids(node), stored)
                 for (tree, node), rule in zip(((t, node) for t in trees for node in t.nodes.beam), rules, strict=True)
             ]
-            logits_TV = adjust(self._weights.draft_head(states_TD), positions, vocabulary)
+            logits_TV = self._adjuster.adjust(self._weights.draft_head(states_TD), positions)
             if scale_T is not None:
                 logits_TV = logits_TV * scale_T[:, None]
             if keys_T is not None:

@@ -11,7 +11,8 @@ import torch
 from recycle_ds.inference.native.choice import sample
 from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation import noise
-from recycle_ds.inference.speculation.sampling import Position, choose
+from recycle_ds.inference.speculation.adjusting import Position
+from recycle_ds.inference.speculation.sampling import choose
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 from tests.unit.inference.native.kernels import needs_kernels
 
