@@ -192,12 +192,16 @@ def _many(
     prompts: str | None, output: str | None, prompt: str | None, prompt_file: str | None
 ) -> tuple[Path, Path] | None:
     """The files of a request for many prompts, None for a single prompt. Raises DecodingError if only one is given."""
+    from recycle_ds.inference.batch.failures import check_name
     from recycle_ds.inference.errors import DecodingError
 
     if prompts is None and output is None:
         return None
     if prompts is None or output is None or prompt is not None or prompt_file is not None:
         raise DecodingError("--prompts FILE and --output FILE go together, and without --prompt and --prompt-file")
+    if prompts == "-":
+        raise DecodingError("--prompts -: prompts are read at every start and by every rank: write them to a file")
+    check_name(Path(output))
     return Path(prompts), Path(output)
 
 

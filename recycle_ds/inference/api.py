@@ -92,7 +92,7 @@ class Engine:
 
 def _checked(prompts: object) -> tuple[str, ...]:
     """The texts. Raises DecodingError, with the prompt's number, for anything else and for text that is not valid Unicode."""
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, dict):
         raise DecodingError(f"prompts={prompts!r}: must be a text or a sequence of texts")
     texts = tuple(prompts)
     for number, text in enumerate(texts):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
+from typing import Any
 
 from recycle_ds.inference.errors import DecodingError
 
@@ -24,6 +25,7 @@ _MOST = 2**31 - 1
 _SMALL_TOP_P, _LARGE_MIN_P = 0.4, 0.5
 SEED_LIMIT = 2**63
 MAX_LOGPROBS = 100
+MOST_ANSWERS = 16_384
 # Threads for each core of the host: beyond that they wait for one another, and thousands end the process.
 _MOST_THREADS = 8
 _WHOLE_NUMBERS = ("top_k", "seed", "min_new_tokens", "logprobs", "max_new_tokens", "draft_tokens", "n")
@@ -210,6 +212,8 @@ class SamplingParams(TokenSampling):
             raise DecodingError(f"stop={self.stop!r}: must be a sequence of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
         check_stop_strings(self.stop)
+        if self.n > MOST_ANSWERS:
+            raise DecodingError(f"n={self.n}: must be at most {MOST_ANSWERS}; ask for the others with another seed")
         if self.n < 1:
             raise DecodingError(f"n={self.n}: must be at least 1")
 
@@ -222,6 +226,17 @@ class SamplingParams(TokenSampling):
     def token_sampling(self) -> TokenSampling:
         """The part that decides single tokens."""
         return TokenSampling(**{name.name: getattr(self, name.name) for name in fields(TokenSampling)})
+
+
+def token_ids(ids: object) -> list[int]:
+    """A prompt as Python's numbers. Raises DecodingError for what is not a sequence of token ids."""
+    found: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes | dict) else [None]
+    wrong = next((one for one in found if not isinstance(one, Integral) or isinstance(one, bool)), 0)
+    if wrong != 0:
+        raise DecodingError(
+            f"prompt_ids={str(ids)[:60]}: must be a sequence of token ids, and encoded first if it is a text"
+        )
+    return [int(one) for one in found]
 
 
 def check_mode(mode: str) -> None:

@@ -18,7 +18,7 @@ from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team, build_team
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import PEER_LOST, PeerLost, lost_peer
-from recycle_ds.parallel.rendezvous import Launch, own_device, start, stop
+from recycle_ds.parallel.rendezvous import Launch, LaunchError, own_device, start, stop
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,13 @@ def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str, flo
     """Divides the ranks of a launch into teams. Collective over all ranks if a team has more than one.
 
     on_loss: called when a rank is lost or hangs, see `Liveness`; by default it prints the message and ends the process. Raises
-    LaunchError if this host has fewer GPUs than ranks, ConfigError if the degrees do not divide the number of ranks.
+    LaunchError if this host has fewer GPUs than ranks, and if the degrees do not divide the number of ranks.
     """
+    if launch.world_size % (tensor * pipeline):
+        raise LaunchError(
+            f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline}: must divide the number of ranks "
+            f"({launch.world_size}): start a multiple of {tensor * pipeline} ranks, or change the degrees"
+        )
     device = own_device(launch)  # before a model is loaded onto a device that another rank uses
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton's kernels and page-locked memory use the thread's, else they are GPU 0's

@@ -17,6 +17,7 @@ file is read or written.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recycle_ds.config.atomic_files import write_atomically
-from recycle_ds.config.command import user_errors
+from recycle_ds.config.command import INTERRUPTED, user_errors
 from recycle_ds.config.errors import RecycleError
 from recycle_ds.parallel.peers import MachineFault, is_transient
 
@@ -171,6 +172,14 @@ def is_to_report_interruption(reason: str | None, environment: Mapping[str, str]
     user's shell must not take the work for finished; a job's shell reads `outcome` instead. Ranks other than the first of a
     host exit with 0: the launcher may end one that still has something to write once another has failed."""
     return reason == "SIGINT" and job_of(environment).folder is None and is_error_reporter(environment)
+
+
+def code_of_unfinished(reason: str | None, environment: Mapping[str, str]) -> int:
+    """The exit code of a process whose work is not finished, for the reason for which it has stopped: as by
+    `is_to_report_interruption`, and likewise after SIGTERM, for work of which nothing can be used before it is finished."""
+    if reason == "SIGTERM" and job_of(environment).folder is None and is_error_reporter(environment):
+        return 128 + signal.SIGTERM
+    return INTERRUPTED if is_to_report_interruption(reason, environment) else 0
 
 
 def is_first_of_host(environment: Mapping[str, str]) -> bool:

@@ -161,6 +161,8 @@ def test_a_lost_rank_ends_the_job_and_is_named(failures: list[tuple[int, int, in
                 lines += [line for line in error.splitlines() if line.startswith("error: ")]
             assert len(lines) == 1 and lines[0].startswith(f"error: rank {lost} {text}"), lines
             assert not alone or ranks[0].poll() is None
+            if number == signal.SIGSTOP:  # a launcher's SIGTERM would not end it
+                assert ranks[lost].wait(timeout=30) == -signal.SIGKILL
     finally:
         for _, ranks in jobs:
             for one in ranks:

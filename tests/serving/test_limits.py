@@ -84,6 +84,43 @@ def test_texts_that_cannot_fit_are_not_encoded(loaded: LoadedModel, monkeypatch:
         assert len(encoded) == 1
 
 
+def test_a_client_that_goes_away_behind_a_further_request(loaded: LoadedModel) -> None:
+    """Prevents an answer from being decoded to its end for nobody: the end of a connection was not seen while a second request
+    lay in it."""
+    body = json.dumps({"prompt": "a", "max_tokens": 100, "ignore_eos": True}).encode()
+    with serving(loaded) as server:
+        slow_down(server)
+        request = head_of("/v1/completions", len(body)) + body
+        for parts in ((request + request,), (request, request), (request, request[:40])):
+            before = server.worker.statistics().cancelled
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+                for part in parts:
+                    connection.sendall(part)
+                    until(lambda: server.worker.statistics().running == 1)
+            until(lambda before=before: server.worker.statistics().cancelled == before + 1)
+            until(lambda: server.worker.open == 0)
+        # and both are answered for one that stays
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as connection:
+            short = json.dumps({"prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()
+            connection.sendall(2 * (head_of("/v1/completions", len(short)) + short))
+            data = b""
+            while data.count(b'"finish_reason"') < 2:
+                data += connection.recv(4096)
+        assert data.count(b"HTTP/1.1 200") == 2
+
+
+def test_prompts_without_end_are_refused_before_they_are_looked_at(loaded: LoadedModel) -> None:
+    """Prevents a list of a million prompts, or of parts of a message, from holding up all other clients."""
+    with serving(loaded) as server:
+        http = server.http()
+        for prompt in ([[1]] * 5000, ["a"] * 5000):
+            error = http.post("/v1/completions", json={"prompt": prompt}).json()["error"]
+            assert error["message"] == "prompt: 5000 prompts, at most 4096 are possible; send fewer"
+        parts = [{"type": "text", "text": "a"}] * 3000
+        answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
+        assert "messages.0.content: 3000 parts, at most 2048 are possible" in answer.json()["error"]["message"]
+
+
 def test_every_body_needs_a_place(loaded: LoadedModel) -> None:
     """Prevents bodies and texts from being read without limit: the place is taken before the body comes."""
     with serving(loaded, max_requests=1) as server:

@@ -151,6 +151,23 @@ def test_the_time_for_an_answer_begins_with_it(loaded: LoadedModel) -> None:
         server.wait_idle()
 
 
+def test_a_complete_answer_is_not_late(loaded: LoadedModel) -> None:
+    """Prevents an error in place of the usage where a client takes its time with the last piece of a complete answer."""
+    with serving(loaded) as server:
+        task = Task([[1, 2, 3]], SamplingParams(max_new_tokens=5, ignore_eos=True), "verified", seconds=1.0)
+
+        async def ask() -> list[str | None]:
+            reasons = []
+            async for step in Answering(server.worker, loaded.tokenizer, task).steps():
+                reasons.append(step.reason)
+                if step.reason is not None:
+                    await asyncio.sleep(1.5)
+            return reasons
+
+        assert asyncio.run(ask())[-1] == "length"
+        server.wait_idle()
+
+
 def test_tokens_are_sent_at_once() -> None:
     """Prevents a delay of some 40 ms for every token: asyncio turns Nagle's algorithm off only for sockets that name TCP as
     their protocol, and sockets are made without it by default."""

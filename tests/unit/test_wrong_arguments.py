@@ -26,6 +26,13 @@ WRONG = {
     ),
     "file": ("generate", ["--model", "README.md", "--prompt", "a"], "README.md: is a file; name its folder"),
     "prompts": ("generate", ["--model", "nowhere", "--prompts", "a", "--output", "b"], "nowhere: no such folder"),
+    "prompts of a pipe": ("generate", ["--model", "docs", "--prompts", "-", "--output", "b"], "write them to a file"),
+    "long name": (
+        "generate",
+        ["--model", "docs", "--prompts", "a", "--output", "o" * 255],
+        "its name has 255 bytes, at most 200",
+    ),
+    "answers": ("generate", ["--model", "docs", "--prompt", "a", "--n", "1000000"], "n=1000000: must be at most 16384"),
     "evaluate": ("evaluate", ["--model", "nowhere", "--data", "a"], "nowhere: no such folder"),
     "no model": ("generate", ["--model", "docs", "--prompt", "a"], "docs: no checkpoint there (looked for"),
     "no model to serve": ("serve", ["--model", "docs"], "docs: no checkpoint there (looked for"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,53 @@ from recycle_ds.inference.errors import DecodingError
 
 ERROR = "error"
 """Key of the error in the line of a failed prompt. No other line has it."""
-_ANSWER = ("text", "token_ids", "others")
+GENERATED_BY = "generated_by"
+"""Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes
+from."""
+ANSWER = (
+    *(
+        "text",
+        "token_ids",
+        "others",
+        "logprobs",
+        "recycled",
+        "mode",
+        "dtype",
+        "finish_reason",
+        "prompt_tokens",
+        "new_tokens",
+    ),
+    *(
+        "recycled_tokens",
+        "full_calls",
+        "module_calls",
+        "tokens_per_full_call",
+        "drafted",
+        "tested",
+        "accepted",
+        "acceptance",
+    ),
+    *("prefill_seconds", "decode_seconds", "tokens_per_second"),
+)
+"""Keys of an answer, of which not every one has all."""
+_LONGEST_NAME = 200
+"""Bytes of the output's name: those of unfinished and further files beside it are longer, and end at 255."""
+
+
+def check_name(output: Path) -> None:
+    """Raises DecodingError for an output's name that is too long for the names beside it. Needs no file."""
+    size = len(os.fsencode(output.name))
+    if size > _LONGEST_NAME:
+        raise DecodingError(
+            f"--output ...{output.name[-40:]}: its name has {size} bytes, at most {_LONGEST_NAME} are possible: further files "
+            "beside it have longer ones"
+        )
+
+
+def own_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of the output has of its prompt's record: no key of an answer, since the prompts may come from an earlier
+    output."""
+    return {key: value for key, value in record.items() if key not in (*ANSWER, ERROR, "index", GENERATED_BY)}
 
 
 def failures_path(output: Path) -> Path:
@@ -20,16 +67,14 @@ def failures_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.errors.jsonl")
 
 
-def output_line(record: Mapping[str, Any], index: int, answer: Mapping[str, Any] | Exception) -> dict[str, Any]:
-    """A prompt's line: its record's own keys, `index`, and either the fields of its answer or `error`.
+def part_line(index: int, answer: Mapping[str, Any] | Exception) -> dict[str, Any]:
+    """A completed prompt: the fields of its answer, or `error`, and `index`."""
+    return ({ERROR: str(answer)} if isinstance(answer, Exception) else dict(answer)) | {"index": index}
 
-    Keys of the record that would make a failed prompt look like a continued one, or the reverse, are left out: the
-    prompts may come from an earlier output.
-    """
-    if isinstance(answer, Exception):
-        own = {key: value for key, value in record.items() if key not in _ANSWER}
-        return own | {ERROR: str(answer), "index": index}
-    return {key: value for key, value in record.items() if key != ERROR} | dict(answer) | {"index": index}
+
+def output_line(record: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt's line in the output: its record's own keys, as they are now, and those of its line in the parts."""
+    return own_keys(record) | dict(line)
 
 
 def has_failed(line: Mapping[str, Any]) -> bool:

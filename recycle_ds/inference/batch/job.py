@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from recycle_ds.checkpoint.loading import LoadedModel
-from recycle_ds.config.command import INTERRUPTED, tell_torchrun
+from recycle_ds.config.command import tell_torchrun
 from recycle_ds.inference.batch.progress import Progress
 from recycle_ds.inference.batch.prompt_file import PromptFile
 from recycle_ds.inference.engine.engine import DecodingEngine
@@ -24,8 +26,9 @@ from recycle_ds.parallel.job import (
     REQUEUE_EXIT_CODE,
     SAVED_FOR_RESTART,
     Job,
+    code_of_unfinished,
     errors_of_host,
-    is_to_report_interruption,
+    is_error_reporter,
     job_of,
 )
 from recycle_ds.training.faults.stop_requests import JOB_SIGNAL, StopRequest
@@ -34,6 +37,26 @@ FAILED_PROMPTS = 1
 """Exit code of a complete job of which some prompts could not be continued."""
 # No prompt is started this many seconds before the end of the job, plus twice the longest time that a prompt took.
 _MARGIN = 10.0
+# Seconds from which a further SIGINT is another one of the user's: launchers pass on the one that the terminal has sent, too.
+_SECOND = 1.0
+
+
+class _Stopping(StopRequest):
+    """A second Ctrl-C does not wait for the answers that are being decoded, of which there may be thousands to one prompt: what
+    is completed is in the parts."""
+
+    _first = 0.0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, now = self.reason is None, time.monotonic()
+        super()._handle(number, frame)
+        if number != signal.SIGINT or not is_error_reporter(os.environ):
+            return
+        if first:
+            self._first = now
+            os.write(2, b"stopping when the answers under way are complete; Ctrl-C again stops at once\n")
+        elif now > self._first + _SECOND:
+            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,8 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
     job = job_of(os.environ)
     files = (settings.prompts, settings.output)
     share = PromptFile(*files, ranks.team_rank, ranks.teams, request.model, request.settings)
-    with StopRequest({job.stop_file: JOB_SIGNAL} if job.stop_file else {}, job.end) as stopping, ExitStack() as stack:
+    files_to_stop = {job.stop_file: JOB_SIGNAL} if job.stop_file else {}
+    with _Stopping(files_to_stop, job.end) as stopping, ExitStack() as stack:
         with errors_of_host():
             loaded = _settle(share, request, ranks)
         engine = None if loaded is None else _engine(loaded, settings, ranks, stack)
@@ -102,9 +126,9 @@ def run_batch(request: Request, settings: BatchSettings, ranks: Ranks) -> None:
             if not job.write_note("outcome", SAVED_FOR_RESTART):
                 stack.close()  # the other ranks of the team end too
                 sys.exit(REQUEUE_EXIT_CODE)
-            if is_to_report_interruption(stopping.reason, os.environ):
+            if code := code_of_unfinished(stopping.reason, os.environ):
                 stack.close()
-                sys.exit(INTERRUPTED)
+                sys.exit(code)
 
 
 def _report(share: PromptFile, job: Job) -> int:

@@ -23,12 +23,16 @@ from recycle_ds.config.atomic_files import write_atomically
 from recycle_ds.inference.batch.claims import Claim, Loaded
 from recycle_ds.inference.batch.failures import (
     ERROR,
+    GENERATED_BY,
     check_list,
+    check_name,
     failures_of,
     failures_path,
     has_failed,
     list_failures,
     output_line,
+    own_keys,
+    part_line,
     remove_list,
 )
 from recycle_ds.inference.batch.parts import (
@@ -41,10 +45,6 @@ from recycle_ds.inference.batch.parts import (
 from recycle_ds.inference.batch.parts_record import RECORD, PartsRecord, read_record
 from recycle_ds.inference.batch.prompts import read_lines
 from recycle_ds.inference.errors import DecodingError
-
-GENERATED_BY = "generated_by"
-"""Key of every output line: which prompts and settings (as a hash), which --model and which checkpoint it comes
-from."""
 
 _L = TypeVar("_L", bound=Loaded)
 
@@ -145,7 +145,7 @@ class PromptFile:
         drop_partial_line(part)
         with part.open("a", encoding="utf-8") as file:
             for count, (index, answer) in enumerate(chain(refused, generate(wanted())), 1):
-                file.write(json.dumps(output_line(records[index], index, answer), ensure_ascii=False) + "\n")
+                file.write(json.dumps(part_line(index, answer), ensure_ascii=False) + "\n")
                 file.flush()
                 progress(len(share) - len(missing) + count, len(share))
 
@@ -164,8 +164,13 @@ class PromptFile:
     def _check_output(self) -> None:
         """Creates the output's folder. Raises DecodingError if it is not writable, before any prompt is decoded."""
         folder = self.output.parent
+        check_name(self.output)
         if self.output.is_dir():
             raise DecodingError(f"{self.output}: is a folder; name a file in it as --output")
+        if self.output.exists() and not self.output.is_file():
+            raise DecodingError(f"{self.output}: is a pipe or a device; name a file as --output")
+        if self.output.exists() and self.prompts.exists() and self.output.samefile(self.prompts):
+            raise DecodingError(f"{self.output}: is the file of prompts; name another --output")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -178,14 +183,35 @@ class PromptFile:
         check_list(self.failures_path, self.prompts)
 
     def _is_complete(self) -> bool:
-        """Whether another process or an earlier start has written the output. Raises DecodingError for an unrelated file."""
+        """Whether another process or an earlier start has written the output. Raises DecodingError for an unrelated file, and
+        for one that has been damaged since."""
         if not self.output.exists():
             return False
         record = self._record_of_output()
         if record is None or not record.matches(self._key, self._claim.model_path):
             raise DecodingError(f"{self.output}: already exists; name another --output, or remove it")
+        lines = _complete_lines(self.output)
+        if lines != self.count:
+            raise DecodingError(
+                f"{self.output}: has {lines} complete lines of {self.count}: damaged since it was written; restore it, or "
+                "remove it to start over"
+            )
+        if not self._has_current_keys():
+            raise DecodingError(
+                f"{self.output}: was written when {self.prompts} had other keys beside the prompts; name another --output, or "
+                "remove it"
+            )
         self._tidy()
         return True
+
+    def _has_current_keys(self) -> bool:
+        """Whether the lines of a finished output have the keys that the records have now beside the prompts."""
+        own = [own_keys(record) for record in self._lines.values()]
+        if all(one.keys() == {"prompt"} for one in own):
+            return True  # of many prompts, most: the lines need not be parsed
+        with self.output.open(encoding="utf-8", newline="\n") as file:
+            lines = (_parsed(line) for line in file)
+            return all(one.items() <= line.items() for one, line in zip(own, lines, strict=True))
 
     def _record_of_output(self) -> PartsRecord | None:
         """The record in the first line of a finished output: a process that starts late recognises the output by it."""
@@ -203,7 +229,8 @@ class PromptFile:
         if record is None or len(completed) < count:
             return self._is_complete()
         by = {GENERATED_BY: asdict(record)}
-        lines = [json.dumps(completed[index] | by, ensure_ascii=False) + "\n" for index in range(count)]
+        current = (output_line(one, completed[index]) for index, one in enumerate(self._lines.values()))
+        lines = [json.dumps(line | by, ensure_ascii=False) + "\n" for line in current]
         errors = {index: line[ERROR] for index, line in completed.items() if has_failed(line)}
         list_failures(self.failures_path, self._lines, errors)  # first: the output vouches for it
         write_atomically(self.output, "".join(lines))
@@ -214,3 +241,18 @@ class PromptFile:
         """Removes the parts, and what processes that were killed or that started late have left."""
         remove_parts(self.parts)
         remove_unfinished(self.output, self.failures_path, self.parts)
+
+
+def _complete_lines(path: Path) -> int:
+    """Lines of a file that end."""
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line's object; an empty one for what is none."""
+    try:
+        tree = json.loads(line)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     """The objects by line number, from 1. A text under "prompt" may be empty. Raises DecodingError."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DecodingError(
+            f"{path}: is a pipe or a device, and prompts are read at every start and by every rank: write them "
+            "to a file"
+        )
     try:
         # not splitlines: it also cuts at separators that may occur inside a JSON string
         lines = [line.lstrip("\ufeff") for line in path.read_text(encoding="utf-8").split("\n")]  # of joined files
@@ -37,13 +43,19 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     return records
 
 
+def _number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:40]} is larger than any number: write it as text")
+    return value
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not valid JSON: write null or a number")
 
 
 def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, parse_constant=_refuse)
+        record = json.loads(line, parse_constant=_refuse, parse_float=_number)
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if isinstance(prompt, str):
             # fails here rather than when the output is written

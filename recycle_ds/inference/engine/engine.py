@@ -20,7 +20,7 @@ from recycle_ds.inference.engine.plan import Outcome, Plan, Rules
 from recycle_ds.inference.engine.scheduler import Scheduler
 from recycle_ds.inference.engine.sequence import OnTokens, Sequence
 from recycle_ds.inference.errors import DecodingError
-from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_logprobs, check_mode
+from recycle_ds.inference.parameters import SEED_LIMIT, SamplingParams, check_logprobs, check_mode, token_ids
 from recycle_ds.inference.protocol import NewTextSource
 from recycle_ds.inference.speculation.cost_model import CostModel
 from recycle_ds.inference.speculation.stopping import FinishReason, StopCondition, TextFilter
@@ -158,8 +158,12 @@ class DecodingEngine:
         priority: higher ones run first. on_tokens: called with an answer's new ids and, for each, whether it was
         recycled.
         """
-        prompt = list(prompt_ids)
+        prompt = token_ids(prompt_ids)
         self.check(prompt, params, mode)
+        if not isinstance(priority, int):
+            raise DecodingError(f"priority={priority!r}: must be a whole number; higher ones run first")
+        if on_tokens is not None and not callable(on_tokens):
+            raise DecodingError(f"on_tokens={on_tokens!r}: must be a function of ids and of whether each was recycled")
         if mode == "verified" and params.draft_tokens is None:
             self.measure_costs()
         answers: list[Sequence] = []
@@ -201,6 +205,8 @@ class DecodingEngine:
     def check(self, prompt: list[int], params: SamplingParams, mode: str) -> None:
         """Raises DecodingError for a request that cannot be decoded."""
         check_mode(mode)
+        if not isinstance(params, SamplingParams):
+            raise DecodingError(f"params={params!r}: must be SamplingParams")
         if mode != "autoregressive" and not self.has_module:
             raise DecodingError(
                 f"mode={mode}: the model has no recycle module; use --mode autoregressive, or train one"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from recycle_ds.inference.engine.step_watch import FAILED, Progress, StepWatch
 from recycle_ds.parallel.awake import AwakeClock
+from recycle_ds.parallel.processes import identity_of, kill
 
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -77,12 +78,16 @@ class Liveness:
     ) -> None:
         self._store, self._ranks, self._own, self._on_loss, self._patience = store, ranks, own, on_loss, patience
         self._tensor_ranks, self._steps = tensor_ranks or [own], steps or StepWatch()
+        self._processes: dict[int, str] = {}
+        """Of the other ranks, as far as they are known."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
     def start(self) -> None:
         """Starts to count up and to watch."""
         self._store.set_timeout(_STORE_TIMEOUT)
+        if (identity := identity_of(os.getpid())) is not None:
+            self._store.set(self._process_key(self._own), identity)
         self._store.set(self._key(self._own), self._count(0))
         self._thread.start()
 
@@ -119,6 +124,7 @@ class Liveness:
             try:
                 self._store.set(self._key(self._own), self._count(count))
                 signs = self._look(signs, now)
+                self._learn_processes()
                 others = set(signs) - {self._own}
                 text = self._loss(signs, now)
                 if text is None:
@@ -130,6 +136,7 @@ class Liveness:
                 if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
                     return
             if not self._stopped.is_set():
+                self._end_silent(signs, now)
                 # the others look into the store of rank 0 once more: they must not take it for lost too
                 self._on_loss(text if first else "", 0 if self._own else 2 * _INTERVAL)
             return
@@ -164,6 +171,19 @@ class Liveness:
         """The ranks that have shown no sign of life for so long."""
         return [rank for rank, sign in signs.items() if rank != self._own and now - sign.since > patience]
 
+    def _learn_processes(self) -> None:
+        for rank in self._ranks:
+            key = self._process_key(rank)
+            if rank != self._own and rank not in self._processes and self._store.check([key]):
+                self._processes[rank] = self._store.get(key).decode()
+
+    def _end_silent(self, signs: Mapping[int, _Sign], now: float) -> None:
+        """Kills the processes of silent ranks on this host: a launcher sends a stopped one SIGTERM, which it does not take, and
+        waits for half a minute."""
+        for rank in self._silent(signs, now, self._patience / 2):
+            if rank in self._processes:
+                kill(self._processes[rank])
+
     def _silence(self, ranks: Sequence[int]) -> str:
         subject, they = _subject(ranks, "has", "have"), "it is" if len(ranks) == 1 else "they are"
         return f"{subject} shown no sign of life for {self._patience:.0f} s: {they} {_DEAD}; {_NEXT}"
@@ -175,6 +195,10 @@ class Liveness:
     @staticmethod
     def _key(rank: int) -> str:
         return f"liveness/{rank}"
+
+    @staticmethod
+    def _process_key(rank: int) -> str:
+        return f"liveness/{rank}/process"
 
 
 def _subject(ranks: Sequence[int], singular: str, plural: str) -> str:

@@ -39,7 +39,7 @@ class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=_MAX_PARTS, fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     """Of an assistant it may be null, as OpenAI writes an empty message."""
     name: str | None = Field(None, max_length=_MAX_NAME)
     """Who speaks: for templates that show it."""
@@ -144,6 +144,8 @@ def _checked(message: Any, path: str) -> dict[str, Any]:
         if name not in ("role", "content", "name") and not empty:
             raise ValueError(f"{path}.{str(name)[:60]}: not supported: a message has role, content and name only")
     if isinstance(content, list):
+        if len(content) > _MAX_PARTS:
+            raise ValueError(f"{path}.content: {len(content)} parts, at most {_MAX_PARTS} are possible; join them")
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else part

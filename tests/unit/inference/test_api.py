@@ -16,8 +16,10 @@ from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.inference import DecodingError
 from recycle_ds.inference.decoder import decode_one
+from recycle_ds.inference.engine.build import local_engine
 from recycle_ds.inference.loading import load
 from tests.unit.inference.command import PROMPT, Generate
+from tests.unit.inference.models import random_model
 
 PROMPTS = [PROMPT, "abc", "hij abc"]
 
@@ -103,6 +105,10 @@ def test_wrong_arguments_are_typed_errors(engine: Engine, tmp_path: Path) -> Non
             "logit_bias=1e+39 for token 3: must be from -1e+06 to 1e+06; bad_tokens forbids a token",
         ),
         ("frequency_penalty", -2e6, "frequency_penalty=-2000000.0: must be from -1e+06 to 1e+06; 0 disables it"),
+        ("temperature", 1e39, "temperature=1e+39: must be 0 (greedy), or from 0.0001 to 1e+06"),
+        ("temperature", float("nan"), "temperature=nan: must be 0 (greedy), or from 0.0001 to 1e+06"),
+        ("top_k", 2**63, "top_k=9223372036854775808: must be from 0 (keep all tokens) to 2147483647"),
+        ("min_new_tokens", 2**63, "min_new_tokens=9223372036854775808: must be from 0 to 2147483647"),
         ("repetition_penalty", 0.0, "repetition_penalty=0.0: must be from 1e-06 to 1e+06; 1 disables it"),
         ("ignore_eos", "no", "ignore_eos='no': must be True or False"),
         ("bad_tokens", "x", "bad_tokens='x': must be a sequence of token ids"),
@@ -169,3 +175,26 @@ def test_special_tokens_in_prompts(engine: Engine, model: Path) -> None:
         (answer,) = engine.generate(prompt, params, parse_special=parse_special)
         expected = decode_one(engine.engine, ids, params, "verified")
         assert (answer.token_ids, answer.prompt) == (expected.token_ids, prompt)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt_ids": "abc"}, "prompt_ids=abc: must be a sequence of token ids, and encoded first if it is a text"),
+        ({"prompt_ids": [347.9]}, r"prompt_ids=\[347\.9\]: must be"),
+        ({"prompt_ids": [[1, 2]]}, "must be a sequence of token ids"),
+        ({"prompt_ids": 5}, "must be a sequence of token ids"),
+        ({"priority": "a"}, "priority='a': must be a whole number"),
+        ({"params": None}, "params=None: must be SamplingParams"),
+        ({"on_tokens": 5}, "on_tokens=5: must be a function"),
+    ],
+)
+def test_requests_of_other_types_do_not_end_the_others(asked: dict[str, Any], message: str) -> None:
+    """Prevents a wrong request from being found first in a step, which ends all requests beside it."""
+    engine = local_engine(random_model(7, 1), max_batch=2)
+    (other,) = engine.add(np.array([1, 2]), SamplingParams(max_new_tokens=5), "autoregressive")
+    engine.step()
+    with pytest.raises(DecodingError, match=message):
+        engine.add(**({"prompt_ids": [1, 2], "params": SamplingParams(max_new_tokens=3)} | asked))
+    engine.finish([other])
+    assert len(other.tokens) == 7

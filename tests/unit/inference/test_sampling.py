@@ -265,3 +265,19 @@ def test_values_out_of_range_are_refused(parameters: dict[str, Any], words: str)
         TokenSampling(**parameters)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_amendments_are_those_of_the_request() -> None:
+    """Prevents the bias of a request that has ended from being applied to one that lies at the same place in memory, and more
+    tensors from being kept than for the latest requests."""
+    vocabulary, logits_1V = Vocabulary(0, 9), torch.zeros(1, 9)
+    adjuster = Adjuster(vocabulary)
+    for number in range(600):
+        params = TokenSampling(logit_bias=((number % 9, 1.0 + number),), bad_tokens=((number + 1) % 9,))
+        position = Position(params, 0, 1, 0)
+        for _ in range(2):
+            found_V = adjuster.adjust(logits_1V, [position])[0]
+            assert found_V.argmax() == number % 9 and found_V.max() == 1.0 + number
+            assert found_V.isinf().nonzero().flatten().tolist() == [(number + 1) % 9]
+        assert not logits_1V.any()
+    assert len(adjuster._known) <= 256
