@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recycle_ds.inference import SamplingParams
+from recycle_ds.inference.batch import job
 from recycle_ds.inference.batch.failures import ANSWER
 from recycle_ds.inference.batch.prompts import read_lines
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.generation import Generation
 from recycle_ds.inference.request import Request
+from recycle_ds.parallel.job import code_of_unfinished
 from tests.unit.inference.prompt_files import result, settle, share, work
 
 
@@ -90,3 +93,38 @@ def test_numbers_that_no_json_has(tmp_path: Path, number: str) -> None:
     path.write_text(f'{{"prompt": "a", "weight": 1e300}}\n{{"prompt": "a", "weights": [{number}]}}\n')
     with pytest.raises(DecodingError, match=rf"prompts\.jsonl:2: cannot be read: {number} is larger than any number"):
         read_lines(path)
+
+
+def test_a_second_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Prevents Ctrl-C that is ignored while thousands of answers to one prompt are decoded; a launcher passes on the signal
+    that the terminal has sent as well, which must not count as a second one."""
+    now = [100.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    with job._Stopping() as stopping:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.poll(0) == "SIGINT"
+        assert (
+            capfd.readouterr().err == "stopping when the answers under way are complete; Ctrl-C again stops at once\n"
+        )
+        now[0] += 1.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("reason", "environment", "code"),
+    [
+        ("SIGINT", {}, 130),
+        ("SIGTERM", {}, 143),
+        ("SIGTERM", {"RANK": "0"}, 143),
+        ("SIGTERM", {"RANK": "1"}, 0),
+        ("SIGTERM", {"RECYCLE_JOB_DIR": "job"}, 0),
+        ("time limit", {}, 0),
+        (None, {}, 0),
+    ],
+)
+def test_an_output_that_is_not_there_is_no_success(reason: str | None, environment: dict[str, str], code: int) -> None:
+    """Prevents `generate ... && use OUTPUT` from going on without the output; a job's shell knows from the job's notes."""
+    assert code_of_unfinished(reason, environment) == code
