@@ -123,7 +123,7 @@ def test_an_echoed_prompt_is_scored(server: Server, loaded: LoadedModel) -> None
         assert one.logprobs.token_logprobs == pytest.approx(found.token_logprobs[: len(ids)], abs=1e-4)
     assert pair.usage is not None and pair.usage.completion_tokens == 0
     several = client.completions.create(prompt=[ids, ids[:4], ids[2:]], max_tokens=0, **asked).usage
-    assert several is not None and several.model_dump()["tokens_per_second"] == 0
+    assert several is not None and several.model_dump()["recycle"]["tokens_per_second"] == 0
     (plain,) = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, temperature=0, echo=True).choices
     streamed = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, temperature=0, echo=True, stream=True)
     assert plain.text == "".join(chunk.choices[0].text for chunk in streamed) and plain.text.startswith(PROMPT)
