@@ -24,14 +24,15 @@ def advance(
     tokens = () if mine is None else mine.tokens
     sequence.full_calls += part.samples
     sequence.cached = part.known + max(len(tokens) - 1, 0)
-    if read := part.module_slots(tokens, sequence.rules.end_ids):
+    if part.module_start and (read := part.module_slots(tokens, sequence.rules.end_ids)):
         sequence.module_read = read.stop
         sequence.module_calls += 1 if mine is None else max(mine.calls, 1)
-    sequence.keep_scores(part.start, () if mine is None else mine.scored)
+    if mine is not None and mine.scored:
+        sequence.keep_scores(part.start, mine.scored)
     if tokens and mine is not None:
         if sequence.first_token_at is None:
             sequence.first_token_at = clock()
-        path = path_of(part.judged_ids, part.parents, tokens[:-1])
+        path = path_of(part.judged_ids, part.parents, tokens[:-1]) if part.judged else []
         if path:
             # what is registered below is right for whoever reads it: a later step, which begins with these moves
             tables.move(part.moves(path, tables.pool.size))
@@ -51,9 +52,9 @@ def _keep(sequence: Sequence, part: Part, mine: Chosen, path: list[int], budget:
     sequence.ordered = part.drafts_after(mine.tokens) if makes_drafts else 0
     if sequence.reason is not None:
         return
-    if sequence.mode != "alternate":
+    if sequence.mode == "verified":
         sequence.keep_drafts(mine.drafts, mine.parents, mine.confidences, repeated=not budget.hopeless)
-    elif mine.drafts:
+    elif mine.drafts:  # `alternate`
         sequence.tally.add(len(mine.drafts), 0, 0)
         sequence.take(list(mine.drafts), [True] * len(mine.drafts))
 

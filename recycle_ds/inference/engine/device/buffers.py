@@ -34,11 +34,21 @@ class Inbox:
         """Fields to be written, between `wait` and `send`."""
         self.fields: dict[str, Tensor] = {}
         """The same fields on the device."""
+        self._starts: dict[str, int] = {}
         at = 0
         for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
             self.host[name] = self._host[at : at + size].view(dtype).view(shape).numpy()
             self.fields[name] = self._device[at : at + size].view(dtype).view(shape)
+            self._starts[name] = at
             at += size
+
+    def together(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Adjacent fields of whole numbers and the same shape on the host, as one array [fields, ...]."""
+        first, start = self.host[names[0]], self._starts[names[0]]
+        for number, name in enumerate(names):
+            assert self.host[name].shape == first.shape and self.host[name].dtype.kind == "i", name
+            assert self._starts[name] == start + number * first.size, name
+        return self._host[start : start + len(names) * first.size].view(len(names), *first.shape).numpy()
 
     def wait(self) -> None:
         """Waits until the device has read what was sent last: then the host may write again."""
@@ -60,6 +70,7 @@ class Outbox:
         """room: numbers at most."""
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(room, dtype=torch.int64, pin_memory=on_gpu)
+        self._numbers = self._host.numpy()
         self._device, self._copied = device, torch.cuda.Event() if on_gpu else None
         self._forms: list[tuple[torch.Size, torch.dtype]] = []
 
@@ -75,9 +86,10 @@ class Outbox:
         """Waits for what was sent, each tensor with its shape. It is valid until the next `send`."""
         if self._copied is not None:
             self._copied.synchronize()
-        found, at = [], 0
+        found, at = list[NDArray[np.int64] | NDArray[np.float64]](), 0
         for shape, dtype in self._forms:
-            piece = self._host[at : at + shape.numel()].view(dtype).view(shape)
-            found.append(piece.numpy())
-            at += shape.numel()
+            size = shape.numel()
+            piece = self._numbers[at : at + size]
+            found.append((piece if dtype == torch.int64 else piece.view(np.float64)).reshape(shape))
+            at += size
         return found

@@ -1,18 +1,17 @@
 """Writes a plan into the fields of fields.py, with padding that sees nothing and writes to the scratch block.
 
 A GPU computes a step of a small model in less than a millisecond, and the host writes the next one meanwhile. So what is the
-same in all steps of a sequence is written once, and what is computed for every row is computed for all rows together.
+same in all steps of a sequence is written once, and fields are written together: NumPy takes about as long for one number
+as for hundreds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import is_
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recycle_ds.inference.engine.device.buffers import Inbox
 from recycle_ds.inference.engine.device.fields import (
@@ -33,14 +32,15 @@ from recycle_ds.inference.engine.plan import Part, Plan, Rules
 from recycle_ds.inference.speculation import noise
 from recycle_ds.inference.speculation.tree import MAX_NODES, ancestry, parents_of
 
-Numbers = NDArray[np.int64]
-
 _FEW_READ = 16
 """Slots of one sequence up to which the module reads them with those of others."""
 _PADDING_OF_REQUESTS = {"repetition": 1}
 """Of sequences that there are not; 0 for all other fields."""
-_NO_NODES = (np.array(-1), np.array(0), np.left_shift(1, np.arange(MAX_NODES)))
+_NO_NODES = np.array([[[-1] * MAX_NODES], [[0] * MAX_NODES], [[1 << node for node in range(MAX_NODES)]]])
 """Ids, rows of the parents and paths, as bits, of nodes that there are not."""
+_Paths = list[tuple[int, ...]]
+_ROOT: _Paths = [()]
+"""The paths of a part without drafts."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,19 @@ class _Request:
         )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the parts of a plan are among the rows, by part."""
+class _Together:
+    """Fields that are written together, and what they have where nothing is written."""
 
-    counts: list[int]
-    """Tokens."""
-    ends: list[int]
-    """Rows behind the last token."""
-    choices: list[int]
-    """Rows with logits; 0 for a chunk that ends inside a prompt."""
+    def __init__(self, inbox: Inbox, names: Sequence[str], padding: Mapping[str, int] | None = None) -> None:
+        self._numbers = inbox.together(names)
+        self._padding = np.array([[(padding or {}).get(name, 0)] for name in names])
 
-    @staticmethod
-    def of(parts: Sequence[Part]) -> _Layout:
-        counts, ends, end = [], [], 0
-        for part in parts:
-            counts.append(len(part.tokens))
-            end += counts[-1]
-            ends.append(end)
-        return _Layout(counts, ends, [part.judged + 1 if part.samples else 0 for part in parts])
+    def write(self, columns: Sequence[Sequence[int]], room: int) -> None:
+        """Writes a column to each field, and the padding behind it up to `room`."""
+        size = len(columns[0])
+        if size:
+            self._numbers[:, :size] = columns
+        self._numbers[:, size:room] = self._padding
 
 
 class Filling:
@@ -106,11 +100,16 @@ class Filling:
 
     def __init__(self, inbox: Inbox, size: int, scratch: int) -> None:
         """size: positions of a block. scratch: a block that padding writes to."""
-        self._host = inbox.host
-        self._size, self._scratch = size, scratch
-        self._tables = self._whole("tables")
+        self._host, self._size, self._scratch = inbox.host, size, scratch
+        self._rows = _Together(inbox, OF_ROWS, {"slots": scratch * size})
+        self._choices, self._reads = _Together(inbox, OF_CHOICES), _Together(inbox, OF_READS)
+        self._sequences = _Together(inbox, OF_SEQUENCES)
+        self._nodes = inbox.together(OF_NODES)
+        self._tables, self._end_ids, self._moves = (
+            inbox.together(names) for names in (("tables",), ("end_ids",), ("moves_from", "moves_to"))
+        )
         self._tables[:] = scratch
-        self._blocks: list[tuple[int, ...]] = [()] * len(self._tables)
+        self._blocks: list[tuple[int, ...]] = [()] * self._tables.shape[1]
         self._rules: list[Rules] = []
         self._requests: list[_Request] = []
         self._places: list[int] = []
@@ -118,15 +117,15 @@ class Filling:
 
     def fill(self, plan: Plan, rules: Mapping[int, Rules], places: Sequence[int]) -> Filled:
         """Writes a plan that fits, see `fits`. places: of each sequence's amendments, see adjusting.py."""
-        parts, layout = plan.parts, _Layout.of(plan.parts)
+        parts, tokens = plan.parts, plan.tokens
         end = min(rows_bucket(len(parts)), MOST_SEQUENCES)
-        flat = layout.ends[-1] > MOST_ROWS or max(layout.counts) > FEW_TOKENS
-        judged = {
+        flat = tokens > MOST_ROWS or any(len(part.tokens) > FEW_TOKENS for part in parts)
+        paths = {
             number: ancestry(parents_of(part.judged, part.parents)) for number, part in enumerate(parts) if part.judged
         }
         self._write_tables(parts, end)
         self._write_requests([rules[part.sequence] for part in parts], list(places), end)
-        first_rows, choices = self._write_choices(parts, layout, judged, end)
+        first_rows, choices = self._write_choices(parts, paths, end)
         last_reads, reads, long_reads = self._write_reads(parts)
         drafts = [_certain_drafts(part) for part in parts]
         own: tuple[Sequence[int], ...] = (
@@ -134,32 +133,20 @@ class Filling:
             [part.room for part in parts], [part.width for part in parts], last_reads,
             [part.prompt_tokens for part in parts],
         )  # fmt: skip
-        for name, numbers in zip(OF_SEQUENCES, own, strict=True):
-            self._pad(name, numbers, end)
+        self._sequences.write(own, end)
         if plan.moves:
-            for name, slots in zip(("moves_from", "moves_to"), zip(*plan.moves, strict=True), strict=True):
-                self._whole(name)[: len(slots)] = slots
-        shape = self._shape(parts, drafts, 0 if flat else layout.ends[-1], choices, reads, end)
+            self._moves[:, : len(plan.moves)] = (*zip(*plan.moves, strict=True),)
+        shape = self._shape(parts, drafts, 0 if flat else tokens, choices, reads, end)
         if not flat:
-            self._write_tokens(parts, layout, judged, shape.rows)
+            self._write_tokens(parts, paths, shape.rows)
         return Filled(shape, long_reads, flat)
-
-    def _whole(self, name: str) -> Numbers:
-        found = self._host[name]
-        assert found.dtype == np.int64, name
-        return found  # type: ignore[return-value]
-
-    def _pad(self, name: str, numbers: Sequence[float] | Numbers, room: int, padding: int = 0) -> None:
-        field = self._host[name]
-        field[: len(numbers)] = numbers
-        field[len(numbers) : room] = padding
 
     def _write_tables(self, parts: Sequence[Part], end: int) -> None:
         """Behind its blocks, a row has the scratch block only."""
         for number in range(end):
             blocks = parts[number].blocks if number < len(parts) else ()
             if blocks != self._blocks[number]:
-                row = self._tables[number]
+                row = self._tables[0, number]
                 row[: len(blocks)], row[len(blocks) :] = blocks, self._scratch
                 self._blocks[number] = blocks
 
@@ -178,59 +165,52 @@ class Filling:
         columns = (*zip(*(one.whole for one in self._requests), strict=True),)
         floats = (*zip(*(one.floats for one in self._requests), strict=True),)
         for name, numbers in zip((*OF_REQUESTS, *FLOATS_OF_REQUESTS), (*columns, *floats), strict=True):
-            self._pad(name, numbers, end, _PADDING_OF_REQUESTS.get(name, 0))
-        ends = self._whole("end_ids")
+            field = self._host[name]
+            field[: len(rules)], field[len(rules) : end] = numbers, _PADDING_OF_REQUESTS.get(name, 0)
+        ends = self._end_ids[0]
         ends[: len(rules)], ends[len(rules) : end] = [one.ends for one in self._requests], -1
         self._padded = end
 
-    def _write_tokens(
-        self, parts: Sequence[Part], layout: _Layout, judged: Mapping[int, list[tuple[int, ...]]], room: int
-    ) -> None:
-        sequences = np.repeat(np.arange(len(parts)), layout.counts)
-        starts = [part.start - end + count for part, count, end in zip(parts, layout.counts, layout.ends, strict=True)]
-        at = np.arange(len(sequences)) + np.repeat(starts, layout.counts)
-        slots = self._tables[sequences, at // self._size] * self._size + at % self._size
-        ids = list(chain.from_iterable(part.tokens for part in parts))
-        for name, numbers in zip(OF_ROWS, (ids, at, slots, sequences, at, np.zeros_like(at), at + 1), strict=True):
-            self._pad(name, numbers, room, self._scratch * self._size if name == "slots" else 0)
-        positions, roots, bits = (self._whole(name) for name in ("positions", "roots", "bits"))
-        for number, paths in judged.items():
-            part, end = parts[number], layout.ends[number]
+    def _write_tokens(self, parts: Sequence[Part], paths: Mapping[int, _Paths], room: int) -> None:
+        ids, at, slots, sequences, size = list[int](), list[int](), list[int](), list[int](), self._size
+        trees: list[tuple[int, int]] = []
+        for number, part in enumerate(parts):
+            own, blocks = range(part.start, part.start + len(part.tokens)), part.blocks
+            ids += part.tokens
+            at += own
+            slots += [blocks[one // size] * size + one % size for one in own]
+            sequences += [number] * len(own)
             if part.parents:
-                nodes, root = slice(end - part.judged, end), part.known - 1
-                roots[nodes], bits[nodes] = root, [_bits(path) for path in paths[1:]]
-                positions[nodes] = [root + len(path) for path in paths[1:]]
+                trees.append((number, len(at)))
+        roots, positions, bits, ends = list(at), list(at), [0] * len(at), [one + 1 for one in at]
+        for number, end in trees:
+            part = parts[number]
+            nodes, root = slice(end - part.judged, end), part.known - 1
+            roots[nodes], bits[nodes] = [root] * part.judged, [_bits(path) for path in paths[number][1:]]
+            positions[nodes] = [root + len(path) for path in paths[number][1:]]
+        self._rows.write((ids, positions, slots, sequences, roots, bits, ends), room)
 
-    def _write_choices(
-        self, parts: Sequence[Part], layout: _Layout, judged: Mapping[int, list[tuple[int, ...]]], end: int
-    ) -> tuple[list[int], int]:
+    def _write_choices(self, parts: Sequence[Part], paths: Mapping[int, _Paths], end: int) -> tuple[list[int], int]:
         """Rows with logits, and the drafts that they judge. Returns the first row of each part, and their number."""
-        nodes = [self._whole(name)[:end] for name in OF_NODES]
-        for field, padding in zip(nodes, _NO_NODES, strict=True):
-            field[:] = padding
-        first_rows, count = [], 0
-        for choices in layout.choices:
-            first_rows.append(count if choices else 0)
-            count += choices
-        room = rows_bucket(count)
-        sequences = np.repeat(np.arange(len(parts)), layout.choices)
-        before = [
-            end - choices - first for end, choices, first in zip(layout.ends, layout.choices, first_rows, strict=True)
-        ]
-        sources = np.arange(count) + np.repeat(before, layout.choices)
-        none = np.zeros(count, dtype=np.int64)
-        for name, numbers in zip(OF_CHOICES, (sources, sequences, none, none), strict=True):
-            self._pad(name, numbers, room)
-        for number, paths in judged.items():
-            part, first = parts[number], first_rows[number]
+        self._nodes[:, :end] = _NO_NODES
+        first_rows, sources, sequences, bits, depths = (list[int]() for _ in range(5))
+        row = 0
+        for number, part in enumerate(parts):
+            row += len(part.tokens)
+            first, judged = len(sources), part.judged
+            first_rows.append(first if part.samples else 0)
             if not part.samples:
                 continue
-            rows, drafts, bits = slice(first, first + part.judged + 1), slice(part.judged), [*map(_bits, paths)]
-            self._whole("choice_paths")[rows], self._whole("choice_depths")[rows] = bits, [*map(len, paths)]
-            own = (part.judged_ids, [first + one for one in parents_of(part.judged, part.parents)], bits[1:])
-            for field, numbers in zip(nodes, own, strict=True):
-                field[number, drafts] = numbers
-        return first_rows, count
+            sources += range(row - judged - 1, row)
+            sequences += [number] * (judged + 1)
+            own = paths[number] if judged else _ROOT
+            bits += map(_bits, own)
+            depths += map(len, own)
+            if judged:
+                before = [first + one for one in parents_of(judged, part.parents)]
+                self._nodes[:, number, :judged] = part.judged_ids, before, bits[first + 1 :]
+        self._choices.write((sources, sequences, bits, depths), rows_bucket(len(sources)))
+        return first_rows, len(sources)
 
     def _write_reads(self, parts: Sequence[Part]) -> tuple[list[int], int, list[tuple[Part, range]]]:
         """Slots that the module reads. Returns where each part's would be if they began with slot 0, their number, and those
@@ -243,8 +223,7 @@ class Filling:
             last_reads[number] = len(slots_M) - slots.start
             slots_M += slots
             sequences_M += [number] * len(slots)
-        for name, numbers in zip(OF_READS, (sequences_M, slots_M), strict=True):
-            self._pad(name, numbers, rows_bucket(len(slots_M)))
+        self._reads.write((sequences_M, slots_M), rows_bucket(len(slots_M)))
         return last_reads, len(slots_M), [(parts[number], certain) for number, (_, certain) in found.items() if certain]
 
     def _shape(
@@ -256,7 +235,7 @@ class Filling:
             choices=rows_bucket(choices),
             sequences=end,
             reads=rows_bucket(reads),
-            width=width_bucket(max(len(part.blocks) for part in parts), self._tables.shape[1]),
+            width=width_bucket(max(len(part.blocks) for part in parts), self._tables.shape[2]),
             chain=max((depth for depth, part in zip(drafts, parts, strict=True) if not part.width), default=0),
             depth=max((depth for depth, _ in trees), default=0),
             beam=max((width for _, width in trees), default=0),

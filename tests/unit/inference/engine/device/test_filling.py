@@ -29,7 +29,7 @@ def test_fields_are_those_of_an_unused_buffer(monkeypatch: pytest.MonkeyPatch) -
 
     def fill(self: Filling, plan: Plan, rules: Mapping[int, Rules], places: Sequence[int]) -> Filled:
         found = original(self, plan, rules, places)
-        width = self._tables.shape[1]
+        width = self._tables.shape[2]
         inbox = Inbox(fields.fields(width), torch.device("cpu"))
         fresh = original(Filling(inbox, self._size, self._scratch), plan, rules, places)
         assert (found.shape, found.flat, found.long_reads) == (fresh.shape, fresh.flat, fresh.long_reads)
