@@ -16,6 +16,7 @@ import typer
 
 from recycle_ds.config.command import run_command
 from recycle_ds.parallel.job import errors_of_host, is_error_reporter, job_of
+from recycle_ds.serving.settings import MOST_PROMPTS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,7 +69,9 @@ def serve(
         int | None, typer.Option(metavar="N", min=1, help="Most new tokens of an answer; by default the context.")
     ] = None,
     max_n: Annotated[int, typer.Option(metavar="N", min=1, help="Most answers to one prompt.")] = 16,
-    max_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Most prompts of one request.")] = 64,
+    max_prompts: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_PROMPTS, help="Most prompts of one request.")
+    ] = 64,
     max_body_mib: Annotated[float, typer.Option(metavar="MIB", min=0, help="Largest body of a request.")] = 4.0,
     request_seconds: Annotated[
         float, typer.Option(metavar="S", min=0, help="Time for a complete answer, waiting included.")

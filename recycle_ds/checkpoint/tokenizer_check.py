@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tokenizers
+
 from recycle_ds.checkpoint.errors import CheckpointError
 from recycle_ds.checkpoint.files.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 from recycle_ds.checkpoint.sources import Source
@@ -15,20 +17,19 @@ from recycle_ds.data.tokenizer import Tokenizer
 
 
 def tokenizer_notes(source: Source) -> list[str]:
-    """Notes on a tokenizer that `--model` would refuse or that names tokens which the model does not have.
+    """Notes on a tokenizer that `--model` would refuse or that names tokens which the model does not have, and on a ranking of
+    tokens that is not one of this model.
 
     Raises CheckpointError for a file beside the weights that is damaged.
     """
-    folder = source.folder if source.tokenizer is None else source.tokenizer.parent
+    folder, size = source.folder if source.tokenizer is None else source.tokenizer.parent, source.model.vocab_size or 0
     try:
         for name in (TOKENIZER, TOKENIZER_CONFIG, TOKEN_MAP, GENERATION_CONFIG):
             read_tree(folder / name)
         named = read_special_ids(folder)
-        _check_ranking(source, folder)
+        notes = _ranking_notes(source, folder / RANKING)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    size = source.model.vocab_size or 0
-    notes = []
     beyond = [str(one) for one in (*named.eos, named.bos, named.pad) if one is not None and one >= size]
     if beyond:
         notes.append(
@@ -40,6 +41,8 @@ def tokenizer_notes(source: Source) -> list[str]:
     try:
         tokenizer = Tokenizer.load(source.tokenizer)
     except DataError as error:
+        if not _is_tokenizer(source.tokenizer):
+            raise CheckpointError(str(error)) from None
         return [*notes, str(error)]
     if tokenizer.vocab_size > size:
         notes.append(
@@ -49,7 +52,24 @@ def tokenizer_notes(source: Source) -> list[str]:
     return notes
 
 
-def _check_ranking(source: Source, folder: Path) -> None:
-    path, size, drafts = folder / RANKING, source.model.vocab_size or 0, source.recycle.draft_vocabulary
-    if path.is_file():
-        read_ranking(path, size, drafts or 0)
+def _ranking_notes(source: Source, path: Path) -> list[str]:
+    """Raises DataError for a ranking that a draft vocabulary needs; any other is only of use for one that is made later."""
+    if not path.is_file():
+        return []
+    drafts = source.recycle.draft_vocabulary
+    try:
+        read_ranking(path, source.model.vocab_size or 0, drafts or 0)
+    except DataError as error:
+        if drafts:
+            raise
+        return [str(error)]
+    return []
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """Whether a file is a tokenizer at all: one may lack only what this software needs."""
+    try:
+        tokenizers.Tokenizer.from_file(str(path))
+    except Exception:  # the library raises plain Exception for everything that it cannot read
+        return False
+    return True

@@ -96,9 +96,11 @@ def run_command(
 def _check_empty(arguments: Sequence[str]) -> None:
     """Raises ConfigError for an empty argument, which as a path would mean the current folder. Texts may be empty."""
     for before, word in pairwise(("", *arguments)):
+        if before == "--":
+            return
         name, equals, value = word.partition("=")
-        option = name if name.startswith("--") and equals else before
-        if option not in _TEXTS and (not word or (name.startswith("--") and equals and not value)):
+        option = name if name.startswith("--") and equals and before not in _TEXTS else before
+        if option not in _TEXTS and (not word or (option == name and equals and not value)):
             place = f" of {option}" if option.startswith("-") else f" behind {option}" if option else ""
             raise ConfigError(f"the argument{place} is empty: give a value; if it is a shell variable, set it")
 

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from recycle_ds.data.errors import DataError
 from recycle_ds.data.reading import json_rows, packings
-from recycle_ds.data.reading.files import files_of, saved_splits
+from recycle_ds.data.reading.files import files_of, is_hidden, saved_splits
 from recycle_ds.data.reading.report import InvalidRow, ReadingOptions, ReadReport
 from recycle_ds.data.reading.rows import Rows
 from recycle_ds.data.reading.tables import read_dataset, read_parquet, read_saved
@@ -84,9 +84,10 @@ def read_documents(
 def check_outside(source: str, output: Path) -> None:
     """Raises DataError if files made in `output` would be read as documents of `source` the next time."""
     folder = Path(source).expanduser()
-    if source == SHIPPED or not folder.is_dir():
+    if source == SHIPPED or not folder.is_dir() or saved_splits(folder) is not None:
         return
-    if output.expanduser().resolve().is_relative_to(folder.resolve()):
+    inside, place = folder.resolve(), output.expanduser().resolve()
+    if place.is_relative_to(inside) and not any(is_hidden(part) for part in place.relative_to(inside).parts):
         raise DataError(
             f"--output {output}: is in the source {source}, whose files are read as documents; name a folder outside it"
         )

@@ -61,7 +61,7 @@ def read_ranking(path: Path, vocab_size: int, least: int) -> list[int]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: missing, but the model has a draft vocabulary; {fix}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {fix}") from None
     ranking = tree.get("tokens") if isinstance(tree, dict) else None
     if not isinstance(ranking, list) or tree.get("format") != _FORMAT or tree.get("version") != 1:

@@ -228,14 +228,19 @@ class SamplingParams(TokenSampling):
         return TokenSampling(**{name.name: getattr(self, name.name) for name in fields(TokenSampling)})
 
 
-def token_ids(ids: object) -> list[int]:
+def token_ids(ids: Any) -> list[int]:
     """A prompt as Python's numbers. Raises DecodingError for what is not a sequence of token ids."""
-    found: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes | dict) else [None]
-    wrong = next((one for one in found if not isinstance(one, Integral) or isinstance(one, bool)), 0)
-    if wrong != 0:
+    try:
+        if isinstance(ids, str | bytes | dict):
+            raise TypeError
+        # tensors and arrays have this; their elements are no numbers, or not Python's
+        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if any(isinstance(one, bool) or not isinstance(one, Integral) for one in found):
+            raise TypeError
+    except TypeError:
         raise DecodingError(
             f"prompt_ids={str(ids)[:60]}: must be a sequence of token ids, and encoded first if it is a text"
-        )
+        ) from None
     return [int(one) for one in found]
 
 

@@ -18,6 +18,7 @@ from recycle_ds.inference.engine.step_watch import StepWatch
 from recycle_ds.inference.engine.team import Team, build_team
 from recycle_ds.parallel.mesh import Mesh
 from recycle_ds.parallel.peers import PEER_LOST, PeerLost, lost_peer
+from recycle_ds.parallel.processes import identity_of
 from recycle_ds.parallel.rendezvous import Launch, LaunchError, own_device, start, stop
 
 
@@ -95,16 +96,20 @@ def join(launch: Launch, tensor: int, pipeline: int, on_loss: Callable[[str, flo
         torch.cuda.set_device(device)  # Triton's kernels and page-locked memory use the thread's, else they are GPU 0's
     team, members, together = None, [launch.rank], [launch.rank]  # one with a model of its own waits for nobody
     store: dist.Store = dist.HashStore()
+    processes: dict[int, str] = {}
     if tensor * pipeline > 1:
         start(launch)
         team = build_team(tensor, pipeline, device)
         store, members = own_store(), dist.get_process_group_ranks(team.control)
+        found: list[str | None] = [None] * len(members)
+        dist.all_gather_object(found, identity_of(os.getpid()), group=team.control)
+        processes = {rank: one for rank, one in zip(members, found, strict=True) if one is not None}
         if tensor > 1:
             together = dist.get_process_group_ranks(team.mesh.tensor.group)
     watch, liveness = StepWatch(PATIENCE if device.type == "cpu" else None), None
     if launch.world_size > 1:  # a single process keeps no other one waiting
         leave = on_loss or print_and_exit(PEER_LOST)
-        liveness = Liveness(store, members, launch.rank, leave, tensor_ranks=together, steps=watch)
+        liveness = Liveness(store, members, launch.rank, leave, tensor_ranks=together, steps=watch, processes=processes)
         liveness.start()
     on_host = max(launch.local_world_size, 1)
     return Ranks(launch.rank, launch.world_size, device.index or 0, on_host, team, liveness, watch)

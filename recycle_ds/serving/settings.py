@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MOST_PROMPTS = 4096
+"""Prompts of one request that a server can be started for."""
+
 
 @dataclass(frozen=True)
 class ServerSettings:

@@ -136,6 +136,7 @@ def fail_after(steps: int, number: int) -> None:
     Runner.run = failing  # type: ignore[method-assign]
 
 
+_STORE = "has the job's store, which cannot be reached"
 _SILENT, _HANGS = "has shown no sign of life for 8 s", "hangs: nothing has gone on in a step for"
 
 
@@ -143,6 +144,7 @@ _SILENT, _HANGS = "has shown no sign of life for 8 s", "hangs: nothing has gone 
     "failures",
     [
         pytest.param([(2, 1, 1, signal.SIGSTOP, _SILENT), (1, 2, 1, signal.SIGKILL, _SILENT)], id="lost"),
+        pytest.param([(2, 1, 0, signal.SIGSTOP, _STORE)], id="with the store"),
         pytest.param([(2, 1, 1, _HANG, _HANGS), (1, 1, 1, _HANG, _HANGS)], id="hangs"),
     ],
 )

@@ -99,6 +99,7 @@ WRONG = {
         ["--model", "docs", "--data="],
         "the argument of --data is empty: give a value; if it is a",
     ),
+    "text like an option": ("generate", ["--model", "docs", "--prompt", "--name="], "docs: no checkpoint there"),
     "unset path": ("plan", ["--config", ""], "the argument of --config is empty"),
     "layers": ("plan", ["--config", "7b", "model.layers=1000000000"], "must be less than or equal to 10000"),
     "inspect": ("inspect", ["ds_configs", "--diff", "nowhere"], "nowhere: no such folder"),

@@ -49,7 +49,7 @@ def files_of(folder: Path, options: ReadingOptions, report: ReadReport) -> list[
         for name in sorted(folders):
             if (here / name).is_symlink():
                 report.leave_out("links to folders, which are not followed", _place(here / name, folder) + "/")
-            elif _is_hidden(name) and not options.all_files:
+            elif is_hidden(name) and not options.all_files:
                 folders.remove(name)
                 inside = sum(len(files) for _, _, files in os.walk(here / name))
                 if inside:
@@ -64,7 +64,7 @@ def files_of(folder: Path, options: ReadingOptions, report: ReadReport) -> list[
 
 def _is_read(file: Path, folder: Path, options: ReadingOptions, report: ReadReport) -> bool:
     place = _place(file, folder)
-    if _is_hidden(file.name) and not options.all_files:
+    if is_hidden(file.name) and not options.all_files:
         report.leave_out("hidden", place)
     elif _CARD.fullmatch(file.name) and not options.all_files:
         report.leave_out("dataset cards and licences (--all-files reads them)", place)
@@ -83,7 +83,8 @@ def _is_read(file: Path, folder: Path, options: ReadingOptions, report: ReadRepo
     return False
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out if not all files are read."""
     return name.startswith(".") or name in _HIDDEN_FOLDERS
 
 

@@ -74,6 +74,8 @@ def part_line(index: int, answer: Mapping[str, Any] | Exception) -> dict[str, An
 
 def output_line(record: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's line in the output: its record's own keys, as they are now, and those of its line in the parts."""
+    if "prompt" in line:  # of an earlier release, which wrote the record's keys, as they were then, into the parts
+        line = {key: value for key, value in line.items() if key in (*ANSWER, ERROR, "index")}
     return own_keys(record) | dict(line)
 
 

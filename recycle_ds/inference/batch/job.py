@@ -45,17 +45,17 @@ class _Stopping(StopRequest):
     """A second Ctrl-C does not wait for the answers that are being decoded, of which there may be thousands to one prompt: what
     is completed is in the parts."""
 
-    _first = 0.0
+    _interrupted: float | None = None
+    """When the first SIGINT came."""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, now = self.reason is None, time.monotonic()
         super()._handle(number, frame)
-        if number != signal.SIGINT or not is_error_reporter(os.environ):
+        if number != signal.SIGINT or not is_error_reporter(os.environ) or job_of(os.environ).folder is not None:
             return
-        if first:
-            self._first = now
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
             os.write(2, b"stopping when the answers under way are complete; Ctrl-C again stops at once\n")
-        elif now > self._first + _SECOND:
+        elif time.monotonic() > self._interrupted + _SECOND:
             raise KeyboardInterrupt
 
 

@@ -206,12 +206,10 @@ class PromptFile:
 
     def _has_current_keys(self) -> bool:
         """Whether the lines of a finished output have the keys that the records have now beside the prompts."""
-        own = [own_keys(record) for record in self._lines.values()]
-        if all(one.keys() == {"prompt"} for one in own):
-            return True  # of many prompts, most: the lines need not be parsed
         with self.output.open(encoding="utf-8", newline="\n") as file:
             lines = (_parsed(line) for line in file)
-            return all(one.items() <= line.items() for one, line in zip(own, lines, strict=True))
+            pairs = zip(self._lines.values(), lines, strict=True)
+            return all(own_keys(record) == own_keys(line) for record, line in pairs)
 
     def _record_of_output(self) -> PartsRecord | None:
         """The record in the first line of a finished output: a process that starts late recognises the output by it."""

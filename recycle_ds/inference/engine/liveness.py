@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from recycle_ds.inference.engine.step_watch import FAILED, Progress, StepWatch
 from recycle_ds.parallel.awake import AwakeClock
-from recycle_ds.parallel.processes import identity_of, kill
+from recycle_ds.parallel.processes import kill
 
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -61,8 +61,9 @@ class Liveness:
     ranks: global ranks of the team; own: this one. on_loss: called in a thread with a message, empty on all ranks but one, and
     seconds: it should print the message at once, and end the process after so many seconds. tensor_ranks: those that compute
     every step together with this one; None for this one alone. steps: how far the thread that decodes has come. patience:
-    seconds without a sign of life after which a rank is lost. Where rank 0 is lost, which has the store, every rank has a
-    message that is not ended within two seconds of the first one.
+    seconds without a sign of life after which a rank is lost. processes: of the ranks, see `identity_of`; those of lost ones on
+    this host are killed. Where rank 0 is lost, which has the store, every rank has a message that is not ended within two
+    seconds of the first one.
     """
 
     def __init__(
@@ -75,21 +76,23 @@ class Liveness:
         tensor_ranks: Sequence[int] | None = None,
         steps: StepWatch | None = None,
         patience: float = PATIENCE,
+        processes: Mapping[int, str] | None = None,
     ) -> None:
         self._store, self._ranks, self._own, self._on_loss, self._patience = store, ranks, own, on_loss, patience
         self._tensor_ranks, self._steps = tensor_ranks or [own], steps or StepWatch()
-        self._processes: dict[int, str] = {}
-        """Of the other ranks, as far as they are known."""
+        self._processes = dict(processes or {})
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+        self._clock, self._reached, self._ending = AwakeClock(), 0.0, False
+        """When the store has last answered, for `_guard`; whether the end of this rank is being told to it."""
 
     def start(self) -> None:
         """Starts to count up and to watch."""
         self._store.set_timeout(_STORE_TIMEOUT)
-        if (identity := identity_of(os.getpid())) is not None:
-            self._store.set(self._process_key(self._own), identity)
         self._store.set(self._key(self._own), self._count(0))
+        self._reached = self._clock.tick()
         self._thread.start()
+        threading.Thread(target=self._guard, name="liveness of the store", daemon=True).start()
 
     def stop(self, world_size: int) -> str:
         """Says that this rank ends as planned, and stops watching.
@@ -99,10 +102,14 @@ class Liveness:
         """
         self._stopped.set()
         self._thread.join()
-        with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone
-            self._store.set(self._key(self._own), _ENDED)
-            if self._own == 0:
-                return self._wait_for(range(1, world_size))
+        self._ending = True
+        try:
+            with contextlib.suppress(dist.DistError, RuntimeError):  # the rank with the store is gone
+                self._store.set(self._key(self._own), _ENDED)
+                if self._own == 0:
+                    return self._wait_for(range(1, world_size))
+        finally:
+            self._ending = False
         return ""
 
     def _wait_for(self, ranks: Iterable[int]) -> str:
@@ -110,6 +117,7 @@ class Liveness:
         while signs:
             now = clock.tick()
             signs = self._look(signs, now)
+            self._reached = self._clock.now
             for rank in self._silent(signs, now, self._patience):
                 lost = lost or self._silence([rank])
                 del signs[rank]
@@ -124,22 +132,40 @@ class Liveness:
             try:
                 self._store.set(self._key(self._own), self._count(count))
                 signs = self._look(signs, now)
-                self._learn_processes()
                 others = set(signs) - {self._own}
                 text = self._loss(signs, now)
+                self._reached = self._clock.now
                 if text is None:
                     continue
                 first = self._store.add(_FOUND, 1) == 1
             except (dist.DistError, RuntimeError):
-                text, first = f"rank 0 has the job's store, which cannot be reached: it is {_DEAD}; {_NEXT}", True
-                # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
-                if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
-                    return
+                self._lose_store(others)
+                return
             if not self._stopped.is_set():
                 self._end_silent(signs, now)
                 # the others look into the store of rank 0 once more: they must not take it for lost too
                 self._on_loss(text if first else "", 0 if self._own else 2 * _INTERVAL)
             return
+
+    def _guard(self) -> None:
+        """Notices a store that does not answer at all: a call to one whose process is stopped ignores its timeout."""
+        while self._thread.is_alive() or self._ending:
+            time.sleep(_INTERVAL)
+            if self._clock.tick() - self._reached > self._patience:
+                self._lose_store(set(self._ranks) - {self._own})
+                return
+
+    def _lose_store(self, others: set[int]) -> None:
+        """Ends this rank because the store cannot be reached. others: as far as is known, those that live."""
+        # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
+        if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
+            return
+        if 0 in self._processes and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            kill(self._processes[0])
+        self._on_loss(
+            f"rank 0 has the job's store, which cannot be reached: it is {_DEAD}; {_NEXT}",
+            0 if self._own else 2 * _INTERVAL,
+        )
 
     def _loss(self, signs: Mapping[int, _Sign], now: float) -> str | None:
         """What ends the job, if anything does; empty if a rank, of any team, has said it."""
@@ -171,12 +197,6 @@ class Liveness:
         """The ranks that have shown no sign of life for so long."""
         return [rank for rank, sign in signs.items() if rank != self._own and now - sign.since > patience]
 
-    def _learn_processes(self) -> None:
-        for rank in self._ranks:
-            key = self._process_key(rank)
-            if rank != self._own and rank not in self._processes and self._store.check([key]):
-                self._processes[rank] = self._store.get(key).decode()
-
     def _end_silent(self, signs: Mapping[int, _Sign], now: float) -> None:
         """Kills the processes of silent ranks on this host: a launcher sends a stopped one SIGTERM, which it does not take, and
         waits for half a minute."""
@@ -195,10 +215,6 @@ class Liveness:
     @staticmethod
     def _key(rank: int) -> str:
         return f"liveness/{rank}"
-
-    @staticmethod
-    def _process_key(rank: int) -> str:
-        return f"liveness/{rank}/process"
 
 
 def _subject(ranks: Sequence[int], singular: str, plural: str) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 from recycle_ds.inference.parameters import TokenSampling
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
 
-_MOST_KNOWN = 256
-"""Requests whose tensors are kept: each may have as many numbers as the vocabulary."""
+_MOST_KEPT = 2**26
+"""Numbers of the tensors that are kept: each request may have as many as the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Amendments:
     barred_V: Tensor | None
     """Which tokens are never chosen; None if none is."""
 
+    @property
+    def size(self) -> int:
+        """Numbers in all tensors, and one for the request."""
+        return 1 + 2 * len(self.biased) + (0 if self.barred_V is None else len(self.barred_V))
+
     @staticmethod
     def of(params: TokenSampling, vocabulary: Vocabulary, device: torch.device) -> Amendments:
         """Those of a request."""
@@ -72,6 +77,7 @@ class Adjuster:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._known: dict[int, tuple[TokenSampling, Amendments]] = {}
+        self._kept = 0
 
     def adjust(self, logits_RV: Tensor, positions: Sequence[Position]) -> Tensor:
         """Returns the same tensor if no position has any, else a new one."""
@@ -87,10 +93,12 @@ class Adjuster:
         # by identity: comparing thousands of tokens would take longer than what is saved
         _, found = self._known.get(id(params), (params, None))
         if found is None:
-            while len(self._known) >= _MOST_KNOWN:
-                del self._known[next(iter(self._known))]
             found = Amendments.of(params, self._vocabulary, device)
             self._known[id(params)] = params, found
+            self._kept += found.size
+            while self._kept > _MOST_KEPT:
+                _, oldest = self._known.pop(next(iter(self._known)))
+                self._kept -= oldest.size
         return found
 
     def _adjust(self, row_V: Tensor, position: Position) -> None:

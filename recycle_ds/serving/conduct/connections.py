@@ -41,7 +41,8 @@ def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            # uvicorn stops reading when a further request is there already, and would not see that the client goes away
+            # uvicorn stops reading when a further request is there already, and would not see that the client goes away; of one
+            # that has sent more than is read ahead, it is seen when this request is answered
             if not self._is_idle and not self.cycle.more_body and len(self.conn.trailing_data[0]) <= _MOST_AHEAD:
                 self.flow.resume_reading()
             if self._is_idle:

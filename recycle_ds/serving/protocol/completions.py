@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from recycle_ds.serving.protocol.fields import MAX_LOGPROBS, GenerationFields, TokenId
 from recycle_ds.serving.protocol.parsing import shown
+from recycle_ds.serving.settings import MOST_PROMPTS
 
 _FORMS = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
 _DEFAULT_MAX_TOKENS = 16
-_MAX_PROMPTS = 4096
 _Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
@@ -38,8 +38,8 @@ class CompletionRequest(GenerationFields):
         if not isinstance(tree, dict) or "prompt" not in tree:
             return tree
         prompt = tree["prompt"]
-        if isinstance(prompt, list) and len(prompt) > _MAX_PROMPTS and not isinstance(prompt[0], int):
-            raise ValueError(f"prompt: {len(prompt)} prompts, at most {_MAX_PROMPTS} are possible; send fewer")
+        if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and not isinstance(prompt[0], int):
+            raise ValueError(f"prompt: {len(prompt)} prompts, at most {MOST_PROMPTS} are possible; send fewer")
         if not _is_prompt(prompt):
             raise ValueError(f"prompt={shown(prompt)}: {_FORMS}")
         return tree

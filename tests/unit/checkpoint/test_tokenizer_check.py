@@ -48,7 +48,17 @@ def test_a_damaged_file_beside_the_weights(folder: Path, name: str) -> None:
 def test_a_damaged_ranking(folder: Path) -> None:
     """Prevents a ranking of draft tokens that is none from being found first when a module is trained with it."""
     (folder / "token_ranking.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match=r"token_ranking\.json: must be a recycle_ds token ranking"):
+    assert any("token_ranking.json: must be a recycle_ds token ranking" in note for note in both(folder))
+    with_drafts = folder.with_name("drafts")
+    convert(str(folder), str(with_drafts), Conversion("portable", recycle_layers=1))
+    tree = json.loads((with_drafts / "manifest.json").read_text())
+    assert tree["config"]["recycle"]["layers"] == 1
+
+
+def test_a_file_that_is_no_tokenizer(folder: Path) -> None:
+    """Prevents exit code 0 for an object that the tokenizers library cannot read."""
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a valid tokenizer"):
         describe(folder)
 
 

@@ -254,6 +254,7 @@ def test_files_are_not_made_in_their_source(tokenizer: Tokenizer, tmp_path: Path
     done = run_tool("train_tokenizer.py", str(tmp_path), "--output", str(output), "--vocab-size", "300")
     assert done.returncode == 2 and "is in the source" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    prepare(str(tmp_path), tmp_path / ".tokens", tokenizer, validation_fraction=0, workers=1)  # hidden: it is not read
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

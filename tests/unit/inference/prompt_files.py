@@ -36,7 +36,7 @@ def share(prompts: Path, rank: int, size: int, **settings: Any) -> PromptFile:
 def continuation(prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | RecycleError]]:
     """Stands for a model: the text with an exclamation mark."""
     for index, text in prompts:
-        yield index, {"text": f"{text}!", "number": index}
+        yield index, {"text": f"{text}!", "new_tokens": index}
 
 
 def work(one: PromptFile, most: int = 1000) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from recycle_ds import Engine, SamplingParams
@@ -184,6 +185,10 @@ def test_special_tokens_in_prompts(engine: Engine, model: Path) -> None:
         ({"prompt_ids": [347.9]}, r"prompt_ids=\[347\.9\]: must be"),
         ({"prompt_ids": [[1, 2]]}, "must be a sequence of token ids"),
         ({"prompt_ids": 5}, "must be a sequence of token ids"),
+        ({"prompt_ids": [0.0, 347.9]}, "must be a sequence of token ids"),
+        ({"prompt_ids": [False, 3]}, "must be a sequence of token ids"),
+        ({"prompt_ids": np.array([[1, 2]])}, "must be a sequence of token ids"),
+        ({"prompt_ids": np.array(5)}, "must be a sequence of token ids"),
         ({"priority": "a"}, "priority='a': must be a whole number"),
         ({"params": None}, "params=None: must be SamplingParams"),
         ({"on_tokens": 5}, "on_tokens=5: must be a function"),
@@ -193,6 +198,7 @@ def test_requests_of_other_types_do_not_end_the_others(asked: dict[str, Any], me
     """Prevents a wrong request from being found first in a step, which ends all requests beside it."""
     engine = local_engine(random_model(7, 1), max_batch=2)
     (other,) = engine.add(np.array([1, 2]), SamplingParams(max_new_tokens=5), "autoregressive")
+    assert engine.add(torch.tensor([0, 2]), SamplingParams(max_new_tokens=1), "autoregressive")[0].tokens == [0, 2]  # type: ignore[arg-type]
     engine.step()
     with pytest.raises(DecodingError, match=message):
         engine.add(**({"prompt_ids": [1, 2], "params": SamplingParams(max_new_tokens=3)} | asked))

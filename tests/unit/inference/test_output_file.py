@@ -50,9 +50,28 @@ def test_keys_are_those_that_the_prompts_have_now(prompts: Path) -> None:
     assert work(share(prompts, 0, 1))
     assert {(line["id"], *line["more"]) for line in result(prompts)} == {("new", 1)}
     assert settle(share(prompts, 0, 1)) is None
-    edit(prompts, id="newer")
-    with pytest.raises(DecodingError, match="had other keys beside the prompts; name another --output"):
-        settle(share(prompts, 0, 1))
+    current = prompts.read_text()
+    for changed in (
+        current.replace('"new"', '"newer"'),
+        current.replace(', "id": "new"', ""),
+        current.replace("[1]", "[2]"),
+    ):
+        assert changed != current
+        prompts.write_text(changed)
+        with pytest.raises(DecodingError, match="had other keys beside the prompts; name another --output"):
+            settle(share(prompts, 0, 1))
+
+
+def test_parts_of_an_earlier_release(prompts: Path) -> None:
+    """Prevents keys and answers that an earlier release wrote into the parts from being mixed with current ones."""
+    assert not work(share(prompts, 0, 1), most=4)
+    (part,) = prompts.with_name("out.jsonl.parts").glob("part-*")
+    old = {"prompt": "p", "id": "old", "gone": 1, "logprobs": None}
+    lines = [old | json.loads(line) for line in part.read_text().splitlines()]
+    part.write_text("".join(json.dumps({key: one[key] for key in one if key != "logprobs"}) + "\n" for one in lines))
+    edit(prompts, id="new")
+    assert work(share(prompts, 0, 1)) and settle(share(prompts, 0, 1)) is None
+    assert {line["id"] for line in result(prompts)} == {"new"} and not any("gone" in line for line in result(prompts))
 
 
 def test_nothing_of_an_earlier_answer_stays_beside_a_new_one(prompts: Path) -> None:
@@ -60,7 +79,7 @@ def test_nothing_of_an_earlier_answer_stays_beside_a_new_one(prompts: Path) -> N
     edit(prompts, logprobs=[[-1.0, []]], others=[{"text": "old"}], tokens_per_second=3.0, generated_by={"key": "old"})
     assert work(share(prompts, 0, 1)) and settle(share(prompts, 0, 1)) is None
     for line in result(prompts):
-        assert line.keys() == {"prompt", "id", "text", "number", "index", "generated_by"}
+        assert line.keys() == {"prompt", "id", "text", "new_tokens", "index", "generated_by"}
         assert line["generated_by"]["key"] != "old"
 
 
@@ -111,6 +130,13 @@ def test_a_second_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch, capfd
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    with job._Stopping() as stopping:  # another reason, which is not the user's, came first
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.poll(0) == "SIGTERM"
+        monkeypatch.setenv("RECYCLE_JOB_DIR", "job")  # any number of signals to a batch job is one request
+        now[0] += 1.5
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(

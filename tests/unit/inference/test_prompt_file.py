@@ -26,9 +26,9 @@ def test_every_prompt_once_and_in_order_after_restarts(prompts: Path) -> None:
     assert not work(share(prompts, 0, 2))
     assert not work(share(prompts, 0, 3)), "its own partial line must not become the start of another"
     assert work(share(prompts, 1, 2))
-    assert [(line["prompt"], line["id"], line["text"], line["index"], line["number"]) for line in result(prompts)] == [
-        (f"p{n}", n * 7, f"p{n}!", n, n) for n in range(11)
-    ]
+    assert [
+        (line["prompt"], line["id"], line["text"], line["index"], line["new_tokens"]) for line in result(prompts)
+    ] == [(f"p{n}", n * 7, f"p{n}!", n, n) for n in range(11)]
     assert not prompts.with_name("out.jsonl.parts").exists()
 
 

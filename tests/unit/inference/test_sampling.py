@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from recycle_ds.inference.errors import DecodingError
 from recycle_ds.inference.parameters import TokenSampling
-from recycle_ds.inference.speculation import noise, sampling
+from recycle_ds.inference.speculation import adjusting, noise, sampling
 from recycle_ds.inference.speculation.adjusting import Adjuster, Position
 from recycle_ds.inference.speculation.sampling import choose, pick
 from recycle_ds.inference.speculation.vocabulary import Vocabulary
@@ -267,7 +267,7 @@ def test_values_out_of_range_are_refused(parameters: dict[str, Any], words: str)
     assert "\n" not in str(caught.value)
 
 
-def test_amendments_are_those_of_the_request() -> None:
+def test_amendments_are_those_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents the bias of a request that has ended from being applied to one that lies at the same place in memory, and more
     tensors from being kept than for the latest requests."""
     vocabulary, logits_1V = Vocabulary(0, 9), torch.zeros(1, 9)
@@ -280,4 +280,7 @@ def test_amendments_are_those_of_the_request() -> None:
             assert found_V.argmax() == number % 9 and found_V.max() == 1.0 + number
             assert found_V.isinf().nonzero().flatten().tolist() == [(number + 1) % 9]
         assert not logits_1V.any()
-    assert len(adjuster._known) <= 256
+    assert len(adjuster._known) == 600 and adjuster._kept == 600 * (1 + 2 + 9)
+    monkeypatch.setattr(adjusting, "_MOST_KEPT", 100)
+    adjuster.adjust(logits_1V, [Position(TokenSampling(bad_tokens=(1,)), 0, 1, 0)])
+    assert adjuster._kept == sum(found.size for _, found in adjuster._known.values()) <= 100

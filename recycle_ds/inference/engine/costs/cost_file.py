@@ -19,6 +19,8 @@ from recycle_ds.parallel.device import machine_name
 
 _PARTS = ("full", "module", "first")
 """Fields of `CostModel` that are measured, in its order."""
+_MOST_EXTENTS = 8
+"""Measurements of one key that are kept, the latest ones."""
 _VERSION = 7
 """Of what is measured: 2 has trees of drafts, 3 trees that grow in one call, 4 calls that take turns and read
 the cache themselves, 5 other products of the module, 6 attention that prefetches into the second-level cache, 7 the extent
@@ -57,12 +59,12 @@ class CostFile:
     def read(self, extent: Extent) -> CostModel | None:
         """The costs; None if they were not measured yet to this extent, or the file is damaged."""
         try:
-            tree = json.loads(self.path.read_text(encoding="utf-8"))
-            if tree["key"] != json.loads(json.dumps(self.key)):
+            covering = [one for one in self._stored() if Extent(**one["extent"]).covers(extent)]
+            # its own, if there is one: another may be from a time at which the machine was faster or slower
+            own = [one for one in covering if Extent(**one["extent"]) == extent]
+            if not covering:
                 return None
-            if not Extent(**tree["extent"]).covers(extent):
-                return None
-            parts = [tuple((int(size), float(cost)) for size, cost in tree[part]) for part in _PARTS]
+            parts = [tuple((int(size), float(cost)) for size, cost in (own or covering)[0][part]) for part in _PARTS]
         except (OSError, ValueError, TypeError, KeyError):
             return None
         valid = len(parts[0]) > 1 and parts[1] and all(cost > 0 for points in parts for _, cost in points)
@@ -74,10 +76,22 @@ class CostFile:
         is no error."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            measured = {part: getattr(costs, part) for part in _PARTS}
-            write_json_atomically(self.path, {"key": self.key, "extent": asdict(extent)} | measured)
+            measured = [{"extent": asdict(extent), **{part: getattr(costs, part) for part in _PARTS}}]
+            measured += [one for one in self._stored() if not extent.covers(Extent(**one["extent"]))]
+            write_json_atomically(self.path, {"key": self.key, "measured": measured[:_MOST_EXTENTS]})
         except OSError:
             return
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """All measurements in the file; none if it is damaged, or of another key."""
+        try:
+            tree = json.loads(self.path.read_text(encoding="utf-8"))
+            found = list(tree["measured"])
+            if tree["key"] == json.loads(json.dumps(self.key)) and all(Extent(**one["extent"]) for one in found):
+                return found
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        return []
 
 
 def cost_file(model: RecycleGPT, tensor: int, pipeline: int, *, compiled: bool) -> CostFile | None:

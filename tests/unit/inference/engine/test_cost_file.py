@@ -41,7 +41,9 @@ def test_a_second_start_does_not_measure_again(tmp_path: Path, monkeypatch: pyte
     # measured once more on a machine that has become faster or slower
     monkeypatch.setattr(costs, "_MOST_CHANGE", 1.0)
     local_engine(random_model(7, 1), max_batch=2).measure_costs()
-    assert len(measured) == 4 and json.loads(file.read_text())["full"] != [list(point) for point in first.full]
+    assert len(measured) == 4 and json.loads(file.read_text())["measured"][0]["full"] != [
+        list(point) for point in first.full
+    ]
 
 
 def test_a_user_is_told_what_takes_long(
@@ -64,6 +66,8 @@ def test_a_user_is_told_what_takes_long(
 @pytest.mark.parametrize(
     "changes",
     [
+        {"measured": []},
+        {"measured": 5},
         {"full": [[1, 1.0]]},
         {"full": [[4, 1.0], [1, 2.0]]},
         {"full": [[1, -1.0], [4, 2.0]]},
@@ -84,8 +88,18 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, changes: dict[str, object
     file.write(COSTS, EXTENT)
     assert file.read(EXTENT) == file.read(Extent(8, 12, 0)) == COSTS
     assert [file.read(Extent(*wanted)) for wanted in ((7, 40, 4), (8, 41, 4), (8, 40, 5))] == [None] * 3
+    # engines of which neither covers the other, and a smaller one that measured again, do not take each other's costs
+    later = CostModel(((1, 3e-3), (4, 4e-3)), COSTS.module, COSTS.first)
+    file.write(COSTS, Extent(8, 32, 8))
+    file.write(later, Extent(8, 12, 0))
+    assert file.read(EXTENT) == file.read(Extent(8, 32, 8)) == COSTS and file.read(Extent(8, 12, 0)) == later
+    file.path.unlink()
+    file.write(COSTS, EXTENT)
     tree = json.loads(file.path.read_text())
-    file.path.write_text("{" if changes is None else json.dumps(tree | changes))
+    inside = {name: value for name, value in (changes or {}).items() if name not in ("key", "measured")}
+    outside = {name: value for name, value in (changes or {}).items() if name in ("key", "measured")}
+    tree["measured"][0] |= inside
+    file.path.write_text("{" if changes is None else json.dumps(tree | outside))
     assert file.read(EXTENT) is None
 
 
