@@ -139,7 +139,10 @@ class Liveness:
                     continue
                 first = self._store.add(_FOUND, 1) == 1
             except (dist.DistError, RuntimeError):
-                self._lose_store(others)
+                # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
+                if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
+                    return
+                self._lose_store()
                 return
             if not self._stopped.is_set():
                 self._end_silent(signs, now)
@@ -152,14 +155,13 @@ class Liveness:
         while self._thread.is_alive() or self._ending:
             time.sleep(_INTERVAL)
             if self._clock.tick() - self._reached > self._patience:
-                self._lose_store(set(self._ranks) - {self._own})
+                if self._own > min(set(self._ranks) - {self._own, 0}, default=sys.maxsize):
+                    time.sleep(2 * _INTERVAL)  # as in `_watch`, but also where this rank waits for the store to end
+                self._lose_store()
                 return
 
-    def _lose_store(self, others: set[int]) -> None:
-        """Ends this rank because the store cannot be reached. others: as far as is known, those that live."""
-        # nobody knows who else lives. The first speaks, and a launcher then ends the others, unless it is dead too
-        if self._own > min(others - {0}, default=sys.maxsize) and self._stopped.wait(2 * _INTERVAL):
-            return
+    def _lose_store(self) -> None:
+        """Ends this rank because the store cannot be reached."""
         if 0 in self._processes and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             kill(self._processes[0])
         self._on_loss(

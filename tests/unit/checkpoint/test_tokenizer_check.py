@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from recycle_ds.checkpoint import CheckpointError
 from recycle_ds.checkpoint.conversion.convert import Conversion, convert
 from recycle_ds.checkpoint.conversion.inspection import describe
+from recycle_ds.data.token_ranking import write_ranking
 from recycle_ds.data.tokenizer import Tokenizer
 from tests.unit.checkpoint.conversion_cases import model_folder
 
@@ -49,10 +50,13 @@ def test_a_damaged_ranking(folder: Path) -> None:
     """Prevents a ranking of draft tokens that is none from being found first when a module is trained with it."""
     (folder / "token_ranking.json").write_text("[1]")
     assert any("token_ranking.json: must be a recycle_ds token ranking" in note for note in both(folder))
-    with_drafts = folder.with_name("drafts")
-    convert(str(folder), str(with_drafts), Conversion("portable", recycle_layers=1))
-    tree = json.loads((with_drafts / "manifest.json").read_text())
-    assert tree["config"]["recycle"]["layers"] == 1
+    write_ranking(folder, list(range(300)))
+    drafting = folder.with_name("drafting")
+    convert(str(folder), str(drafting), Conversion("hf", recycle_layers=1, draft_vocabulary=8))
+    assert not any("ranking" in note for note in describe(drafting)["notes"])
+    (drafting / "token_ranking.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"token_ranking\.json: must be a recycle_ds token ranking"):
+        describe(drafting)
 
 
 def test_a_file_that_is_no_tokenizer(folder: Path) -> None:

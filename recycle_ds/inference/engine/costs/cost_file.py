@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ class CostFile:
     def read(self, extent: Extent) -> CostModel | None:
         """The costs; None if they were not measured yet to this extent, or the file is damaged."""
         try:
-            covering = [one for one in self._stored() if Extent(**one["extent"]).covers(extent)]
+            stored = self._stored()
+            covering = [costs for known, costs in stored if known.covers(extent)]
             # its own, if there is one: another may be from a time at which the machine was faster or slower
-            own = [one for one in covering if Extent(**one["extent"]) == extent]
+            own = [costs for known, costs in stored if known == extent]
             if not covering:
                 return None
             parts = [tuple((int(size), float(cost)) for size, cost in (own or covering)[0][part]) for part in _PARTS]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             return None
         valid = len(parts[0]) > 1 and parts[1] and all(cost > 0 for points in parts for _, cost in points)
         ascending = all(list(points) == sorted(points, key=lambda point: point[0]) for points in parts)
@@ -77,21 +78,20 @@ class CostFile:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             measured = [{"extent": asdict(extent), **{part: getattr(costs, part) for part in _PARTS}}]
-            measured += [one for one in self._stored() if not extent.covers(Extent(**one["extent"]))]
+            measured += [one for known, one in self._stored() if not extent.covers(known)]
             write_json_atomically(self.path, {"key": self.key, "measured": measured[:_MOST_EXTENTS]})
         except OSError:
             return
 
-    def _stored(self) -> list[dict[str, Any]]:
-        """All measurements in the file; none if it is damaged, or of another key."""
+    def _stored(self) -> list[tuple[Extent, dict[str, Any]]]:
+        """All measurements in the file, with their extents; none if it is damaged, or of another key."""
         try:
             tree = json.loads(self.path.read_text(encoding="utf-8"))
-            found = list(tree["measured"])
-            if tree["key"] == json.loads(json.dumps(self.key)) and all(Extent(**one["extent"]) for one in found):
-                return found
+            found = [(Extent(**one["extent"]), one) for one in tree["measured"]]
+            is_valid = all(type(number) is int for known, _ in found for number in astuple(known))
+            return found if is_valid and tree["key"] == json.loads(json.dumps(self.key)) else []
         except (OSError, ValueError, TypeError, KeyError):
-            pass
-        return []
+            return []
 
 
 def cost_file(model: RecycleGPT, tensor: int, pipeline: int, *, compiled: bool) -> CostFile | None:

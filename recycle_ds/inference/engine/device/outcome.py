@@ -42,6 +42,7 @@ def outcome_of(
 ) -> tuple[Chosen, ...]:
     """What was chosen for all sequences that sample. accepted: nodes as bits [N]. tokens: those after them [N]."""
     found = []
+    # both have the numbers of padding behind those of the parts
     for number, (part, bits, token) in enumerate(zip(parts, accepted.tolist(), tokens.tolist(), strict=False)):
         if not part.samples:
             continue

@@ -101,6 +101,8 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, changes: dict[str, object
     tree["measured"][0] |= inside
     file.path.write_text("{" if changes is None else json.dumps(tree | outside))
     assert file.read(EXTENT) is None
+    file.write(COSTS, EXTENT)
+    assert file.read(EXTENT) == COSTS, "a damaged file is replaced"
 
 
 def test_a_folder_that_refuses_files_is_no_error(tmp_path: Path) -> None:
